@@ -1,0 +1,40 @@
+"""Tests see the pack under one name, wherever it was cloned, without running its `__init__`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST_MARKS = ("host", "server", "browser")
+
+pack = types.ModuleType("pack")
+pack.__path__ = [str(ROOT)]
+sys.modules["pack"] = pack  # from here on: from pack.kernels.schedules import check_sigmas
+
+
+def pytest_collection_modifyitems(config, items):
+    """Kernels first, the browser last; without a ComfyUI the tests that need one are skipped, except in CI."""
+    items.sort(
+        key=lambda item: max([0, *(1 + i for i, mark in enumerate(HOST_MARKS) if item.get_closest_marker(mark))])
+    )
+    missing = {}
+    if not os.environ.get("COMFYUI_PATH"):
+        missing = dict.fromkeys(HOST_MARKS, "COMFYUI_PATH is not set: run `python dev.py test`")
+    elif not os.environ.get("CHROMIUM_PATH"):
+        missing = {"browser": "no Chromium: install one, or set CHROMIUM_PATH"}
+    if missing and os.environ.get("CI"):
+        raise pytest.UsageError(f"CI must run every test, but: {'; '.join(set(missing.values()))}")
+    for item in items:
+        for mark, reason in missing.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT

@@ -1,0 +1,29 @@
+"""The two noise conventions, through the identity that joins them: sigma_ve = sigma_flow / (1 - sigma_flow)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from pack.kernels.space import NoiseSpace
+
+VE, FLOW = NoiseSpace("ve"), NoiseSpace("flow")
+
+
+@pytest.mark.parametrize("c", [0.5, 1.0, 1.7])
+def test_a_flow_level_has_the_angle_of_the_same_corruption_in_ve(c):
+    s = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    torch.testing.assert_close(FLOW.angle(s, c), VE.angle(s / (1 - s), c), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("space", [VE, FLOW], ids=lambda s: s.kind)
+@pytest.mark.parametrize("c", [0.5, 1.0, 1.7])
+def test_angles_can_be_turned_back(space, c):
+    sigma = torch.linspace(0, 1, 50, dtype=torch.float64) * (1 if space.kind == "flow" else 80)
+    torch.testing.assert_close(space.at_angle(space.angle(sigma, c), c), sigma, rtol=1e-11, atol=1e-12)
+
+
+def test_pure_noise_of_a_flow_model_is_a_right_angle():
+    assert float(FLOW.angle(torch.tensor(1.0, dtype=torch.float64))) == pytest.approx(math.pi / 2)
