@@ -1,0 +1,94 @@
+"""The schedules a user can choose by name: shipped profiles and closed forms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from ..kernels.ays import kl_optimal
+from ..kernels.schedules import check_sigmas, end_at_zero, for_denoise, resample_loglinear
+from ..kernels.space import NoiseSpace
+from ..kernels.types import Sigmas
+from .profiles import Profile, pick_profile, shipped_profiles
+
+AUTO = "auto"
+CLOSED_FORMS = {  # name -> the data's standard deviation c, in units of the latent
+    "KL-optimal": 1.0,
+    "KL-optimal, c = 0.5": 0.5,
+    "KL-optimal, c = 1.4": 1.4,
+}
+
+
+@dataclass(frozen=True)
+class NoiseRange:
+    """What a schedule must know of a model.
+
+    families: its configuration class and that class's bases, by name, nearest first. space: "ve" or "flow". sigma_min
+    and sigma_max: the model's own noise levels, in that space's units.
+    """
+
+    families: tuple[str, ...]
+    space: Literal["ve", "flow"]
+    sigma_min: float
+    sigma_max: float
+
+
+def schedule_names() -> list[str]:
+    return [AUTO, *shipped_profiles(), *CLOSED_FORMS]
+
+
+def schedule(
+    name: str, model: NoiseRange, steps: int, denoise: float = 1.0, resolution: tuple[int, int] | None = None
+) -> tuple[Sigmas, str]:
+    """The levels of the schedule called `name`, float32 [steps+1] ending in 0, and one sentence on what was chosen.
+
+    `denoise` below 1 keeps the last `steps` steps of a longer run; at 0 there is none and the tensor is empty.
+    `resolution` (width, height in pixels) helps "auto" to choose between profiles of one family. Raises ValueError with
+    the choices on screen when the schedule is unknown or does not fit the model.
+    """
+    if name in CLOSED_FORMS:
+        space, c = NoiseSpace(model.space), CLOSED_FORMS[name]
+        said = f"{name} from sigma {model.sigma_max:.4g}"
+        sigmas = for_denoise(lambda n: kl_optimal(n, model.sigma_max, space, c), steps, denoise)
+    else:
+        profile = _profile_for_model(resolution, model) if name == AUTO else shipped_profiles().get(name)
+        if profile is None:
+            raise ValueError(f"There is no schedule '{name}'. Choose one of: {', '.join(schedule_names())}.")
+        _check_fit(profile, model)
+        said = f"{profile.name}, published for {profile.families[0]} at {'x'.join(map(str, profile.resolution))}"
+        if profile.sigmas[0] < model.sigma_max * 0.99:
+            said += f" (it starts at sigma {profile.sigmas[0]:.4g}, below this model's {model.sigma_max:.4g})"
+        levels = torch.tensor(profile.sigmas, dtype=torch.float64)
+        sigmas = for_denoise(lambda n: end_at_zero(resample_loglinear(levels, n)), steps, denoise)
+    if len(sigmas):
+        check_sigmas(sigmas)
+    return sigmas.float(), said
+
+
+def _profile_for_model(resolution: tuple[int, int] | None, model: NoiseRange) -> Profile:
+    profile = pick_profile(shipped_profiles().values(), model.families, resolution)
+    if profile is None:
+        raise ValueError(
+            f"'auto' knows no schedule for the model family {model.families[0]}. Choose '{next(iter(CLOSED_FORMS))}' "
+            f"in 'schedule', which suits every model, or by name one of: {', '.join(schedule_names()[1:])}."
+        )
+    return profile
+
+
+def _check_fit(profile: Profile, model: NoiseRange) -> None:
+    if profile.space != model.space:
+        kinds = {
+            "ve": "models with Stable Diffusion's noise (sigma up to about 15)",
+            "flow": "flow models (sigma 0 to 1)",
+        }
+        raise ValueError(
+            f"The schedule '{profile.name}' is for {kinds[profile.space]}, but this MODEL ({model.families[0]}) is one of "
+            f"the {kinds[model.space]}. Choose another one in 'schedule', for example '{next(iter(CLOSED_FORMS))}'."
+        )
+    if profile.sigmas[0] > model.sigma_max * 1.01:
+        raise ValueError(
+            f"The schedule '{profile.name}' starts at sigma {profile.sigmas[0]:.4g}, but this MODEL "
+            f"({model.families[0]}) knows noise only up to {model.sigma_max:.4g}. Choose another one in 'schedule'."
+        )

@@ -1,0 +1,79 @@
+"""Choosing a schedule by name for a model: what fits, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pack.kernels.ays import kl_optimal
+from pack.kernels.schedules import check_sigmas
+from pack.kernels.space import NoiseSpace
+from pack.models.profiles import shipped_profiles
+from pack.models.schedules import CLOSED_FORMS, NoiseRange, schedule, schedule_names
+
+SD15 = NoiseRange(("SD15", "BASE"), "ve", 0.0292, 14.6146)
+SDXL = NoiseRange(("SSD1B", "SDXL", "BASE"), "ve", 0.0292, 14.6146)
+SD3 = NoiseRange(("SD3", "BASE"), "flow", 0.003, 1.0)
+
+
+def test_the_list_starts_with_auto_and_has_every_profile_and_closed_form():
+    assert schedule_names() == ["auto", *shipped_profiles(), *CLOSED_FORMS]
+
+
+@pytest.mark.parametrize(("model", "name"), [(SD15, "AYS SD 1.5"), (SDXL, "AYS SDXL")])
+def test_auto_is_the_schedule_of_the_family(model, name):
+    auto, said = schedule("auto", model, 10)
+    assert torch.equal(auto, schedule(name, model, 10)[0])
+    assert said.startswith(name)
+
+
+def test_at_the_native_count_the_published_levels_come_out_with_a_final_zero():
+    sigmas, _ = schedule("AYS SD 1.5", SD15, 10)
+    want = torch.tensor([*shipped_profiles()["AYS SD 1.5"].sigmas[:-1], 0.0])
+    torch.testing.assert_close(sigmas, want, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in schedule_names() if n not in ("AYS SVD", "AYS DeepFloyd-IF stage 1")])
+@pytest.mark.parametrize("steps", [1, 5, 10000])
+@pytest.mark.parametrize("denoise", [1.0, 0.5, 0.05])
+def test_every_choice_gives_steps_plus_one_decreasing_levels_in_float32(name, steps, denoise):
+    sigmas, _ = schedule(name, SD15, steps, denoise)
+    assert sigmas.shape == (steps + 1,) and sigmas.dtype == torch.float32 and float(sigmas[-1]) == 0
+    check_sigmas(sigmas)
+
+
+def test_no_denoise_is_no_step():
+    assert schedule("auto", SD15, 10, 0.0)[0].numel() == 0
+
+
+@pytest.mark.parametrize(("name", "c"), CLOSED_FORMS.items())
+@pytest.mark.parametrize("model", [SD15, SD3], ids=["ve", "flow"])
+def test_closed_forms_start_at_the_models_own_level(name, c, model):
+    want = kl_optimal(12, model.sigma_max, NoiseSpace(model.space), c).float()
+    assert torch.equal(schedule(name, model, 12)[0], want)
+
+
+def test_auto_on_an_unknown_family_names_it_and_what_to_choose():
+    with pytest.raises(ValueError, match=r"family SD3\. Choose 'KL-optimal' in 'schedule'.*AYS SD 1\.5"):
+        schedule("auto", SD3, 10)
+
+
+def test_a_schedule_of_the_other_noise_convention_is_refused():
+    with pytest.raises(ValueError, match=r"'AYS SDXL' is for models with Stable Diffusion's noise.*\(SD3\)"):
+        schedule("AYS SDXL", SD3, 10)
+
+
+def test_a_schedule_that_starts_above_the_models_noise_is_refused():
+    with pytest.raises(ValueError, match=r"'AYS SVD' starts at sigma 700, but this MODEL \(SD15\).*14\.61"):
+        schedule("AYS SVD", SD15, 10)
+
+
+def test_a_schedule_that_starts_below_the_models_noise_says_so():
+    zero_terminal = NoiseRange(("SD15",), "ve", 0.0292, 4518.0)
+    assert "below this model's 4518" in schedule("auto", zero_terminal, 10)[1]
+    assert "below" not in schedule("auto", SD15, 10)[1]
+
+
+def test_a_name_from_another_install_is_refused_with_the_choices():
+    with pytest.raises(ValueError, match=r"no schedule 'tuned by a friend'\. Choose one of: auto, "):
+        schedule("tuned by a friend", SD15, 10)
