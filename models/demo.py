@@ -1,0 +1,92 @@
+"""The shape of the two demo models and the word-level vocabulary that travels inside their checkpoint."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TEXT_WIDTH = 128
+MAX_TOKENS = 16  # per chunk, start and end included; longer prompts continue in another chunk, as with CLIP
+START, END, UNKNOWN = 0, 1, 2
+VOCABULARY_KEY = "attune_vocabulary"  # uint8 [n]: the words, newline-separated ASCII, in the order of their ids
+VOCABULARY_LIMIT = 65536  # bytes; ours has under 2000
+
+# The text encoder is a CLIP text transformer, described in the host's own configuration keys.
+TEXT_CONFIG: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": TEXT_WIDTH,
+    "num_attention_heads": 4,
+    "intermediate_size": 4 * TEXT_WIDTH,
+    "hidden_act": "gelu",
+    "max_position_embeddings": MAX_TOKENS,
+    "eos_token_id": END,
+}
+
+# A UNet of the SD1.5 class: same blocks, same layout of levels, 1/10 of the width, three levels instead of four.
+UNET_CONFIG: dict[str, Any] = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "model_channels": 32,
+    "num_res_blocks": [1, 1, 1],
+    "channel_mult": [1, 4, 5],
+    "transformer_depth": [0, 1, 1],
+    "transformer_depth_output": [0, 0, 1, 1, 1, 1],
+    "transformer_depth_middle": 1,
+    "num_head_channels": 32,
+    "context_dim": TEXT_WIDTH,
+    "adm_in_channels": TEXT_WIDTH,
+}
+
+# An MMDiT of the SD3 class; the host reads these numbers from the file.
+MMDIT_CONFIG: dict[str, Any] = {"in_channels": 16, "depth": 3, "patch_size": 2, "pos_embed_side": 24}
+
+
+@lru_cache(maxsize=1)
+def demo_facts() -> dict[str, Any]:
+    """What training wrote down beside the weights: sizes, loss curves, colour factors for the live preview."""
+    return json.loads((Path(__file__).parent / "weights" / "attune_demo.json").read_text("utf-8"))
+
+
+class WordTokenizer:
+    """Lower-case words to ids, with the few methods that the host asks of a tokenizer."""
+
+    def __init__(self, words: list[str]):
+        self.ids = {word: i for i, word in enumerate(words)}
+
+    @classmethod
+    def from_pretrained(cls, words: list[str]) -> WordTokenizer:
+        return cls(words)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.ids
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """Every word the model never saw becomes the one unknown token; punctuation is dropped."""
+        ids = [self.ids.get(word, UNKNOWN) for word in split_words(text)]
+        return {"input_ids": [START, *ids, END]}
+
+
+def split_words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
+
+
+def pack_vocabulary(words: list[str]) -> Tensor:
+    """uint8 [n], the form in which a safetensors file can carry the words."""
+    return torch.tensor(list("\n".join(words).encode("ascii")), dtype=torch.uint8)
+
+
+def unpack_vocabulary(packed: Tensor) -> list[str]:
+    """The words; raises ValueError when the tensor is not what `pack_vocabulary` writes."""
+    if packed.dtype != torch.uint8 or packed.ndim != 1 or not 0 < len(packed) <= VOCABULARY_LIMIT:
+        raise ValueError(
+            f"The checkpoint's vocabulary must be a uint8 list of at most {VOCABULARY_LIMIT} bytes, but it is "
+            f"{packed.dtype} {list(packed.shape)}: get the demo checkpoint again from the pack's models/weights folder."
+        )
+    text = bytes(packed.tolist()).decode("ascii", errors="replace")
+    return text.split("\n")

@@ -1,0 +1,18 @@
+"""The list of nodes, in menu order, and what the host needs to know before the first of them runs."""
+
+from __future__ import annotations
+
+from . import schedules
+from ._host.api import ComfyExtension
+from ._host.demo_model import register_demo_model
+from ._host.folders import register_folders
+
+NODES = [*schedules.NODES]
+
+register_folders()
+register_demo_model()
+
+
+class AttuneExtension(ComfyExtension):
+    async def get_node_list(self):
+        return NODES

@@ -1,0 +1,1 @@
+"""Everything that knows how ComfyUI works inside; no mathematics."""

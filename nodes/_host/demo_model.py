@@ -1,0 +1,135 @@
+"""Tell the host's checkpoint loader what the embedded demo model is.
+
+The host recognises models by the shapes in their state dict. Ours is recognised by one key that no other checkpoint has,
+so the entry can never claim somebody else's file; it is appended last, after all of the host's own.
+"""
+
+from __future__ import annotations
+
+import comfy.latent_formats
+import comfy.model_base
+import comfy.ops
+import comfy.sd1_clip
+import comfy.supported_models
+import comfy.supported_models_base
+import torch
+
+from ...models.demo import (
+    END,
+    MAX_TOKENS,
+    START,
+    TEXT_CONFIG,
+    TEXT_WIDTH,
+    UNET_CONFIG,
+    VOCABULARY_KEY,
+    WordTokenizer,
+    demo_facts,
+    unpack_vocabulary,
+)
+
+TEXT_NAME = "attune"  # the text encoder is `clip_attune` inside the checkpoint
+
+
+class DemoLatent(comfy.latent_formats.LatentFormat):
+    """Unit-variance latents as they come out of the checkpoint's own TAESD; the factors serve the live preview."""
+
+    latent_channels = 4
+    scale_factor = 1.0
+
+    def __init__(self):
+        facts = demo_facts()
+        self.latent_rgb_factors, self.latent_rgb_factors_bias = facts["preview_factors"], facts["preview_bias"]
+
+
+class DemoTextModel(comfy.sd1_clip.SDClipModel):
+    """CLIP's text transformer at the demo model's width and vocabulary."""
+
+    def __init__(self, words: int, device="cpu", dtype=None, model_options={}):  # noqa: B006 - the host's signature
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            max_length=MAX_TOKENS,
+            textmodel_json_config=dict(TEXT_CONFIG),
+            special_tokens={"start": START, "end": END, "pad": END},
+            model_options=model_options,
+        )
+        # The host's CLIP embedding has a fixed number of rows.
+        rows = self.operations.Embedding(words, TEXT_WIDTH, dtype=dtype, device=device)
+        self.transformer.set_input_embeddings(rows)
+
+
+class DemoTokenizer(comfy.sd1_clip.SDTokenizer):
+    """The host's prompt parser (weights, embeddings, chunks) over whole words."""
+
+    def __init__(self, embedding_directory=None, tokenizer_data={}):  # noqa: B006 - the host's signature
+        super().__init__(
+            tokenizer_path=unpack_vocabulary(tokenizer_data[VOCABULARY_KEY]),
+            tokenizer_class=WordTokenizer,
+            max_length=MAX_TOKENS,
+            embedding_directory=embedding_directory,
+            embedding_size=TEXT_WIDTH,
+            embedding_key=f"clip_{TEXT_NAME}",
+            tokenizer_data=tokenizer_data,
+        )
+
+
+class DemoPromptTokenizer(comfy.sd1_clip.SD1Tokenizer):
+    def __init__(self, embedding_directory=None, tokenizer_data={}):  # noqa: B006 - the host's signature
+        super().__init__(
+            embedding_directory=embedding_directory,
+            tokenizer_data=tokenizer_data,
+            clip_name=TEXT_NAME,
+            tokenizer=DemoTokenizer,
+        )
+
+
+class DemoTextEncoder(comfy.sd1_clip.SD1ClipModel):
+    def __init__(self, words: int, device="cpu", dtype=None, model_options={}):  # noqa: B006 - the host's signature
+        super().__init__(
+            device=device,
+            dtype=dtype,
+            model_options=model_options,
+            clip_name=TEXT_NAME,
+            clip_model=DemoTextModel,
+            words=words,
+        )
+
+
+class DemoBase(comfy.model_base.BaseModel):
+    """The host's UNet model, with the pooled text as a second condition (as SDXL, without its size embeddings)."""
+
+    def encode_adm(self, **kwargs) -> torch.Tensor:
+        return kwargs["pooled_output"]
+
+
+class AttuneDemo(comfy.supported_models_base.BASE):
+    """SD1.5's betas and v-prediction on a UNet of a tenth of its width."""
+
+    unet_config = {
+        "context_dim": TEXT_WIDTH,
+        "model_channels": UNET_CONFIG["model_channels"],
+        "adm_in_channels": TEXT_WIDTH,
+    }
+    unet_extra_config = {"num_heads": -1, "num_head_channels": UNET_CONFIG["num_head_channels"]}
+    required_keys = {f"cond_stage_model.{VOCABULARY_KEY}"}
+    latent_format = DemoLatent
+    supported_inference_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+
+    def model_type(self, state_dict, prefix=""):
+        return comfy.model_base.ModelType.V_PREDICTION
+
+    def get_model(self, state_dict, prefix="", device=None):
+        return DemoBase(self, model_type=self.model_type(state_dict, prefix), device=device)
+
+    def clip_target(self, state_dict={}):  # noqa: B006 - the host's signature
+        words = len(unpack_vocabulary(state_dict[f"cond_stage_model.{VOCABULARY_KEY}"]))
+        target = comfy.supported_models_base.ClipTarget(DemoPromptTokenizer, DemoTextEncoder)
+        target.params["words"] = words
+        return target
+
+
+def register_demo_model() -> None:
+    """Add the demo model to the host's list of known models, once."""
+    known = comfy.supported_models.models
+    if not any(model.__name__ == AttuneDemo.__name__ for model in known):
+        known.append(AttuneDemo)

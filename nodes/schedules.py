@@ -1,0 +1,126 @@
+"""Aligned step schedules: as SIGMAS for the custom samplers, and in a KSampler of their own."""
+
+from __future__ import annotations
+
+import logging
+
+from ..models.schedules import schedule, schedule_names
+from ._host.api import io, schema
+from ._host.models import noise_range, pixels
+from ._host.sampling import sample, sampler_names
+
+LOG = logging.getLogger(__name__)
+CATEGORY = "attune/schedules"
+
+STEPS_TIP = "How many steps the sampler takes. Align Your Steps was published for 10 and gains most from 5 to 20."
+DENOISE_TIP = (
+    "1 starts from pure noise. Less keeps more of the input picture: as in the stock KSampler, the run is 'steps' long "
+    "and is the end of a schedule of steps / denoise steps."
+)
+SCHEDULE_TIP = (
+    "auto: the published schedule for this model's family. AYS …: Align Your Steps for that model. "
+    "KL-optimal: a closed form that suits every model, flow models (SD3, Flux) too; c is the spread of the data: "
+    "1 is a good start, less puts more steps at low noise."
+)
+
+
+def _model():
+    return io.Model.Input(
+        "model", tooltip="The model that will be sampled; its family and noise range choose the schedule."
+    )
+
+
+def _steps():
+    return io.Int.Input("steps", default=10, min=1, max=10000, tooltip=STEPS_TIP)
+
+
+def _denoise():
+    return io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01, tooltip=DENOISE_TIP)
+
+
+def _schedule():
+    return io.Combo.Input("schedule", options=schedule_names(), default="auto", tooltip=SCHEDULE_TIP)
+
+
+def _levels(node: str, model, steps: int, denoise: float, name: str, latent: dict | None):
+    """The SIGMAS, with one line in the log on what was chosen."""
+    resolution = None if latent is None else pixels(model, latent)
+    sigmas, said = schedule(name, noise_range(model), steps, denoise, resolution)
+    levels = " ".join(f"{float(s):.4g}" for s in (sigmas if len(sigmas) <= 24 else sigmas[[0, 1, -3, -2, -1]]))
+    size = "" if resolution is None else f", picture {resolution[0]}x{resolution[1]}"
+    LOG.info("%s: %s%s; %d steps: %s", node, said, size, max(len(sigmas) - 1, 0), levels or "none (denoise is 0)")
+    return sigmas
+
+
+class AttuneScheduler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneScheduler",
+            display_name="Attune Scheduler",
+            category=CATEGORY,
+            description="Noise levels that fit the model: published Align Your Steps schedules and the exact KL-optimal one.",
+            search_aliases=["align your steps", "AYS", "sigmas", "scheduler", "kl optimal"],
+            inputs=[
+                _model(),
+                _steps(),
+                _denoise(),
+                _schedule(),
+                io.Latent.Input(
+                    "latent",
+                    optional=True,
+                    tooltip="The latent that will be sampled. With it, auto prefers the schedule made for the nearest picture size.",
+                ),
+            ],
+            outputs=[
+                io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 noise levels, from the first one to 0.")
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, steps, denoise, schedule, latent=None) -> io.NodeOutput:
+        return io.NodeOutput(_levels("Attune Scheduler", model, steps, denoise, schedule, latent))
+
+
+class AttuneKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneKSampler",
+            display_name="Attune KSampler",
+            category=CATEGORY,
+            description="The stock KSampler with schedules that fit the model in place of the stock scheduler list.",
+            search_aliases=["KSampler", "sampler", "align your steps", "AYS"],
+            inputs=[
+                _model(),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="The seed of the starting noise; the same seed gives the noise of the stock KSampler.",
+                ),
+                _steps(),
+                io.Float.Input(
+                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="Classifier-free guidance: higher follows the prompt more closely; 1 switches it off.",
+                ),
+                io.Combo.Input(
+                    "sampler_name", options=sampler_names(), default="dpmpp_2m",
+                    tooltip="The solver. Align Your Steps was published with DDIM (euler), dpmpp_2m and dpmpp_2m_sde.",
+                ),
+                _schedule(),
+                io.Conditioning.Input("positive", tooltip="What the picture should show."),
+                io.Conditioning.Input("negative", tooltip="What the picture should not show."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise: an empty one, or a picture for img2img."),
+                _denoise(),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, seed, steps, cfg, sampler_name, schedule, positive, negative, latent_image, denoise=1.0
+    ) -> io.NodeOutput:
+        sigmas = _levels("Attune KSampler", model, steps, denoise, schedule, latent_image)
+        return io.NodeOutput(sample(model, seed, cfg, sampler_name, sigmas, positive, negative, latent_image))
+
+
+NODES = [AttuneScheduler, AttuneKSampler]

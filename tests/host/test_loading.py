@@ -1,0 +1,43 @@
+"""The host loads the pack, quickly, and is not changed by it."""
+
+from __future__ import annotations
+
+import time
+
+
+def test_the_hosts_own_loader_loads_every_node(host):
+    assert host.loaded
+    new = set(host.nodes.NODE_CLASS_MAPPINGS) - host.classes_before
+    assert new == {"AttuneScheduler", "AttuneKSampler"}
+
+
+def test_loading_changes_no_attribute_of_the_host(host):
+    gone = host.before.keys() - host.after.keys()
+    changed = {name for name in host.before if name in host.after and host.before[name] != host.after[name]}
+    assert gone == set() and changed == set()
+
+
+def test_samplers_and_schedulers_of_the_host_are_left_alone(host):
+    import comfy.samplers
+
+    assert not [name for name in comfy.samplers.SCHEDULER_NAMES + comfy.samplers.SAMPLER_NAMES if "ttune" in name]
+
+
+def test_the_demo_model_is_registered_once_and_last(host):
+    import comfy.supported_models
+
+    host.loop.run_until_complete(host.nodes.load_custom_node(str(host.root), module_parent="custom_nodes"))
+    names = [model.__name__ for model in comfy.supported_models.models]
+    assert names.count("AttuneDemo") == 1 and names[-1] == "AttuneDemo"
+
+
+def test_importing_the_pack_in_a_running_host_takes_less_than_a_third_of_a_second(host):
+    began = time.perf_counter()
+    host.loop.run_until_complete(host.nodes.load_custom_node(str(host.root), module_parent="custom_nodes"))
+    assert time.perf_counter() - began < 0.3
+
+
+def test_the_demo_checkpoints_are_in_the_stock_loaders_list(host):
+    import folder_paths
+
+    assert "attune_demo.safetensors" in folder_paths.get_filename_list("checkpoints")
