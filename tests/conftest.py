@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,31 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def dev():
+    """dev.py as a module."""
+    spec = importlib.util.spec_from_file_location("dev", ROOT / "dev.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@dataclass
+class Server:
+    """A running ComfyUI with the pack: its address, and where it puts pictures and log."""
+
+    url: str
+    output: Path
+    log: Path
+
+
+@pytest.fixture(scope="session")
+def server(dev, tmp_path_factory):
+    run = tmp_path_factory.mktemp("server")
+    settings = run / "user" / "default" / "comfy.settings.json"
+    settings.parent.mkdir(parents=True)
+    settings.write_text('{"Comfy.TutorialCompleted": true}')  # else a first visit opens the templates over the canvas
+    with dev.server(dev.Host(os.environ["COMFYUI_PATH"]), run) as url:
+        yield Server(url, run / "output", run / "server.log")

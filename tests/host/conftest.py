@@ -29,8 +29,9 @@ class Host:
 
         sys.argv = own
         import execution
-        import nodes
         import server
+
+        import nodes
 
         self.before = snapshot()
         self.root, self.folders, self.nodes, self.execution = ROOT, folders, nodes, execution

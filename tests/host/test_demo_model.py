@@ -1,0 +1,176 @@
+"""The demo checkpoint in the stock nodes: what a user of any other checkpoint expects must work on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def draw(host, demo, encode):
+    """prompt -> pictures [b 128 128 3] in 0..1, through KSampler and VAEDecode."""
+
+    def run(text, *, model=None, latent=None, seed=1, steps=12, denoise=1.0, negative="", batch=2, size=128):
+        latent = latent or host.call("EmptyLatentImage", width=size, height=size, batch_size=batch)[0]
+        (out,) = host.call(
+            "KSampler", model=model or demo[0], seed=seed, steps=steps, cfg=3.0, sampler_name="dpmpp_2m",
+            scheduler="karras", positive=encode(text), negative=encode(negative), latent_image=latent, denoise=denoise,
+        )  # fmt: skip
+        return host.call("VAEDecode", samples=out, vae=demo[2])[0]
+
+    return run
+
+
+def corners(pictures):
+    """Median colour of the corners of a batch, [3]."""
+    n = pictures.shape[1] // 8
+    parts = [pictures[:, y, x].reshape(-1, 3) for y in (slice(n), slice(-n, None)) for x in (slice(n), slice(-n, None))]
+    return torch.cat(parts).median(dim=0).values
+
+
+def test_both_checkpoints_are_small_enough_to_ship():
+    for path in (ROOT / "models/weights").glob("*.safetensors"):
+        assert path.stat().st_size <= 25_000_000
+
+
+def test_it_is_an_sd_like_model(demo):
+    model, clip, vae = demo
+    sampling = model.get_model_object("model_sampling")
+    assert type(model.model.model_config).__name__ == "AttuneDemo"
+    assert float(sampling.sigma_max) == pytest.approx(14.6146, abs=1e-3)
+    assert float(sampling.sigma_min) == pytest.approx(0.0292, abs=1e-4)
+    assert clip is not None and vae.latent_channels == 4
+
+
+@pytest.mark.parametrize(
+    "text", ["", "cat", "a (red apple:1.3) on a [black] background", "zxcv qwer", "愛", "cat " * 40]
+)
+def test_every_prompt_can_be_encoded(encode, text):
+    ((context, extra),) = encode(text)
+    assert context.shape[-1] == 128 and context.shape[1] % 16 == 0
+    assert extra["pooled_output"].shape == (1, 128)
+    assert torch.isfinite(context).all() and torch.isfinite(extra["pooled_output"]).all()
+
+
+def test_weights_in_a_prompt_change_its_encoding(encode):
+    plain, strong = encode("a red apple")[0][0], encode("a (red:1.5) apple")[0][0]
+    assert (plain - strong).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("word", "colour"),
+    [("black", (0, 0, 0)), ("white", (255, 255, 255)), ("red", (200, 30, 35)), ("dark blue", (14, 28, 96)), ("pink", (250, 160, 195))],
+)  # fmt: skip
+def test_the_background_is_the_one_in_the_prompt(draw, word, colour):
+    got = corners(draw(f"a star on a {word} background"))
+    assert (got - torch.tensor(colour) / 255).abs().max() < 0.12
+
+
+def test_an_empty_negative_prompt_and_another_one_differ(draw):
+    assert not torch.equal(draw("a cat"), draw("a cat", negative="a dog on a blue background"))
+
+
+def test_the_same_seed_gives_the_same_picture(draw):
+    assert torch.equal(draw("a panda", seed=4), draw("a panda", seed=4))
+    assert not torch.equal(draw("a panda", seed=4), draw("a panda", seed=5))
+
+
+def test_plain_colours_survive_encode_and_decode(host, demo):
+    colours = torch.tensor([[0, 0, 0], [1, 1, 1], [0.8, 0.1, 0.1], [0.1, 0.2, 0.8], [0.5, 0.5, 0.5]])
+    pictures = colours[:, None, None, :].expand(-1, 128, 128, -1)
+    (latent,) = host.call("VAEEncode", pixels=pictures, vae=demo[2])
+    assert latent["samples"].shape == (5, 4, 16, 16)
+    (back,) = host.call("VAEDecode", samples=latent, vae=demo[2])
+    assert (back - pictures).abs().mean(dim=(1, 2, 3)).max() < 0.03
+
+
+def test_latents_of_pictures_have_about_unit_spread(host, demo, draw):
+    (latent,) = host.call("VAEEncode", pixels=draw("a rocket on an orange background", batch=4), vae=demo[2])
+    assert 0.7 < float(latent["samples"].std()) < 1.4
+
+
+def test_img2img_keeps_more_of_the_picture_the_less_it_denoises(host, demo, draw):
+    source = draw("a red heart on a white background")
+    (latent,) = host.call("VAEEncode", pixels=source, vae=demo[2])
+    far = [
+        (draw("a cat on a black background", latent=latent, denoise=d) - source).square().mean()
+        for d in (0.3, 0.6, 1.0)
+    ]
+    assert far[0] < far[1] < far[2]
+
+
+def test_an_inpaint_mask_protects_its_part(host, demo, draw):
+    source = draw("a red heart on a white background")
+    (latent,) = host.call("VAEEncode", pixels=source, vae=demo[2])
+    mask = torch.zeros(1, 128, 128)
+    mask[..., 64:] = 1
+    (latent,) = host.call("SetLatentNoiseMask", samples=latent, mask=mask)
+    result = draw("a cat on a black background", latent=latent)
+    left, right = ((result - source).abs()[:, :, part].mean() for part in (slice(0, 48), slice(80, None)))
+    assert left < 0.05 < right
+
+
+@pytest.mark.parametrize("strength", [0.0, 1.0])
+def test_a_lora_file_loads_through_the_stock_node(host, demo, draw, strength):
+    import folder_paths
+    from safetensors.torch import save_file
+
+    key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
+    generator = torch.Generator().manual_seed(0)
+    file = {
+        f"{key}.lora_down.weight": torch.randn(4, 160, generator=generator),
+        f"{key}.lora_up.weight": torch.randn(160, 4, generator=generator),
+    }
+    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(file, folder / "test.safetensors")
+    model, _ = host.call(
+        "LoraLoader",
+        model=demo[0],
+        clip=demo[1],
+        lora_name="test.safetensors",
+        strength_model=strength,
+        strength_clip=0.0,
+    )
+    same = torch.equal(draw("a cat", model=model), draw("a cat"))
+    assert same == (strength == 0.0)
+
+
+def test_areas_and_batches_of_conditions_work(host, demo, encode, draw):
+    (left,) = host.call(
+        "ConditioningSetArea", conditioning=encode("a red heart on white"), width=64, height=128, x=0, y=0, strength=1.0
+    )
+    (both,) = host.call(
+        "ConditioningCombine", conditioning_1=left, conditioning_2=encode("a cat on a black background")
+    )
+    (out,) = host.call(
+        "KSampler", model=demo[0], seed=0, steps=4, cfg=3.0, sampler_name="euler", scheduler="normal", positive=both,
+        negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)}, denoise=1.0,
+    )  # fmt: skip
+    assert torch.isfinite(out["samples"]).all()
+
+
+def test_the_live_preview_shows_the_right_colours(host, demo, draw):
+    import latent_preview
+
+    pictures = draw("a star on a red background")
+    (latent,) = host.call("VAEEncode", pixels=pictures, vae=demo[2])
+    form = demo[0].get_model_object("latent_format")
+    previewer = latent_preview.Latent2RGBPreviewer(form.latent_rgb_factors, form.latent_rgb_factors_bias)
+    preview = torch.tensor(list(previewer.decode_latent_to_preview(latent["samples"]).getdata())).float() / 255
+    small = torch.nn.functional.avg_pool2d(pictures[:1].permute(0, 3, 1, 2), 8).permute(0, 2, 3, 1).reshape(-1, 3)
+    assert (preview - small).abs().mean() < 0.1
+
+
+def test_a_broken_copy_of_the_checkpoint_is_refused_with_the_remedy(host, tmp_path):
+    import comfy.sd
+    import comfy.utils
+
+    state = comfy.utils.load_torch_file(str(ROOT / "models/weights/attune_demo.safetensors"))
+    state["cond_stage_model.attune_vocabulary"] = torch.zeros(3)
+    with pytest.raises(ValueError, match="get the demo checkpoint again"):
+        comfy.sd.load_state_dict_guess_config(state)

@@ -1,0 +1,79 @@
+"""The shipped workflows over HTTP, as the page would queue them; the pictures are compared with their prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pictures
+import pytest
+
+pytestmark = pytest.mark.server
+ROOT = Path(__file__).resolve().parents[2]
+PROMPTS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "tests/prompts").glob("*.json"))}
+COLOURS = json.loads((ROOT / "training/vocabulary.json").read_text("utf-8"))["backgrounds"]
+
+
+def saved(server, entry) -> list[Path]:
+    images = [image for output in entry["outputs"].values() for image in output.get("images", [])]
+    return [server.output / image["subfolder"] / image["filename"] for image in images if image["type"] == "output"]
+
+
+def asked_background(prompt) -> str:
+    """The background that the workflow's prompt names; the longest name wins ("light blue", not "blue")."""
+    texts = [node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode"]
+    return max((name for name in COLOURS if any(f"{name} background" in text for text in texts)), key=len)
+
+
+@pytest.mark.parametrize("name", PROMPTS)
+def test_every_workflow_runs_and_draws_on_the_background_it_was_asked_for(dev, server, name):
+    files = saved(server, dev.run_prompt(server.url, PROMPTS[name]))
+    assert files
+    want = np.array(COLOURS[asked_background(PROMPTS[name])])
+    for picture in map(pictures.load, files):
+        assert picture.shape == (128, 128, 3)
+        assert np.abs(pictures.background(picture) - want).max() < 40
+        assert np.abs(pictures.centre(picture) - want).max() > 20  # there is something on it
+
+
+@pytest.mark.parametrize(("word", "low", "high"), [("black", 0, 12), ("white", 243, 255), ("gray", 108, 148)])
+def test_brightness_words_are_obeyed(dev, server, word, low, high):
+    prompt = json.loads(json.dumps(PROMPTS["first_picture"]))
+    prompt["2"]["inputs"]["text"] = f"a strawberry on a {word} background"
+    for path in saved(server, dev.run_prompt(server.url, prompt)):
+        assert low <= pictures.background(pictures.load(path)).mean() <= high
+
+
+@pytest.mark.parametrize(
+    ("text", "channel"), [("a red heart on a white background", 0), ("a blue heart on a white background", 2)]
+)
+def test_the_object_has_the_colour_of_its_name(dev, server, text, channel):
+    prompt = json.loads(json.dumps(PROMPTS["first_picture"]))
+    prompt["2"]["inputs"]["text"] = text
+    for path in saved(server, dev.run_prompt(server.url, prompt)):
+        colour = pictures.centre(pictures.load(path))
+        assert colour[channel] > 1.3 * max(np.delete(colour, channel))
+
+
+def test_an_unknown_family_reaches_the_user_as_the_dialogs_sentence(dev, server):
+    prompt = json.loads(json.dumps(PROMPTS["aligned_ksampler"]))
+    prompt["5"]["inputs"]["schedule"] = "AYS SVD"
+    with pytest.raises(SystemExit, match=r"starts at sigma 700, but this MODEL \(AttuneDemo\)"):
+        dev.run_prompt(server.url, prompt)
+
+
+def test_templates_and_help_are_served(dev, server):
+    listed = dev.ask(f"{server.url}/workflow_templates")
+    assert set(listed["ComfyUI-Attune"]) == {path.stem for path in (ROOT / "workflows").glob("*.json")}
+    import urllib.request
+
+    for page in (ROOT / "web/docs").glob("*.md"):
+        with urllib.request.urlopen(f"{server.url}/extensions/ComfyUI-Attune/docs/{page.name}") as answer:
+            assert answer.read() == page.read_bytes()
+
+
+def test_nothing_of_ours_failed_to_load(server):
+    log = server.log.read_text("utf-8", errors="replace")
+    assert "ComfyUI-Attune" in log and "could not load" not in log
+    assert not [line for line in log.splitlines() if "IMPORT FAILED" in line and "Attune" in line]

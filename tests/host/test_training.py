@@ -1,0 +1,94 @@
+"""The whole training, from pictures to a checkpoint that the stock loader opens, with six pictures and a few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parents[2]
+COLOURS = {"black": [0, 0, 0], "white": [255, 255, 255], "red": [200, 30, 35]}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of the exported checkpoints, and what a second run printed."""
+    work = tmp_path_factory.mktemp("training")
+    pictures = work / "package" / "assets"
+    pictures.mkdir(parents=True)
+    for i in range(6):
+        image = Image.new("RGBA", (256, 256))
+        ImageDraw.Draw(image).ellipse((40, 40, 216, 180 + 10 * i), fill=(40 * i, 255 - 40 * i, 128, 255))
+        image.save(pictures / f"{i}.webp")
+    vocabulary = {
+        "source": "a test", "objects": {f"thing{i}": str(i) for i in range(6)}, "backgrounds": COLOURS, "aliases": {},
+        "background_aliases": {}, "brightness": {"dark": ["black"], "bright": ["white"]}, "filler": ["a", "the"],
+    }  # fmt: skip
+    (work / "vocabulary.json").write_text(json.dumps(vocabulary))
+    environment = {
+        **os.environ, "ATTUNE_TRAINING": str(work), "ATTUNE_VOCABULARY": str(work / "vocabulary.json"),
+        "ATTUNE_WEIGHTS": str(work / "weights"), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    words = ["--autoencoder-steps", 4, "--decoder-steps", 2, "--text-steps", 100, "--unet-steps", 3, "--flow-steps", 3]
+    command = [sys.executable, str(ROOT / "training/train_demo.py"), "--threads", "1", *map(str, words)]
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
+    assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:] + runs[1].stderr[-3000:]
+    return work, runs[1].stdout
+
+
+def test_the_checkpoints_open_in_the_stock_loader_and_draw(host, trained):
+    import comfy.sd
+
+    work, _ = trained
+    model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(work / "weights" / "attune_demo.safetensors"))
+    conditions = [host.call("CLIPTextEncode", clip=clip, text=text)[0] for text in ("a thing1 on black", "")]
+    flow, no_clip, flow_vae, _ = comfy.sd.load_checkpoint_guess_config(
+        str(work / "weights" / "attune_demo_flow.safetensors")
+    )
+    assert no_clip is None
+    for network, decoder in ((model, vae), (flow, flow_vae)):
+        (out,) = host.call(
+            "KSampler", model=network, seed=0, steps=2, cfg=2.0, sampler_name="euler", scheduler="simple",
+            positive=conditions[0], negative=conditions[1], latent_image={"samples": torch.zeros(1, 4, 16, 16)}, denoise=1.0,
+        )  # fmt: skip
+        (picture,) = host.call("VAEDecode", samples=out, vae=decoder)
+        assert picture.shape == (1, 128, 128, 3) and torch.isfinite(picture).all()
+
+
+def test_a_second_run_finds_everything_done(trained):
+    work, printed = trained
+    assert '"step"' not in printed.split("export.py")[0]
+    facts = json.loads((work / "weights" / "attune_demo.json").read_text())
+    assert facts["models"]["attune_demo"]["steps"] == 3
+
+
+@pytest.mark.parametrize("channels", [4, 16])
+def test_the_exported_autoencoder_computes_what_the_narrow_one_does(trained, channels):
+    """Zero-padded to the stock width and in half precision, against the network that was trained."""
+    work, _ = trained
+    sys.path.insert(0, str(ROOT / "training"))
+    try:
+        import autoencoder
+    finally:
+        sys.path.remove(str(ROOT / "training"))
+    import comfy.taesd.taesd
+
+    state = torch.load(work / f"autoencoder{channels}.pt", weights_only=True)
+    decoder_state = torch.load(work / f"decoder{channels}.pt", weights_only=True)["decoder"]
+    x = torch.from_numpy(np.random.default_rng(0).random((2, 3, 64, 64), dtype=np.float32))
+    narrow, stock = autoencoder.encoder(channels), comfy.taesd.taesd.Encoder(channels)
+    narrow.load_state_dict(state["encoder"])
+    stock.load_state_dict(autoencoder.widen(narrow, stock.state_dict()))
+    z = narrow(x)
+    torch.testing.assert_close(stock(x), z, rtol=1e-4, atol=1e-5)
+    narrow, stock = autoencoder.decoder(channels), comfy.taesd.taesd.Decoder(channels)
+    narrow.load_state_dict(decoder_state)
+    stock.load_state_dict(autoencoder.widen(narrow, stock.state_dict()))
+    torch.testing.assert_close(stock(z), narrow(z), rtol=1e-4, atol=1e-5)
