@@ -11,7 +11,14 @@ UNET = {
     "use_linear_in_transformer": False, "adm_in_channels": None, "num_classes": None, "use_temporal_attention": False,
     "legacy": False, "image_size": 32,
 }  # fmt: skip
-MMDIT = {"in_channels": 16, "depth": 1, "patch_size": 2, "adm_in_channels": 16, "pos_embed_max_size": 8, "num_patches": 64}
+MMDIT = {
+    "in_channels": 16,
+    "depth": 1,
+    "patch_size": 2,
+    "adm_in_channels": 16,
+    "pos_embed_max_size": 8,
+    "num_patches": 64,
+}
 
 
 def tiny_model(family: str):
