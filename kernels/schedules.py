@@ -10,7 +10,7 @@ from .types import Sigmas
 
 
 def check_sigmas(sigmas: Sigmas) -> Sigmas:
-    """Return `sigmas` unchanged, or raise ValueError: finite, non-negative and strictly decreasing levels are expected."""
+    """Return `sigmas` unchanged; ValueError unless they are finite, not negative and strictly decreasing."""
     if sigmas.ndim != 1 or len(sigmas) < 2:
         raise ValueError(f"A schedule needs at least 2 noise levels in one row, but its shape is {list(sigmas.shape)}.")
     if not torch.isfinite(sigmas).all() or (sigmas < 0).any():

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def _check(file: str, fields: Any) -> Profile:
         isinstance(sigmas, list)
         and 2 <= len(sigmas) <= MOST_LEVELS
         and all(type(s) in (int, float) and 0 < s < math.inf for s in sigmas)
-        and all(a > b for a, b in zip(sigmas, sigmas[1:], strict=False)),
+        and all(a > b for a, b in pairwise(sigmas)),
         '"sigmas" must list at least 2 positive, decreasing noise levels',
     )
     need(fields["space"] == "ve" or sigmas[0] <= 1, "the noise levels of a flow profile are at most 1")

@@ -84,8 +84,8 @@ def _check_fit(profile: Profile, model: NoiseRange) -> None:
             "flow": "flow models (sigma 0 to 1)",
         }
         raise ValueError(
-            f"The schedule '{profile.name}' is for {kinds[profile.space]}, but this MODEL ({model.families[0]}) is one of "
-            f"the {kinds[model.space]}. Choose another one in 'schedule', for example '{next(iter(CLOSED_FORMS))}'."
+            f"The schedule '{profile.name}' is for {kinds[profile.space]}, but this MODEL ({model.families[0]}) is "
+            f"one of the {kinds[model.space]}. Choose another one in 'schedule', such as '{next(iter(CLOSED_FORMS))}'."
         )
     if profile.sigmas[0] > model.sigma_max * 1.01:
         raise ValueError(

@@ -25,9 +25,8 @@ SCHEDULE_TIP = (
 
 
 def _model():
-    return io.Model.Input(
-        "model", tooltip="The model that will be sampled; its family and noise range choose the schedule."
-    )
+    tip = "The model that will be sampled; its family and noise range choose the schedule."
+    return io.Model.Input("model", tooltip=tip)
 
 
 def _steps():
@@ -59,7 +58,7 @@ class AttuneScheduler(io.ComfyNode):
             node_id="AttuneScheduler",
             display_name="Attune Scheduler",
             category=CATEGORY,
-            description="Noise levels that fit the model: published Align Your Steps schedules and the exact KL-optimal one.",
+            description="Noise levels to fit the model: published Align Your Steps, or the exact KL-optimal schedule.",
             search_aliases=["align your steps", "AYS", "sigmas", "scheduler", "kl optimal"],
             inputs=[
                 _model(),
@@ -69,7 +68,7 @@ class AttuneScheduler(io.ComfyNode):
                 io.Latent.Input(
                     "latent",
                     optional=True,
-                    tooltip="The latent that will be sampled. With it, auto prefers the schedule made for the nearest picture size.",
+                    tooltip="The latent to sample: auto then prefers the schedule made for the nearest picture size.",
                 ),
             ],
             outputs=[
@@ -109,7 +108,7 @@ class AttuneKSampler(io.ComfyNode):
                 _schedule(),
                 io.Conditioning.Input("positive", tooltip="What the picture should show."),
                 io.Conditioning.Input("negative", tooltip="What the picture should not show."),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise: an empty one, or a picture for img2img."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise: empty, or a picture for img2img."),
                 _denoise(),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent.")],

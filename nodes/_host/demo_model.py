@@ -1,7 +1,7 @@
 """Tell the host's checkpoint loader what the embedded demo model is.
 
-The host recognises models by the shapes in their state dict. Ours is recognised by one key that no other checkpoint has,
-so the entry can never claim somebody else's file; it is appended last, after all of the host's own.
+The host recognises models by the shapes in their state dict. Ours is recognised by one key that no other checkpoint
+has, so the entry can never claim somebody else's file; it is appended last, after all of the host's own.
 """
 
 from __future__ import annotations

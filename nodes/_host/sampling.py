@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import comfy.samplers
-from torch import Tensor
-
 import nodes as host_nodes
+from torch import Tensor
 
 
 def sampler_names() -> list[str]:

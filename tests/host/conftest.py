@@ -1,94 +1,12 @@
-"""A real ComfyUI in this process: its nodes, its executor, our pack loaded by its own loader."""
+"""The ComfyUI that the host tests share, and its demo model."""
 
 from __future__ import annotations
 
-import asyncio
-import copy
-import os
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-
-
-class Host:
-    """The booted host: `nodes` by id, `run` a prompt graph, `call` a node as the executor would."""
-
-    def __init__(self, folders: Path):
-        comfyui = os.environ["COMFYUI_PATH"]
-        for name in ("output", "temp", "user", "input"):
-            (folders / name).mkdir()
-        sys.path.insert(0, comfyui)
-        own, sys.argv = sys.argv, ["main.py", "--cpu", "--disable-api-nodes", "--base-directory", str(folders)]
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        import utils.extra_config  # noqa: F401 - before `nodes`, which puts comfy/ first on the path and hides utils/
-
-        sys.argv = own
-        import execution
-        import server
-
-        import nodes
-
-        self.before = snapshot()
-        self.root, self.folders, self.nodes, self.execution = ROOT, folders, nodes, execution
-        self.loop = asyncio.new_event_loop()
-        asyncio.set_event_loop(self.loop)
-        server.PromptServer(self.loop)
-        self.loop.run_until_complete(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
-        self.classes_before = set(nodes.NODE_CLASS_MAPPINGS)
-        self.before = snapshot()
-        self.loaded = self.loop.run_until_complete(nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"))
-        self.after = snapshot()
-
-    def call(self, node_id: str, **inputs) -> tuple:
-        node = self.nodes.NODE_CLASS_MAPPINGS[node_id]
-        import torch
-
-        with torch.inference_mode():
-            if hasattr(node, "execute"):
-                return node.execute(**inputs).result
-            return getattr(node(), node.FUNCTION)(**inputs)
-
-    def run(self, prompt: dict) -> dict:
-        """Validate and execute an API-format prompt; the history's outputs, or an AssertionError with its messages."""
-        messages = []
-
-        class Server:
-            client_id, last_node_id, sockets_metadata = "test", None, {}
-
-            def send_sync(self, event, data, sid=None):
-                messages.append((event, data))
-
-        executor = self.execution.PromptExecutor(
-            Server(), cache_type=self.execution.CacheType.CLASSIC, cache_args={"lru": 0, "ram": 0, "ram_inactive": 0}
-        )
-        prompt = copy.deepcopy(prompt)
-        valid, error, outputs, node_errors = self.loop.run_until_complete(
-            self.execution.validate_prompt("test", prompt, None)
-        )
-        assert valid, (error, node_errors)
-        executor.execute(prompt, "test", {"client_id": "test"}, outputs)
-        self.errors = [data["exception_message"] for event, data in messages if event == "execution_error"]
-        assert executor.success, self.errors
-        return executor.history_result["outputs"]
-
-
-def snapshot() -> dict[str, int]:
-    """Identity of every attribute of the host's modules and of the classes defined in them."""
-    seen = {}
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None) or ""
-        if os.environ["COMFYUI_PATH"] not in file or "site-packages" in file:
-            continue
-        for attribute, value in list(vars(module).items()):
-            seen[f"{name}.{attribute}"] = id(value)
-            if isinstance(value, type) and value.__module__ == name:
-                seen |= {f"{name}.{attribute}.{key}": id(item) for key, item in vars(value).items()}
-    return seen
+from comfy_process import Host
 
 
 @pytest.fixture(scope="session")

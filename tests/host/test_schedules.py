@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import comfy_stub
 import pytest
 import torch
+
+import comfy_stub
 
 STEPS = [1, 2, 5, 8, 10, 20, 33]
 

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pictures
 import pytest
+
+import pictures
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parents[2]

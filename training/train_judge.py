@@ -1,0 +1,71 @@
+"""Train the judge of the benchmarks: which object does a picture show? Minutes on one CPU core."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import torch
+import torch.nn.functional as F
+from common import DEVICE, ROOT, assets
+from data import background_colours, compose, load_objects
+from safetensors.torch import save_file
+from torch import Tensor
+
+sys.path.append(str(ROOT / "benchmarks"))
+from judge import SIDE, Judge
+
+
+def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
+    """What a generator may do wrong without changing the object: blur, noise, a colour cast."""
+    b = len(x)
+    soft = F.avg_pool2d(F.pad(x, (2, 2, 2, 2), mode="replicate"), 5, stride=1)
+    x = torch.lerp(x, soft, torch.rand(b, 1, 1, 1, generator=generator))
+    x = x + 0.06 * torch.rand(b, 1, 1, 1, generator=generator) * torch.randn(x.shape, generator=generator)
+    return x * (1 + 0.1 * torch.randn(b, 3, 1, 1, generator=generator)) + 0.04 * torch.randn(
+        b, 3, 1, 1, generator=generator
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=64)
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(0)
+    objects = F.interpolate(load_objects(assets()).float(), (SIDE, SIDE), mode="area").round().to(torch.uint8)
+    palette = background_colours()
+
+    def batch(size: int) -> tuple[Tensor, Tensor]:
+        label = torch.randint(len(objects), (size,), generator=generator)
+        colour = palette[torch.randint(len(palette), (size,), generator=generator)]
+        free = torch.rand(size, 3, generator=generator)
+        colour = torch.where(torch.rand(size, 1, generator=generator) < 0.3, free, colour)
+        return compose(objects[label], colour, generator, SIDE), label
+
+    judge = Judge(len(objects)).to(DEVICE)
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=2e-3, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=args.steps, pct_start=0.1)
+    for step in range(1, args.steps + 1):
+        x, label = batch(args.batch)
+        _, logits = judge(disturb(x, generator).to(DEVICE))
+        loss = F.cross_entropy(logits, label.to(DEVICE), label_smoothing=0.05)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+        if step % 250 == 0 or step == args.steps:
+            with torch.no_grad():
+                x, label = batch(512)
+                right = (judge(x.to(DEVICE))[1].argmax(1).cpu() == label).float().mean()
+            print(f"step {step}: loss {loss.item():.3f}, accuracy on fresh pictures {right:.4f}", flush=True)
+    save_file(
+        {k: v.half().contiguous().cpu() for k, v in judge.state_dict().items()},
+        ROOT / "benchmarks" / "judge.safetensors",
+    )
+
+
+if __name__ == "__main__":
+    main()
