@@ -119,8 +119,7 @@ def users_python(comfyui: Path) -> str:
 def set_up(host: Host, extra: list[str] | None = None, purpose: str = "") -> None:
     """Bring the environment up to date. Every step is skipped when done and repeated when it was cut short."""
     if not host.own:
-        if extra:
-            install(host.python, extra, f"what {purpose} need")
+        check_users_packages(host, extra or [], purpose)
         return
     HOST.mkdir(exist_ok=True)
     free = shutil.disk_usage(HOST).free / 1e9
@@ -173,6 +172,15 @@ def install(python: str, packages: list[str], what: str) -> None:
             f"pip could not install {what}. Look at its last lines above: without a network connection, or with a full "
             "disk, mend that and run the same command again; it continues where it stopped."
         )
+
+
+def check_users_packages(host: Host, packages: list[str], purpose: str) -> None:
+    """Nothing is installed into a user's own Python: say what is missing."""
+    names = [package.split("=")[0].split(">")[0] for package in packages]
+    probe = f"import importlib.util as u; print(*[n for n in {names!r} if u.find_spec(n) is None])"
+    missing = subprocess.run([host.python, "-c", probe], capture_output=True, text=True).stdout.split()
+    if missing:
+        stop(f"{purpose.capitalize()} need {', '.join(missing)}: run {host.python} -m pip install {' '.join(missing)}")
 
 
 def repair_torchvision(python: str) -> None:

@@ -2,8 +2,8 @@
 
 python dev.py bench aligned_schedule [--steps 8] [--sampler dpmpp_2m] [--seeds 48]
 
-For every prompt and seed the reference is the same noise sampled with 100 karras steps. The error of a schedule is the mean
-squared difference of the final latents. Mean and standard error over three disjoint groups of seeds; all schedules see
+For every prompt and seed the reference is the same noise sampled with 100 karras steps. The error of a schedule is the
+mean squared difference of the final latents. Mean and standard error over disjoint groups of seeds; all schedules see
 the same noise. Writes docs/aligned_schedule.json and, for the picture in the README, docs/aligned_schedule.jpg.
 """
 

@@ -69,10 +69,14 @@ def test_without_one_the_running_python_is_used(dev, tmp_path):
     assert dev.Host(str(tmp_path)).python == sys.executable
 
 
-def test_a_users_own_comfyui_is_never_installed_into(dev, tmp_path, failing):
+def test_a_users_own_comfyui_is_never_installed_into(dev, tmp_path, monkeypatch):
     (tmp_path / "main.py").touch()
-    dev.set_up(dev.Host(str(tmp_path)))
-    assert failing == []
+    monkeypatch.setattr(dev, "install", None)
+    host = dev.Host(str(tmp_path))
+    dev.set_up(host)
+    dev.set_up(host, ["json", "sys"], "the tests")
+    with pytest.raises(SystemExit, match=r"The tests need no_such_package: run .* -m pip install no_such_package"):
+        dev.set_up(host, ["no_such_package>=3", "json"], "the tests")
 
 
 def test_a_full_disk_is_said_before_anything_is_downloaded(dev, monkeypatch, failing):

@@ -41,3 +41,30 @@ def test_the_demo_checkpoints_are_in_the_stock_loaders_list(host):
     import folder_paths
 
     assert "attune_demo.safetensors" in folder_paths.get_filename_list("checkpoints")
+
+
+def test_the_registry_reads_our_project_file(host):
+    from comfy_config import config_parser
+
+    config = config_parser.extract_node_configuration(str(host.root))
+    assert config.project.name == "attune" and config.project.version and config.project.description
+    assert config.project.urls.repository.startswith("https://")
+    assert config.tool_comfy.display_name == "Attune" and config.tool_comfy.icon.endswith(".png")
+    assert config.tool_comfy.includes == ["models/weights", "models/profiles"]
+    assert 'requires-comfyui = ">=0.3.64"' in (host.root / "pyproject.toml").read_text("utf-8")
+
+
+def test_requirements_install_nothing(host):
+    lines = (host.root / "requirements.txt").read_text("utf-8").splitlines()
+    assert [line for line in lines if line.strip() and not line.startswith("#")] == []
+
+
+def test_a_broken_node_file_leaves_its_traceback_in_the_log(host, tmp_path, caplog):
+    """The host itself would print only the message."""
+    pack = tmp_path / "attune_broken"
+    (pack / "nodes").mkdir(parents=True)
+    (pack / "__init__.py").write_text((host.root / "__init__.py").read_text("utf-8"))
+    (pack / "nodes" / "__init__.py").write_text("raise RuntimeError('boom in our file')")
+    assert not host.loop.run_until_complete(host.nodes.load_custom_node(str(pack), module_parent="custom_nodes"))
+    assert "could not load its nodes" in caplog.text
+    assert "boom in our file" in caplog.text and "Traceback" in caplog.text
