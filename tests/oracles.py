@@ -7,17 +7,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pack.kernels.analytic import Gaussian
+from pack.kernels.space import NoiseSpace
 
-class Gaussian:
-    """Clean latents ~ N(0, std^2), independently per element, seen through either noise convention."""
 
-    def __init__(self, std: float, alpha):
-        self.std, self.alpha = std, alpha  # alpha: sigma -> weight of the clean latent
-
-    def denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """E[x0 | x] for x = alpha x0 + sigma eps."""
-        a = self.alpha(sigma)
-        return a * self.std**2 * x / (a**2 * self.std**2 + sigma**2)
+def gaussian(std: float, space: NoiseSpace) -> Gaussian:
+    """Clean latents ~ N(0, std^2), one element, float64."""
+    return Gaussian(torch.zeros(1, dtype=torch.float64), torch.tensor([std], dtype=torch.float64), space)
 
 
 def euler(denoise, x: Tensor, sigmas: Tensor) -> Tensor:
@@ -27,8 +23,8 @@ def euler(denoise, x: Tensor, sigmas: Tensor) -> Tensor:
     return x
 
 
-def end_std(gaussian: Gaussian, sigmas: Tensor) -> float:
+def end_std(target: Gaussian, sigmas: Tensor) -> float:
     """Standard deviation of Euler's output, exactly: the map is linear, so one unit of start is enough."""
     first = sigmas[0]
-    start = torch.sqrt(gaussian.alpha(first) ** 2 * gaussian.std**2 + first**2)
-    return float(euler(gaussian.denoise, start, sigmas))
+    start = torch.sqrt(target.space.alpha(first) ** 2 * target.std**2 + first**2)
+    return float(euler(target.denoise, start, sigmas))

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from oracles import Gaussian, end_std
+from oracles import end_std, gaussian
 from pack.kernels.ays import kl_optimal
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
@@ -23,25 +23,25 @@ def test_each_step_multiplies_the_spread_by_the_cosine_of_its_angle(space, first
     sigmas = kl_optimal(steps, first, space, c)
     angle = float(space.angle(torch.tensor(first, dtype=torch.float64), c))
     want = c * math.cos(angle / steps) ** steps
-    assert end_std(Gaussian(c, space.alpha), sigmas) == pytest.approx(want, rel=1e-9, abs=1e-12)
+    assert end_std(gaussian(c, space), sigmas) == pytest.approx(want, rel=1e-9, abs=1e-12)
 
 
 @SPACES
 def test_no_neighbouring_schedule_keeps_more_of_the_spread(space, first):
-    gaussian = Gaussian(1.0, space.alpha)
+    target = gaussian(1.0, space)
     best = kl_optimal(6, first, space)
-    top = end_std(gaussian, best)
+    top = end_std(target, best)
     for i in range(1, 6):
         for factor in (0.97, 1.03):
             other = best.clone()
             other[i] *= factor
-            assert end_std(gaussian, check_sigmas(other)) < top
+            assert end_std(target, check_sigmas(other)) < top
 
 
 def test_flow_levels_of_eight_steps():
     want = [1, 0.834089, 0.707107, 0.599456, 0.5, 0.400544, 0.292893, 0.165911, 0]
     torch.testing.assert_close(kl_optimal(8, 1.0, FLOW), torch.tensor(want, dtype=torch.float64), rtol=0, atol=5e-7)
-    assert end_std(Gaussian(1.0, FLOW.alpha), kl_optimal(8, 1.0, FLOW)) == pytest.approx(0.856232, abs=5e-7)
+    assert end_std(gaussian(1.0, FLOW), kl_optimal(8, 1.0, FLOW)) == pytest.approx(0.856232, abs=5e-7)
 
 
 def test_a_smaller_spread_puts_more_steps_at_low_noise():

@@ -1,0 +1,123 @@
+"""Distributions whose denoiser is known exactly: oracles for tests, benchmarks without a network, self-checks.
+
+Every class answers `denoise(x, sigma)` = E[x0 | x] for x = alpha(sigma) x0 + sigma eps in the given noise space, with x
+[b ...] and sigma [] or [b], and draws clean latents with `sample(n, generator)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .space import NoiseSpace
+from .types import Latent, Sigma
+
+
+def _as_column(value: Tensor, x: Tensor) -> Tensor:
+    """[] or [b] -> broadcastable against x [b ...], in its dtype."""
+    return value.to(x).reshape(-1, *[1] * (x.ndim - 1)) if value.ndim else value.to(x)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Clean latents ~ N(mean, std^2), independently per element; mean and std broadcast over the latent's shape."""
+
+    mean: Tensor
+    std: Tensor
+    space: NoiseSpace
+
+    def sample(self, n: int, generator: torch.Generator) -> Latent:
+        shape = torch.broadcast_shapes(self.mean.shape, self.std.shape)
+        return self.mean + self.std * torch.randn(n, *shape, generator=generator, dtype=self.std.dtype)
+
+    def denoise(self, x: Latent, sigma: Sigma) -> Latent:
+        alpha, sigma = _as_column(self.space.alpha(sigma), x), _as_column(sigma, x)
+        gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
+        return self.mean + gain * (x - alpha * self.mean)
+
+    def flow(self, x: Latent, sigma: Sigma, sigma_next: Sigma) -> Latent:
+        """Where the exact probability-flow ODE takes x: its deviation scales with the marginal's spread."""
+
+        def marginal(s: Sigma) -> tuple[Tensor, Tensor]:
+            alpha, s = _as_column(self.space.alpha(s), x), _as_column(s, x)
+            return alpha * self.mean, (alpha**2 * self.std**2 + s**2).sqrt()
+
+        (mean, spread), (mean_next, spread_next) = marginal(sigma), marginal(sigma_next)
+        return mean_next + (x - mean) * spread_next / spread
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Clean latents from k isotropic Gaussians in d dimensions: weights [k], means [k d], stds [k]."""
+
+    weights: Tensor
+    means: Tensor
+    stds: Tensor
+    space: NoiseSpace
+
+    def sample(self, n: int, generator: torch.Generator) -> Latent:
+        k = torch.multinomial(self.weights, n, replacement=True, generator=generator)
+        noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
+        return self.means[k] + self.stds[k, None] * noise
+
+    def log_density(self, x: Latent, sigma: Sigma) -> Tensor:
+        """ln p(x; sigma), [b]: each component is a Gaussian around alpha * mean."""
+        return torch.logsumexp(self._log_parts(x, sigma), dim=1)
+
+    def denoise(self, x: Latent, sigma: Sigma) -> Latent:
+        alpha, variance = self._alpha_and_variance(x, sigma)
+        gain = alpha * self.stds**2 / variance  # [b k]
+        each = self.means + gain[..., None] * (x[:, None] - alpha[..., None] * self.means)  # [b k d]
+        return (self._log_parts(x, sigma).softmax(dim=1)[..., None] * each).sum(dim=1)
+
+    def _alpha_and_variance(self, x: Latent, sigma: Sigma) -> tuple[Tensor, Tensor]:
+        s = sigma.to(x).expand(len(x))[:, None]
+        alpha = self.space.alpha(s)
+        return alpha, alpha**2 * self.stds**2 + s**2
+
+    def _log_parts(self, x: Latent, sigma: Sigma) -> Tensor:
+        alpha, variance = self._alpha_and_variance(x, sigma)
+        far = (x[:, None] - alpha[..., None] * self.means).square().sum(dim=2)  # [b k]
+        d = x.shape[1]
+        return self.weights.log() - far / (2 * variance) - d / 2 * (2 * torch.pi * variance).log()
+
+
+@dataclass(frozen=True)
+class PowerLawField:
+    """Gaussian pictures with a 1/f spectrum, the statistics of natural images: std of frequency f is (1 + f)^-decay.
+
+    Latents are [b c side side]; the orthonormal Fourier transform makes the elements independent, and white noise stays
+    white in it, so denoising is one gain per frequency. `scale` sets the mean square of a latent to 1.
+    """
+
+    channels: int
+    side: int
+    space: NoiseSpace
+    decay: float = 1.0
+
+    def stds(self) -> Tensor:
+        """Standard deviation per frequency, float64 [side side]."""
+        f = torch.fft.fftfreq(self.side, dtype=torch.float64) * self.side
+        std = (1 + torch.hypot(f[:, None], f[None])) ** -self.decay
+        return std / std.square().mean().sqrt()
+
+    def sample(self, n: int, generator: torch.Generator) -> Latent:
+        white = torch.randn(n, self.channels, self.side, self.side, generator=generator, dtype=torch.float64)
+        return self._filter(white, self.stds())
+
+    def denoise(self, x: Latent, sigma: Sigma) -> Latent:
+        alpha, sigma = _as_column(self.space.alpha(sigma), x), _as_column(sigma, x)
+        variance = self.stds().to(x) ** 2
+        return self._filter(x, alpha * variance / (alpha**2 * variance + sigma**2))
+
+    @staticmethod
+    def _filter(x: Latent, gain: Tensor) -> Latent:
+        return torch.fft.ifft2(torch.fft.fft2(x) * gain).real
+
+
+def gaussian_kl(std_out: Tensor, std: Tensor) -> Tensor:
+    """KL(N(0, std^2) || N(0, std_out^2)) in nats, summed over the elements: a sampler's spread against the data's."""
+    ratio = (std / std_out) ** 2
+    return 0.5 * (ratio - 1 - ratio.log()).sum()
