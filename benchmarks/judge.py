@@ -36,9 +36,13 @@ class Judge(nn.Module):
         self.neck = nn.Linear(192 * 16, FEATURES)
         self.head = nn.Linear(FEATURES, objects)
 
+    @staticmethod
+    def fit(pictures: Tensor) -> Tensor:
+        """The pictures at the side that the judge knows."""
+        return pictures if pictures.shape[-1] == SIDE else F.interpolate(pictures, (SIDE, SIDE), mode="area")
+
     def features(self, pictures: Tensor) -> Tensor:
-        x = pictures if pictures.shape[-1] == SIDE else F.interpolate(pictures, (SIDE, SIDE), mode="area")
-        return self.neck(self.body(x * 2 - 1).flatten(1))
+        return self.neck(self.body(self.fit(pictures) * 2 - 1).flatten(1))
 
     def forward(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         features = self.features(pictures)

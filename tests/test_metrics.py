@@ -1,0 +1,112 @@
+"""Metrics against closed forms and against what must never happen."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from metrics import (
+    coverage,
+    frechet,
+    kernel_distance,
+    perceptual_distance,
+    precision_recall,
+    psnr,
+    rank_stability,
+)
+
+from judge import load_judge
+
+
+def normal(n, d, seed, mean=0.0, std=1.0):
+    return mean + std * torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def whitened(n, d, seed):
+    """A sample whose mean is exactly 0 and whose covariance is exactly 1."""
+    x = normal(n, d, seed)
+    x = x - x.mean(0)
+    return x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T).reshape(d, d))).T
+
+
+@pytest.mark.parametrize("d", [1, 3, 8])
+def test_frechet_of_gaussians_is_the_closed_form(d):
+    a, b = whitened(200, d, 0), whitened(300, d, 1)
+    std = torch.linspace(0.5, 3, d, dtype=torch.float64)
+    want = 0.7**2 * d + float((1 - std).square().sum())
+    assert frechet(a, b * std + 0.7) == pytest.approx(want, rel=1e-9)
+
+
+def test_frechet_of_correlated_gaussians_agrees_with_a_matrix_square_root():
+    from scipy.linalg import sqrtm
+
+    mix = normal(4, 4, 3)
+    a, b = normal(500, 4, 0), normal(400, 4, 1) @ mix + 0.3
+    cov_a, cov_b = torch.cov(a.T).numpy(), torch.cov(b.T).numpy()
+    root = sqrtm(cov_a @ cov_b).real
+    want = float((a.mean(0) - b.mean(0)).square().sum()) + np.trace(cov_a + cov_b - 2 * root)
+    assert frechet(a, b) == pytest.approx(want, rel=1e-6)
+
+
+def test_frechet_is_zero_for_the_same_set_and_symmetric():
+    a, b = normal(100, 6, 0), normal(100, 6, 1, 0.5)
+    assert abs(frechet(a, a)) < 1e-9
+    assert frechet(a, b) == pytest.approx(frechet(b, a))
+
+
+def test_kernel_distance_is_unbiased_around_zero_and_grows_with_the_shift():
+    same = [kernel_distance(normal(60, 5, 2 * i), normal(60, 5, 2 * i + 1)) for i in range(60)]
+    standard_error = np.std(same) / len(same) ** 0.5
+    assert abs(np.mean(same)) < 3 * standard_error
+    shifted = [kernel_distance(normal(60, 5, 0), normal(60, 5, 1, shift)) for shift in (0.3, 0.6, 1.2)]
+    assert 0 < shifted[0] < shifted[1] < shifted[2]
+
+
+def test_psnr_of_a_known_error():
+    a = torch.zeros(2, 3, 8, 8)
+    b = a.clone()
+    b[1] += 0.1
+    assert psnr(a, b)[0] == math.inf and float(psnr(a, b)[1]) == pytest.approx(20)
+
+
+def test_perceptual_distance_is_zero_for_equals_and_larger_for_another_shape_than_for_a_shift():
+    judge = load_judge()
+    y, x = torch.meshgrid(torch.arange(128), torch.arange(128), indexing="ij")
+
+    def disc(cx, square=False):
+        far = (
+            torch.maximum((x - cx).abs(), (y - 64).abs()) if square else torch.hypot((x - cx).float(), (y - 64).float())
+        )
+        return torch.where((far < 36)[None], torch.tensor([0.9, 0.1, 0.1])[:, None, None], torch.ones(3, 1, 1))[None]
+
+    same, moved, other = (float(perceptual_distance(judge, disc(64), p)) for p in (disc(64), disc(66), disc(64, True)))
+    assert same == 0 and 0 < moved < other
+
+
+def test_precision_falls_for_wrong_pictures_and_recall_for_lost_variety():
+    real = normal(300, 2, 0)
+    assert min(precision_recall(real, normal(300, 2, 1))) > 0.9
+    wrong = torch.cat([normal(150, 2, 1), normal(150, 2, 2, 30.0)])
+    precision, _ = precision_recall(real, wrong)
+    assert precision == pytest.approx(0.5, abs=0.06)
+    narrow = normal(300, 2, 1, 0.0, 0.2)
+    precision, recall = precision_recall(real, narrow)
+    assert precision > 0.95 and recall < 0.3
+
+
+def test_coverage_counts_the_modes_that_were_reached():
+    modes = torch.tensor([[0.0, 0.0], [50.0, 0.0], [0.0, 50.0], [50.0, 50.0]]).double()
+    real = torch.cat([normal(50, 2, i) + modes[i] for i in range(4)])
+    fake = torch.cat([normal(100, 2, 10 + i) + modes[i] for i in range(2)])
+    assert coverage(real, fake) == pytest.approx(0.5, abs=0.06)
+
+
+def test_more_samples_make_a_ranking_stabler_and_a_clear_winner_is_always_found():
+    noise = normal(5, 200, 0)
+    close = noise + torch.linspace(0, 0.5, 5)[:, None].double()
+    few, many = rank_stability(close, 4), rank_stability(close, 150)
+    assert few[0] < many[0] <= 1 and few[1] < many[1]
+    clear = noise + 100 * torch.arange(5)[:, None].double()
+    assert rank_stability(clear, 2) == (1.0, 1.0)
