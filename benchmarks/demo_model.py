@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from harness import article
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -54,10 +55,6 @@ class Painter:
         )  # fmt: skip
         (pictures,) = self.host.call("VAEDecode", samples=latent, vae=self.vae)
         return pictures.permute(0, 3, 1, 2)
-
-
-def article(name: str) -> str:
-    return "an" if name[0] in "aeiou" else "a"
 
 
 def prompt_following(painter: Painter, pictures: int) -> dict:

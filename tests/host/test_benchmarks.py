@@ -14,7 +14,19 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = {
     "demo_model": ["--pictures", "6"],
-    "aligned_schedule": ["--seeds", "8", "--groups", "2"],
+    "schedules": [
+        "--tasks",
+        "8",
+        "--groups",
+        "2",
+        "--samplers",
+        "dpmpp_2m",
+        "--steps",
+        "5",
+        "--models",
+        "unet",
+        "flow",
+    ],
 }
 
 
@@ -47,8 +59,15 @@ def test_the_demo_models_numbers_and_pictures(tmp_path):
 
 @pytest.mark.host
 def test_the_schedules_are_ranked_and_ours_equal_the_builtin_ones(tmp_path):
-    printed = run("aligned_schedule", tmp_path, *SMOKE["aligned_schedule"])
-    rows = {row["schedule"]: row for row in json.loads((tmp_path / "aligned_schedule.json").read_text())["rows"]}
+    (tmp_path / "schedules.md").write_text(
+        "before <!-- measured: python dev.py bench schedules --> old <!-- end --> after"
+    )
+    printed = run("schedules", tmp_path, *SMOKE["schedules"])
+    unet, flow = json.loads((tmp_path / "schedules.json").read_text())
+    rows = {row["schedule"]: row for row in unet["rows"]}
     assert rows["auto"]["error"] == pytest.approx(rows["core AYS"]["error"], rel=1e-3)
-    assert len(rows) == 13 and "| normal |" in printed
-    assert Image.open(tmp_path / "aligned_schedule.jpg").size == (1024, 256)
+    assert len(rows) == 13 and len(flow["rows"]) == 11 and rows["normal"]["relative_time"] == 1
+    assert all(row["calls"] == 5 for row in rows.values())
+    page = (tmp_path / "schedules.md").read_text()
+    assert page.startswith("before ") and page.endswith(" after") and " old " not in page and "| normal |" in page
+    assert "| normal |" in printed and Image.open(tmp_path / "aligned_schedule.jpg").size == (1024, 256)
