@@ -2,9 +2,9 @@
 
 python dev.py bench demo_model [--pictures 512] [--flow]
 
-Draws through the real host (CheckpointLoaderSimple, CLIPTextEncode, KSampler, VAEDecode): every object of the list
-in turn, backgrounds in turn, three disjoint groups of seeds. The judge that names the objects never saw a generated
-picture. Writes docs/demo_model.json and the sample grids beside it.
+Draws through the real host: every object in turn, backgrounds in turn, three disjoint groups of seeds. The judge that
+names the objects never saw a generated picture. Writes docs/demo_model.json, the sample grids beside it, and the
+measured part of the model card.
 """
 
 from __future__ import annotations
@@ -16,129 +16,98 @@ import time
 from pathlib import Path
 
 import torch
-from harness import article
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from comfy_process import ROOT, Host
+from harness import CACHE, Cell, Lab, Task, prompt, tasks
 from judge import BACKGROUNDS, OBJECTS, corner_colours, load_judge, nearest_background
 
 GROUPS = 3
 FACTS = json.loads((ROOT / "models" / "weights" / "attune_demo.json").read_text("utf-8"))
 BEGIN, END = "<!-- measured: python dev.py bench demo_model -->", "<!-- end -->"
-GRID_PROMPTS = [
-    "a red apple on a white background", "a cat on a black background", "a rocket on a dark blue background",
-    "a sunflower on a light blue background", "a panda on a green background", "a red heart on a pink background",
-    "a guitar on a beige background", "a penguin on an orange background",
+GRID = [
+    ("red apple", "white"), ("cat", "black"), ("rocket", "dark blue"), ("sunflower", "light blue"), ("panda", "green"),
+    ("red heart", "pink"), ("guitar", "beige"), ("penguin", "orange"),
 ]  # fmt: skip
 
 
-class Painter:
-    """Prompts to pictures with one of the demo models, through stock nodes."""
-
-    def __init__(self, host: Host, flow: bool):
-        self.host = host
-        self.model, self.clip, self.vae = host.call("CheckpointLoaderSimple", ckpt_name="attune_demo.safetensors")
-        if flow:
-            self.model, _, self.vae = host.call("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")
-        self.empty = self.encode("")
-
-    def encode(self, text: str):
-        return self.host.call("CLIPTextEncode", clip=self.clip, text=text)[0]
-
-    def draw(self, text: str, seed: int, steps: int = 20, cfg: float = 3.0, batch: int = 1) -> Tensor:
-        """[batch 3 128 128] in 0..1, Euler on the model's stock "normal" schedule."""
-        (latent,) = self.host.call("EmptyLatentImage", width=128, height=128, batch_size=batch)
-        (latent,) = self.host.call(
-            "KSampler", model=self.model, seed=seed, steps=steps, cfg=cfg, sampler_name="euler", scheduler="normal",
-            positive=self.encode(text), negative=self.empty, latent_image=latent, denoise=1.0,
-        )  # fmt: skip
-        (pictures,) = self.host.call("VAEDecode", samples=latent, vae=self.vae)
-        return pictures.permute(0, 3, 1, 2)
-
-
-def prompt_following(painter: Painter, pictures: int) -> dict:
-    """Share of pictures whose object and background are those of the prompt, with the spread over groups of seeds."""
-    judge, names = load_judge(), list(BACKGROUNDS)
-    groups, per_object = [], torch.zeros(len(OBJECTS), 2)
-    for group in range(GROUPS):
-        right_object = right_background = 0
-        for i in range(pictures // GROUPS):
-            o, b = i % len(OBJECTS), (7 * i + i // len(OBJECTS) + group) % len(names)
-            text = f"{article(OBJECTS[o])} {OBJECTS[o]} on {article(names[b])} {names[b]} background"
-            picture = painter.draw(text, seed=100_000 * group + i)
-            hit = int(judge(picture)[1].argmax()) == o
-            right_object += hit
-            right_background += int(nearest_background(picture)) == b
-            per_object[o] += torch.tensor([float(hit), 1.0])
-            if i % 32 == 0:
-                print(f"\rgroup {group + 1}/{GROUPS}: {i}/{pictures // GROUPS}", end="", flush=True)
-        n = pictures // GROUPS
-        groups.append({"object": right_object / n, "background": right_background / n})
-        print(f"\rgroup {group + 1}/{GROUPS}: object {right_object / n:.3f}, background {right_background / n:.3f}")
-    share = per_object[:, 0] / per_object[:, 1].clamp(min=1)
+def prompt_following(lab: Lab, model: str, count: int) -> dict:
+    """Share of pictures whose object and background are those of the prompt, per group of seeds and per object."""
+    work = tasks(count)
+    pictures = draw(lab, model, work, 20)
+    objects = torch.cat([load_judge()(part)[1].argmax(1) for part in pictures.split(32)])
+    right = objects == torch.tensor([t.obj for t in work])
+    right_background = nearest_background(pictures) == torch.tensor([t.background for t in work])
+    groups = [
+        {"object": float(o.float().mean()), "background": float(b.float().mean())}
+        for o, b in zip(right.chunk(GROUPS), right_background.chunk(GROUPS), strict=True)
+    ]
+    share = [float(right[[t.obj == i for t in work]].float().mean()) for i in range(len(OBJECTS))]
     return {
-        "pictures": pictures // GROUPS * GROUPS,
-        "groups": groups,
-        "objects_mostly_right": int((share >= 0.5).sum()),
-        "objects": {name: round(float(s), 2) for name, s in zip(OBJECTS, share, strict=True)},
-    }
+        "pictures": count, "groups": groups, "objects_mostly_right": sum(s >= 0.5 for s in share),
+        "objects": {name: round(s, 2) for name, s in zip(OBJECTS, share, strict=True)},
+    }  # fmt: skip
 
 
-def brightness(painter: Painter, per_word: int = 12) -> dict:
-    """Mean corner brightness (0..1) for the background words at 50 steps, against the training colours."""
+def brightness(lab: Lab, model: str, per_word: int) -> dict:
+    """Mean corner brightness (0..1) for the grey background words at 50 steps, against the training colours."""
     rows = {}
     for word in ("black", "dark gray", "gray", "light gray", "white"):
-        objects = [OBJECTS[i * len(OBJECTS) // per_word] for i in range(per_word)]
-        got = [
-            float(corner_colours(painter.draw(f"{article(o)} {o} on a {word} background", seed=i, steps=50)).mean())
-            for i, o in enumerate(objects)
-        ]
-        got_t = torch.tensor(got)
+        index = list(BACKGROUNDS).index(word)
+        work = [Task(i * len(OBJECTS) // per_word, index, i) for i in range(per_word)]
+        got = corner_colours(draw(lab, model, work, 50)).mean(dim=1)
         rows[word] = {
-            "data": round(sum(BACKGROUNDS[word]) / 765, 4), "samples": round(float(got_t.mean()), 4),
-            "std": round(float(got_t.std()), 4), "n": per_word,
+            "data": round(sum(BACKGROUNDS[word]) / 765, 4), "samples": round(float(got.mean()), 4),
+            "std": round(float(got.std()), 4), "n": per_word,
         }  # fmt: skip
-        print(word, rows[word])
     return rows
 
 
-def speed(painter: Painter, repeats: int = 5) -> dict:
-    """Seconds per 20-step picture with CFG and decoding, batch 1; minimum and median of `repeats`."""
-    painter.draw("warm up", seed=0, steps=2)
-    times = []
-    for i in range(repeats):
+def draw(lab: Lab, model: str, work: list[Task], steps: int) -> Tensor:
+    """[n 3 128 128] in 0..1: Euler on the model's stock "normal" levels, CFG 3."""
+    cell = Cell(model, "euler", lab.sigmas(model, "normal", steps))
+    print(f"{len(work)} pictures of {steps} steps", flush=True)
+    return lab.pictures(model, lab.run(cell, work).latents)
+
+
+def speed(lab: Lab, model: str, repeats: int = 5) -> dict:
+    """Seconds per 20-step picture, one at a time, through KSampler and VAEDecode; minimum and median of `repeats`."""
+    call, times = lab.host.call, []
+    positive, negative = lab.conditioning(["a cat on a black background"]), lab.conditioning([""])
+    channels = lab.models[model].get_model_object("latent_format").latent_channels
+    for seed in range(repeats + 1):
         began = time.perf_counter()
-        painter.draw("a cat on a black background", seed=i)
+        (latent,) = call(
+            "KSampler", model=lab.models[model], seed=seed, steps=20, cfg=3.0, sampler_name="euler", scheduler="normal",
+            positive=positive, negative=negative, denoise=1.0,
+            latent_image={"samples": torch.zeros(1, channels, 16, 16)},
+        )  # fmt: skip
+        call("VAEDecode", samples=latent, vae=lab.vaes[model])
         times.append(time.perf_counter() - began)
-    return {
-        "min": round(min(times), 2),
-        "median": round(sorted(times)[repeats // 2], 2),
-        "threads": torch.get_num_threads(),
-    }
+    times = sorted(times[1:])  # the first one loads the model
+    return {"min": round(times[0], 2), "median": round(times[repeats // 2], 2), "threads": torch.get_num_threads()}
 
 
-def grid(painter: Painter, path: Path, steps: int = 50, columns: int = 4) -> None:
-    """Each row one prompt, `columns` seeds, the prompt written beside it."""
-    canvas = Image.new("RGB", (300 + 128 * columns, 128 * len(GRID_PROMPTS)), "white")
-    for row, text in enumerate(GRID_PROMPTS):
-        ImageDraw.Draw(canvas).text((8, 128 * row + 56), text, fill="black")
-        for column, picture in enumerate(painter.draw(text, seed=row, steps=steps, batch=columns)):
-            array = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
-            canvas.paste(Image.fromarray(array), (300 + 128 * column, 128 * row))
-    canvas.save(path, quality=88)
+def sheet(pictures: Tensor, columns: int, side: int = 128) -> Image.Image:
+    """Pictures in rows, left to right."""
+    canvas = Image.new("RGB", (side * columns, side * -(-len(pictures) // columns)))
+    for i, picture in enumerate((pictures * 255).round().byte().permute(0, 2, 3, 1).numpy()):
+        tile = Image.fromarray(picture).resize((side, side), Image.LANCZOS)
+        canvas.paste(tile, (side * (i % columns), side * (i // columns)))
+    return canvas
 
 
-def vocabulary_grid(painter: Painter, path: Path, columns: int = 16) -> None:
-    """Every object once, backgrounds in turn."""
-    names = list(BACKGROUNDS)
-    canvas = Image.new("RGB", (96 * columns, 96 * -(-len(OBJECTS) // columns)))
-    for i, name in enumerate(OBJECTS):
-        word = names[7 * i % len(names)]
-        picture = painter.draw(f"{article(name)} {name} on {article(word)} {word} background", seed=i)[0]
-        tile = Image.fromarray((picture.permute(1, 2, 0) * 255).round().byte().numpy()).resize((96, 96), Image.LANCZOS)
-        canvas.paste(tile, (96 * (i % columns), 96 * (i // columns)))
-    canvas.save(path, quality=85)
+def samples(lab: Lab, model: str, columns: int = 4) -> Image.Image:
+    """Each row one prompt at 50 steps, `columns` seeds, the prompt written beside it."""
+    rows = [(OBJECTS.index(o), list(BACKGROUNDS).index(b)) for o, b in GRID]
+    work = [Task(o, b, 10 * row + column) for row, (o, b) in enumerate(rows) for column in range(columns)]
+    pictures = sheet(draw(lab, model, work, 50), columns)
+    canvas = Image.new("RGB", (260 + pictures.width, pictures.height), "white")
+    canvas.paste(pictures, (260, 0))
+    for row, (o, b) in enumerate(rows):
+        ImageDraw.Draw(canvas).text((8, 128 * row + 56), prompt(o, b), fill="black")
+    return canvas
 
 
 def loss_curves(path: Path) -> None:
@@ -198,23 +167,28 @@ def write_card(out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=3 * len(OBJECTS))
+    parser.add_argument("--per-word", type=int, default=16, help="pictures per brightness word")
     parser.add_argument("--flow", action="store_true", help="the flow model instead of the UNet")
+    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
-    name = "demo_model_flow" if args.flow else "demo_model"
+    name, model = ("demo_model_flow", "flow") if args.flow else ("demo_model", "unet")
     with tempfile.TemporaryDirectory() as folder:
-        painter = Painter(Host(Path(folder)), args.flow)
-        result = {"seconds_per_20_step_picture": speed(painter)}
-        grid(painter, args.out / f"{name}_samples.jpg")
-        vocabulary_grid(painter, args.out / f"{name}_vocabulary.jpg")
-        result["prompt_following"] = prompt_following(painter, args.pictures)
-        result["brightness"] = brightness(painter)
+        lab = Lab(Host(Path(folder)), args.cache)
+        result = {
+            "seconds_per_20_step_picture": speed(lab, model),
+            "prompt_following": prompt_following(lab, model, args.pictures),
+            "brightness": brightness(lab, model, args.per_word),
+        }
+        samples(lab, model).save(args.out / f"{name}_samples.jpg", quality=88)
+        everything = [Task(i, 7 * i % len(BACKGROUNDS), i) for i in range(len(OBJECTS))]
+        sheet(draw(lab, model, everything, 20), 16, 96).save(args.out / f"{name}_vocabulary.jpg", quality=85)
     (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     loss_curves(args.out / "demo_model_loss.png")
     write_card(args.out)
-    following = result["prompt_following"]
-    print(f"objects mostly right: {following['objects_mostly_right']} of {len(OBJECTS)}")
-    print(json.dumps(result["seconds_per_20_step_picture"]))
+    groups = result["prompt_following"].pop("groups")
+    result["prompt_following"].pop("objects")
+    print(json.dumps(groups), json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Sample many prompts with many settings through the real host, once: every result is cached by what it depends on.
 
-A `Cell` names a model, a sampler and its noise levels. `Lab.run(cell)` returns the final latents of a fixed set of
-prompts and seeds, batch by batch through the host's own SamplerCustomAdvanced, and keeps them in `.host/bench/` under a
-hash of everything that could change them. An interrupted benchmark continues where it stopped, and an expensive
-reference is computed once for all benchmarks.
+A `Cell` names a model, a sampler and its noise levels. `Lab.run(cell, tasks)` returns the final latents of its tasks,
+batch by batch through the host's own SamplerCustomAdvanced, and keeps them in `.host/bench/` under a hash of everything
+that could change them. An interrupted benchmark continues where it stopped, and an expensive reference is computed once
+for all benchmarks.
 """
 
 from __future__ import annotations
@@ -87,55 +87,53 @@ class _Noise:
 class Lab:
     """The host, the demo models and the cache."""
 
-    def __init__(self, host: Host, work: list[Task], cache: Path = CACHE):
-        self.host, self.work, self.cache = host, work, cache
+    def __init__(self, host: Host, cache: Path = CACHE):
+        self.host, self.cache = host, cache
         self.cache.mkdir(parents=True, exist_ok=True)
         self.models, self.vaes, self.digests = {}, {}, {}
         for name, file in WEIGHTS.items():
             self.models[name], clip, self.vaes[name] = host.call("CheckpointLoaderSimple", ckpt_name=file)
             self.clip = clip or self.clip
             self.digests[name] = hashlib.sha256((ROOT / "models" / "weights" / file).read_bytes()).hexdigest()
-        self.encoded = {text: self._encode(text) for text in {"", *(prompt(t.obj, t.background) for t in work)}}
 
-    def _encode(self, text: str) -> tuple[Tensor, Tensor]:
-        ((context, extra),) = self.host.call("CLIPTextEncode", clip=self.clip, text=text)[0]
-        return context, extra["pooled_output"]
+    def conditioning(self, texts: list[str]) -> list:
+        """One CONDITIONING whose batch holds the encoded prompts, [n tokens width]."""
+        encoded = [self.host.call("CLIPTextEncode", clip=self.clip, text=text)[0][0] for text in texts]
+        pooled = [extra["pooled_output"] for _, extra in encoded]
+        return [[torch.cat([context for context, _ in encoded]), {"pooled_output": torch.cat(pooled)}]]
 
-    def _conditioning(self, texts: list[str]) -> list:
-        contexts, pooled = zip(*(self.encoded[text] for text in texts), strict=True)
-        return [[torch.cat(contexts), {"pooled_output": torch.cat(pooled)}]]
-
-    def run(self, cell: Cell, say: Callable[[str], None] = lambda _: None) -> Drawn:
+    def run(self, cell: Cell, work: list[Task], say: Callable[[str], None] = lambda _: None) -> Drawn:
         """The cell's latents for all tasks, from the cache where it has them."""
-        path = self.cache / f"{self._key(cell)}.safetensors"
+        path = self.path(cell, work)
         if not path.exists():
-            self._draw(cell, path, say)
+            self._draw(cell, work, path, say)
         with safe_open(path, framework="pt") as file:
             facts = file.metadata()
             return Drawn(file.get_tensor("latents"), int(facts["calls"]), float(facts["seconds"]))
 
-    def _key(self, cell: Cell) -> str:
+    def path(self, cell: Cell, work: list[Task]) -> Path:
+        """The cache file of a cell: its name is a hash of everything that could change the result."""
         import comfyui_version
 
         versions = [comfyui_version.__version__, torch.__version__, FORMAT]
-        work = [[t.obj, t.background, t.seed] for t in self.work]
-        facts = [cell.sampler, cell.sigmas, cell.cfg, self.digests[cell.model], work, BATCH, versions]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]
+        drawn = [[t.obj, t.background, t.seed] for t in work]
+        facts = [cell.sampler, cell.sigmas, cell.cfg, self.digests[cell.model], drawn, BATCH, versions]
+        return self.cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
-    def _draw(self, cell: Cell, path: Path, say: Callable[[str], None]) -> None:
+    def _draw(self, cell: Cell, work: list[Task], path: Path, say: Callable[[str], None]) -> None:
         call, model = self.host.call, self.models[cell.model]
         channels = model.get_model_object("latent_format").latent_channels
         (solver,) = call("KSamplerSelect", sampler_name=cell.sampler)
         latents, seconds, calls = [], 0.0, 0
-        for start in range(0, len(self.work), BATCH):
-            part = self.work[start : start + BATCH]
-            positive = self._conditioning([prompt(t.obj, t.background) for t in part])
+        for start in range(0, len(work), BATCH):
+            part = work[start : start + BATCH]
+            positive = self.conditioning([prompt(t.obj, t.background) for t in part])
             counted = counting(model)
             (guider,) = call(
                 "CFGGuider",
                 model=counted.model,
                 positive=positive,
-                negative=self._conditioning([""] * len(part)),
+                negative=self.conditioning([""] * len(part)),
                 cfg=cell.cfg,
             )
             began = time.perf_counter()
@@ -146,7 +144,7 @@ class Lab:
             seconds += time.perf_counter() - began
             calls = counted.calls
             latents.append(out["samples"])
-            say(f"{start + len(part)}/{len(self.work)}")
+            say(f"{start + len(part)}/{len(work)}")
         temporary = path.with_suffix(".tmp")
         save_file({"latents": torch.cat(latents)}, temporary, metadata={"calls": str(calls), "seconds": str(seconds)})
         temporary.replace(path)

@@ -17,13 +17,13 @@ import tempfile
 from pathlib import Path
 
 import torch
-from harness import Cell, Lab, tasks
-from metrics import psnr, rank_stability
 from PIL import Image
 from torch import Tensor
 
 from comfy_process import ROOT, Host
+from harness import CACHE, Cell, Lab, Task, tasks
 from judge import load_judge, nearest_background
+from metrics import psnr, rank_stability
 
 STOCK = ["normal", "karras", "exponential", "sgm_uniform", "simple", "ddim_uniform", "beta", "kl_optimal"]
 OURS = ["KL-optimal", "KL-optimal, c = 0.5", "KL-optimal, c = 1.4"]
@@ -36,12 +36,12 @@ PICTURED = 8
 class Yardstick:
     """Where the trajectories end when they have all the steps they want, and what the pictures should show."""
 
-    def __init__(self, lab: Lab, model: str):
+    def __init__(self, lab: Lab, model: str, work: list[Task]):
         sampler, schedule, steps = REFERENCE[model]
-        self.lab, self.model, self.judge = lab, model, load_judge()
-        self.latents = lab.run(Cell(model, sampler, lab.sigmas(model, schedule, steps)), progress("reference")).latents
+        cell = Cell(model, sampler, lab.sigmas(model, schedule, steps))
+        self.judge, self.latents = load_judge(), lab.run(cell, work, progress("reference")).latents
         self.pictures = lab.pictures(model, self.latents)
-        self.wanted = torch.tensor([[t.obj, t.background] for t in lab.work])
+        self.wanted = torch.tensor([[t.obj, t.background] for t in work])
 
     def errors(self, latents: Tensor) -> Tensor:
         """Latent mean squared error per task, [n]."""
@@ -60,13 +60,12 @@ def progress(label: str):
     return lambda text: print(f"\r{label}: {text}   ", end="", flush=True)
 
 
-def measure(lab: Lab, model: str, sampler: str, steps: int, groups: int) -> list[dict]:
+def measure(lab: Lab, work: list[Task], model: str, sampler: str, steps: int, groups: int) -> list[dict]:
     """One row per schedule, best first; `errors` keeps the value of every task for the bootstrap."""
-    yardstick, rows, seconds_of_normal = Yardstick(lab, model), [], 0.0
+    yardstick, rows, seconds_of_normal = Yardstick(lab, model, work), [], 0.0
     for name in NAMES[model]:
-        drawn = lab.run(
-            Cell(model, sampler, lab.sigmas(model, name, steps)), progress(f"{model} {sampler} {steps} {name}")
-        )
+        cell = Cell(model, sampler, lab.sigmas(model, name, steps))
+        drawn = lab.run(cell, work, progress(f"{model} {sampler} {steps} {name}"))
         seconds_of_normal = seconds_of_normal or drawn.seconds
         pictures, errors = lab.pictures(model, drawn.latents), yardstick.errors(drawn.latents)
         means = errors.reshape(groups, -1).mean(1)
@@ -109,12 +108,12 @@ def write_page(cells: list[dict], out: Path) -> None:
         page.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail.partition(END)[2]}", "utf-8")
 
 
-def write_picture(lab: Lab, sampler: str, steps: int, path: Path) -> None:
+def write_picture(lab: Lab, work: list[Task], sampler: str, steps: int, path: Path) -> None:
     """Stock "normal" above, "auto" below: the same prompts and seeds."""
     rows = []
     for name in ("normal", "auto"):
-        latents = lab.run(Cell("unet", sampler, lab.sigmas("unet", name, steps))).latents[:PICTURED]
-        rows.append(torch.cat(list(lab.pictures("unet", latents)), dim=2))
+        drawn = lab.run(Cell("unet", sampler, lab.sigmas("unet", name, steps)), work)
+        rows.append(torch.cat(list(lab.pictures("unet", drawn.latents[:PICTURED])), dim=2))
     Image.fromarray((torch.cat(rows, dim=1) * 255).round().byte().permute(1, 2, 0).numpy()).save(path, quality=88)
 
 
@@ -125,17 +124,18 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 10, 20])
     parser.add_argument("--tasks", type=int, default=96)
     parser.add_argument("--groups", type=int, default=3)
+    parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
     args = parser.parse_args()
     if args.tasks % args.groups:
         parser.error("--tasks must be a multiple of --groups")
     cells = []
     with tempfile.TemporaryDirectory() as folder:
-        lab = Lab(Host(Path(folder)), tasks(args.tasks))
+        lab, work = Lab(Host(Path(folder)), args.cache), tasks(args.tasks)
         for model in args.models:
             for sampler in args.samplers:
                 for steps in args.steps:
-                    rows = measure(lab, model, sampler, steps, args.groups)
+                    rows = measure(lab, work, model, sampler, steps, args.groups)
                     errors = torch.tensor([row.pop("errors") for row in rows])
                     stability = {
                         "all": rank_stability(errors, args.tasks),
@@ -146,7 +146,7 @@ def main() -> None:
                         "stability": stability,
                     })  # fmt: skip
                     print("\r" + table(cells[-1]))
-        write_picture(lab, "dpmpp_2m", 8, args.out / "aligned_schedule.jpg")
+        write_picture(lab, work, "dpmpp_2m", 8, args.out / "aligned_schedule.jpg")
     (args.out / "schedules.json").write_text(json.dumps(cells, indent=1) + "\n", "utf-8")
     write_page(cells, args.out)
 

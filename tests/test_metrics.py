@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+
+from judge import load_judge
 from metrics import (
     coverage,
     frechet,
@@ -16,8 +18,6 @@ from metrics import (
     psnr,
     rank_stability,
 )
-
-from judge import load_judge
 
 
 def normal(n, d, seed, mean=0.0, std=1.0):

@@ -13,7 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = {
-    "demo_model": ["--pictures", "6"],
+    "demo_model": ["--pictures", "6", "--per-word", "2"],
     "schedules": [
         "--tasks",
         "8",
@@ -31,7 +31,7 @@ SMOKE = {
 
 
 def run(name: str, out: Path, *words: str) -> str:
-    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--out", str(out), *words]
+    command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--out", str(out), "--cache", str(out), *words]
     result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from harness import Cell, Lab, prompt, tasks
+
+WORK = tasks(3)
 
 
 @pytest.fixture(scope="module")
 def lab(host, tmp_path_factory):
-    return Lab(host, tasks(3), tmp_path_factory.mktemp("cache"))
+    return Lab(host, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.mark.parametrize("model", ["unet", "flow"])
 def test_every_picture_of_a_batch_equals_the_stock_graph_for_its_prompt_and_seed(host, lab, model):
     cell = Cell(model, "dpmpp_2m", lab.sigmas(model, "simple", 4))
-    drawn = lab.run(cell)
-    for i, task in enumerate(lab.work):
+    drawn = lab.run(cell, WORK)
+    for i, task in enumerate(WORK):
         positive, negative = (
             host.call("CLIPTextEncode", clip=lab.clip, text=text)[0] for text in (prompt(task.obj, task.background), "")
         )
@@ -29,16 +32,16 @@ def test_every_picture_of_a_batch_equals_the_stock_graph_for_its_prompt_and_seed
 
 
 def test_model_calls_are_counted(lab):
-    assert lab.run(Cell("unet", "euler", lab.sigmas("unet", "normal", 5))).calls == 5
-    assert lab.run(Cell("unet", "heun", lab.sigmas("unet", "normal", 5))).calls == 9
+    assert lab.run(Cell("unet", "euler", lab.sigmas("unet", "normal", 5)), WORK).calls == 5
+    assert lab.run(Cell("unet", "heun", lab.sigmas("unet", "normal", 5)), WORK).calls == 9
 
 
 def test_a_second_run_reads_the_cache_and_another_setting_does_not(lab):
     said = []
     cell = Cell("unet", "euler", lab.sigmas("unet", "karras", 3))
-    first, second = lab.run(cell, said.append), lab.run(cell, said.append)
+    first, second = lab.run(cell, WORK, said.append), lab.run(cell, WORK, said.append)
     assert len(said) == 1 and torch.equal(first.latents, second.latents) and second.seconds == first.seconds
-    lab.run(Cell("unet", "euler", cell.sigmas, cfg=2.0), said.append)
+    lab.run(Cell("unet", "euler", cell.sigmas, cfg=2.0), WORK, said.append)
     assert len(said) == 2
 
 
@@ -49,9 +52,9 @@ def test_a_run_that_was_cut_short_leaves_nothing_that_looks_finished(lab, monkey
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        lab.run(cell, interrupt)
-    assert not (lab.cache / f"{lab._key(cell)}.safetensors").exists()
-    assert len(lab.run(cell).latents) == 3
+        lab.run(cell, WORK, interrupt)
+    assert not lab.path(cell, WORK).exists()
+    assert len(lab.run(cell, WORK).latents) == 3
 
 
 def test_tasks_visit_every_object_and_every_background_before_they_repeat():
