@@ -101,7 +101,7 @@ class Host:
         }
 
     def has_gpu(self) -> bool:
-        probe = "import torch; print(torch.cuda.is_available() or torch.backends.mps.is_available())"
+        probe = "import torch; print(getattr(torch, 'accelerator', torch.cuda).is_available())"
         return subprocess.run([self.python, "-c", probe], capture_output=True, text=True).stdout.strip() == "True"
 
 
@@ -283,7 +283,8 @@ def free_port() -> int:
 def ask(url: str, body: dict | None = None) -> dict:
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never through a proxy of the environment
+    with direct.open(request, timeout=30) as answer:
         return json.load(answer)
 
 

@@ -6,6 +6,7 @@ import asyncio
 import copy
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -40,7 +41,9 @@ class Host:
         self.loop.run_until_complete(nodes.init_extra_nodes(init_custom_nodes=False, init_api_nodes=False))
         self.classes_before = set(nodes.NODE_CLASS_MAPPINGS)
         self.before = snapshot()
+        began = time.process_time()
         self.loaded = self.loop.run_until_complete(nodes.load_custom_node(str(ROOT), module_parent="custom_nodes"))
+        self.load_seconds = time.process_time() - began
         self.after = snapshot()
 
     def call(self, node_id: str, **inputs) -> tuple:

@@ -90,5 +90,6 @@ def _check_fit(profile: Profile, model: NoiseRange) -> None:
     if profile.sigmas[0] > model.sigma_max * 1.01:
         raise ValueError(
             f"The schedule '{profile.name}' starts at sigma {profile.sigmas[0]:.4g}, but this MODEL "
-            f"({model.families[0]}) knows noise only up to {model.sigma_max:.4g}. Choose another one in 'schedule'."
+            f"({model.families[0]}) knows noise only up to {model.sigma_max:.4g}. Choose another one "
+            f"in 'schedule', such as '{next(iter(CLOSED_FORMS))}'."
         )

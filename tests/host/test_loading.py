@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 
 def test_the_hosts_own_loader_loads_every_node(host):
     assert host.loaded
@@ -32,9 +30,7 @@ def test_the_demo_model_is_registered_once_and_last(host):
 
 
 def test_importing_the_pack_in_a_running_host_takes_less_than_a_third_of_a_second(host):
-    began = time.perf_counter()
-    host.loop.run_until_complete(host.nodes.load_custom_node(str(host.root), module_parent="custom_nodes"))
-    assert time.perf_counter() - began < 0.3
+    assert host.load_seconds < 0.3
 
 
 def test_the_demo_checkpoints_are_in_the_stock_loaders_list(host):
