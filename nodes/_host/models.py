@@ -19,8 +19,10 @@ def noise_range(model) -> NoiseRange:
     )
 
 
-def pixels(model, latent: dict) -> tuple[int, int]:
-    """Width and height in pixels of the picture that a LATENT of this MODEL becomes."""
+def pixels(model, latent: dict) -> tuple[int, int] | None:
+    """Width and height in pixels of the picture that a LATENT of this MODEL becomes; None for audio with video."""
+    if getattr(latent["samples"], "is_nested", False):
+        return None
     scale = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
     height, width = latent["samples"].shape[-2:]
     return width * scale, height * scale

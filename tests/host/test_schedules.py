@@ -122,3 +122,20 @@ def test_a_sampler_that_is_not_installed_is_refused_by_name(host, demo, encode):
             "AttuneKSampler", model=demo[0], seed=0, steps=3, cfg=2.0, sampler_name="res_2s", schedule="auto",
             positive=encode("star"), negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)}, denoise=1.0,
         )  # fmt: skip
+
+
+def test_stock_nodes_of_the_old_and_the_new_api_can_be_run(host):
+    from pack.nodes._host.sampling import run_stock_node
+
+    (latent,) = run_stock_node("EmptyLatentImage", width=64, height=32, batch_size=2)
+    assert latent["samples"].shape == (2, 4, 4, 8)
+    (sigmas,) = run_stock_node("AlignYourStepsScheduler", model_type="SD1", steps=10, denoise=1.0)
+    assert len(sigmas) == 11
+
+
+def test_a_nested_latent_has_no_picture_size(models):
+    from pack.nodes._host.models import pixels
+
+    nested = type("Nested", (), {"is_nested": True})()
+    assert pixels(models["SD15"], {"samples": nested}) is None
+    assert pixels(models["SD15"], {"samples": torch.zeros(1, 16, 5, 40, 60)}) == (480, 320)
