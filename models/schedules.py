@@ -72,7 +72,7 @@ def _profile_for_model(resolution: tuple[int, int] | None, model: NoiseRange) ->
     if profile is None:
         raise ValueError(
             f"'auto' knows no schedule for the model family {model.families[0]}. Choose '{next(iter(CLOSED_FORMS))}' "
-            f"in 'schedule', which suits every model, or by name one of: {', '.join(schedule_names()[1:])}."
+            f"in 'schedule', which runs on every model, or by name one of: {', '.join(schedule_names()[1:])}."
         )
     return profile
 
