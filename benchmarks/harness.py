@@ -1,18 +1,22 @@
 """Sample many prompts with many settings through the real host, once: every result is cached by what it depends on.
 
-A `Cell` names a model, a sampler and its noise levels. `Lab.run(cell, tasks)` returns the final latents of its tasks,
-batch by batch through the host's own SamplerCustomAdvanced, and keeps them in `.host/bench/` under a hash of everything
-that could change them. An interrupted benchmark continues where it stopped, and an expensive reference is computed once
-for all benchmarks.
+A `Cell` names a model, the nodes between it and the sampler, the sampler and its noise levels. `Lab.run(cell, tasks)`
+returns the final latents of its tasks, batch by batch through the host's own SamplerCustomAdvanced, and keeps every
+batch in `.host/bench/` under a hash of everything that could change it. An interrupted benchmark continues where it
+stopped, more samples only cost what is new, and an expensive reference is computed once for all benchmarks.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -26,7 +30,14 @@ from judge import BACKGROUNDS, OBJECTS
 CACHE = ROOT / ".host" / "bench"
 WEIGHTS = {"unet": "attune_demo.safetensors", "flow": "attune_demo_flow.safetensors"}
 BATCH = 16
-FORMAT = 1  # raise it when the way of sampling below changes
+FORMAT = 2  # raise it when the way of sampling below changes
+
+
+CORE = {  # schedules that core nodes bring beside the list of schedulers
+    "core AYS": ("AlignYourStepsScheduler", {"model_type": "SD1"}),
+    "core GITS": ("GITSScheduler", {"coeff": 1.2}),
+    "core OptimalSteps": ("OptimalStepsScheduler", {"model_type": "FLUX"}),
+}
 
 
 def article(name: str) -> str:
@@ -56,12 +67,16 @@ def tasks(count: int, first_seed: int = 0) -> list[Task]:
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting: which demo model, which sampler, which noise levels."""
+    """One setting: which demo model, which sampler, which noise levels, which MODEL -> MODEL nodes before them.
+
+    A node is (node id, its inputs as (name, value) pairs without the MODEL): (("RescaleCFG", (("multiplier", 0.7),)),).
+    """
 
     model: str  # "unet" or "flow"
     sampler: str
     sigmas: tuple[float, ...]
     cfg: float = 3.0
+    nodes: tuple[tuple[str, tuple], ...] = ()
 
 
 @dataclass
@@ -69,8 +84,8 @@ class Drawn:
     """Final latents [n c h w] of a cell, with what they cost."""
 
     latents: Tensor
-    calls: int  # evaluations of the guided model per batch
-    seconds: float  # of sampling, all batches
+    calls: int  # evaluations of the network per batch; cond and uncond together are one
+    seconds: float  # median over the batches, of sampling one batch
 
 
 class _Noise:
@@ -104,49 +119,64 @@ class Lab:
 
     def run(self, cell: Cell, work: list[Task], say: Callable[[str], None] = lambda _: None) -> Drawn:
         """The cell's latents for all tasks, from the cache where it has them."""
-        path = self.path(cell, work)
-        if not path.exists():
-            self._draw(cell, work, path, say)
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata()
-            return Drawn(file.get_tensor("latents"), int(facts["calls"]), float(facts["seconds"]))
+        latents, calls, seconds = [], 0, []
+        for start in range(0, len(work), BATCH):
+            part = work[start : start + BATCH]
+            path = self.path(cell, part)
+            if not path.exists():
+                self._draw(cell, part, path)
+            with safe_open(path, framework="pt") as file:
+                facts = file.metadata()
+                latents.append(file.get_tensor("latents"))
+            calls = int(facts["calls"])
+            seconds.append(float(facts["seconds"]))
+            say(f"{start + len(part)}/{len(work)}")
+        return Drawn(torch.cat(latents), calls, statistics.median(seconds))
 
-    def path(self, cell: Cell, work: list[Task]) -> Path:
-        """The cache file of a cell: its name is a hash of everything that could change the result."""
+    def path(self, cell: Cell, part: list[Task]) -> Path:
+        """The cache file of a batch: its name is a hash of everything that could change the result."""
         import comfyui_version
 
         versions = [comfyui_version.__version__, torch.__version__, FORMAT]
-        drawn = [[t.obj, t.background, t.seed] for t in work]
-        facts = [cell.sampler, cell.sigmas, cell.cfg, self.digests[cell.model], drawn, BATCH, versions]
+        drawn = [[t.obj, t.background, t.seed] for t in part]
+        facts = [cell.sampler, cell.sigmas, cell.cfg, self.digests[cell.model], drawn, versions]
+        if cell.nodes:
+            facts += [cell.nodes, _code_digest() if any(node.startswith("Attune") for node, _ in cell.nodes) else ""]
         return self.cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
-    def _draw(self, cell: Cell, work: list[Task], path: Path, say: Callable[[str], None]) -> None:
-        call, model = self.host.call, self.models[cell.model]
+    def patched(self, model: str, nodes: tuple[tuple[str, tuple], ...]):
+        """A demo MODEL after some MODEL -> MODEL nodes."""
+        patched = self.models[model]
+        for node, inputs in nodes:
+            patched = self.host.call(node, model=patched, **dict(inputs))[0]
+        return patched
+
+    def _draw(self, cell: Cell, part: list[Task], path: Path) -> None:
+        call, model = self.host.call, self.patched(cell.model, cell.nodes)
         channels = model.get_model_object("latent_format").latent_channels
         (solver,) = call("KSamplerSelect", sampler_name=cell.sampler)
-        latents, seconds, calls = [], 0.0, 0
-        for start in range(0, len(work), BATCH):
-            part = work[start : start + BATCH]
-            positive = self.conditioning([prompt(t.obj, t.background) for t in part])
-            counted = counting(model)
-            (guider,) = call(
-                "CFGGuider",
-                model=counted.model,
-                positive=positive,
-                negative=self.conditioning([""] * len(part)),
-                cfg=cell.cfg,
-            )
-            began = time.perf_counter()
+        (guider,) = call(
+            "CFGGuider",
+            model=model,
+            positive=self.conditioning([prompt(t.obj, t.background) for t in part]),
+            negative=self.conditioning([""] * len(part)),
+            cfg=cell.cfg,
+        )
+        latent = {"samples": torch.zeros(len(part), channels, 16, 16)}
+        noise, sigmas = _Noise([t.seed for t in part]), torch.tensor(cell.sigmas)
+        began = time.perf_counter()
+        with counting(model) as calls:
             out, _ = call(
-                "SamplerCustomAdvanced", noise=_Noise([t.seed for t in part]), guider=guider, sampler=solver,
-                sigmas=torch.tensor(cell.sigmas), latent_image={"samples": torch.zeros(len(part), channels, 16, 16)},
-            )  # fmt: skip
-            seconds += time.perf_counter() - began
-            calls = counted.calls
-            latents.append(out["samples"])
-            say(f"{start + len(part)}/{len(work)}")
-        temporary = path.with_suffix(".tmp")
-        save_file({"latents": torch.cat(latents)}, temporary, metadata={"calls": str(calls), "seconds": str(seconds)})
+                "SamplerCustomAdvanced",
+                noise=noise,
+                guider=guider,
+                sampler=solver,
+                sigmas=sigmas,
+                latent_image=latent,
+            )
+        facts = {"calls": str(calls[0]), "seconds": str(time.perf_counter() - began)}
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        save_file({"latents": out["samples"].contiguous()}, temporary, metadata=facts)
         temporary.replace(path)
 
     def pictures(self, model: str, latents: Tensor) -> Tensor:
@@ -163,30 +193,33 @@ class Lab:
         if name in comfy.samplers.SCHEDULER_NAMES:
             inputs = {"scheduler": name, "model": self.models[model], "steps": steps, "denoise": 1.0}
             (sigmas,) = self.host.call("BasicScheduler", **inputs)
-        elif name == "core AYS":
-            (sigmas,) = self.host.call("AlignYourStepsScheduler", model_type="SD1", steps=steps, denoise=1.0)
+        elif name in CORE:
+            node, inputs = CORE[name]
+            (sigmas,) = self.host.call(node, steps=steps, denoise=1.0, **inputs)
         else:
             inputs = {"schedule": name, "model": self.models[model], "steps": steps, "denoise": 1.0}
             (sigmas,) = self.host.call("AttuneScheduler", **inputs)
         return tuple(sigmas.tolist())
 
 
-@dataclass
-class _Counted:
-    model: object
-    calls: int = 0
+@lru_cache(maxsize=1)
+def _code_digest() -> str:
+    """Changes with every line of the pack that a node of ours could run."""
+    files = sorted(path for layer in ("kernels", "models", "nodes") for path in (ROOT / layer).rglob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def counting(model) -> _Counted:
-    """A clone of a MODEL that counts its guided evaluations."""
-    import comfy.patcher_extension
+@contextlib.contextmanager
+def counting(model) -> Iterator[list[int]]:
+    """Count the evaluations of a MODEL's network, at its first layer: one that a cache skips does not count."""
+    network, count = model.model.diffusion_model, [0]
+    first = network.input_blocks[0][0] if hasattr(network, "input_blocks") else network.x_embedder
 
-    counted = _Counted(model.clone())
+    def see(*_) -> None:
+        count[0] += 1
 
-    def wrap(executor, *args, **kwargs):
-        counted.calls += 1
-        return executor(*args, **kwargs)
-
-    kind = comfy.patcher_extension.WrappersMP.PREDICT_NOISE
-    counted.model.add_wrapper_with_key(kind, "attune.bench.count", wrap)
-    return counted
+    handle = first.register_forward_pre_hook(see)
+    try:
+        yield count
+    finally:
+        handle.remove()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from harness import Cell, Lab, prompt, tasks
+from harness import BATCH, Cell, Lab, prompt, tasks
 
 WORK = tasks(3)
 
@@ -31,30 +33,44 @@ def test_every_picture_of_a_batch_equals_the_stock_graph_for_its_prompt_and_seed
         torch.testing.assert_close(drawn.latents[i : i + 1], alone["samples"], rtol=1e-3, atol=1e-4)
 
 
-def test_model_calls_are_counted(lab):
+def test_evaluations_of_the_network_are_counted(lab):
     assert lab.run(Cell("unet", "euler", lab.sigmas("unet", "normal", 5)), WORK).calls == 5
     assert lab.run(Cell("unet", "heun", lab.sigmas("unet", "normal", 5)), WORK).calls == 9
 
 
-def test_a_second_run_reads_the_cache_and_another_setting_does_not(lab):
-    said = []
+@pytest.mark.parametrize(("model", "cache"), [("unet", "EasyCache"), ("flow", "LazyCache")])
+def test_nodes_before_the_sampler_change_the_result_and_a_cache_among_them_saves_evaluations(lab, model, cache):
+    plain = Cell(model, "euler", lab.sigmas(model, "simple", 6))
+    cached = replace(plain, nodes=((cache, (
+        ("reuse_threshold", 3.0), ("start_percent", 0.0), ("end_percent", 1.0), ("verbose", False),
+    )),))  # fmt: skip
+    a, b = lab.run(plain, WORK), lab.run(cached, WORK)
+    assert a.calls == 6 and b.calls < 6 and not torch.equal(a.latents, b.latents)
+
+
+def test_a_second_run_reads_the_cache_and_another_setting_does_not(lab, monkeypatch):
     cell = Cell("unet", "euler", lab.sigmas("unet", "karras", 3))
-    first, second = lab.run(cell, WORK, said.append), lab.run(cell, WORK, said.append)
-    assert len(said) == 1 and torch.equal(first.latents, second.latents) and second.seconds == first.seconds
-    lab.run(Cell("unet", "euler", cell.sigmas, cfg=2.0), WORK, said.append)
-    assert len(said) == 2
+    first = lab.run(cell, WORK)
+    monkeypatch.setattr(Lab, "_draw", lambda *_: pytest.fail("drawn again"))
+    second = lab.run(cell, WORK)
+    assert torch.equal(first.latents, second.latents) and second.seconds == first.seconds
+    with pytest.raises(pytest.fail.Exception):
+        lab.run(Cell("unet", "euler", cell.sigmas, cfg=2.0), WORK)
 
 
-def test_a_run_that_was_cut_short_leaves_nothing_that_looks_finished(lab, monkeypatch):
-    cell = Cell("unet", "euler", lab.sigmas("unet", "beta", 3))
+def test_an_interrupted_run_continues_after_its_last_whole_batch(lab):
+    cell, many = Cell("flow", "euler", lab.sigmas("flow", "simple", 1)), tasks(2 * BATCH + 1)
 
-    def interrupt(_):
-        raise KeyboardInterrupt
+    def interrupt(text):
+        if text.startswith(str(BATCH)):
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        lab.run(cell, WORK, interrupt)
-    assert not lab.path(cell, WORK).exists()
-    assert len(lab.run(cell, WORK).latents) == 3
+        lab.run(cell, many, interrupt)
+    parts = [many[:BATCH], many[BATCH : 2 * BATCH], many[2 * BATCH :]]
+    assert [lab.path(cell, part).exists() for part in parts] == [True, False, False]
+    assert len(lab.run(cell, many).latents) == len(many)
+    assert not list(lab.cache.glob("*.tmp"))
 
 
 def test_tasks_visit_every_object_and_every_background_before_they_repeat():
