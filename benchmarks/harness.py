@@ -102,8 +102,8 @@ class _Noise:
 class Lab:
     """The host, the demo models and the cache."""
 
-    def __init__(self, host: Host, cache: Path = CACHE):
-        self.host, self.cache = host, cache
+    def __init__(self, host: Host, cache: Path = CACHE, converged_steps: int = 200):
+        self.host, self.cache, self.converged_steps = host, cache, converged_steps
         self.cache.mkdir(parents=True, exist_ok=True)
         self.models, self.vaes, self.digests = {}, {}, {}
         for name, file in WEIGHTS.items():

@@ -65,5 +65,9 @@ def corner_colours(pictures: Tensor) -> Tensor:
 
 def nearest_background(pictures: Tensor) -> Tensor:
     """Index of the palette colour nearest to the corners, [b]."""
-    palette = torch.tensor(list(BACKGROUNDS.values())) / 255
-    return torch.cdist(corner_colours(pictures), palette).argmin(dim=1)
+    return nearest_colour(corner_colours(pictures))
+
+
+def nearest_colour(colours: Tensor) -> Tensor:
+    """[b 3] in 0..1 -> index of the nearest background, [b]."""
+    return torch.cdist(colours, torch.tensor(list(BACKGROUNDS.values())) / 255).argmin(dim=1)

@@ -5,6 +5,8 @@ Features are [n d]; pictures are [n 3 h w] in 0..1. Everything is computed in fl
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,7 @@ def frechet(a: Tensor, b: Tensor) -> float:
     """
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T).reshape(a.shape[1], -1), torch.cov(b.T).reshape(b.shape[1], -1)
-    root_a = _root(cov_a)
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
+    cross = torch.linalg.svdvals(_root(cov_a) @ _root(cov_b)).sum()  # the trace of the root, also of a singular one
     return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
@@ -84,20 +85,32 @@ def _radius(points: Tensor, k: int) -> Tensor:
     return torch.cdist(points.double(), points.double()).kthvalue(k + 1, dim=1).values
 
 
-def rank_stability(scores: Tensor, n: int, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
-    """How well n samples reproduce the ranking of all: (mean Kendall tau, share of draws with the same winner).
+def jackknife(measure: Callable[[Tensor], float], n: int, groups: int) -> tuple[float, float]:
+    """A measure of samples 0..n-1 (given their indices) and its standard error from leaving out one group at a time.
 
-    scores: [settings samples], lower is better; the samples are paired (same prompt and seed in every setting) and are
-    drawn with replacement, together for all settings.
+    For a mean over equal groups this is the standard error of the groups' means (Tukey 1958).
+    """
+    everything = torch.arange(n)
+    without = [measure(everything[everything % groups != g]) for g in range(groups)]
+    spread = torch.tensor(without, dtype=torch.float64).var(correction=0)
+    return measure(everything), float(((groups - 1) * spread).sqrt())
+
+
+def rank_stability(
+    measure: Callable[[Tensor], Tensor], samples: int, n: int, draws: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """How well n samples reproduce the ranking by all: (mean Kendall tau, share of draws with the same winner).
+
+    `measure` gives every setting's score, lower is better, for some samples by index: [n] -> [settings]. The samples
+    are paired (the same prompt and seed in every setting) and drawn with replacement, together for all settings.
     """
     generator = torch.Generator().manual_seed(seed)
-    full = scores.double().mean(1)
+    full = measure(torch.arange(samples))
     upper = torch.triu_indices(len(full), len(full), offset=1)
 
-    def order(means: Tensor) -> Tensor:
-        return (means[..., upper[0]] - means[..., upper[1]]).sign()
+    def order(scores: Tensor) -> Tensor:
+        return (scores[upper[0]] - scores[upper[1]]).sign()
 
-    picks = torch.randint(scores.shape[1], (draws, n), generator=generator)
-    means = scores.double()[:, picks].mean(2).T  # [draws settings]
-    tau = (order(means) * order(full)).mean()
-    return float(tau), float((means.argmin(1) == full.argmin()).double().mean())
+    some = [measure(torch.randint(samples, (n,), generator=generator)) for _ in range(draws)]
+    tau = torch.stack([(order(scores) * order(full)).mean() for scores in some]).mean()
+    return float(tau), sum(int(scores.argmin() == full.argmin()) for scores in some) / draws

@@ -1,111 +1,188 @@
-"""Which noise levels come closest to the converged picture in few steps? Stock schedules, core AYS and ours.
+"""Stock schedules x solvers x steps on both demo models: which noise levels make the most of few steps?
 
-python dev.py bench schedules [--models unet] [--samplers dpmpp_2m euler] [--steps 5 8 10 20] [--tasks 96]
+python dev.py bench schedules [--models unet flow] [--samplers euler ...] [--steps 5 8 10 20 50] [--tasks 48]
 
-For every prompt and seed the reference is the same noise taken to the end with 100 DPM++ 2M steps on the karras levels
-(flow model: 100 on "simple"). Reported per cell: latent mean squared error to the reference (mean over disjoint groups
-of seeds, standard error between them), PSNR of the decoded pictures, share of pictures whose object and background are
-right, guided model calls, and sampling time relative to "normal" in the same run. Results are cached; run it again to
-continue or to print. Writes docs/schedules.json and the measured part of docs/schedules.md, and the README's picture.
+Every prompt and seed is drawn through the host with each schedule, solver and number of steps. Measured: the Fréchet
+distance of the pictures to training pictures of the same objects and backgrounds, whether the picture shows what the
+prompt says, brightness, variety, and how far the picture is from the one that 200 steps make of the same noise. Errors
+are standard errors over six disjoint groups of seeds. Results are cached: run it again to continue or to print. Writes
+docs/results/schedules.json, docs/results.md, the tables in docs/schedules.md, three pictures.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import statistics
 import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
-from torch import Tensor
+from PIL import Image, ImageDraw
 
-from comfy_process import ROOT, Host
-from harness import CACHE, Cell, Lab, Task, tasks
-from judge import load_judge, nearest_background
-from metrics import psnr, rank_stability
+from comfy_process import Host
+from harness import CACHE, Cell, Lab, Task, prompt, tasks
+from looks import CONVERGED, GROUPS, Look, converged, look, summary, to_data
+from metrics import frechet, rank_stability
+from results import DOCS, Table, markdown, record
 
 STOCK = ["normal", "karras", "exponential", "sgm_uniform", "simple", "ddim_uniform", "beta", "kl_optimal"]
-OURS = ["KL-optimal", "KL-optimal, c = 0.5", "KL-optimal, c = 1.4"]
-NAMES = {"unet": [*STOCK, "core AYS", "auto", *OURS], "flow": [*STOCK, *OURS]}
-REFERENCE = {"unet": ("dpmpp_2m", "karras", 100), "flow": ("dpmpp_2m", "simple", 100)}
+CORE = {"unet": ["core AYS", "core GITS"], "flow": ["core OptimalSteps"]}
+OURS = {"unet": ["auto", "KL-optimal", "KL-optimal, c = 1.4"], "flow": ["KL-optimal", "KL-optimal, c = 1.4"]}
+OURS_FOR = ("euler", "dpmpp_2m")  # up to 20 steps: where a schedule matters most
+SOLVERS = ["euler", "dpmpp_2m", "uni_pc", "heun", "euler_ancestral"]
+RANDOM = {"euler_ancestral"}  # adds its own noise: it has no converged picture
 BEGIN, END = "<!-- measured: python dev.py bench schedules -->", "<!-- end -->"
 PICTURED = 8
 
 
-class Yardstick:
-    """Where the trajectories end when they have all the steps they want, and what the pictures should show."""
+@dataclass
+class Row:
+    """One schedule with one solver and one number of steps."""
 
-    def __init__(self, lab: Lab, model: str, work: list[Task]):
-        sampler, schedule, steps = REFERENCE[model]
-        cell = Cell(model, sampler, lab.sigmas(model, schedule, steps))
-        self.judge, self.latents = load_judge(), lab.run(cell, work, progress("reference")).latents
-        self.pictures = lab.pictures(model, self.latents)
-        self.wanted = torch.tensor([[t.obj, t.background] for t in work])
-
-    def errors(self, latents: Tensor) -> Tensor:
-        """Latent mean squared error per task, [n]."""
-        return (latents - self.latents).square().flatten(1).mean(1)
-
-    def agreement(self, pictures: Tensor) -> tuple[float, float]:
-        """Shares of pictures with the right object and with the right background."""
-        objects = torch.cat([self.judge(part)[1].argmax(1) for part in pictures.split(32)])
-        return (
-            float((objects == self.wanted[:, 0]).float().mean()),
-            float((nearest_background(pictures) == self.wanted[:, 1]).float().mean()),
-        )
+    model: str
+    sampler: str
+    steps: int
+    schedule: str
+    seen: Look
+    calls: int
+    time: float  # of sampling, relative to "normal"
+    summary: dict[str, tuple[float, float]]
 
 
-def progress(label: str):
+def names(model: str, sampler: str, steps: int) -> list[str]:
+    ours = OURS[model] if sampler in OURS_FOR and steps <= 20 else []
+    return [*STOCK, *CORE[model], *ours]
+
+
+def measure(lab: Lab, work: list[Task], model: str, sampler: str, steps: int) -> list[Row]:
+    """All schedules of one model, solver and number of steps."""
+    rows, base = [], None
+    for name in names(model, sampler, steps):
+        cell = Cell(model, sampler, lab.sigmas(model, name, steps))
+        seen = look(lab, cell, work, progress(f"{model} {sampler} {steps} {name}"))
+        drawn = lab.run(cell, work)
+        base = base or drawn.seconds
+        relative, facts = drawn.seconds / base, summary(seen, work)
+        rows.append(Row(model, sampler, steps, name, seen, drawn.calls, relative, facts))
+    return rows
+
+
+def progress(label: str) -> Callable[[str], None]:
     return lambda text: print(f"\r{label}: {text}   ", end="", flush=True)
 
 
-def measure(lab: Lab, work: list[Task], model: str, sampler: str, steps: int, groups: int) -> list[dict]:
-    """One row per schedule, best first; `errors` keeps the value of every task for the bootstrap."""
-    yardstick, rows, seconds_of_normal = Yardstick(lab, model, work), [], 0.0
-    for name in NAMES[model]:
-        cell = Cell(model, sampler, lab.sigmas(model, name, steps))
-        drawn = lab.run(cell, work, progress(f"{model} {sampler} {steps} {name}"))
-        seconds_of_normal = seconds_of_normal or drawn.seconds
-        pictures, errors = lab.pictures(model, drawn.latents), yardstick.errors(drawn.latents)
-        means = errors.reshape(groups, -1).mean(1)
-        right = yardstick.agreement(pictures)
-        rows.append({
-            "schedule": name, "error": float(means.mean()), "standard_error": float(means.std() / groups**0.5),
-            "psnr": float(psnr(pictures, yardstick.pictures).mean()), "object": right[0], "background": right[1],
-            "calls": drawn.calls, "relative_time": drawn.seconds / seconds_of_normal, "errors": errors.tolist(),
-        })  # fmt: skip
-    return sorted(rows, key=lambda row: row["error"])
+def matrix(rows: list[Row], key: str, title: str, note: str = "") -> Table:
+    """Schedules down, steps across: one measure with its standard error; the best of a column is bold."""
+    best = min if key in LOWER else max
+    steps = sorted({row.steps for row in rows})
+    schedules = list(dict.fromkeys(row.schedule for row in rows))
+    winners = {n: best((r for r in rows if r.steps == n), key=lambda r: r.summary[key][0]).schedule for n in steps}
+    body: list[list] = []
+    for schedule in schedules:
+        line: list = [schedule]
+        for n in steps:
+            found = [row for row in rows if row.schedule == schedule and row.steps == n]
+            text = number(found[0].summary[key]) if found else None
+            line.append(f"**{text}**" if found and winners[n] == schedule else text)
+        body.append(line)
+    return Table(title, ["schedule", *(f"{n} steps" for n in steps)], body, note)
 
 
-def table(cell: dict) -> str:
-    """One Markdown table."""
-    lines = [
-        f"### {cell['model']}, {cell['sampler']}, {cell['steps']} steps\n",
-        "| schedule | latent error | ± | PSNR dB | object | background | calls | time |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in cell["rows"]:
-        right = f"{100 * r['object']:.0f} % | {100 * r['background']:.0f} %"
-        cost = f"{r['calls']} | {r['relative_time']:.2f}"
-        lines.append(
-            f"| {r['schedule']} | {r['error']:.4f} | {r['standard_error']:.4f} | {r['psnr']:.1f} | {right} | {cost} |"
-        )
-    tau, winner = cell["stability"]["all"]
-    lines.append(
-        f"\nRanking reproduced by as many redrawn samples (n = {cell['tasks']}): Kendall τ {tau:.2f}, same winner in "
-        f"{100 * winner:.0f} % of 1,000 bootstrap draws; with half of them τ {cell['stability']['half'][0]:.2f}."
+LOWER = {"frechet", "kernel", "wasserstein", "brightness", "error", "perceptual"}
+
+
+def number(measured: tuple[float, float]) -> str:
+    return (
+        f"{measured[0]:.2f} ± {measured[1]:.2f}" if abs(measured[0]) < 10 else f"{measured[0]:.1f} ± {measured[1]:.1f}"
     )
-    return "\n".join(lines) + "\n"
 
 
-def write_page(cells: list[dict], out: Path) -> None:
-    """Put the tables between the marks of the docs page."""
-    page = out / "schedules.md"
-    if page.exists():
-        head, _, tail = page.read_text("utf-8").partition(BEGIN)
-        body = "\n".join(table(cell) for cell in cells)
-        page.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail.partition(END)[2]}", "utf-8")
+def everything(rows: list[Row], title: str, note: str) -> Table:
+    """All measures of some rows."""
+    keys = ["frechet", "kernel", "precision", "recall", "coverage", "wasserstein", "object", "background"]
+    keys += ["brightness", "psnr", "perceptual"]
+    columns = ["model", "solver", "steps", "schedule", *keys, "calls", "time"]
+    body = []
+    for r in rows:
+        cells = [None if r.sampler in RANDOM and k in ("psnr", "perceptual") else number(r.summary[k]) for k in keys]
+        body.append([r.model, r.sampler, r.steps, r.schedule, *cells, r.calls, f"{r.time:.2f}"])
+    return Table(title, columns, body, note)
+
+
+def stability(blocks: list[list[Row]], work: list[Task]) -> Table:
+    """How many samples make the ranking of the schedules stable? Bootstrap over tasks, averaged over the blocks."""
+    n, body = len(work), []
+    for count in sorted({n // 4, n // 2, n}):
+        pairs = {"PSNR": [], "Frechet": []}
+        for rows in blocks:
+            if rows[0].sampler not in RANDOM:
+                psnrs = torch.stack([-row.seen.psnr for row in rows])
+                pairs["PSNR"].append(rank_stability(lambda kept, s=psnrs: s[:, kept].mean(1), n, count, 500))
+            distances = lambda kept, rows=rows: torch.tensor([to_data(frechet, r.seen.features, kept) for r in rows])
+            pairs["Frechet"].append(rank_stability(distances, n, count, 20))
+        cells = [f"{statistics.mean(p[i] for p in found):.2f}" for found in pairs.values() for i in (0, 1)]
+        body.append([count, *cells])
+    return Table(
+        "How many samples make the ranking stable?",
+        ["samples", "PSNR: Kendall τ", "PSNR: same winner", "Fréchet: Kendall τ", "Fréchet: same winner"],
+        body,
+        f"Samples drawn with replacement from the {n} of each cell; agreement with the ranking by all of them, mean "
+        f"over {len(blocks)} combinations of model, solver and steps.",
+    )
+
+
+def quality_plot(rows: list[Row], key: str, label: str, path: Path) -> None:
+    """Quality against steps: a panel per model and solver, a line per schedule."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models, solvers = (list(dict.fromkeys(getattr(r, a) for r in rows)) for a in ("model", "sampler"))
+    size = (3.2 * len(solvers) + 1.5, 2.8 * len(models))
+    figure, axes = plt.subplots(len(models), len(solvers), figsize=size, layout="constrained", squeeze=False)
+    for panels, model in zip(axes, models, strict=True):
+        for axis, solver in zip(panels, solvers, strict=True):
+            mine = [r for r in rows if r.model == model and r.sampler == solver]
+            for i, name in enumerate(dict.fromkeys(r.schedule for r in mine if r.schedule != "auto")):
+                line = sorted((r for r in mine if r.schedule == name), key=lambda r: r.steps)
+                values = [r.summary[key] for r in line]
+                style = "-" if name in STOCK else "--" if name.startswith("core") else ":"
+                at, (mean, error) = [r.steps for r in line], zip(*values, strict=True)
+                axis.errorbar(at, mean, error, label=name, ls=style, marker=".", lw=1.2, color=f"C{i % 10}")
+            axis.set(
+                title=f"{model}, {solver}", xscale="log", xlabel="steps", yscale="log" if key in LOWER else "linear"
+            )
+            axis.set_xticks(sorted({r.steps for r in mine}), sorted({r.steps for r in mine}))
+            axis.minorticks_off()
+        panels[0].set_ylabel(label)
+        panels[-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def picture_grid(lab: Lab, work: list[Task], sampler: str, steps: list[int], path: Path, side: int = 96) -> None:
+    """One prompt and seed: schedules down, steps across, the unet left and the flow model right."""
+    left, top, models = 120, 34, [m for m in ("unet", "flow") if m in lab.models]
+    canvas = Image.new("RGB", (left + side * len(steps) * len(models), top + side * (len(STOCK) + 2)), "white")
+    pen, task = ImageDraw.Draw(canvas), work[0]
+    for i, model in enumerate(models):
+        shown = [*STOCK, *CORE[model]]
+        pen.text(
+            (left + i * side * len(steps) + 4, 2), f"{model}, {sampler}: {prompt(task.obj, task.background)}", "black"
+        )
+        for row, name in enumerate(shown):
+            pen.text((4, top + side * row + side // 2 - 6 + 12 * i * (row >= len(STOCK))), name, "black")
+            for column, n in enumerate(steps):
+                drawn = lab.run(Cell(model, sampler, lab.sigmas(model, name, n)), work[:16]).latents[:1]
+                pixels = (lab.pictures(model, drawn)[0] * 255).round().byte().permute(1, 2, 0).numpy()
+                at = (left + (i * len(steps) + column) * side, top + side * row)
+                canvas.paste(Image.fromarray(pixels).resize((side, side), Image.LANCZOS), at)
+                pen.text((at[0] + 4, 18), f"{n} steps", "black")
+    canvas.save(path, quality=88)
 
 
 def write_picture(lab: Lab, work: list[Task], sampler: str, steps: int, path: Path) -> None:
@@ -117,38 +194,76 @@ def write_picture(lab: Lab, work: list[Task], sampler: str, steps: int, path: Pa
     Image.fromarray((torch.cat(rows, dim=1) * 255).round().byte().permute(1, 2, 0).numpy()).save(path, quality=88)
 
 
+def write_page(tables: list[Table], out: Path) -> None:
+    """Put tables between the marks of docs/schedules.md."""
+    path = out / "schedules.md"
+    if path.exists():
+        head, _, tail = path.read_text("utf-8").partition(BEGIN)
+        body = "\n".join(map(markdown, tables))
+        path.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail.partition(END)[2]}", "utf-8")
+
+
+def best_of(rows: list[Row]) -> Row:
+    return min(rows, key=lambda row: row.summary["frechet"][0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(NAMES), default=["unet"])
-    parser.add_argument("--samplers", nargs="+", default=["dpmpp_2m", "euler"])
-    parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 10, 20])
-    parser.add_argument("--tasks", type=int, default=96)
-    parser.add_argument("--groups", type=int, default=3)
+    parser.add_argument("--models", nargs="+", choices=list(CORE), default=list(CORE))
+    parser.add_argument("--samplers", nargs="+", default=SOLVERS)
+    parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 10, 20, 50])
+    parser.add_argument("--tasks", type=int, default=48)
+    parser.add_argument("--first-seed", type=int, default=0, help="for a second run with other noise")
+    parser.add_argument("--converged", type=int, default=200, help="steps of the pictures that count as converged")
     parser.add_argument("--cache", type=Path, default=CACHE)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs")
+    parser.add_argument("--out", type=Path, default=DOCS)
     args = parser.parse_args()
-    if args.tasks % args.groups:
-        parser.error("--tasks must be a multiple of --groups")
-    cells = []
+    if args.tasks < 2 * GROUPS:
+        parser.error(f"--tasks must be at least {2 * GROUPS}: the spread is over {GROUPS} groups of seeds")
+    began, blocks = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        lab, work = Lab(Host(Path(folder)), args.cache), tasks(args.tasks)
+        lab, work = Lab(Host(Path(folder)), args.cache, args.converged), tasks(args.tasks, args.first_seed)
         for model in args.models:
+            lab.run(converged(lab, model), work, progress(f"{model} converged"))
             for sampler in args.samplers:
-                for steps in args.steps:
-                    rows = measure(lab, work, model, sampler, steps, args.groups)
-                    errors = torch.tensor([row.pop("errors") for row in rows])
-                    stability = {
-                        "all": rank_stability(errors, args.tasks),
-                        "half": rank_stability(errors, args.tasks // 2),
-                    }
-                    cells.append({
-                        "model": model, "sampler": sampler, "steps": steps, "tasks": args.tasks, "rows": rows,
-                        "stability": stability,
-                    })  # fmt: skip
-                    print("\r" + table(cells[-1]))
+                blocks += [measure(lab, work, model, sampler, steps) for steps in args.steps]
         write_picture(lab, work, "dpmpp_2m", 8, args.out / "aligned_schedule.jpg")
-    (args.out / "schedules.json").write_text(json.dumps(cells, indent=1) + "\n", "utf-8")
-    write_page(cells, args.out)
+        picture_grid(lab, work, args.samplers[0], args.steps, args.out / "schedules_grid.jpg")
+    print("\r" + " " * 70)
+    rows = [row for block in blocks for row in block]
+    tables, short = [], []
+    for model in args.models:
+        for sampler in args.samplers:
+            mine = [row for row in rows if (row.model, row.sampler) == (model, sampler)]
+            tables.append(matrix(mine, "frechet", f"{model}, {sampler}: Fréchet distance to the data"))
+            if sampler not in RANDOM:
+                goal = " on ".join(CONVERGED[model])
+                note = f"Converged: {args.converged} steps of {goal}, from the same noise."
+                tables.append(matrix(mine, "psnr", f"{model}, {sampler}: PSNR to the converged picture, dB", note))
+                short += [tables[-1]] if sampler in OURS_FOR else []
+    units = "kernel and perceptual in thousandths, wasserstein and brightness of 255, object and background in percent."
+    best = everything([best_of(block) for block in blocks], "The best schedule of each, in all measures", units)
+    normal = [row for row in rows if row.schedule == "normal"]
+    tables = [
+        stability(blocks, work),
+        best,
+        everything(normal, "The default `normal`, in all measures", units),
+        *tables,
+    ]
+    quality_plot(rows, "frechet", "Fréchet distance", args.out / "schedules_frechet.png")
+    exact = [row for row in rows if row.sampler not in RANDOM]
+    quality_plot(exact, "psnr", "PSNR to converged, dB", args.out / "schedules_psnr.png")
+    write_page(short, args.out)
+    pictures = ["schedules_frechet.png", "schedules_psnr.png", "schedules_grid.jpg"]
+    notes = [" ".join(__doc__.split("\n\n")[2].split())]
+    data = [
+        {"model": r.model, "sampler": r.sampler, "steps": r.steps, "schedule": r.schedule, "calls": r.calls,
+         "time": round(r.time, 3), **{k: [round(x, 4) for x in v] for k, v in r.summary.items()}}
+        for r in rows
+    ]  # fmt: skip
+    title = "Stock schedules, solvers and steps"
+    result = record("schedules", title, tables, began, pictures, notes, args.out, data)
+    print("\n".join(markdown(Table(**table)) for table in result["tables"]))
 
 
 if __name__ == "__main__":

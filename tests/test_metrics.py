@@ -12,6 +12,7 @@ from judge import load_judge
 from metrics import (
     coverage,
     frechet,
+    jackknife,
     kernel_distance,
     perceptual_distance,
     precision_recall,
@@ -106,7 +107,26 @@ def test_coverage_counts_the_modes_that_were_reached():
 def test_more_samples_make_a_ranking_stabler_and_a_clear_winner_is_always_found():
     noise = normal(5, 200, 0)
     close = noise + torch.linspace(0, 0.5, 5)[:, None].double()
-    few, many = rank_stability(close, 4), rank_stability(close, 150)
+
+    def stability(scores, n):
+        return rank_stability(lambda kept: scores[:, kept].mean(1), 200, n, draws=300)
+
+    few, many = stability(close, 4), stability(close, 150)
     assert few[0] < many[0] <= 1 and few[1] < many[1]
     clear = noise + 100 * torch.arange(5)[:, None].double()
-    assert rank_stability(clear, 2) == (1.0, 1.0)
+    assert stability(clear, 2) == (1.0, 1.0)
+
+
+def test_the_jackknife_of_a_mean_is_the_standard_error_of_the_groups_means():
+    x = normal(24, 1, 0)[:, 0]
+    value, error = jackknife(lambda kept: float(x[kept].mean()), 24, 6)
+    means = torch.stack([x[g::6].mean() for g in range(6)])
+    assert value == pytest.approx(float(x.mean())) and error == pytest.approx(float(means.std() / 6**0.5))
+
+
+def test_the_jackknife_covers_the_spread_of_a_frechet_distance_between_repetitions():
+    real = normal(2000, 3, 0)
+    fakes = [normal(60, 3, 10 + i, 0.5) for i in range(40)]
+    runs = [jackknife(lambda kept, x=x: frechet(real, x[kept]), 60, 6) for x in fakes]
+    spread = np.std([value for value, _ in runs])
+    assert 0.6 * spread < np.mean([error for _, error in runs]) < 1.6 * spread

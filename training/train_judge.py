@@ -1,4 +1,8 @@
-"""Train the judge of the benchmarks: which object does a picture show? Minutes on one CPU core."""
+"""Train the judge of the benchmarks: which object does a picture show? Minutes on one CPU core.
+
+With --data only: write benchmarks/data.safetensors, what the judge sees in training pictures of the benchmark's first
+tasks, plain and after the demo models' autoencoders.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,16 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from common import DEVICE, ROOT, assets
+from common import DEVICE, ROOT, assets, use_host
 from data import background_colours, compose, load_objects
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.append(str(ROOT / "benchmarks"))
-from judge import SIDE, Judge
+from harness import WEIGHTS, tasks
+from judge import SIDE, Judge, load_judge
+
+TASKS, PLACEMENTS = 384, 4
 
 
 def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -27,11 +34,42 @@ def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
     )
 
 
+@torch.no_grad()
+def describe_data() -> None:
+    """Features and means of PLACEMENTS training pictures for each of the first TASKS tasks of the benchmarks."""
+    objects, palette, judge = load_objects(assets()), background_colours(), load_judge()
+    generator, work = torch.Generator().manual_seed(1), tasks(TASKS)
+    rgba, colour = objects[[task.obj for task in work]], palette[[task.background for task in work]]
+    drawn = [compose(rgba, colour, generator) for _ in range(PLACEMENTS)]
+    features = {
+        "features": torch.stack([judge.features(pictures) for pictures in drawn], 1),
+        "means": torch.stack([pictures.flatten(1).mean(1) for pictures in drawn], 1),
+    }
+    for name, file in WEIGHTS.items():
+        through = in_and_out(load_file(ROOT / "models" / "weights" / file), drawn[0])
+        features[name] = judge.features(through)
+    save_file({k: v.half().contiguous() for k, v in features.items()}, ROOT / "benchmarks" / "data.safetensors")
+
+
+def in_and_out(checkpoint: dict[str, Tensor], pictures: Tensor) -> Tensor:
+    """Pictures [n 3 h w] in 0..1 through the autoencoder of a checkpoint, as VAEEncode and VAEDecode do it."""
+    use_host()
+    from comfy.sd import VAE
+
+    vae = VAE(sd={k.removeprefix("first_stage_model."): v for k, v in checkpoint.items() if "first_stage" in k})
+    parts = [vae.decode(vae.encode(part.movedim(1, -1))) for part in pictures.split(16)]
+    return torch.cat(parts).movedim(-1, 1).float()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--data", action="store_true")
     args = parser.parse_args()
+    if args.data:
+        describe_data()
+        return
     torch.manual_seed(0)
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)

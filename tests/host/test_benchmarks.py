@@ -14,19 +14,8 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = {
     "demo_model": ["--pictures", "6", "--per-word", "2"],
-    "schedules": [
-        "--tasks",
-        "8",
-        "--groups",
-        "2",
-        "--samplers",
-        "dpmpp_2m",
-        "--steps",
-        "5",
-        "--models",
-        "unet",
-        "flow",
-    ],
+    "schedules": ["--tasks", "12", "--samplers", "dpmpp_2m", "euler_ancestral", "--steps", "5", "--converged", "20"],
+    "peers": ["--tasks", "12", "--steps", "10"],
 }
 
 
@@ -63,11 +52,29 @@ def test_the_schedules_are_ranked_and_ours_equal_the_builtin_ones(tmp_path):
         "before <!-- measured: python dev.py bench schedules --> old <!-- end --> after"
     )
     printed = run("schedules", tmp_path, *SMOKE["schedules"])
-    unet, flow = json.loads((tmp_path / "schedules.json").read_text())
-    rows = {row["schedule"]: row for row in unet["rows"]}
-    assert rows["auto"]["error"] == pytest.approx(rows["core AYS"]["error"], rel=1e-3)
-    assert len(rows) == 13 and len(flow["rows"]) == 11 and rows["normal"]["relative_time"] == 1
-    assert all(row["calls"] == 5 for row in rows.values())
+    result = json.loads((tmp_path / "results" / "schedules.json").read_text())
+    rows = {(row["model"], row["sampler"], row["schedule"]): row for row in result["data"]}
+    assert len(rows) == 13 + 10 + 11 + 9
+    ays, auto = (rows["unet", "dpmpp_2m", name] for name in ("core AYS", "auto"))
+    assert auto["psnr"] == pytest.approx(ays["psnr"], abs=0.01)
+    assert rows["unet", "dpmpp_2m", "normal"]["time"] == 1
+    assert all(row["calls"] == 5 and row["frechet"][0] > 0 and row["object"][0] > 50 for row in rows.values())
     page = (tmp_path / "schedules.md").read_text()
     assert page.startswith("before ") and page.endswith(" after") and " old " not in page and "| normal |" in page
+    assert "converged picture" in page and "euler_ancestral" not in page
+    results = (tmp_path / "results.md").read_text()
+    assert "unet, euler_ancestral: Fréchet" in results and "unet, euler_ancestral: PSNR" not in results
     assert "| normal |" in printed and Image.open(tmp_path / "aligned_schedule.jpg").size == (1024, 256)
+    for picture in result["pictures"]:
+        assert min(Image.open(tmp_path / picture).size) > 100
+
+
+@pytest.mark.host
+def test_the_caches_save_evaluations_and_the_mends_do_not(tmp_path):
+    run("peers", tmp_path, *SMOKE["peers"])
+    rows = {(r["model"], r["label"]): r for r in json.loads((tmp_path / "results" / "peers.json").read_text())["data"]}
+    assert rows["unet", "plain"]["calls"] == rows["unet", "RescaleCFG 0.7"]["calls"] == 10
+    assert rows["unet", "plain, 5 steps"]["calls"] == 5
+    for model, label in (("unet", "EasyCache 0.2"), ("unet", "LazyCache 0.2"), ("flow", "LazyCache 0.2")):
+        assert rows[model, label]["calls"] < 10 and rows[model, label]["summary"]["psnr"][0] < 100
+    assert min(Image.open(tmp_path / "peers.png").size) > 100
