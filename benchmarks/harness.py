@@ -181,9 +181,7 @@ class Lab:
 
     def pictures(self, model: str, latents: Tensor) -> Tensor:
         """[n 3 128 128] in 0..1, through the stock VAEDecode."""
-        parts = [
-            self.host.call("VAEDecode", samples={"samples": z}, vae=self.vaes[model])[0] for z in latents.split(BATCH)
-        ]
+        parts = [self.host.call("VAEDecode", samples={"samples": z}, vae=self.vaes[model])[0] for z in latents.split(4)]
         return torch.cat(parts).permute(0, 3, 1, 2)
 
     def sigmas(self, model: str, name: str, steps: int) -> tuple[float, ...]:

@@ -135,7 +135,7 @@ def main() -> None:
         lab, work = Lab(Host(Path(folder)), args.cache), tasks(args.tasks)
         blocks = [measure(lab, work, model, args.sampler, steps) for model in args.models for steps in args.steps]
     plot(blocks, args.out / "peers.png")
-    notes = [" ".join(__doc__.split("\n\n")[2].split())]
+    notes = [" ".join(__doc__.split("\n\n")[2].split()), f"{args.tasks} pictures per setting; cfg 3."]
     tables = [table(rows, args.sampler) for rows in blocks]
     data = [{**vars(row), "summary": {k: list(v) for k, v in row.summary.items()}} for rows in blocks for row in rows]
     record("peers", "Core's caches and rescaling nodes", tables, began, ["peers.png"], notes, args.out, data)

@@ -24,7 +24,8 @@ from PIL import Image, ImageDraw
 
 from comfy_process import Host
 from harness import CACHE, Cell, Lab, Task, prompt, tasks
-from looks import CONVERGED, GROUPS, Look, converged, look, summary, to_data
+from judge import BACKGROUNDS
+from looks import CONVERGED, GROUPS, Look, brightness, converged, data, look, summary, to_data
 from metrics import frechet, rank_stability
 from results import DOCS, Table, markdown, record
 
@@ -203,6 +204,35 @@ def write_page(tables: list[Table], out: Path) -> None:
         path.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail.partition(END)[2]}", "utf-8")
 
 
+def brightness_table(rows: list[Row], work: list[Task]) -> Table:
+    """How bright is the background that a word asks for? One column per row given."""
+    backgrounds = torch.tensor([task.background for task in work])
+    columns = [brightness(row.seen.corners, backgrounds) for row in rows]
+    words = list(BACKGROUNDS)
+    body = [[words[b], f"{columns[0][b][0]:.1f}", *(f"{column[b][1]:.1f}" for column in columns)] for b in columns[0]]
+    heads = [f"{row.model}, {row.sampler}, {row.schedule}, {row.steps} steps" for row in rows]
+    return Table("Brightness of the background by word, 0..255", ["word", "data", *heads], body)
+
+
+def brightness_plot(rows: list[Row], path: Path) -> None:
+    """Histogram of the pictures' means against the data's for the same prompts."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    bins, wanted = torch.linspace(0, 255, 18).numpy(), 255 * data()["means"][: len(rows[0].seen.means)].flatten()
+    axis.hist(wanted.numpy(), bins, density=True, alpha=0.3, color="k", label="data")
+    for row in rows:
+        label = f"{row.model}, {row.sampler}, {row.schedule}, {row.steps} steps"
+        axis.hist((255 * row.seen.means).numpy(), bins, density=True, histtype="step", label=label)
+    axis.set(xlabel="mean of a picture's pixels", yticks=[])
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
 def best_of(rows: list[Row]) -> Row:
     return min(rows, key=lambda row: row.summary["frechet"][0])
 
@@ -254,15 +284,19 @@ def main() -> None:
     exact = [row for row in rows if row.sampler not in RANDOM]
     quality_plot(exact, "psnr", "PSNR to converged, dB", args.out / "schedules_psnr.png")
     write_page(short, args.out)
-    pictures = ["schedules_frechet.png", "schedules_psnr.png", "schedules_grid.jpg"]
-    notes = [" ".join(__doc__.split("\n\n")[2].split())]
-    data = [
+    most = [row for row in normal if row.sampler == args.samplers[0] and row.steps == max(args.steps)]
+    tables.insert(3, brightness_table(most, work))
+    brightness_plot(most, args.out / "schedules_brightness.png")
+    pictures = ["schedules_frechet.png", "schedules_psnr.png", "schedules_grid.jpg", "schedules_brightness.png"]
+    sampled = f"{args.tasks} pictures per setting, seeds from {args.first_seed}; cfg 3; {GROUPS} disjoint groups."
+    notes = [" ".join(__doc__.split("\n\n")[2].split()), sampled]
+    facts = [
         {"model": r.model, "sampler": r.sampler, "steps": r.steps, "schedule": r.schedule, "calls": r.calls,
          "time": round(r.time, 3), **{k: [round(x, 4) for x in v] for k, v in r.summary.items()}}
         for r in rows
     ]  # fmt: skip
     title = "Stock schedules, solvers and steps"
-    result = record("schedules", title, tables, began, pictures, notes, args.out, data)
+    result = record("schedules", title, tables, began, pictures, notes, args.out, facts)
     print("\n".join(markdown(Table(**table)) for table in result["tables"]))
 
 
