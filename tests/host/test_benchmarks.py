@@ -14,6 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = {
     "demo_model": ["--pictures", "6", "--per-word", "2"],
+    "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
     "schedules": ["--tasks", "12", "--samplers", "dpmpp_2m", "euler_ancestral", "--steps", "5", "--converged", "20"],
     "peers": ["--tasks", "12", "--steps", "10"],
 }
@@ -78,3 +79,14 @@ def test_the_caches_save_evaluations_and_the_mends_do_not(tmp_path):
     for model, label in (("unet", "EasyCache 0.2"), ("unet", "LazyCache 0.2"), ("flow", "LazyCache 0.2")):
         assert rows[model, label]["calls"] < 10 and rows[model, label]["summary"]["psnr"][0] < 100
     assert min(Image.open(tmp_path / "peers.png").size) > 100
+
+
+@pytest.mark.host
+def test_parts_of_a_real_size_network(tmp_path):
+    run("real_size", tmp_path, *SMOKE["real_size"])
+    result = json.loads((tmp_path / "results" / "real_size.json").read_text())
+    flops, times = result["tables"]
+    assert flops["rows"][-1][0] == "total" and flops["rows"][-1][1] == pytest.approx(803, rel=2e-3)
+    percent = times["columns"].index("time %")
+    assert sum(row[percent] for row in times["rows"] if row[0] != "total") == pytest.approx(100)
+    assert "Encoder" in flops["note"] and "64 px, bf16" in times["title"]
