@@ -14,6 +14,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 SMOKE = {
     "demo_model": ["--pictures", "6", "--per-word", "2"],
+    "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
     "schedules": ["--tasks", "12", "--samplers", "dpmpp_2m", "euler_ancestral", "--steps", "5", "--converged", "20"],
     "peers": ["--tasks", "12", "--steps", "10"],
@@ -79,6 +80,17 @@ def test_the_caches_save_evaluations_and_the_mends_do_not(tmp_path):
     for model, label in (("unet", "EasyCache 0.2"), ("unet", "LazyCache 0.2"), ("flow", "LazyCache 0.2")):
         assert rows[model, label]["calls"] < 10 and rows[model, label]["summary"]["psnr"][0] < 100
     assert min(Image.open(tmp_path / "peers.png").size) > 100
+
+
+@pytest.mark.host
+def test_exact_answers_of_schedules_and_solvers(tmp_path):
+    printed = run("exact", tmp_path, *SMOKE["exact"])
+    result = json.loads((tmp_path / "results" / "exact.json").read_text())
+    assert len(result["tables"]) == 8 and {len(rows) for rows in result["data"].values()} == {22, 20}
+    for rows in result["data"].values():
+        assert all(row["kl"] > 0 and row["w2"] > 0 for row in rows)
+        assert all((row["field_error"] is None) == (row["solver"] == "euler_ancestral") for row in rows)
+    assert "| euler | normal |" in printed and "Wasserstein-2" in (tmp_path / "results.md").read_text()
 
 
 @pytest.mark.host
