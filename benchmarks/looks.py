@@ -106,13 +106,17 @@ def to_data(metric: Callable[[Tensor, Tensor], float], features: Tensor, kept: T
     return metric(data()["features"][kept].flatten(0, 1) @ axes, features[kept].double() @ axes)
 
 
-def brightness_error(corners: Tensor, backgrounds: Tensor) -> float:
-    """Mean over background words of |mean corner brightness - the word's colour's|, in 0..255."""
+def brightness(corners: Tensor, backgrounds: Tensor) -> dict[int, tuple[float, float]]:
+    """Background word by index -> mean corner brightness (wanted, found), in 0..255."""
     palette = torch.tensor(list(BACKGROUNDS.values())).double().mean(1)
     found = 255 * corners.double().mean(1)
-    return float(
-        torch.stack([(found[backgrounds == b].mean() - palette[b]).abs() for b in backgrounds.unique()]).mean()
-    )
+    return {int(b): (float(palette[b]), float(found[backgrounds == b].mean())) for b in backgrounds.unique()}
+
+
+def brightness_error(corners: Tensor, backgrounds: Tensor) -> float:
+    """Mean over the background words of |found - wanted|, in 0..255."""
+    errors = [abs(found - wanted) for wanted, found in brightness(corners, backgrounds).values()]
+    return sum(errors) / len(errors)
 
 
 def summary(seen: Look, work: list[Task], groups: int = GROUPS) -> dict[str, tuple[float, float]]:
