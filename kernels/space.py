@@ -31,3 +31,11 @@ class NoiseSpace:
         if self.kind == "ve":
             return c * torch.tan(theta)
         return c * torch.sin(theta) / (c * torch.sin(theta) + torch.cos(theta))
+
+    def log_ratio(self, sigma: Sigma) -> Sigma:
+        """ln(sigma / alpha), minus half the log-SNR: ln(sigma) on VE, logit(sigma) on flow; -inf without noise."""
+        return sigma.log() if self.kind == "ve" else torch.logit(sigma)
+
+    def at_log_ratio(self, log_ratio: Sigma) -> Sigma:
+        """The sigma whose ln(sigma / alpha) is `log_ratio`; the inverse of `log_ratio`."""
+        return log_ratio.exp() if self.kind == "ve" else log_ratio.sigmoid()

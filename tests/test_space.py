@@ -27,3 +27,10 @@ def test_angles_can_be_turned_back(space, c):
 
 def test_pure_noise_of_a_flow_model_is_a_right_angle():
     assert float(FLOW.angle(torch.tensor(1.0, dtype=torch.float64))) == pytest.approx(math.pi / 2)
+
+
+def test_the_log_ratio_is_the_same_corruption_in_both_spaces_and_turns_back():
+    s = torch.linspace(0.001, 0.999, 50, dtype=torch.float64)
+    torch.testing.assert_close(FLOW.log_ratio(s), VE.log_ratio(s / (1 - s)), rtol=1e-10, atol=1e-12)
+    for space in (VE, FLOW):
+        torch.testing.assert_close(space.at_log_ratio(space.log_ratio(s)), s, rtol=1e-12, atol=0)
