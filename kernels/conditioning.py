@@ -137,6 +137,7 @@ def _log_ratios(space: NoiseSpace, name: str, levels: Sequence[float]) -> list[f
     for i, level in enumerate(levels):
         if not 0 < level < top:
             raise ValueError(
-                f"The knots of a conditioning map lie between 0 and {top:g}, ends excluded, but {name}[{i}] = {level:.4g}."
+                f"The knots of a conditioning map lie between 0 and {top:g}, ends excluded, but {name}[{i}] = "
+                f"{level:.4g}."
             )
     return space.log_ratio(torch.tensor(list(levels), dtype=torch.float64)).tolist()

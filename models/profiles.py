@@ -1,29 +1,59 @@
-"""Profiles: small JSON files that hold a published or a fitted schedule, read with suspicion."""
+"""Profiles: small JSON files that hold a published or a fitted calibration, read with suspicion."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from ..kernels.conditioning import ConditioningMap
+from ..kernels.space import NoiseSpace
 
 SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = 1
+KINDS = ("schedule", "noise_shift")
 LARGEST_FILE = 1_000_000  # bytes; a schedule needs a few hundred
 MOST_LEVELS = 10_001
+MOST_ENTRIES, DEEPEST = 2_000, 6  # of the free-form metrics and provenance
+SUFFIX = ".json"
+RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}  # on Windows
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What the network is told in place of the true noise level, knot by knot.
+
+    solver: the sampler it was fitted with, "" for every sampler. resolution: (width, height) it holds for. sigma:
+    ascending levels inside the model's range; sigma_hat: the level told there.
+    """
+
+    solver: str
+    resolution: tuple[int, int]
+    sigma: tuple[float, ...]
+    sigma_hat: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Profile:
-    """One schedule and what it was made for.
+    """One calibration and what it was made for.
 
-    name: what the user sees in the list. space: "ve" or "flow". families: class names of the host's model
-    configurations, the first is the one it was made on. resolution: (width, height) in pixels. sigmas: the positive
-    noise levels of the native run, decreasing; the last one is replaced by 0 when the schedule runs.
+    kind: "schedule" or "noise_shift". name: what the user sees. space: "ve" or "flow". families: class names of the
+    host's model configurations, the first is the one it was made on. resolution: (width, height) in pixels. sigmas:
+    decreasing noise levels of the native run. A published table has only positive ones and the last is replaced by 0
+    when it runs; a fitted schedule ends in its own 0; a noise shift has none. source: where it comes from.
+
+    Of a fit also, "" or None where unknown: solver, prediction ("eps", "v", "edm", "flow"), cfg, config_hash (of the
+    network's configuration, never of a path or a file name), alignments, one per resolution. metrics and provenance
+    are free-form facts; prompts only as `text_hash`.
     """
 
     name: str
@@ -33,20 +63,100 @@ class Profile:
     resolution: tuple[int, int]
     sigmas: tuple[float, ...]
     source: str
+    kind: str = "schedule"
+    solver: str = ""
+    prediction: str = ""
+    cfg: float | None = None
+    config_hash: str = ""
+    alignments: tuple[Alignment, ...] = ()
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the native run."""
+        return max(len(self.sigmas) - 1, 0)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the levels are run as they are, 0 included, and not as a published table."""
+        return bool(self.sigmas) and self.sigmas[-1] == 0
+
+    @property
+    def id(self) -> str:
+        """Names the calibration itself: the same whatever it is called, however it was measured, by whom and when."""
+        said = _fields(self)
+        what = {key: said[key] for key in said if key not in ("id", "name", "source", "metrics", "provenance")}
+        return f"attune-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}"
+
+    def with_facts(self, metrics: Mapping[str, Any] | None = None, **provenance: Any) -> Profile:
+        """The same calibration with more `metrics` and more provenance."""
+        return replace(self, metrics={**self.metrics, **(metrics or {})}, provenance={**self.provenance, **provenance})
+
+
+def text_hash(text: str) -> str:
+    """How a prompt is recorded: enough to recognise it, nothing to read."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def load_profile(path: Path) -> Profile:
     """Read and check one profile file; ValueError names the file, the field and what was expected."""
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise ValueError(f"{path.name} has {size} bytes; a profile has at most {LARGEST_FILE}. Is it a profile?")
+    with path.open("rb") as file:
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"{path.name} has more than the {LARGEST_FILE} bytes of a profile at most. Is it a profile?")
     try:
         fields = json.loads(
-            path.read_text("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats
+            content.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not a profile: {error}. Get the file again, or fit it again.") from error
     return _check(path.name, fields)
+
+
+def save_profile(profile: Profile, folder: Path, name: str = "") -> Path:
+    """Write `profile` into `folder` under a safe form of `name` (default: its own) and return the path.
+
+    The file appears whole or not at all. A file of that name that holds another calibration, or is no profile, stays
+    as it is: the new one gets a number. ValueError, before anything is written, for a profile that could not be read
+    back.
+    """
+    stem = file_stem(name or profile.name)
+    try:
+        text = json.dumps({**_fields(profile), "id": profile.id}, indent=1, allow_nan=False)
+        _check(stem + SUFFIX, json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"The profile '{profile.name}' cannot be saved: {error}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    path = _free_path(folder, stem, profile.id)
+    temporary = folder / f".{secrets.token_hex(8)}.part"
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def file_stem(name: str) -> str:
+    """A file name for `name` on every system, without the suffix: no folders, no hidden or reserved names."""
+    if name.lower().endswith(SUFFIX):
+        name = name[: -len(SUFFIX)]
+    stem = re.sub(r"[^\w .,()+=-]+", "_", name).strip(" .")
+    stem = stem.encode()[:100].decode(errors="ignore").strip(" .")  # bytes are what file systems count
+    if not re.search(r"\w", stem.replace("_", "")):
+        raise ValueError(f"'{name[:100]}' is no file name: give the profile a name with letters or digits.")
+    return f"_{stem}" if stem.split(".")[0].lower() in RESERVED else stem
+
+
+def alignment_map(profile: Profile, alignment: Alignment, strength: float = 1.0) -> ConditioningMap:
+    """The function of sigma that an alignment of `profile` stands for."""
+    space = NoiseSpace("flow" if profile.space == "flow" else "ve")
+    return ConditioningMap.through(space, alignment.sigma, alignment.sigma_hat, strength)
 
 
 @lru_cache(maxsize=1)
@@ -71,7 +181,26 @@ def pick_profile(
     return None
 
 
-def _refuse_constant(name: str) -> float:
+def _free_path(folder: Path, stem: str, wanted_id: str) -> Path:
+    """The first of "stem.json", "stem (2).json", … that is not taken, or that holds the same calibration."""
+    number = 1
+    while True:
+        path = folder / (f"{stem}{SUFFIX}" if number == 1 else f"{stem} ({number}){SUFFIX}")
+        if path.resolve().parent != folder.resolve():
+            raise ValueError(f"'{path.name}' leads out of the profile folder. Choose another name.")
+        if not path.exists() or _id_of(path) == wanted_id:
+            return path
+        number += 1
+
+
+def _id_of(path: Path) -> str:
+    try:
+        return load_profile(path).id
+    except (ValueError, OSError):
+        return ""
+
+
+def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a number that a profile may hold")
 
 
@@ -82,41 +211,152 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
+def _fields(profile: Profile) -> dict[str, Any]:
+    """The JSON object of a profile; what a published table does not have is left out."""
+    fields = {
+        "format": FORMAT,
+        "kind": profile.kind,
+        "name": profile.name,
+        "method": profile.method,
+        "space": profile.space,
+        "families": list(profile.families),
+        "resolution": list(profile.resolution),
+        "sigmas": list(profile.sigmas),
+        "source": profile.source,
+        "solver": profile.solver,
+        "prediction": profile.prediction,
+        "cfg": profile.cfg,
+        "config_hash": profile.config_hash,
+        "alignments": [
+            {
+                "solver": one.solver,
+                "resolution": list(one.resolution),
+                "sigma": list(one.sigma),
+                "sigma_hat": list(one.sigma_hat),
+            }
+            for one in profile.alignments
+        ],
+        "metrics": dict(profile.metrics),
+        "provenance": dict(profile.provenance),
+    }
+    return {key: value for key, value in fields.items() if value not in ("", None, [], {})}
+
+
 def _check(file: str, fields: Any) -> Profile:
     def need(condition: bool, expected: str) -> None:
         if not condition:
-            raise ValueError(f"{file} is not a format-{FORMAT} schedule profile: {expected}.")
+            raise ValueError(f"{file} is not a format-{FORMAT} profile: {expected}.")
 
     need(isinstance(fields, dict), "it must be a JSON object")
     version = fields.get("format")
-    need(isinstance(version, int) and not isinstance(version, bool), '"format" must be a whole number')
+    need(type(version) is int, '"format" must be a whole number')
     if version > FORMAT:
         raise ValueError(f"{file} has profile format {version}, newer than this pack knows ({FORMAT}): update Attune.")
     need(version == FORMAT, f'"format" must be {FORMAT}')
-    need(fields.get("kind") == "schedule", '"kind" must be "schedule"')
+    kind = fields.get("kind")
+    need(kind in KINDS, f'"kind" must be one of {", ".join(KINDS)}')
     for key in ("name", "method", "source"):
-        need(isinstance(fields.get(key), str) and 0 < len(fields[key]) <= 500, f'"{key}" must be a short text')
+        need(_is_text(fields.get(key)) and bool(fields[key]), f'"{key}" must be a short text')
+    for key in ("solver", "prediction", "config_hash"):
+        need(_is_text(fields.get(key, "")), f'"{key}" must be a short text')
     need(fields.get("space") in ("ve", "flow"), '"space" must be "ve" or "flow"')
     families = fields.get("families")
     need(
-        isinstance(families, list) and bool(families) and all(isinstance(f, str) for f in families),
+        isinstance(families, list) and 0 < len(families) <= 100 and all(map(_is_text, families)),
         '"families" must list at least one model family',
     )
     resolution = fields.get("resolution")
+    need(_is_resolution(resolution), '"resolution" must be [width, height] in pixels')
+    cfg = fields.get("cfg")
+    need(cfg is None or _is_level(cfg), '"cfg" must be a number of at least 0')
+    sigmas = fields.get("sigmas", [])
     need(
-        isinstance(resolution, list) and len(resolution) == 2 and all(type(n) is int and n > 0 for n in resolution),
-        '"resolution" must be [width, height] in pixels',
+        (_is_schedule(sigmas) and len(sigmas) >= 2) if kind == "schedule" else sigmas == [],
+        '"sigmas" must list at least 2 decreasing noise levels, all positive or ending in 0'
+        if kind == "schedule"
+        else '"sigmas" has no place in a noise shift',
     )
-    sigmas = fields.get("sigmas")
-    need(
-        isinstance(sigmas, list)
-        and 2 <= len(sigmas) <= MOST_LEVELS
-        and all(type(s) in (int, float) and 0 < s < math.inf for s in sigmas)
-        and all(a > b for a, b in pairwise(sigmas)),
-        '"sigmas" must list at least 2 positive, decreasing noise levels',
-    )
-    need(fields["space"] == "ve" or sigmas[0] <= 1, "the noise levels of a flow profile are at most 1")
-    return Profile(
-        fields["name"], fields["method"], fields["space"], tuple(families), tuple(resolution),
-        tuple(float(s) for s in sigmas), fields["source"],
+    need(not sigmas or fields["space"] == "ve" or sigmas[0] <= 1, "the noise levels of a flow profile are at most 1")
+    alignments = fields.get("alignments", [])
+    need(isinstance(alignments, list) and len(alignments) <= 100, '"alignments" must be a list of at most 100')
+    need(kind == "schedule" or bool(alignments), '"alignments" must list at least one resolution of a noise shift')
+    for key in ("metrics", "provenance"):
+        facts = fields.get(key, {})
+        need(isinstance(facts, dict) and _size(facts) <= MOST_ENTRIES, f'"{key}" must be a small JSON object')
+    profile = Profile(
+        fields["name"], fields["method"], fields["space"], tuple(families), tuple(resolution), _levels(sigmas),
+        fields["source"], kind, fields.get("solver", ""), fields.get("prediction", ""),
+        None if cfg is None else float(cfg), fields.get("config_hash", ""),
+        tuple(_alignment(one, i, need) for i, one in enumerate(alignments)),
+        fields.get("metrics", {}), fields.get("provenance", {}),
     )  # fmt: skip
+    for i, one in enumerate(profile.alignments):
+        try:
+            alignment_map(profile, one)
+        except ValueError as error:
+            raise ValueError(f'{file} is not a format-{FORMAT} profile: "alignments"[{i}]: {error}') from error
+    if "id" in fields and fields["id"] != profile.id:
+        raise ValueError(
+            f"{file} was changed after it was saved: its id no longer fits its content. Fit it again, or remove the "
+            'line "id" to use it as it is.'
+        )
+    return profile
+
+
+def _alignment(fields: Any, i: int, need: Any) -> Alignment:
+    where = f'"alignments"[{i}]'
+    need(isinstance(fields, dict), f"{where} must be a JSON object")
+    need(_is_text(fields.get("solver", "")), f'{where} "solver" must be a short text')
+    need(_is_resolution(fields.get("resolution")), f'{where} "resolution" must be [width, height] in pixels')
+    for key in ("sigma", "sigma_hat"):
+        knots = fields.get(key)
+        need(
+            isinstance(knots, list) and len(knots) <= MOST_LEVELS and all(map(_is_level, knots)),
+            f'{where} "{key}" must list noise levels',
+        )
+    return Alignment(
+        fields.get("solver", ""), tuple(fields["resolution"]), _levels(fields["sigma"]), _levels(fields["sigma_hat"])
+    )
+
+
+def _levels(numbers: list[float]) -> tuple[float, ...]:
+    return tuple(float(number) for number in numbers)
+
+
+def _is_text(value: Any) -> bool:
+    """A short text that can be written back: JSON can spell halves of characters."""
+    return isinstance(value, str) and len(value) <= 500 and not re.search("[\ud800-\udfff]", value)
+
+
+def _is_resolution(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n <= 1_000_000 for n in value)
+
+
+def _is_level(value: Any) -> bool:
+    """A number from 0 that a float can hold; a JSON whole number can be any size."""
+    return type(value) in (int, float) and 0 <= value <= 1e30
+
+
+def _is_schedule(sigmas: Any) -> bool:
+    return (
+        isinstance(sigmas, list)
+        and len(sigmas) <= MOST_LEVELS
+        and all(map(_is_level, sigmas))
+        and all(float(a) > float(b) for a, b in pairwise(sigmas))
+    )
+
+
+def _size(value: Any, depth: int = 0) -> float:
+    """How many values a piece of free-form JSON holds; infinite for what cannot be written back."""
+    if depth > DEEPEST:
+        return math.inf
+    if isinstance(value, dict):
+        keys = all(map(_is_text, value))
+        return 1 + sum(_size(one, depth + 1) for one in value.values()) if keys else math.inf
+    if isinstance(value, list):
+        return 1 + sum(_size(one, depth + 1) for one in value)
+    if isinstance(value, str):
+        return 1 if _is_text(value) else math.inf
+    if type(value) in (int, float):
+        return 1 if abs(value) <= 1e300 else math.inf
+    return 1 if value is None or isinstance(value, bool) else math.inf

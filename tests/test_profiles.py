@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import json
+import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from pack.kernels.schedules import check_sigmas, end_at_zero, resample_loglinear
-from pack.models.profiles import LARGEST_FILE, Profile, load_profile, pick_profile, shipped_profiles
+from pack.models.profiles import (
+    LARGEST_FILE,
+    Alignment,
+    Profile,
+    alignment_map,
+    file_stem,
+    load_profile,
+    pick_profile,
+    save_profile,
+    shipped_profiles,
+    text_hash,
+)
 
 GOOD = {
     "format": 1, "kind": "schedule", "name": "mine", "method": "by hand", "space": "ve", "families": ["SD15"],
@@ -60,7 +73,8 @@ def test_a_good_file_is_read_as_it_stands(tmp_path):
         ({"format": "1"}, '"format" must be a whole number'),
         ({"format": True}, '"format" must be a whole number'),
         ({"format": 0}, '"format" must be 1'),
-        ({"kind": "encoder"}, '"kind" must be "schedule"'),
+        ({"kind": "encoder"}, '"kind" must be one of schedule, noise_shift'),
+        ({"kind": ["schedule"]}, '"kind" must be one of'),
         ({"name": ""}, '"name" must be a short text'),
         ({"source": "x" * 501}, '"source" must be a short text'),
         ({"space": "vp"}, '"space" must be'),
@@ -68,13 +82,34 @@ def test_a_good_file_is_read_as_it_stands(tmp_path):
         ({"families": [3]}, "at least one model family"),
         ({"resolution": [512]}, r"\[width, height\] in pixels"),
         ({"resolution": [512, -1]}, r"\[width, height\] in pixels"),
-        ({"sigmas": [1.0]}, "at least 2 positive, decreasing"),
-        ({"sigmas": [1.0, 2.0]}, "at least 2 positive, decreasing"),
-        ({"sigmas": [1.0, 0.0]}, "at least 2 positive, decreasing"),
+        ({"sigmas": [1.0]}, "at least 2 decreasing"),
+        ({"sigmas": [1.0, 2.0]}, "at least 2 decreasing"),
+        ({"sigmas": [1.0, 0.0, 0.0]}, "at least 2 decreasing"),
+        ({"sigmas": [1.0, -0.1]}, "at least 2 decreasing"),
+        ({"sigmas": [10**400, 1.0]}, "at least 2 decreasing"),
+        ({"sigmas": [True, 0.5]}, "at least 2 decreasing"),
+        ({"cfg": -1}, '"cfg" must be a number'),
+        ({"cfg": 10**400}, '"cfg" must be a number'),
+        ({"solver": 3}, '"solver" must be a short text'),
+        ({"name": "\ud800"}, '"name" must be a short text'),
+        ({"resolution": [512, 10**400]}, r"\[width, height\] in pixels"),
+        ({"metrics": [1]}, '"metrics" must be a small JSON object'),
+        ({"provenance": {"n": list(range(5000))}}, '"provenance" must be a small JSON object'),
+        ({"metrics": {"a": [[[[[[[1]]]]]]]}}, '"metrics" must be a small JSON object'),
+        ({"metrics": {"a": 10**400}}, '"metrics" must be a small JSON object'),
+        ({"alignments": {}}, '"alignments" must be a list'),
+        ({"alignments": [3]}, r'"alignments"\[0\] must be a JSON object'),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0]}]}, r'"alignments"\[0\] "sigma_hat" must list'),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0], "sigma_hat": [9.0]}]}, "ratio beyond 8"),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0, 0.5], "sigma_hat": [1, 1]}]}, "must ascend"),
+        ({"alignments": [{"resolution": [8], "sigma": [1.0], "sigma_hat": [1.0]}]}, "in pixels"),
+        ({"kind": "noise_shift"}, "no place in a noise shift"),
+        ({"kind": "noise_shift", "sigmas": []}, "at least one resolution"),
+        ({"id": "attune-0123456789abcdef"}, "changed after it was saved"),
         ({"sigmas": [1e999, 1.0]}, "Infinity is not a number"),
         ({"sigmas": [float("nan"), 1.0]}, "NaN is not a number"),
-        ({"sigmas": "14 1 0"}, "at least 2 positive, decreasing"),
-        ({"sigmas": list(range(20000, 1, -1))}, "at least 2 positive, decreasing"),
+        ({"sigmas": "14 1 0"}, "at least 2 decreasing"),
+        ({"sigmas": list(range(20000, 1, -1))}, "at least 2 decreasing"),
         ({"space": "flow"}, "at most 1"),
     ],
 )
@@ -106,7 +141,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "p.json"
     with path.open("wb") as file:
         file.truncate(LARGEST_FILE + 1)
-    with pytest.raises(ValueError, match=f"at most {LARGEST_FILE}"):
+    with pytest.raises(ValueError, match=f"the {LARGEST_FILE} bytes"):
         load_profile(path)
 
 
@@ -125,3 +160,185 @@ def test_the_models_own_family_is_preferred_to_its_base_and_the_nearest_size_win
     assert pick_profile(some, ("SSD1B", "SDXL", "BASE")).name == "small"
     assert pick_profile(some, ("SDXL", "BASE"), (64, 64)).name == "base"
     assert pick_profile(some, ("Flux", "BASE")) is None
+
+
+FITTED = Profile(
+    "mine", "tuner", "ve", ("SD15",), (512, 512), (14.6, 3.0, 0.7, 0.0), "tuned here", solver="euler", prediction="eps",
+    cfg=6.5, config_hash="0123456789abcdef",
+    alignments=(Alignment("euler", (512, 512), (0.7, 3.0, 14.6), (0.6, 2.5, 13.9)),),
+    metrics={"holdout": {"before": ["karras", 0.12], "after": 0.1}},
+    provenance={"host": "0.3.75", "seeds": [1, 2], "prompts": [text_hash("a cat")]},
+)  # fmt: skip
+SHIFT = Profile(
+    "shift", "noise_shift", "flow", ("SD3",), (1024, 1024), (), "fitted here", kind="noise_shift", prediction="flow",
+    alignments=tuple(Alignment("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("profile", [FITTED, SHIFT, *shipped_profiles().values()], ids=lambda p: p.name)
+def test_what_is_saved_is_loaded(tmp_path, profile):
+    path = save_profile(profile, tmp_path / "new" / "folder")
+    assert load_profile(path) == profile
+    assert json.loads(path.read_text())["id"] == profile.id
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # no temporary file stays
+
+
+def test_the_id_is_the_calibration_and_nothing_else(tmp_path):
+    for same in (
+        replace(FITTED, name="other"), replace(FITTED, source="elsewhere"), FITTED.with_facts({"after": 0.2}),
+        FITTED.with_facts(date="today"),
+    ):  # fmt: skip
+        assert same.id == FITTED.id
+    path = save_profile(FITTED, tmp_path)
+    shuffled = dict(reversed(json.loads(path.read_text()).items()))
+    path.write_text(json.dumps(shuffled))
+    assert load_profile(path).id == FITTED.id
+    different = [
+        replace(FITTED, sigmas=(14.6, 3.0, 0.7000000000000001, 0.0)), replace(FITTED, solver="heun"),
+        replace(FITTED, cfg=6.6), replace(FITTED, alignments=()), replace(FITTED, resolution=(512, 520)),
+        replace(FITTED, prediction="v"), replace(FITTED, families=("SDXL",)), replace(FITTED, space="flow"),
+    ]  # fmt: skip
+    assert len({one.id for one in different} | {FITTED.id}) == len(different) + 1
+
+
+def test_with_facts_adds_and_keeps():
+    more = FITTED.with_facts({"frechet": 1.0}, pack="0.1.0")
+    assert more.metrics == {**FITTED.metrics, "frechet": 1.0}
+    assert more.provenance == {**FITTED.provenance, "pack": "0.1.0"}
+
+
+def test_saving_the_same_calibration_again_renews_its_file(tmp_path):
+    first = save_profile(FITTED, tmp_path)
+    again = save_profile(FITTED.with_facts({"after": 0.05}), tmp_path)
+    assert first == again and load_profile(first).metrics["after"] == 0.05
+
+
+def test_another_calibration_of_the_same_name_gets_a_number(tmp_path):
+    paths = [save_profile(replace(FITTED, cfg=cfg), tmp_path) for cfg in (1.0, 2.0, 3.0)]
+    assert [p.name for p in paths] == ["mine.json", "mine (2).json", "mine (3).json"]
+    assert [load_profile(p).cfg for p in paths] == [1, 2, 3]
+
+
+def test_a_file_that_is_no_profile_stays_as_it_is(tmp_path):
+    (tmp_path / "mine.json").write_text("my shopping list")
+    assert save_profile(FITTED, tmp_path).name == "mine (2).json"
+    assert (tmp_path / "mine.json").read_text() == "my shopping list"
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = save_profile(FITTED, tmp_path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_profile(FITTED.with_facts({"after": 0.05}), tmp_path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "facts", [{"a": float("nan")}, {"a": object()}, {"a": torch.ones(1)}, {"a": "x" * 501}, {"a": {"b": 10**400}}]
+)
+def test_what_could_not_be_read_back_is_not_written(tmp_path, facts):
+    with pytest.raises(ValueError, match="'mine' cannot be saved"):
+        save_profile(FITTED.with_facts(facts), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("SDXL 8 steps, 2M", "SDXL 8 steps, 2M"), ("mine.json", "mine"), ("../../etc/passwd", "_.._etc_passwd"),
+        ("C:\\temp\\x", "C_temp_x"), ("...hidden", "hidden"), ("nul", "_nul"), ("COM1.txt", "_COM1.txt"),
+        ("a\x00b\nc", "a_b_c"), ("猫 v2", "猫 v2"), ("x" * 500, "x" * 100), ("trailing. ", "trailing"),
+    ],
+)  # fmt: skip
+def test_file_names_are_safe_on_every_system(tmp_path, name, stem):
+    assert file_stem(name) == stem
+    path = save_profile(FITTED, tmp_path, name)
+    assert path.parent == tmp_path and path.name == f"{stem}.json"
+
+
+@pytest.mark.parametrize("name", ["...", "/", "___", ".json", " "])
+def test_a_name_without_letters_is_refused(name):
+    with pytest.raises(ValueError, match="no file name"):
+        file_stem(name)
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
+    folder, outside = tmp_path / "profiles", tmp_path / "precious.json"
+    folder.mkdir()
+    outside.write_text("keep me")
+    (folder / "mine.json").symlink_to(outside)
+    with pytest.raises(ValueError, match="leads out of the profile folder"):
+        save_profile(FITTED, folder)
+    assert outside.read_text() == "keep me"
+
+
+def test_an_alignment_becomes_a_map_through_its_knots():
+    one = FITTED.alignments[0]
+    out = alignment_map(FITTED, one)(torch.tensor(one.sigma, dtype=torch.float64))
+    torch.testing.assert_close(out, torch.tensor(one.sigma_hat, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert alignment_map(FITTED, one, strength=0.0).is_identity
+
+
+VALUES = [
+    None, True, -1, 0, 1e308, 10**400, "", "x" * 600, [], {}, [[]], [None], [1, 2], {"a": 1}, [1e400], "ve", "\ud800",
+    float("nan"), float("-inf"), [0.5] * 3, "../x", [[0]] * 1000,
+]  # fmt: skip
+
+
+def loaded_or_refused(path):
+    """The profile, or what the refusal says."""
+    try:
+        return load_profile(path)
+    except ValueError as refusal:
+        return str(refusal)
+
+
+def mutate(rng, value):
+    """One random change somewhere in a JSON value."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        changed = {**value, key: mutate(rng, value[key])}
+        return {k: v for k, v in changed.items() if k != key} if rng.random() < 0.15 else changed
+    if isinstance(value, list) and value and rng.random() < 0.7:
+        i = rng.randrange(len(value))
+        return [*value[:i], mutate(rng, value[i]), *value[i + rng.choice([0, 1, 1]) :]]
+    return rng.choice(VALUES)
+
+
+@pytest.mark.parametrize("profile", [FITTED, SHIFT], ids=lambda p: p.name)
+def test_any_mutation_is_refused_by_name_or_gives_a_profile_that_can_be_used(tmp_path, profile):
+    """400 seeded mutations: whatever is accepted can be saved again, resampled and mapped."""
+    fields = json.loads(save_profile(profile, tmp_path).read_text())
+    fields.pop("id")
+    rng, refused = random.Random(0), 0
+    path = tmp_path / "p.json"
+    for _ in range(400):
+        path.write_text(json.dumps(mutate(rng, fields)))
+        got = loaded_or_refused(path)
+        if isinstance(got, str):
+            assert "p.json" in got and len(got) < 1000
+            refused += 1
+            continue
+        assert load_profile(save_profile(got, tmp_path / "again")) == got
+        if got.sigmas:
+            check_sigmas(torch.tensor(got.sigmas, dtype=torch.float64))
+        for one in got.alignments:
+            assert torch.isfinite(alignment_map(got, one)(torch.linspace(0, 1, 20))).all()
+    assert 200 < refused < 400
+
+
+def test_any_broken_bytes_are_refused_by_name(tmp_path):
+    """300 seeded cuts and flips of bytes."""
+    whole = save_profile(FITTED, tmp_path).read_bytes()
+    rng, path = random.Random(1), tmp_path / "p.json"
+    for _ in range(300):
+        content = bytearray(whole)
+        content[rng.randrange(len(content))] = rng.randrange(256)
+        path.write_bytes(content[: rng.randrange(1, len(content))] if rng.random() < 0.3 else content)
+        got = loaded_or_refused(path)
+        assert isinstance(got, Profile) or "p.json" in got
