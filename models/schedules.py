@@ -26,13 +26,16 @@ class NoiseRange:
     """What a schedule must know of a model.
 
     families: its configuration class and that class's bases, by name, nearest first. space: "ve" or "flow". sigma_min
-    and sigma_max: the model's own noise levels, in that space's units.
+    and sigma_max: the model's own noise levels, in that space's units. prediction: what the network predicts, "eps",
+    "v", "edm", "flow". config_hash: names its architecture. Both "" where unknown.
     """
 
     families: tuple[str, ...]
     space: Literal["ve", "flow"]
     sigma_min: float
     sigma_max: float
+    prediction: str = ""
+    config_hash: str = ""
 
 
 def schedule_names() -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import comfy.model_sampling
 
 from ...models.schedules import NoiseRange
@@ -16,7 +19,25 @@ def noise_range(model) -> NoiseRange:
         space="flow" if isinstance(sampling, comfy.model_sampling.CONST) else "ve",
         sigma_min=float(sampling.sigma_min),
         sigma_max=float(sampling.sigma_max),
+        prediction=prediction(sampling),
+        config_hash=config_hash(model.model.model_config.unet_config),
     )
+
+
+def prediction(sampling) -> str:
+    """What the network of a model_sampling predicts: "eps", "v", "edm", "x0" or "flow"; else the host's class name."""
+    names = {"CONST": "flow", "X0": "x0", "EDM": "edm", "V_PREDICTION": "v", "EPS": "eps"}
+    for one in type(sampling).__mro__:
+        if one.__module__ == comfy.model_sampling.__name__ and one.__name__ in names:
+            return names[one.__name__]
+    return type(sampling).__mro__[-2].__name__.lower()
+
+
+def config_hash(unet_config: dict) -> str:
+    """Names the architecture: the same at every precision and for every file."""
+    plain = (str, int, float, list, tuple, type(None))
+    facts = {key: value for key, value in unet_config.items() if isinstance(value, plain)}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def pixels(model, latent: dict) -> tuple[int, int] | None:

@@ -11,6 +11,13 @@ def sampler_names() -> list[str]:
     return list(comfy.samplers.KSampler.SAMPLERS)
 
 
+def solver_name(sampler) -> str:
+    """The name of a SAMPLER's solver as in the stock list; GPU variants of a solver share its name."""
+    function = getattr(sampler, "sampler_function", None)
+    name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_").removesuffix("_function")
+    return name.replace("unipc", "uni_pc").removesuffix("_gpu")
+
+
 def run_stock_node(node_id: str, **inputs) -> tuple:
     """The outputs of a stock node, whether the host defines it in the old or the new node API."""
     node = host_nodes.NODE_CLASS_MAPPINGS[node_id]

@@ -1,0 +1,121 @@
+"""Tell a MODEL's network another noise level than the true one, and nobody else.
+
+The network's timestep is replaced inside `apply_model`, between the host's own conversion and the network. Input
+scaling, `calculate_denoised`, the solver and ControlNets keep the true sigma. Nothing is written that outlives a call:
+the maps travel in the MODEL clone's transformer_options, the choice for a run in that run's copy of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import comfy.model_base
+import comfy.model_sampling
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...kernels.conditioning import ConditioningMap, compose
+from .sampling import solver_name
+
+LOG = logging.getLogger(__name__)
+KEY = "attune.conditioning"
+CHOSEN = f"{KEY}.chosen"  # of the current run
+
+
+@dataclass(frozen=True)
+class Remap:
+    """A map on a MODEL: `name` for messages, `solver` it was fitted with ("" for every sampler)."""
+
+    name: str
+    conditioning: ConditioningMap
+    solver: str = ""
+
+
+def with_conditioning(model, remap: Remap):
+    """A clone of MODEL whose network is told `remap`, on top of the maps it already has; MODEL itself for the identity.
+
+    A map bound to a solver stands aside, with a line in the log, when another sampler runs.
+    """
+    if remap.conditioning.is_identity:
+        return model
+    if not hasattr(model.model, "process_timestep"):
+        raise ValueError(
+            "This ComfyUI is too old to change what a model is told: update it to 0.3.64 or newer, or set 'strength' "
+            "to 0."
+        )
+    if type(model.model)._apply_model is not comfy.model_base.BaseModel._apply_model:
+        LOG.warning(
+            "%s: this MODEL (%s) runs in its own way and may ignore it.", remap.name, type(model.model).__name__
+        )
+    clone = model.clone()
+    options = clone.model_options["transformer_options"]
+    options[KEY] = (*options.get(KEY, ()), remap)
+    for kind, wrapper in ((WrappersMP.SAMPLER_SAMPLE, _choose), (WrappersMP.APPLY_MODEL, _tell)):
+        clone.remove_wrappers_with_key(kind, KEY)
+        clone.add_wrapper_with_key(kind, KEY, wrapper)
+    return clone
+
+
+def network_timestep(sampling, sigma: Tensor) -> Tensor:
+    """The model's timestep of any sigma; models of whole timesteps get fractions, which their embeddings know.
+
+    The host rounds to the nearest of 1000 levels, up to 2 % in sigma: more than many a correction.
+    """
+    if type(sampling).timestep is not comfy.model_sampling.ModelSamplingDiscrete.timestep:
+        return sampling.timestep(sigma).float()
+    levels = sampling.log_sigmas.to(sigma.device)  # [T], ascending
+    log_sigma = sigma.float().clamp(min=1e-10).log()
+    high = torch.searchsorted(levels, log_sigma.contiguous()).clamp(1, len(levels) - 1)
+    share = (log_sigma - levels[high - 1]) / (levels[high] - levels[high - 1])
+    return high - 1 + share.clamp(0, 1)
+
+
+def _choose(executor, guider, sigmas, extra_args, *args, **kwargs):
+    """SAMPLER_SAMPLE: compose the maps that suit the sampler of this run."""
+    options = extra_args["model_options"]["transformer_options"]
+    running = solver_name(executor.class_obj)
+    fitting = []
+    for remap in options.get(KEY, ()):
+        if remap.solver in ("", running):
+            fitting.append(remap.conditioning)
+        else:
+            LOG.warning(
+                "%s: timestep alignment skipped: made for %s, this run uses %s. The schedule still applies.",
+                remap.name, remap.solver, running,
+            )  # fmt: skip
+    options[CHOSEN] = compose(fitting) if fitting else None
+    return executor(guider, sigmas, extra_args, *args, **kwargs)
+
+
+def _tell(executor, x, sigma, *args, **kwargs):
+    """APPLY_MODEL: one call of the network with its timestep replaced where the map changes sigma."""
+    options = kwargs.get("transformer_options") or next((a for a in reversed(args) if isinstance(a, dict)), {})
+    conditioning = options[CHOSEN] if CHOSEN in options else _without_solver(options)
+    if conditioning is None:
+        return executor(x, sigma, *args, **kwargs)
+    base_model = executor.class_obj
+    told = conditioning(sigma)
+    timestep_told = network_timestep(base_model.model_sampling, told)
+    shadowed = base_model.__dict__.get("process_timestep")
+    process_timestep = base_model.process_timestep
+
+    def process_told(timestep, **more):
+        # Where nothing changes the host's own rounding stays, to the bit.
+        return process_timestep(torch.where(told == sigma, timestep, timestep_told.to(timestep)), **more)
+
+    base_model.process_timestep = process_told
+    try:
+        return executor(x, sigma, *args, **kwargs)
+    finally:
+        if shadowed is None:
+            del base_model.process_timestep
+        else:
+            base_model.process_timestep = shadowed
+
+
+def _without_solver(options) -> ConditioningMap | None:
+    """For a call outside of any sampler: the maps that hold for all of them."""
+    fitting = [remap.conditioning for remap in options.get(KEY, ()) if not remap.solver]
+    return compose(fitting) if fitting else None
