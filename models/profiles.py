@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from ..kernels.conditioning import ConditioningMap
 from ..kernels.space import NoiseSpace
@@ -58,7 +58,7 @@ class Profile:
 
     name: str
     method: str
-    space: str
+    space: Literal["ve", "flow"]
     families: tuple[str, ...]
     resolution: tuple[int, int]
     sigmas: tuple[float, ...]
@@ -88,6 +88,16 @@ class Profile:
         said = _fields(self)
         what = {key: said[key] for key in said if key not in ("id", "name", "source", "metrics", "provenance")}
         return f"attune-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}"
+
+    def describe(self) -> str:
+        """What the profile is, was made for and was measured to do, a few lines."""
+        size = "x".join(map(str, self.resolution))
+        run = f"{self.steps} steps" if self.sigmas else f"{len(self.alignments)} picture sizes"
+        made = ", ".join(filter(None, [self.solver, f"cfg {self.cfg:g}" if self.cfg is not None else "", size]))
+        facts = [f"{key}: {json.dumps(value)}" for key, value in (*self.metrics.items(), *self.provenance.items())]
+        return "\n".join(
+            [f"{self.name} ({self.method}, {run})", f"for {self.families[0]}, {made}", self.source, *facts]
+        )
 
     def with_facts(self, metrics: Mapping[str, Any] | None = None, **provenance: Any) -> Profile:
         """The same calibration with more `metrics` and more provenance."""
@@ -155,8 +165,7 @@ def file_stem(name: str) -> str:
 
 def alignment_map(profile: Profile, alignment: Alignment, strength: float = 1.0) -> ConditioningMap:
     """The function of sigma that an alignment of `profile` stands for."""
-    space = NoiseSpace("flow" if profile.space == "flow" else "ve")
-    return ConditioningMap.through(space, alignment.sigma, alignment.sigma_hat, strength)
+    return ConditioningMap.through(NoiseSpace(profile.space), alignment.sigma, alignment.sigma_hat, strength)
 
 
 @lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 
 from ..kernels.ays import kl_optimal
-from ..kernels.schedules import check_sigmas, end_at_zero, for_denoise, resample_loglinear
+from ..kernels.schedules import check_sigmas, end_at_zero, for_denoise, resample_loglinear, resample_theta
 from ..kernels.space import NoiseSpace
 from ..kernels.types import Sigmas
 from .profiles import Profile, pick_profile, shipped_profiles
@@ -59,19 +59,28 @@ def schedule(
         profile = _profile_for_model(resolution, model) if name == AUTO else shipped_profiles().get(name)
         if profile is None:
             raise ValueError(f"There is no schedule '{name}'. Choose one of: {', '.join(schedule_names())}.")
-        _check_fit(profile, model)
-        said = f"{profile.name}, published for {profile.families[0]} at {'x'.join(map(str, profile.resolution))}"
+        check_fit(profile, model, f"Choose another one in 'schedule', such as '{next(iter(CLOSED_FORMS))}'.")
+        made = "fitted on" if profile.is_fitted else "published for"
+        said = f"{profile.name}, {made} {profile.families[0]} at {'x'.join(map(str, profile.resolution))}"
         if profile.sigmas[0] < model.sigma_max * 0.99:
             said += f" (it starts at sigma {profile.sigmas[0]:.4g}, below this model's {model.sigma_max:.4g})"
-        levels = torch.tensor(profile.sigmas, dtype=torch.float64)
-        sigmas = for_denoise(lambda n: end_at_zero(resample_loglinear(levels, n)), steps, denoise)
+        sigmas = for_denoise(lambda n: resample_profile(profile, n), steps, denoise)
     if len(sigmas):
         check_sigmas(sigmas)
     return sigmas.float(), said
 
 
+def resample_profile(profile: Profile, steps: int, denoise: float = 1.0) -> Sigmas:
+    """The levels of `profile` at another step count: a published table by its authors' rule, a fit by angle."""
+    levels = torch.tensor(profile.sigmas, dtype=torch.float64)
+    if profile.is_fitted:
+        return resample_theta(levels, steps, NoiseSpace(profile.space), denoise)
+    return end_at_zero(resample_loglinear(levels, steps, denoise))
+
+
 def _profile_for_model(resolution: tuple[int, int] | None, model: NoiseRange) -> Profile:
-    profile = pick_profile(shipped_profiles().values(), model.families, resolution)
+    published = [profile for profile in shipped_profiles().values() if profile.sigmas and not profile.is_fitted]
+    profile = pick_profile(published, model.families, resolution)
     if profile is None:
         raise ValueError(
             f"'auto' knows no schedule for the model family {model.families[0]}. Choose '{next(iter(CLOSED_FORMS))}' "
@@ -80,7 +89,8 @@ def _profile_for_model(resolution: tuple[int, int] | None, model: NoiseRange) ->
     return profile
 
 
-def _check_fit(profile: Profile, model: NoiseRange) -> None:
+def check_fit(profile: Profile, model: NoiseRange, remedy: str) -> None:
+    """ValueError, ending in `remedy`, unless the noise of `profile` is of the model's kind and within its range."""
     if profile.space != model.space:
         kinds = {
             "ve": "models with Stable Diffusion's noise (sigma up to about 15)",
@@ -88,11 +98,10 @@ def _check_fit(profile: Profile, model: NoiseRange) -> None:
         }
         raise ValueError(
             f"The schedule '{profile.name}' is for {kinds[profile.space]}, but this MODEL ({model.families[0]}) is "
-            f"one of the {kinds[model.space]}. Choose another one in 'schedule', such as '{next(iter(CLOSED_FORMS))}'."
+            f"one of the {kinds[model.space]}. {remedy}"
         )
-    if profile.sigmas[0] > model.sigma_max * 1.01:
+    if profile.sigmas and profile.sigmas[0] > model.sigma_max * 1.01:
         raise ValueError(
             f"The schedule '{profile.name}' starts at sigma {profile.sigmas[0]:.4g}, but this MODEL "
-            f"({model.families[0]}) knows noise only up to {model.sigma_max:.4g}. Choose another one "
-            f"in 'schedule', such as '{next(iter(CLOSED_FORMS))}'."
+            f"({model.families[0]}) knows noise only up to {model.sigma_max:.4g}. {remedy}"
         )

@@ -22,7 +22,7 @@ HOST = {
 }
 MAY = {  # folder -> (outside packages beyond the standard library, layers of the pack)
     "kernels": ({"torch", "einops", "kornia", "numpy"}, {"kernels"}),
-    "models": ({"torch", "einops", "kornia", "numpy", "safetensors"}, {"kernels", "models"}),
+    "models": ({"torch", "einops", "kornia", "numpy", "safetensors", "PIL"}, {"kernels", "models"}),
     "nodes": ({"torch", "einops", "kornia", "numpy", "PIL"}, {"kernels", "models", "nodes"}),
     "nodes/_host": ({"torch", "einops", "kornia", "numpy", "PIL"} | HOST, {"kernels", "models", "nodes"}),
 }

@@ -1,0 +1,176 @@
+"""What a profile means for a model at hand: its levels, its conditioning map, or the sentence that refuses it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ..kernels.conditioning import ConditioningMap
+from ..kernels.schedules import check_sigmas, exactly_for_denoise, for_denoise, truncated_for_denoise
+from ..kernels.types import Sigmas
+from .profiles import Alignment, Profile, alignment_map
+from .schedules import NoiseRange, check_fit, resample_profile
+
+DENOISE_MODES = ("exact", "comfy", "ays")
+POLICIES = ("ignore", "shift", "strict")
+SAME_SIDE = 0.1  # a picture whose sides differ by less from the profile's has its resolution
+
+
+@dataclass(frozen=True)
+class Applied:
+    """The levels to sample with, float32 [n+1] or empty; what the network is told; and what there is to say.
+
+    solver: the sampler that `conditioning` is bound to, "" for every one.
+    """
+
+    sigmas: Sigmas
+    conditioning: ConditioningMap | None
+    solver: str
+    report: list[str]
+
+
+def apply_profile(
+    profile: Profile,
+    model: NoiseRange,
+    steps: int = 0,
+    denoise: float = 1.0,
+    mode: str = "exact",
+    policy: str = "ignore",
+    resolution: tuple[int, int] | None = None,
+    strength: float = 1.0,
+) -> Applied:
+    """The levels of `profile` at `steps` (0: its own count) and `denoise`, moved to `resolution`, then its map.
+
+    Levels first, shift second, map last and as a function of the true level: so it holds for every level that the
+    others produce. ValueError, in the names on screen, when the profile does not fit the model at all; a map that does
+    not fit is left out and the report says why.
+    """
+    _check_model(profile, model)
+    report = [f"Profile '{profile.name}' ({profile.method})."]
+    sigmas = torch.empty(0)
+    if profile.sigmas:
+        sigmas = _levels(profile, steps or profile.steps, denoise, mode)
+        sigmas, said = _at_resolution(sigmas, profile, model, policy, resolution)
+        sigmas = sigmas.float()
+        report += said
+    if len(sigmas):
+        check_sigmas(sigmas)
+        report.append(f"{len(sigmas) - 1} steps: {_listed(sigmas)}.")
+        if profile.is_fitted and not 1 / 1.3 <= (steps or profile.steps) / profile.steps <= 1.3:
+            report.append(f"Note: the profile was fitted at {profile.steps} steps; fit one for this count.")
+        if sigmas[0] < model.sigma_max * 0.99 and denoise >= 1:
+            report.append(f"Note: it starts at sigma {sigmas[0]:.4g}, below this model's {model.sigma_max:.4g}.")
+    elif profile.sigmas:
+        report.append("No steps: 'denoise' is too low for 'steps', the latent comes back as it is.")
+    conditioning, solver, said = _conditioning(profile, model, resolution, strength)
+    return Applied(sigmas, conditioning, solver, report + said + _doubts(profile, model))
+
+
+def _check_model(profile: Profile, model: NoiseRange) -> None:
+    check_fit(profile, model, "Choose a profile for this model, or fit one with Attune Tune Schedule.")
+    if not set(profile.families) & set(model.families):
+        raise ValueError(
+            f"The profile '{profile.name}' was made for another architecture ({profile.families[0]}, this MODEL is "
+            f"{model.families[0]}). Choose a profile for {model.families[0]}, or fit one with Attune Tune Schedule."
+        )
+
+
+def _levels(profile: Profile, steps: int, denoise: float, mode: str) -> Sigmas:
+    resample = partial(resample_profile, profile)
+    if mode == "exact":
+        return exactly_for_denoise(resample, steps, denoise)
+    if mode == "comfy":
+        return for_denoise(resample, steps, denoise)
+    if mode == "ays":
+        return truncated_for_denoise(resample, steps, denoise)
+    raise ValueError(f"There is no denoise mode '{mode}'. Choose one of: {', '.join(DENOISE_MODES)}.")
+
+
+def _at_resolution(
+    sigmas: Sigmas, profile: Profile, model: NoiseRange, policy: str, resolution: tuple[int, int] | None
+) -> tuple[Sigmas, list[str]]:
+    """Levels for another picture size: the same corruption needs a noise that grows with the square root of pixels."""
+    if policy not in POLICIES:
+        raise ValueError(f"There is no resolution policy '{policy}'. Choose one of: {', '.join(POLICIES)}.")
+    if resolution is None:
+        if policy != "ignore":
+            raise ValueError(f"The resolution policy '{policy}' needs to know the picture size: connect 'latent'.")
+        return sigmas, []
+    if same_resolution(resolution, profile.resolution):
+        return sigmas, []
+    made, wanted = _size(profile.resolution), _size(resolution)
+    if policy == "strict":
+        raise ValueError(
+            f"The profile '{profile.name}' was made at {made}, the latent is {wanted}. Choose a profile for this size, "
+            "or set 'resolution policy' to 'shift' or 'ignore'."
+        )
+    if policy == "ignore":
+        return sigmas, [f"Note: the profile was made at {made}, the latent is {wanted}; its levels are used unchanged."]
+    grow = math.sqrt(math.prod(resolution) / math.prod(profile.resolution))
+    shifted = _shifted(sigmas, grow, 1.0 if profile.space == "flow" else model.sigma_max)
+    return shifted, [f"Levels shifted by {grow:.3g} from {made} to {wanted}."]
+
+
+def _shifted(sigmas: Sigmas, factor: float, top: float) -> Sigmas:
+    """Levels times `factor` where they are small, with 0 and `top` fixed: on flow (top 1) the shift of SD3.
+
+    On VE a plain product would leave the model's range; this approaches its top without reaching it.
+    """
+    return factor * sigmas / (1 + (factor - 1) * sigmas / top)
+
+
+def _conditioning(
+    profile: Profile, model: NoiseRange, resolution: tuple[int, int] | None, strength: float
+) -> tuple[ConditioningMap | None, str, list[str]]:
+    """The map of the alignment nearest in size, the solver it is bound to, and what there is to say."""
+    if not profile.alignments:
+        return None, "", []
+    wanted = resolution or profile.resolution
+    nearest = min(profile.alignments, key=lambda one: abs(math.log(math.prod(one.resolution) / math.prod(wanted))))
+    if strength == 0:
+        return None, "", ["Timestep alignment off: 'strength' is 0."]
+    if profile.prediction and model.prediction and profile.prediction != model.prediction:
+        reason = f"made for {profile.prediction} prediction, this MODEL has {model.prediction}"
+        return None, "", [f"Schedule applied, timestep alignment skipped: {reason}."]
+    return alignment_map(profile, nearest, strength), nearest.solver, [_said_of(nearest, strength)]
+
+
+def _said_of(alignment: Alignment, strength: float) -> str:
+    ratios = [b / a for a, b in zip(alignment.sigma, alignment.sigma_hat, strict=True)]
+    bound = f" with {alignment.solver} only; another sampler runs without it" if alignment.solver else ""
+    return (
+        f"Timestep alignment at strength {strength:g}: at strength 1 the network is told {min(ratios):.3g} to "
+        f"{max(ratios):.3g} times the true sigma{bound}."
+    )
+
+
+def _doubts(profile: Profile, model: NoiseRange) -> list[str]:
+    """What does not forbid the profile, but makes its measured gain uncertain."""
+    doubts = []
+    if profile.families[0] != model.families[0] and not profile.config_hash:
+        doubts.append(f"Note: published for {profile.families[0]}, this MODEL is {model.families[0]}.")
+    if profile.config_hash and model.config_hash and profile.config_hash != model.config_hash:
+        doubts.append("Note: same family, but another network configuration than the profile was fitted on.")
+    if not profile.alignments and profile.prediction and profile.prediction != model.prediction:
+        doubts.append(f"Note: fitted on {profile.prediction} prediction, this MODEL has {model.prediction}.")
+    if profile.solver:
+        guidance = "" if profile.cfg is None else f" at cfg {profile.cfg:g}"
+        doubts.append(f"Fitted for {profile.solver}{guidance}.")
+    return doubts
+
+
+def same_resolution(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether both sides agree within a tenth."""
+    return all(abs(a - b) <= SAME_SIDE * b for a, b in zip(one, other, strict=True))
+
+
+def _size(resolution: tuple[int, int]) -> str:
+    return "x".join(map(str, resolution))
+
+
+def _listed(sigmas: Sigmas) -> str:
+    shown = sigmas if len(sigmas) <= 24 else sigmas[[0, 1, -3, -2, -1]]
+    return " ".join(f"{float(s):.4g}" for s in shown)

@@ -1,0 +1,171 @@
+"""A profile on a model: levels, shift, map, and every refusal in words that name both sides."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from pack.kernels.schedules import check_sigmas, for_denoise
+from pack.models.apply import DENOISE_MODES, apply_profile
+from pack.models.profiles import Alignment, Profile, alignment_map, shipped_profiles
+from pack.models.schedules import NoiseRange, resample_profile, schedule
+
+SD15 = NoiseRange(("SD15", "BASE"), "ve", 0.0292, 14.6146, "eps", "aaaa")
+SD3 = NoiseRange(("SD3", "BASE"), "flow", 0.003, 1.0, "flow", "bbbb")
+ALIGNED = Alignment("euler", (512, 512), (0.7, 3.0, 14.6), (0.6, 2.5, 13.9))
+FITTED = Profile(
+    "mine", "tuner", "ve", ("SD15",), (512, 512), (14.6146, 3.0, 0.7, 0.2, 0.0), "tuned", solver="euler", cfg=7.0,
+    prediction="eps", config_hash="aaaa", alignments=(ALIGNED,),
+)  # fmt: skip
+FLOW = Profile("mine", "tuner", "flow", ("SD3",), (1024, 1024), (1.0, 0.8, 0.5, 0.0), "tuned")
+
+
+def said(applied):
+    return " ".join(applied.report)
+
+
+def test_the_native_run_is_the_profile_to_the_bit_and_a_fresh_tensor():
+    one, other = apply_profile(FITTED, SD15), apply_profile(FITTED, SD15)
+    assert torch.equal(one.sigmas, torch.tensor(FITTED.sigmas)) and one.sigmas.dtype == torch.float32
+    one.sigmas.fill_(9)  # as uni_pc writes into what it is given
+    assert torch.equal(other.sigmas, apply_profile(FITTED, SD15).sigmas)
+
+
+@pytest.mark.parametrize("mode", DENOISE_MODES)
+@pytest.mark.parametrize("profile", [FITTED, shipped_profiles()["AYS SD 1.5"]], ids=["fitted", "published"])
+@pytest.mark.parametrize("steps", [1, 4, 13])
+def test_full_denoise_is_the_same_in_every_mode(mode, profile, steps):
+    sigmas = apply_profile(profile, SD15, steps, mode=mode).sigmas
+    assert torch.equal(sigmas, resample_profile(profile, steps).float())
+
+
+def test_the_modes_keep_what_they_promise():
+    exact, comfy, ays = (apply_profile(FITTED, SD15, 8, 0.6, mode).sigmas for mode in DENOISE_MODES)
+    assert len(exact) == len(comfy) == 9 and len(ays) == 6
+    assert torch.equal(comfy, for_denoise(lambda n: resample_profile(FITTED, n), 8, 0.6).float())
+    assert torch.equal(ays, resample_profile(FITTED, 8)[-6:].float())
+    torch.testing.assert_close(exact[0], resample_profile(FITTED, 40)[16].float(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("mode", "denoise"), [("ays", 0.05), ("exact", 0.0), ("comfy", 0.0)])
+def test_no_step_is_said(mode, denoise):
+    applied = apply_profile(FITTED, SD15, 8, denoise, mode)
+    assert applied.sigmas.numel() == 0 and "the latent comes back as it is" in said(applied)
+
+
+def test_a_published_profile_is_what_the_scheduler_node_gives():
+    profile = shipped_profiles()["AYS SD 1.5"]
+    for denoise in (1.0, 0.5):
+        want = schedule("AYS SD 1.5", SD15, 12, denoise)[0]
+        assert torch.equal(apply_profile(profile, SD15, 12, denoise, "comfy").sigmas, want)
+
+
+@pytest.mark.parametrize(("profile", "model"), [(FITTED, SD15), (FLOW, SD3)], ids=["ve", "flow"])
+@pytest.mark.parametrize("side", [256, 512, 2048])
+@pytest.mark.parametrize("denoise", [1.0, 0.4])
+def test_shift_moves_inner_levels_with_the_size_and_keeps_both_ends(profile, model, side, denoise):
+    plain = apply_profile(profile, model, 9, denoise)
+    shifted = apply_profile(profile, model, 9, denoise, policy="shift", resolution=(side, side))
+    check_sigmas(shifted.sigmas)
+    inner = slice(1 if denoise == 1 else 0, -1)
+    if side == profile.resolution[0]:
+        assert torch.equal(shifted.sigmas, plain.sigmas)
+    elif side > profile.resolution[0]:
+        assert (shifted.sigmas[inner] > plain.sigmas[inner]).all()
+    else:
+        assert (shifted.sigmas[inner] < plain.sigmas[inner]).all()
+    assert float(shifted.sigmas[-1]) == 0 and float(shifted.sigmas[0]) <= model.sigma_max * (1 + 1e-6)
+
+
+def test_the_shift_of_a_flow_schedule_is_sd3s():
+    shifted = apply_profile(FLOW, SD3, policy="shift", resolution=(2048, 2048)).sigmas
+    s = torch.tensor(FLOW.sigmas)
+    torch.testing.assert_close(shifted, 2 * s / (1 + s))
+
+
+def test_a_size_within_a_tenth_is_the_same():
+    for policy in ("shift", "strict", "ignore"):
+        applied = apply_profile(FITTED, SD15, policy=policy, resolution=(544, 480))
+        assert torch.equal(applied.sigmas, torch.tensor(FITTED.sigmas)) and "made at" not in said(applied)
+
+
+def test_strict_refuses_another_size_and_ignore_says_it():
+    with pytest.raises(ValueError, match="'mine' was made at 512x512, the latent is 1024x768"):
+        apply_profile(FITTED, SD15, policy="strict", resolution=(1024, 768))
+    assert "made at 512x512, the latent is 1024x768" in said(apply_profile(FITTED, SD15, resolution=(1024, 768)))
+
+
+@pytest.mark.parametrize("policy", ["strict", "shift"])
+def test_a_policy_that_needs_the_size_asks_for_the_latent(policy):
+    with pytest.raises(ValueError, match=f"'{policy}' needs to know the picture size: connect 'latent'"):
+        apply_profile(FITTED, SD15, policy=policy)
+
+
+def test_the_map_is_the_alignment_bound_to_its_solver():
+    applied = apply_profile(FITTED, SD15, strength=0.5)
+    assert applied.conditioning == alignment_map(FITTED, ALIGNED, 0.5) and applied.solver == "euler"
+    assert "with euler only" in said(applied)
+
+
+def test_strength_zero_has_no_map():
+    applied = apply_profile(FITTED, SD15, strength=0.0)
+    assert applied.conditioning is None and "'strength' is 0" in said(applied)
+
+
+def test_another_parameterisation_keeps_the_schedule_and_skips_the_map():
+    applied = apply_profile(FITTED, replace(SD15, prediction="v"))
+    assert applied.conditioning is None and torch.equal(applied.sigmas, torch.tensor(FITTED.sigmas))
+    assert "timestep alignment skipped: made for eps prediction, this MODEL has v" in said(applied)
+
+
+def test_a_noise_shift_gives_the_map_of_the_nearest_size_and_no_levels():
+    shift = Profile(
+        "shift", "noise_shift", "flow", ("SD3",), (1024, 1024), (), "fitted", kind="noise_shift", prediction="flow",
+        alignments=tuple(Alignment("", (n, n), (0.5,), (0.5 + n / 10000,)) for n in (512, 768)),
+    )  # fmt: skip
+    applied = apply_profile(shift, SD3, resolution=(800, 700))
+    assert applied.sigmas.numel() == 0 and applied.solver == ""
+    assert applied.conditioning == alignment_map(shift, shift.alignments[1])
+
+
+@pytest.mark.parametrize(
+    ("profile", "model", "words"),
+    [
+        (FITTED, SD3, r"'mine' is for models with Stable Diffusion's noise.*\(SD3\)"),
+        (FLOW, SD15, r"'mine' is for flow models.*\(SD15\)"),
+        (FITTED, replace(SD15, families=("SDXL", "BASE")), r"another architecture \(SD15, this MODEL is SDXL\)"),
+        (replace(FITTED, sigmas=(700.0, 1.0, 0.0)), SD15, "starts at sigma 700.*up to 14.61"),
+    ],
+)
+def test_a_profile_for_another_model_is_refused_with_both_names(profile, model, words):
+    with pytest.raises(ValueError, match=words):
+        apply_profile(profile, model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "words"),
+    [
+        ({}, replace(SD15, config_hash="cccc"), "another network configuration"),
+        ({}, replace(SD15, sigma_max=4518.0), "starts at sigma 14.61, below this model's 4518"),
+        ({"alignments": ()}, replace(SD15, prediction="v"), "fitted on eps prediction, this MODEL has v"),
+        ({}, SD15, "Fitted for euler at cfg 7"),
+    ],
+)
+def test_what_makes_the_gain_uncertain_is_said(changes, model, words):
+    assert words in said(apply_profile(replace(FITTED, **changes), model))
+
+
+def test_a_step_count_far_from_the_fitted_one_is_said():
+    assert "was fitted at 4 steps" in said(apply_profile(FITTED, SD15, 8))
+    assert "was fitted at" not in said(apply_profile(FITTED, SD15, 5))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"mode": "karras"}, "no denoise mode 'karras'"), ({"policy": "x"}, "no resolution policy 'x'")],
+)
+def test_an_unknown_choice_is_answered_with_the_list(changes, words):
+    with pytest.raises(ValueError, match=words):
+        apply_profile(FITTED, SD15, **changes)
