@@ -1,0 +1,93 @@
+"""Plots of schedules: what is drawn where, and that odd input is drawn, too."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pack.models.plots import (
+    BOTTOM,
+    COLOURS,
+    HEIGHT,
+    INK,
+    LEFT,
+    PAPER,
+    RIGHT,
+    TOP,
+    WIDTH,
+    Curve,
+    draw_schedules,
+    profile_curve,
+    to_image,
+)
+from pack.models.profiles import Alignment, Profile, shipped_profiles
+
+
+def where(picture, colour, left=LEFT, right=WIDTH - RIGHT):
+    """Rows and columns, from `left`, of the pixels of exactly that colour."""
+    return np.argwhere((np.asarray(picture)[:, left:right] == colour).all(-1))
+
+
+def test_the_levels_lie_on_a_logarithmic_axis():
+    """Three decades in equal steps: the dots are equally far apart in both directions."""
+    picture = draw_schedules([Curve("", (10.0, 1.0, 0.1, 0.01))])
+    xs = np.linspace(LEFT, WIDTH - RIGHT, 4)
+    rows = []
+    for x in xs:
+        near = where(picture, COLOURS[0], int(x) - 3, int(x) + 4)
+        near = near[near[:, 0] > TOP + 20] if x > WIDTH / 2 else near
+        rows.append(near[:, 0].mean())
+    assert np.ptp(np.diff(rows)) < 8 and (np.diff(rows) > 60).all()
+
+
+def test_a_final_zero_is_on_the_baseline():
+    picture = draw_schedules([Curve("", (1.0, 0.5, 0.0))])
+    assert where(picture, COLOURS[0])[:, 0].max() >= HEIGHT - BOTTOM
+
+
+def test_each_curve_has_its_colour_and_dashes_show_what_is_told():
+    curves = [Curve(str(i), (10.0 - i, 1.0, 0.0)) for i in range(4)]
+    counts = [len(where(draw_schedules(curves), colour)) for colour in COLOURS]
+    assert min(counts[:4]) > 200 and counts[4] == 0
+    plain, told = (draw_schedules([Curve("", (10.0, 1.0, 0.1), told)]) for told in (None, (8.0, 0.6, 0.1)))
+    assert len(where(told, COLOURS[0])) > len(where(plain, COLOURS[0])) + 200
+
+
+def test_ink_on_paper_and_curves_are_readable_in_every_theme():
+    """Contrast of WCAG 2: 4.5 for text, 3 for graphics, on the plot's own paper."""
+
+    def luminance(colour):
+        parts = np.array(colour) / 255
+        return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
+
+    contrast = lambda colour: (luminance(PAPER) + 0.05) / (luminance(colour) + 0.05)
+    assert contrast(INK) > 4.5 and min(map(contrast, COLOURS)) > 3
+
+
+@pytest.mark.parametrize(
+    "sigmas", [(), (0.0,), (1.0,), (1.0, 0.0), (1.0, 1.0), (1e-9, 0.0), (700.0, 0.002, 0.0), tuple(range(5000, -1, -1)), (float("inf"), 1.0)]
+)  # fmt: skip
+def test_any_list_of_levels_is_drawn(sigmas):
+    image = to_image(draw_schedules([Curve("x" * 200, sigmas)]))
+    assert image.shape == (1, HEIGHT, WIDTH, 3) and image.dtype == torch.float32
+    assert 0 <= float(image.min()) < 0.3 and float(image.max()) <= 1
+
+
+def test_no_curve_at_all_says_so():
+    assert len(where(draw_schedules([]), INK)) > 100
+
+
+def test_a_profile_shows_what_its_alignment_tells():
+    aligned = Alignment("euler", (8, 8), (0.5, 2.0), (0.4, 2.2))
+    profile = Profile("p", "m", "ve", ("SD15",), (8, 8), (10.0, 2.0, 0.5, 0.0), "s", alignments=(aligned,))
+    curve = profile_curve(profile)
+    assert curve.sigmas == profile.sigmas
+    np.testing.assert_allclose(curve.told, (10.0, 2.2, 0.4, 0.0), rtol=1e-12)
+    assert profile_curve(shipped_profiles()["AYS SDXL"]).told is None
+
+
+def test_a_noise_shift_shows_its_knots():
+    aligned = Alignment("", (8, 8), (0.2, 0.5), (0.25, 0.6))
+    profile = Profile("p", "m", "flow", ("SD3",), (8, 8), (), "s", kind="noise_shift", alignments=(aligned,))
+    assert profile_curve(profile).sigmas == (0.5, 0.2)
