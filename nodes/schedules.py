@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 
+from ..models.apply import apply_profile
 from ..models.schedules import schedule, schedule_names
 from ._host.api import io, schema
+from ._host.folders import find_profile, profile_path, user_profile_names
 from ._host.models import noise_range, pixels
 from ._host.sampling import sample, sampler_names
 
@@ -20,7 +22,8 @@ DENOISE_TIP = (
 SCHEDULE_TIP = (
     "auto: the published schedule for this model's family. AYS …: Align Your Steps for that model. "
     "KL-optimal: a closed form for every model, flow models (SD3, Flux) too; c is the spread of the data: "
-    "1.4 puts more steps at high noise, 0.5 at low noise."
+    "1.4 puts more steps at high noise, 0.5 at low noise. Files: your profiles in models/attune, their schedule only; "
+    "Attune Apply Profile also applies their timestep alignment."
 )
 
 
@@ -38,13 +41,20 @@ def _denoise():
 
 
 def _schedule():
-    return io.Combo.Input("schedule", options=schedule_names(), default="auto", tooltip=SCHEDULE_TIP)
+    names = [*schedule_names(), *user_profile_names()]
+    return io.Combo.Input("schedule", options=names, default="auto", tooltip=SCHEDULE_TIP)
 
 
 def _levels(node: str, model, steps: int, denoise: float, name: str, latent: dict | None):
     """The SIGMAS, with one line in the log on what was chosen."""
     resolution = None if latent is None else pixels(model, latent)
-    sigmas, said = schedule(name, noise_range(model), steps, denoise, resolution)
+    if profile_path(name) is None:
+        sigmas, said = schedule(name, noise_range(model), steps, denoise, resolution)
+    else:
+        applied = apply_profile(
+            find_profile(name), noise_range(model), steps, denoise, "comfy", resolution=resolution, strength=0.0
+        )
+        sigmas, said = applied.sigmas, " ".join(applied.report)
     levels = " ".join(f"{float(s):.4g}" for s in (sigmas if len(sigmas) <= 24 else sigmas[[0, 1, -3, -2, -1]]))
     size = "" if resolution is None else f", picture {resolution[0]}x{resolution[1]}"
     LOG.info("%s: %s%s; %d steps: %s", node, said, size, max(len(sigmas) - 1, 0), levels or "none (denoise is 0)")

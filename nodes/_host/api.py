@@ -9,6 +9,8 @@ try:
 except ImportError:  # a host that has retired the numbered version
     from comfy_api.latest import ComfyExtension, io, ui
 
+Profile = io.Custom("ATTUNE_PROFILE")
+
 _FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 
@@ -17,4 +19,4 @@ def schema(**fields) -> io.Schema:
     return io.Schema(**{name: value for name, value in fields.items() if name in _FIELDS})
 
 
-__all__ = ["ComfyExtension", "io", "schema", "ui"]
+__all__ = ["ComfyExtension", "Profile", "io", "schema", "ui"]

@@ -1,14 +1,66 @@
-"""Where the host finds the pack's own files."""
+"""Where the host finds the pack's own files, and where the pack finds the user's."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import folder_paths
 
+from ...models.profiles import SUFFIX, Profile, load_profile, save_profile, shipped_profiles
+
 WEIGHTS = Path(__file__).resolve().parents[2] / "models" / "weights"
+FOLDER = "attune"  # models/attune, or wherever extra_model_paths.yaml sends it
 
 
 def register_folders() -> None:
-    """List the demo checkpoints in the stock loader, after the user's own folders."""
+    """List the demo checkpoints in the stock loader, after the user's own folders, and models/attune for profiles."""
     folder_paths.add_model_folder_path("checkpoints", str(WEIGHTS))
+    configured, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
+    own = os.path.join(folder_paths.models_dir, FOLDER)
+    paths = [*configured, *([] if own in configured else [own])]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, {SUFFIX})
+
+
+def user_profile_names() -> list[str]:
+    """The profile files of the user, as the host lists them."""
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def profile_names() -> list[str]:
+    """Everything that can be loaded: the user's files, then the pack's own by their names."""
+    return [*user_profile_names(), *shipped_profiles()]
+
+
+def profile_path(name: str) -> Path | None:
+    """The file behind a name, None for the pack's own profiles and for names that are not there."""
+    path = folder_paths.get_full_path(FOLDER, name) if name.endswith(SUFFIX) else None
+    return None if path is None else Path(path)
+
+
+def find_profile(name: str) -> Profile:
+    """The profile of that name; ValueError with the folder and the choices when there is none."""
+    if name in shipped_profiles():
+        return shipped_profiles()[name]
+    path = profile_path(name)
+    if path is None:
+        raise ValueError(
+            f"There is no profile '{name}' in {_folder()}. Put the file there and press R to refresh, or choose "
+            f"one of: {', '.join(profile_names())}."
+        )
+    return load_profile(path)
+
+
+def keep_profile(profile: Profile, name: str = "") -> Path:
+    """Save `profile` where the loader finds it at once."""
+    try:
+        return save_profile(profile, _folder(), name)
+    except OSError as error:
+        raise ValueError(
+            f"The profile could not be saved in {_folder()}: {error.strerror}. Make room or allow writing there, then "
+            "run again."
+        ) from error
+
+
+def _folder() -> Path:
+    return Path(folder_paths.get_folder_paths(FOLDER)[0])

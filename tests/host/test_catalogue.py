@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-IDS = ["AttuneScheduler", "AttuneKSampler"]
+IDS = [
+    "AttuneScheduler",
+    "AttuneKSampler",
+    "AttuneLoadProfile",
+    "AttuneSaveProfile",
+    "AttuneApplyProfile",
+    "AttunePlotSigmas",
+]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 

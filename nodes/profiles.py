@@ -1,0 +1,181 @@
+"""Profiles: load, save, apply to a MODEL, and look at schedules."""
+
+from __future__ import annotations
+
+import logging
+
+from ..models.apply import DENOISE_MODES, POLICIES, apply_profile
+from ..models.plots import Curve, draw_schedules, profile_curve, to_image
+from ._host.api import Profile, io, schema
+from ._host.conditioning import Remap, with_conditioning
+from ._host.folders import find_profile, keep_profile, profile_names, profile_path
+from ._host.models import noise_range, pixels
+
+LOG = logging.getLogger(__name__)
+CATEGORY = "attune/profiles"
+
+
+class AttuneLoadProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        names = profile_names()
+        return schema(
+            node_id="AttuneLoadProfile",
+            display_name="Attune Load Profile",
+            category=CATEGORY,
+            description="A calibration from models/attune, or one that comes with the pack.",
+            search_aliases=["schedule profile", "load schedule", "calibration"],
+            inputs=[
+                io.Combo.Input(
+                    "profile_name", options=names, default=names[0],
+                    tooltip="Files in models/attune, then the pack's own. Press R after copying a file there.",
+                )
+            ],
+            outputs=[
+                Profile.Output(display_name="profile", tooltip="For Attune Apply Profile."),
+                io.String.Output(display_name="info", tooltip="What it was made for and what was measured."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, profile_name):
+        path = profile_path(profile_name)
+        return profile_name if path is None else (str(path), path.stat().st_mtime_ns, path.stat().st_size)
+
+    @classmethod
+    def execute(cls, profile_name) -> io.NodeOutput:
+        profile = find_profile(profile_name)
+        return io.NodeOutput(profile, profile.describe())
+
+
+class AttuneSaveProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneSaveProfile",
+            display_name="Attune Save Profile",
+            category=CATEGORY,
+            description="Keep a calibration in models/attune, where Attune Load Profile lists it.",
+            search_aliases=["schedule profile", "save schedule", "calibration"],
+            is_output_node=True,
+            inputs=[
+                Profile.Input("profile", tooltip="What Attune Tune Schedule or Attune Align Timesteps found."),
+                io.String.Input(
+                    "name", default="",
+                    tooltip="The file's name; empty takes the profile's own. A name that is taken gets a number.",
+                ),
+            ],
+            outputs=[
+                Profile.Output(display_name="profile", tooltip="The same profile."),
+                io.String.Output(display_name="path", tooltip="The file that was written."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, profile, name="") -> io.NodeOutput:
+        path = keep_profile(profile, name)
+        LOG.info("Attune Save Profile: %s", path)
+        return io.NodeOutput(profile, str(path))
+
+
+class AttuneApplyProfile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneApplyProfile",
+            display_name="Attune Apply Profile",
+            category=CATEGORY,
+            description="The schedule of a profile as SIGMAS, and the MODEL with its timestep alignment.",
+            search_aliases=["schedule profile", "sigmas", "timestep alignment", "calibration"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be sampled. It must be of the profile's family."),
+                Profile.Input("profile", tooltip="From Attune Load Profile, or fresh from a tuning node."),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=10000,
+                    tooltip="0 takes the profile's own count, where its gain was measured. Others are interpolated.",
+                ),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="1 starts from pure noise; less keeps more of the input picture.",
+                ),
+                io.Combo.Input(
+                    "denoise_mode", options=list(DENOISE_MODES), default="exact",
+                    tooltip="With denoise below 1. exact: all steps on exactly that part of the schedule. comfy: the "
+                    "rule of the stock KSampler. ays: fewer steps, as ComfyUI's Align Your Steps node.",
+                ),
+                io.Combo.Input(
+                    "resolution_policy", options=list(POLICIES), default="ignore",
+                    tooltip="When the latent's size differs from the profile's. ignore: use it, with a note. shift: "
+                    "more noise for larger pictures. strict: stop with an error.",
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=1.0, step=0.05,
+                    tooltip="Of the timestep alignment; the sigmas do not change. 0 leaves the model as it is, bit for "
+                    "bit.",
+                ),
+                io.Latent.Input(
+                    "latent", optional=True,
+                    tooltip="The latent to sample; tells the picture size for the policy above.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For the sampler or its guider."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="For SamplerCustom or SamplerCustomAdvanced."),
+                io.String.Output(display_name="report", tooltip="What was applied, and what was left out and why."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, profile, steps=0, denoise=1.0, denoise_mode="exact", resolution_policy="ignore", strength=1.0,
+        latent=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        size = None if latent is None else pixels(model, latent)
+        applied = apply_profile(
+            profile, noise_range(model), steps, denoise, denoise_mode, resolution_policy, size, strength
+        )
+        if applied.conditioning is not None:
+            model = with_conditioning(model, Remap(profile.name, applied.conditioning, applied.solver))
+        report = "\n".join(applied.report)
+        LOG.info("Attune Apply Profile: %s", " ".join(applied.report))
+        return io.NodeOutput(model, applied.sigmas, report)
+
+
+class AttunePlotSigmas(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        more = [
+            io.Sigmas.Input(f"sigmas_{i}", optional=True, tooltip="Another schedule for comparison.") for i in (2, 3, 4)
+        ]
+        return schema(
+            node_id="AttunePlotSigmas",
+            display_name="Attune Plot Sigmas",
+            category=CATEGORY,
+            description="Up to four schedules and a profile in one picture, on a logarithmic axis.",
+            search_aliases=["plot schedule", "sigmas graph", "compare schedulers"],
+            inputs=[
+                io.Sigmas.Input("sigmas_1", optional=True, tooltip="A schedule."),
+                *more,
+                Profile.Input(
+                    "profile", optional=True,
+                    tooltip="Its native schedule; dashed, what its alignment tells the network.",
+                ),
+                io.String.Input(
+                    "labels", default="", tooltip="Names for the schedules, separated by commas, in their order."
+                ),
+            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="960 x 600 pixels.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, labels="", profile=None, **sigmas) -> io.NodeOutput:
+        given = [(key, sigmas[key]) for key in sorted(sigmas) if sigmas[key] is not None]
+        names = [name.strip() for name in labels.split(",")] if labels.strip() else []
+        names += [key.replace("_", " ") for key, _ in given[len(names) :]]
+        curves = [Curve(name, tuple(levels.tolist())) for name, (_, levels) in zip(names, given, strict=False)]
+        if profile is not None:
+            curves.append(profile_curve(profile))
+        return io.NodeOutput(to_image(draw_schedules(curves)))
+
+
+NODES = [AttuneLoadProfile, AttuneSaveProfile, AttuneApplyProfile, AttunePlotSigmas]

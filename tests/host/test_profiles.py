@@ -1,0 +1,292 @@
+"""Profile nodes inside the host: kept, found, applied and sampled with, through the stock samplers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from pack.models.profiles import Alignment, Profile, save_profile
+
+VE_KNOTS = Alignment("euler", (128, 128), (0.4, 1.4, 4.0, 14.0), (0.33, 1.1, 3.3, 13.0))
+VE = Profile(
+    "demo 4 steps", "by hand", "ve", ("AttuneDemo",), (128, 128), (14.6146, 4.0, 1.4, 0.4, 0.0), "a test",
+    solver="euler", prediction="v", cfg=3.0, alignments=(VE_KNOTS,),
+)  # fmt: skip
+FLOW = Profile(
+    "flow 4 steps", "by hand", "flow", ("SD3",), (128, 128), (1.0, 0.9, 0.7, 0.4, 0.0), "a test", prediction="flow",
+    alignments=(Alignment("", (128, 128), (0.4, 0.7, 0.9), (0.35, 0.62, 0.88)),),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def flow(host):
+    return host.call("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")
+
+
+@pytest.fixture
+def folder(host):
+    """The user's models/attune, empty before and after."""
+    import folder_paths
+
+    path = Path(folder_paths.get_folder_paths("attune")[0])
+    path.mkdir(parents=True, exist_ok=True)
+    yield path
+    for file in path.iterdir():
+        file.unlink()
+
+
+def sample(host, encode, model, sigmas, sampler="euler", latent=None, seed=3, node="SamplerCustomAdvanced"):
+    channels = model.model.latent_format.latent_channels
+    latent = latent or {"samples": torch.zeros(1, channels, 16, 16)}
+    common = {"model": model, "cfg": 3.0, "positive": encode("a cat on a black background"), "negative": encode("")}
+    (solver,) = host.call("KSamplerSelect", sampler_name=sampler)
+    if node == "SamplerCustom":
+        out = host.call(
+            "SamplerCustom",
+            add_noise=True,
+            noise_seed=seed,
+            sampler=solver,
+            sigmas=sigmas,
+            latent_image=latent,
+            **common,
+        )
+        return out[0]["samples"]
+    (noise,) = host.call("RandomNoise", noise_seed=seed)
+    (guider,) = host.call("CFGGuider", **common)
+    out = host.call(
+        "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=solver, sigmas=sigmas, latent_image=latent
+    )
+    return out[0]["samples"]
+
+
+def test_the_folder_is_in_the_users_models_and_lists_json_only(host, folder):
+    import folder_paths
+
+    assert folder == Path(folder_paths.models_dir) / "attune"
+    (folder / "notes.txt").write_text("no profile")
+    save_profile(VE, folder)
+    assert folder_paths.get_filename_list("attune") == ["demo 4 steps.json"]
+
+
+def test_extra_model_paths_are_honoured_and_registering_twice_changes_nothing(host, tmp_path):
+    import folder_paths
+
+    from pack.nodes._host.folders import find_profile, register_folders
+
+    before = folder_paths.folder_names_and_paths["attune"]
+    try:
+        folder_paths.folder_names_and_paths["attune"] = ([str(tmp_path)], set())
+        register_folders()
+        register_folders()
+        paths, suffixes = folder_paths.folder_names_and_paths["attune"]
+        assert paths == [str(tmp_path), before[0][-1]] and suffixes == {".json"}
+        save_profile(VE, tmp_path, "elsewhere")
+        assert find_profile("elsewhere.json") == VE
+    finally:
+        folder_paths.folder_names_and_paths["attune"] = before
+
+
+def test_what_is_saved_is_in_the_loader_and_the_scheduler_at_once(host, folder):
+    _, path = host.call("AttuneSaveProfile", profile=VE, name="mine: v1/test")
+    assert Path(path) == folder / "mine_ v1_test.json"
+    for node, widget in (
+        ("AttuneLoadProfile", "profile_name"),
+        ("AttuneScheduler", "schedule"),
+        ("AttuneKSampler", "schedule"),
+    ):
+        inputs = host.nodes.NODE_CLASS_MAPPINGS[node].GET_SCHEMA().inputs
+        assert "mine_ v1_test.json" in next(one for one in inputs if one.id == widget).options
+    profile, info = host.call("AttuneLoadProfile", profile_name="mine_ v1_test.json")
+    assert profile.sigmas == VE.sigmas and profile.id == VE.id and "for AttuneDemo, euler, cfg 3, 128x128" in info
+
+
+def test_a_changed_file_is_loaded_again(host, folder):
+    save_profile(VE, folder)
+    node = host.nodes.NODE_CLASS_MAPPINGS["AttuneLoadProfile"]
+    before = node.fingerprint_inputs(profile_name="demo 4 steps.json")
+    assert before == node.fingerprint_inputs(profile_name="demo 4 steps.json")
+    save_profile(VE.with_facts({"after": 0.1}), folder)
+    assert before != node.fingerprint_inputs(profile_name="demo 4 steps.json")
+    assert node.fingerprint_inputs(profile_name="AYS SDXL") == "AYS SDXL"
+
+
+@pytest.mark.parametrize("name", ["gone.json", "../../../etc/passwd", "../outside.json", "nonsense"])
+def test_a_missing_profile_is_refused_with_the_folder_and_the_choices(host, folder, name):
+    save_profile(VE, folder.parent, "outside")
+    with pytest.raises(ValueError, match=r"no profile '.*' in .*attune.*AYS SDXL"):
+        host.call("AttuneLoadProfile", profile_name=name)
+    (folder.parent / "outside.json").unlink()
+
+
+def test_a_folder_that_cannot_be_written_is_said(host, folder, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with pytest.raises(ValueError, match=r"could not be saved in .*No space left on device. Make room"):
+        host.call("AttuneSaveProfile", profile=VE, name="")
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("node", ["SamplerCustom", "SamplerCustomAdvanced"])
+@pytest.mark.parametrize("kind", ["unet", "flow"])
+def test_an_applied_profile_samples_on_its_levels_and_tells_its_map(host, demo, flow, encode, node, kind):
+    model, profile = (demo[0], VE) if kind == "unet" else (flow[0], FLOW)
+    patched, sigmas, report = host.call("AttuneApplyProfile", model=model, profile=profile)
+    assert torch.equal(sigmas, torch.tensor(profile.sigmas)) and "Timestep alignment" in report
+    with_map = sample(host, encode, patched, sigmas, node=node)
+    without = sample(host, encode, model, sigmas, node=node)
+    assert torch.isfinite(with_map).all() and (with_map - without).abs().mean() > 1e-3
+    assert torch.equal(sample(host, encode, patched, sigmas, node=node), with_map)
+    assert torch.equal(sample(host, encode, model, sigmas, node=node), without)
+
+
+def test_strength_zero_is_the_graph_without_the_node(host, demo, encode):
+    patched, _, report = host.call("AttuneApplyProfile", model=demo[0], profile=VE, strength=0.0)
+    assert patched is demo[0] and "'strength' is 0" in report
+
+
+def test_half_strength_lies_between(host, demo, encode):
+    results = []
+    for strength in (0.0, 0.5, 1.0):
+        patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE, strength=strength)
+        results.append(sample(host, encode, patched, sigmas))
+    none, half, whole = results
+    assert (half - none).norm() < (whole - none).norm() and (whole - half).norm() < (whole - none).norm()
+
+
+def test_another_sampler_runs_with_the_schedule_and_without_the_map(host, demo, encode, caplog):
+    patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    got = sample(host, encode, patched, sigmas, "dpmpp_2m")
+    assert "timestep alignment skipped: made for euler, this run uses dpmpp_2m" in caplog.text
+    assert torch.equal(got, sample(host, encode, demo[0], sigmas, "dpmpp_2m"))
+
+
+def test_another_parameterisation_is_refused_for_the_map_alone(host, demo):
+    model, sigmas, report = host.call("AttuneApplyProfile", model=demo[0], profile=replace(VE, prediction="eps"))
+    assert model is demo[0] and torch.equal(sigmas, torch.tensor(VE.sigmas))
+    assert "Schedule applied, timestep alignment skipped: made for eps prediction, this MODEL has v." in report
+
+
+def test_a_profile_of_another_architecture_is_refused(host, demo, flow):
+    for profile, model in ((FLOW, demo[0]), (VE, flow[0]), (replace(VE, families=("SDXL",)), demo[0])):
+        with pytest.raises(ValueError, match=r"'(demo|flow) 4 steps'"):
+            host.call("AttuneApplyProfile", model=model, profile=profile)
+
+
+def test_uni_pc_cannot_spoil_the_levels_of_the_next_run(host, demo, encode):
+    """It writes into the levels it is given."""
+    _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    sample(host, encode, demo[0], sigmas, "uni_pc")
+    _, again, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    assert torch.equal(again, torch.tensor(VE.sigmas))
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("exact", 6), ("comfy", 6), ("ays", 3)])
+@pytest.mark.parametrize("kind", ["unet", "flow"])
+def test_img2img_in_every_denoise_mode_keeps_part_of_the_picture(host, demo, flow, encode, mode, steps, kind):
+    model, profile = (demo[0], VE) if kind == "unet" else (flow[0], FLOW)
+    patched, whole, _ = host.call("AttuneApplyProfile", model=model, profile=profile, steps=6)
+    picture = sample(host, encode, patched, whole, seed=11)
+    _, sigmas, _ = host.call(
+        "AttuneApplyProfile", model=model, profile=profile, steps=6, denoise=0.45, denoise_mode=mode
+    )
+    assert len(sigmas) == steps + 1
+    again = sample(host, encode, patched, sigmas, latent={"samples": picture})
+    from_noise = sample(host, encode, patched, whole)
+    assert 0 < (again - picture).norm() < (from_noise - picture).norm()
+
+
+def test_too_little_denoise_returns_the_latent(host, demo, encode):
+    model, sigmas, report = host.call(
+        "AttuneApplyProfile", model=demo[0], profile=VE, steps=4, denoise=0.05, denoise_mode="ays"
+    )
+    latent = {"samples": torch.randn(1, 4, 16, 16)}
+    assert sigmas.numel() == 0 and "the latent comes back as it is" in report
+    assert torch.equal(sample(host, encode, model, sigmas, latent=latent), latent["samples"])
+
+
+def test_an_interrupt_in_the_middle_leaves_nothing_and_the_next_run_is_the_same(host, demo, encode):
+    import comfy.model_management
+
+    patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    want, calls = sample(host, encode, patched, sigmas), []
+
+    def stop(module, args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise comfy.model_management.InterruptProcessingException
+
+    hook = demo[0].model.diffusion_model.register_forward_pre_hook(stop)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        sample(host, encode, patched, sigmas)
+    hook.remove()
+    assert "process_timestep" not in vars(demo[0].model)
+    assert torch.equal(sample(host, encode, patched, sigmas), want)
+
+
+def test_a_second_pass_at_twice_the_size_follows_the_policy(host, demo, encode):
+    patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    (large,) = host.call(
+        "LatentUpscale", samples={"samples": sample(host, encode, patched, sigmas)}, upscale_method="nearest-exact",
+        width=256, height=256, crop="disabled",
+    )  # fmt: skip
+    second = {"model": demo[0], "profile": VE, "steps": 4, "denoise": 0.5, "latent": large}
+    with pytest.raises(ValueError, match="made at 128x128, the latent is 256x256"):
+        host.call("AttuneApplyProfile", **second, resolution_policy="strict")
+    _, plain, noted = host.call("AttuneApplyProfile", **second)
+    model, shifted, said = host.call("AttuneApplyProfile", **second, resolution_policy="shift")
+    assert "used unchanged" in noted and "shifted by 2 from 128x128 to 256x256" in said
+    assert (shifted[:-1] > plain[:-1]).all()
+    out = sample(host, encode, model, shifted, latent=large)
+    assert out.shape == (1, 4, 32, 32) and torch.isfinite(out).all()
+
+
+def test_a_model_shift_before_and_after_gives_the_same_run(host, flow, encode):
+    (shifted,) = host.call("ModelSamplingSD3", model=flow[0], shift=3.0)
+    before, sigmas, _ = host.call("AttuneApplyProfile", model=shifted, profile=FLOW)
+    model, same, _ = host.call("AttuneApplyProfile", model=flow[0], profile=FLOW)
+    (after,) = host.call("ModelSamplingSD3", model=model, shift=3.0)
+    assert torch.equal(sigmas, same)
+    assert torch.equal(sample(host, encode, before, sigmas), sample(host, encode, after, same))
+
+
+def test_two_applied_profiles_give_the_same_bits_in_both_orders(host, demo, encode):
+    other = replace(
+        VE, name="shift", kind="noise_shift", sigmas=(), solver="",
+        alignments=(replace(VE_KNOTS, solver="", sigma_hat=(0.42, 1.5, 4.3, 14.2)),),
+    )  # fmt: skip
+    apply = lambda model, profile: host.call("AttuneApplyProfile", model=model, profile=profile)[0]
+    sigmas = torch.tensor(VE.sigmas)
+    one = sample(host, encode, apply(apply(demo[0], VE), other), sigmas)
+    assert torch.equal(one, sample(host, encode, apply(apply(demo[0], other), VE), sigmas))
+
+
+def test_the_scheduler_and_our_ksampler_run_a_users_profile_by_its_file_name(host, demo, encode, folder):
+    save_profile(VE, folder)
+    inputs = {"model": demo[0], "steps": 4, "denoise": 1.0, "schedule": "demo 4 steps.json"}
+    (sigmas,) = host.call("AttuneScheduler", **inputs)
+    assert torch.equal(sigmas, torch.tensor(VE.sigmas))
+    (out,) = host.call(
+        "AttuneKSampler", **inputs, seed=3, cfg=3.0, sampler_name="euler", positive=encode("a cat on a black background"),
+        negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)},
+    )  # fmt: skip
+    assert torch.equal(out["samples"], sample(host, encode, demo[0], sigmas))
+
+
+def test_the_plot_shows_every_schedule_and_the_profile(host, demo):
+    one, other = (host.call("AttuneScheduler", model=demo[0], steps=n, denoise=1.0, schedule="auto")[0] for n in (5, 9))
+    (image,) = host.call("AttunePlotSigmas", sigmas_1=one, sigmas_3=other, profile=VE, labels="five")
+    (empty,) = host.call("AttunePlotSigmas")
+    assert image.shape == (1, 600, 960, 3) and not torch.equal(image, empty)
+    assert float(image.min()) >= 0 and float(image.max()) <= 1
+
+
+def test_the_shipped_prompt_runs_in_the_hosts_executor(host, folder):
+    prompt = json.loads((host.root / "tests/prompts/apply_profile.json").read_text())
+    outputs = host.run(prompt)
+    assert len([1 for out in outputs.values() if out.get("images")]) == 2
