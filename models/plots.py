@@ -13,6 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from .profiles import Profile, alignment_map
+from .schedules import resample_profile
 
 WIDTH, HEIGHT = 960, 600
 LEFT, RIGHT, TOP, BOTTOM = 92, 24, 54, 70  # margins of the plot area
@@ -31,9 +32,12 @@ class Curve:
 
 
 def profile_curve(profile: Profile) -> Curve:
-    """A profile's native levels, or the knots of its first alignment, and what the alignment tells the network."""
+    """The levels of a profile's native run, or the knots of its first alignment, and what the network is told there."""
     aligned = profile.alignments[0] if profile.alignments else None
-    sigmas = profile.sigmas or tuple(reversed(aligned.sigma if aligned else ()))
+    if profile.sigmas:
+        sigmas = tuple(resample_profile(profile, profile.steps).tolist())
+    else:
+        sigmas = tuple(reversed(aligned.sigma if aligned else ()))
     told = None
     if aligned is not None:
         told = tuple(alignment_map(profile, aligned)(torch.tensor(sigmas, dtype=torch.float64)).tolist())
