@@ -93,8 +93,11 @@ def _digest(path: Path) -> str:
 
 @lru_cache(maxsize=1)
 def data() -> dict[str, Tensor]:
-    """Training pictures of the first tasks: features [n placements 256], means [n placements], axes [256 AXES] (in
-    which the data's mean variance is 1), and features [n 256] of pictures that only went through an autoencoder ("unet", "flow"): no sampler does better."""
+    """Training pictures of the first tasks: features [n placements 256] and means [n placements].
+
+    Also the features [n 256] of pictures that only went through an autoencoder ("unet", "flow"): no sampler does better;
+    and "axes" [256 AXES], in which the data's mean variance is 1.
+    """
     stored = {name: value.double() for name, value in load_file(DATA).items()}
     variances, vectors = torch.linalg.eigh(torch.cov(stored["features"].flatten(0, 1).T))
     return stored | {"axes": vectors.flip(1)[:, :AXES] / variances[-AXES:].mean().sqrt()}
