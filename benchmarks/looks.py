@@ -95,7 +95,7 @@ def _digest(path: Path) -> str:
 def data() -> dict[str, Tensor]:
     """Training pictures of the first tasks: features [n placements 256] and means [n placements].
 
-    Also the features [n 256] of pictures that only went through an autoencoder ("unet", "flow"): no sampler does better;
+    Also the features [n 256] of pictures that only went through an autoencoder ("unet", "flow"): no sampler is better;
     and "axes" [256 AXES], in which the data's mean variance is 1.
     """
     stored = {name: value.double() for name, value in load_file(DATA).items()}
