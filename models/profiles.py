@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from ..kernels.conditioning import ConditioningMap
+from ..kernels.encoder_propagation import Reuse
 from ..kernels.space import NoiseSpace
+from .encoder_propagation import Calibration, Point
 
 SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = 1
-KINDS = ("schedule", "noise_shift")
+KINDS = ("schedule", "noise_shift", "encoder_propagation", "block_propagation")
+PROPAGATION = KINDS[2:]
 LARGEST_FILE = 1_000_000  # bytes; a schedule needs a few hundred
 MOST_LEVELS = 10_001
 MOST_ENTRIES, DEEPEST = 2_000, 6  # of the free-form metrics and provenance
@@ -52,7 +55,8 @@ class Profile:
     when it runs; a fitted schedule ends in its own 0; a noise shift has none. source: where it comes from.
 
     Of a fit also, "" or None where unknown: solver, prediction ("eps", "v", "edm", "flow"), cfg, config_hash (of the
-    network's configuration, never of a path or a file name), alignments, one per resolution. metrics and provenance
+    network's configuration, never of a path or a file name), alignments, one per resolution; calibration, what encoder
+    or block propagation reuses on which of the `sigmas`. metrics and provenance
     are free-form facts; prompts only as `text_hash`.
     """
 
@@ -69,6 +73,7 @@ class Profile:
     cfg: float | None = None
     config_hash: str = ""
     alignments: tuple[Alignment, ...] = ()
+    calibration: Calibration | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -222,6 +227,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _fields(profile: Profile) -> dict[str, Any]:
     """The JSON object of a profile; what a published table does not have is left out."""
+    fitted = profile.calibration
     fields = {
         "format": FORMAT,
         "kind": profile.kind,
@@ -244,6 +250,18 @@ def _fields(profile: Profile) -> dict[str, Any]:
                 "sigma_hat": list(one.sigma_hat),
             }
             for one in profile.alignments
+        ],
+        "blocks": fitted.blocks if fitted else None,
+        "points": [
+            {
+                "fresh": point.reuse.fresh,
+                "cut": point.reuse.cut,
+                "forecast": point.reuse.forecast,
+                "keys": list(point.keys),
+                "speed": point.speed,
+                "psnr": point.psnr,
+            }
+            for point in (fitted.points if fitted else ())
         ],
         "metrics": dict(profile.metrics),
         "provenance": dict(profile.provenance),
@@ -280,15 +298,15 @@ def _check(file: str, fields: Any) -> Profile:
     need(cfg is None or _is_level(cfg), '"cfg" must be a number of at least 0')
     sigmas = fields.get("sigmas", [])
     need(
-        (_is_schedule(sigmas) and len(sigmas) >= 2) if kind == "schedule" else sigmas == [],
+        (_is_schedule(sigmas) and len(sigmas) >= 2) if kind != "noise_shift" else sigmas == [],
         '"sigmas" must list at least 2 decreasing noise levels, all positive or ending in 0'
-        if kind == "schedule"
+        if kind != "noise_shift"
         else '"sigmas" has no place in a noise shift',
     )
     need(not sigmas or fields["space"] == "ve" or sigmas[0] <= 1, "the noise levels of a flow profile are at most 1")
     alignments = fields.get("alignments", [])
     need(isinstance(alignments, list) and len(alignments) <= 100, '"alignments" must be a list of at most 100')
-    need(kind == "schedule" or bool(alignments), '"alignments" must list at least one resolution of a noise shift')
+    need(kind != "noise_shift" or bool(alignments), '"alignments" must list at least one resolution of a noise shift')
     for key in ("metrics", "provenance"):
         facts = fields.get(key, {})
         need(isinstance(facts, dict) and _size(facts) <= MOST_ENTRIES, f'"{key}" must be a small JSON object')
@@ -297,6 +315,7 @@ def _check(file: str, fields: Any) -> Profile:
         fields["source"], kind, fields.get("solver", ""), fields.get("prediction", ""),
         None if cfg is None else float(cfg), fields.get("config_hash", ""),
         tuple(_alignment(one, i, need) for i, one in enumerate(alignments)),
+        _calibration(fields, need) if kind in PROPAGATION else None,
         fields.get("metrics", {}), fields.get("provenance", {}),
     )  # fmt: skip
     for i, one in enumerate(profile.alignments):
@@ -326,6 +345,38 @@ def _alignment(fields: Any, i: int, need: Any) -> Alignment:
     return Alignment(
         fields.get("solver", ""), tuple(fields["resolution"]), _levels(fields["sigma"]), _levels(fields["sigma_hat"])
     )
+
+
+def _calibration(fields: dict[str, Any], need: Any) -> Calibration:
+    """What is reused on which steps, each number inside the network and the schedule it was fitted on."""
+    blocks: Any = fields.get("blocks")
+    points: Any = fields.get("points")
+    steps = len(fields["sigmas"]) - 1
+    need(type(blocks) is int and 0 < blocks <= 1000, '"blocks" must be the number of blocks of the network')
+    need(isinstance(points, list) and 0 < len(points) <= 100, '"points" must list at least one setting')
+    found = []
+    for i, one in enumerate(points):
+        where = f'"points"[{i}]'
+        need(isinstance(one, dict), f"{where} must be a JSON object")
+        fresh, cut, keys = one.get("fresh"), one.get("cut"), one.get("keys")
+        inside = type(fresh) is int and type(cut) is int and 0 <= fresh <= blocks and 0 <= cut <= blocks
+        if fields["kind"] == "encoder_propagation":
+            inside = inside and cut < blocks and fresh + cut <= blocks
+        else:
+            inside = inside and fresh < cut
+        need(inside and type(one.get("forecast")) is bool, f"{where} must fit a network of {blocks} blocks")
+        need(
+            isinstance(keys, list)
+            and keys[:1] == [0]
+            and all(type(k) is int and 0 <= k < steps for k in keys)
+            and all(a < b for a, b in pairwise(keys)),
+            f'{where} "keys" must list ascending steps below {steps}, the first of them 0',
+        )
+        need(_is_level(one.get("speed")) and one["speed"] >= 1, f'{where} "speed" must be at least 1')
+        need(_is_level(one.get("psnr")), f'{where} "psnr" must be a number of dB')
+        reuse = Reuse(fresh, cut, one["forecast"])
+        found.append(Point(reuse, tuple(keys), float(one["speed"]), float(one["psnr"])))
+    return Calibration(blocks, fields.get("solver", ""), _levels(fields["sigmas"]), tuple(found))
 
 
 def _levels(numbers: list[float]) -> tuple[float, ...]:

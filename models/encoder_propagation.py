@@ -1,0 +1,190 @@
+"""From a node's settings to the key steps of a run and to what the other steps reuse."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ..kernels.encoder_propagation import (
+    Costs,
+    Reuse,
+    fewest_keys,
+    published_keys,
+    speedup,
+    spread_keys,
+    transfer_keys,
+    uniform_keys,
+)
+
+UNIFORM, TARGET, CALIBRATED, PUBLISHED = "uniform", "speed target", "calibrated profile", "published keys"
+MODES = [UNIFORM, TARGET, CALIBRATED, PUBLISHED]
+TOP, TWO, ONE, ENCODER = "top level fresh", "two blocks fresh", "one block fresh", "encoder reused"
+REUSES = [TOP, TWO, ONE, ENCODER]
+FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "first two thirds reused"
+BLOCK_REUSES = [FIRST, ENDS, BEGINNING]
+PUBLISHED_SHARE = 18 / 28  # the blocks of DiT-XL/2 that the paper takes for its encoder
+FIDELITY = 45.0  # dB to the uncached run, below which differences begin to show
+
+
+@dataclass(frozen=True)
+class Point:
+    """One calibrated setting: its key steps, what the other steps reuse, and what it gave."""
+
+    reuse: Reuse
+    keys: tuple[int, ...]
+    speed: float
+    psnr: float  # dB of the final latents to the uncached run's
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured on one model, solver and schedule: `points` from the most faithful to the fastest."""
+
+    blocks: int
+    solver: str
+    sigmas: tuple[float, ...]
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user set on the node."""
+
+    mode: str = UNIFORM
+    interval: int = 3
+    speed: float = 1.5
+    reuse: str = TOP
+    forecast: bool = True
+    keep_last: int = 2
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    parallel: str = "auto"
+    prior_noise: float = 0.0
+    cache_dtype: str = "as computed"
+    cache_device: str = "as computed"
+    memory_limit: int = 0
+    calibration: Calibration | None = None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The key steps of a run, what the other steps reuse, how many last steps are key steps, and a word on why."""
+
+    keys: frozenset[int]
+    reuse: Reuse
+    keep_last: int
+    said: str
+
+
+def reuse_by_name(name: str, forecast: bool, n: int, top: int) -> Reuse:
+    """A UNet of n blocks a side, the first `top` input blocks of which are at full resolution."""
+    fresh = {TOP: top, TWO: min(2, top), ONE: 1, ENCODER: 0}[name]
+    return Reuse(fresh, n - fresh if fresh else 0, forecast).check(n)
+
+
+def block_reuse_by_name(name: str, forecast: bool, n: int) -> Reuse:
+    """A transformer of n blocks: those before `fresh` and from `cut` on are computed, the others are reused."""
+    ends = max(1, n // 8)
+    fresh, cut = {FIRST: (1, n), ENDS: (ends, n - ends), BEGINNING: (0, round(PUBLISHED_SHARE * n))}[name]
+    if not fresh < cut:
+        raise ValueError(f"A transformer of {n} blocks has nothing to reuse with '{name}': set 'reuse' to '{FIRST}'.")
+    return Reuse(fresh, cut, forecast)
+
+
+def choose(
+    settings: Settings, sigmas: Sequence[float], times: Sequence[float], costs: Costs, top: int, fresh_noise: bool
+) -> Choice:
+    """What a UNet does over `sigmas` [steps+1], whose training times are `times` [steps] in 0..1."""
+    n = len(costs.input)
+
+    def named(name: str, forecast: bool = settings.forecast) -> Reuse:
+        return reuse_by_name(name, forecast, n, top)
+
+    cheaper = [settings.reuse, ONE] if settings.reuse != ENCODER else [ENCODER]
+    choice = _choose(settings, sigmas, times, costs, named(ENCODER, False), lambda: [named(name) for name in cheaper])
+    if fresh_noise and choice.reuse.fresh == 0:
+        said = f"{choice.said}; the solver adds noise, so the top level is computed afresh"
+        choice = replace(choice, reuse=named(TOP, choice.reuse.forecast), said=said)
+    return choice
+
+
+def choose_blocks(settings: Settings, sigmas: Sequence[float], times: Sequence[float], costs: Costs) -> Choice:
+    """The same for a transformer; x enters its first block, so fresh noise is seen in any case."""
+    n = len(costs.input)
+    published = block_reuse_by_name(BEGINNING, False, n)
+    named = lambda: [block_reuse_by_name(settings.reuse, settings.forecast, n)]
+    return _choose(settings, sigmas, times, costs, published, named)
+
+
+def _choose(
+    settings: Settings,
+    sigmas: Sequence[float],
+    times: Sequence[float],
+    costs: Costs,
+    published: Reuse,
+    named: Callable[[], list[Reuse]],
+) -> Choice:
+    """`published` is what the paper reuses; `named()` what the user chose, and what may take its place to be faster."""
+    steps = len(sigmas) - 1
+    if settings.mode == PUBLISHED:
+        return Choice(published_keys(times), published, 0, "as published")
+    if settings.mode == UNIFORM:
+        keys = uniform_keys(steps, settings.interval)
+        return Choice(keys, named()[0], settings.keep_last, f"every {settings.interval}")
+    if settings.calibration is not None:
+        return calibrated(settings, settings.calibration, sigmas, len(costs.input))
+    if settings.mode == TARGET:
+        return uncalibrated_target(settings, steps, costs, named())
+    raise ValueError(needs_profile())
+
+
+def needs_profile() -> str:
+    return (
+        f"The mode '{CALIBRATED}' needs a profile: connect one from 'Attune Fit Encoder Propagation' or "
+        f"'Attune Load Profile', or choose '{UNIFORM}'."
+    )
+
+
+def uncalibrated_target(settings: Settings, steps: int, costs: Costs, named: list[Reuse]) -> Choice:
+    """Evenly spread key steps, as many as the speed allows, with the first part to reuse that can reach it."""
+    fewest = settings.keep_last + 1
+    for reuse in named:
+        share = costs.of_step(reuse)
+        keys = fewest_keys(steps, settings.speed, share)
+        if speedup(steps, keys, share) >= settings.speed and keys >= fewest:
+            said = f"{settings.speed:g}x without a profile, so its fidelity is not known"
+            return Choice(spread_keys(steps, keys, settings.keep_last), reuse, 0, said)
+    limit = max(speedup(steps, fewest, costs.of_step(reuse)) for reuse in named)
+    raise ValueError(
+        f"This model cannot run {settings.speed:g} times faster over {steps} steps by reusing '{settings.reuse}': "
+        f"the limit is {limit:.2f}. Lower 'speed', or reuse more."
+    )
+
+
+def calibrated(settings: Settings, fit: Calibration, sigmas: Sequence[float], n: int) -> Choice:
+    """The profile's point: the slowest that reaches the speed asked for, or the fastest that stays faithful."""
+    if fit.blocks != n:
+        raise ValueError(
+            f"The profile is for a network of {fit.blocks} blocks, but this model has {n}: fit it again for this model."
+        )
+    points = sorted(fit.points, key=lambda point: point.speed)
+    if settings.mode == TARGET:
+        enough = [point for point in points if point.speed >= settings.speed]
+        if not enough:
+            raise ValueError(
+                f"The profile's fastest setting is {points[-1].speed:.2f} times faster, but 'speed' is "
+                f"{settings.speed:g}: lower it, or fit again with a higher 'fastest'."
+            )
+        point = max(enough, key=lambda point: point.psnr)
+    else:
+        point = calibrated_point(fit)
+    said = f"calibrated with {fit.solver} over {len(fit.sigmas) - 1} steps: {point.speed:.2f}x at {point.psnr:.1f} dB"
+    return Choice(transfer_keys(point.keys, fit.sigmas, sigmas), point.reuse, 0, said)
+
+
+def calibrated_point(fit: Calibration) -> Point:
+    """The fastest setting that stays faithful, or else the most faithful one."""
+    faithful = [point for point in fit.points if point.psnr >= FIDELITY]
+    if faithful:
+        return max(faithful, key=lambda point: point.speed)
+    return max(fit.points, key=lambda point: point.psnr)

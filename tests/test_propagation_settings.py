@@ -1,0 +1,150 @@
+"""From settings and calibrations to key steps, and the file that a calibration lives in."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from pack.kernels.encoder_propagation import Costs, Reuse, speedup
+from pack.models.encoder_propagation import (
+    BLOCK_REUSES,
+    ENCODER,
+    ONE,
+    REUSES,
+    TOP,
+    Calibration,
+    Point,
+    Settings,
+    block_reuse_by_name,
+    calibrated_point,
+    choose,
+    choose_blocks,
+    reuse_by_name,
+)
+from pack.models.profiles import Profile, load_profile, save_profile
+
+STEPS = 20
+SIGMAS = [14 * (1 - i / STEPS) ** 2 for i in range(STEPS + 1)]
+TIMES = [1 - i / STEPS for i in range(STEPS)]
+COSTS = Costs((0.02, 0.08, 0.1, 0.1), 0.05, (0.15, 0.15, 0.2, 0.15))
+POINTS = (
+    Point(Reuse(2, 2, True), (0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 19), 1.4, 51.0),
+    Point(Reuse(2, 2, True), (0, 3, 6, 9, 12, 15, 18), 1.7, 46.0),
+    Point(Reuse(1, 3, True), (0, 5, 10, 15), 2.5, 38.0),
+)
+FIT = Calibration(4, "euler", tuple(SIGMAS), POINTS)
+
+
+def chosen(fresh_noise=False, **settings):
+    return choose(Settings(**settings), SIGMAS, TIMES, COSTS, top=2, fresh_noise=fresh_noise)
+
+
+def test_names_of_parts_are_members_of_one_family():
+    assert [reuse_by_name(name, False, 12, 3) for name in REUSES] == [
+        Reuse(3, 9),
+        Reuse(2, 10),
+        Reuse(1, 11),
+        Reuse(0, 0),
+    ]
+    assert [block_reuse_by_name(name, True, 28) for name in BLOCK_REUSES] == [
+        Reuse(1, 28, True), Reuse(3, 25, True), Reuse(0, 18, True),
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="A transformer of 2 blocks has nothing to reuse with 'first and last"):
+        block_reuse_by_name(BLOCK_REUSES[1], True, 2)
+
+
+def test_the_published_mode_ignores_what_the_paper_does_not_have():
+    choice = chosen(mode="published keys", reuse=TOP, forecast=True, keep_last=5)
+    assert choice.reuse == Reuse(0, 0, False) and choice.keep_last == 0
+    assert choice.keys == {0, 1, 2, 4, 6, 10, 14}
+
+
+@pytest.mark.parametrize("reuse", REUSES)
+@pytest.mark.parametrize("speed", [1.2, 1.4])
+def test_a_speed_target_is_reached_with_as_many_key_steps_as_it_allows(reuse, speed):
+    choice = chosen(mode="speed target", speed=speed, reuse=reuse)
+    share, keys = COSTS.of_step(choice.reuse), len(choice.keys)
+    assert speedup(STEPS, keys, share) >= speed > speedup(STEPS, keys + 1, share)
+    assert {STEPS - 2, STEPS - 1} <= choice.keys
+
+
+def test_a_part_that_cannot_reach_the_speed_gives_way_to_a_cheaper_one_or_is_refused():
+    assert chosen(mode="speed target", speed=3.0, reuse=TOP).reuse == reuse_by_name(ONE, True, 4, 2)
+    with pytest.raises(
+        ValueError, match=r"cannot run 2 times faster over 20 steps.*the limit is 1\.\d+\. Lower 'speed'"
+    ):
+        chosen(mode="speed target", speed=2.0, reuse=ENCODER)
+
+
+def test_new_noise_is_never_hidden_from_the_network():
+    choice = chosen(fresh_noise=True, mode="published keys")
+    assert choice.reuse == Reuse(2, 2, False) and "adds noise" in choice.said
+    assert chosen(fresh_noise=True, mode="uniform", reuse=ONE).reuse.fresh == 1
+
+
+def test_a_calibration_serves_speeds_and_fidelity():
+    assert calibrated_point(FIT) is POINTS[1]  # the fastest within 45 dB
+    assert calibrated_point(replace(FIT, points=POINTS[2:])) is POINTS[2]
+    assert chosen(mode="calibrated profile", calibration=FIT).keys == set(POINTS[1].keys)
+    fast = chosen(mode="speed target", speed=1.8, calibration=FIT)
+    assert fast.keys == set(POINTS[2].keys) and fast.reuse == POINTS[2].reuse and "2.50x at 38.0 dB" in fast.said
+    with pytest.raises(ValueError, match=r"fastest setting is 2\.50 times faster, but 'speed' is 3"):
+        chosen(mode="speed target", speed=3.0, calibration=FIT)
+    with pytest.raises(ValueError, match="for a network of 7 blocks, but this model has 4"):
+        chosen(mode="calibrated profile", calibration=replace(FIT, blocks=7))
+    with pytest.raises(ValueError, match="needs a profile"):
+        chosen(mode="calibrated profile")
+
+
+def test_transformers_choose_alike():
+    shares = (0.25,) * 4
+    choice = choose_blocks(Settings(reuse=BLOCK_REUSES[0]), SIGMAS, TIMES, Costs(shares, 0.0, shares))
+    assert choice.reuse == Reuse(1, 4, True) and choice.keys == set(range(0, STEPS, 3))
+    assert Costs(shares, 0.0, shares).of_step(choice.reuse) == 0.25
+
+
+# --- files ---
+
+
+def profile(**changed) -> Profile:
+    fields = {
+        "name": "test", "method": "measured", "space": "ve", "families": ("SD15",), "resolution": (512, 512),
+        "sigmas": FIT.sigmas, "source": "test", "kind": "encoder_propagation", "solver": "euler", "calibration": FIT,
+        **changed,
+    }  # fmt: skip
+    return Profile(**fields)
+
+
+def test_a_calibration_comes_back_from_its_file(tmp_path):
+    loaded = load_profile(save_profile(profile(), tmp_path))
+    assert loaded == profile() and loaded.id == profile().id
+    assert loaded.id != profile(calibration=replace(FIT, points=POINTS[:2])).id
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"blocks": 0}, '"blocks" must be'),
+        ({"blocks": 2}, r'"points"\[0\] must fit a network of 2 blocks'),
+        ({"points": []}, '"points" must list'),
+        ({"points": [{}]}, r'"points"\[0\] must fit'),
+        ({"kind": "block_propagation"}, r'"points"\[0\] must fit'),
+        ({"keys": [0, 20]}, r'"keys" must list ascending steps below 20'),
+        ({"keys": [1, 2]}, '"keys" must list'),
+        ({"keys": [0, 2, 2]}, '"keys" must list'),
+        ({"speed": 0.5}, '"speed" must be at least 1'),
+        ({"psnr": "45"}, '"psnr" must be a number'),
+        ({"sigmas": []}, '"sigmas" must list'),
+    ],
+)
+def test_a_damaged_calibration_is_refused_by_the_field(tmp_path, change, message):
+    path = save_profile(profile(), tmp_path)
+    fields = json.loads(path.read_text())
+    del fields["id"]
+    for key, value in change.items():
+        (fields if key in ("blocks", "points", "kind", "sigmas") else fields["points"][0])[key] = value
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=message):
+        load_profile(path)
