@@ -18,6 +18,10 @@ def solver_name(sampler) -> str:
     return name.replace("unipc", "uni_pc").removesuffix("_gpu")
 
 
+def scheduler_names() -> list[str]:
+    return list(comfy.samplers.KSampler.SCHEDULERS)
+
+
 def run_stock_node(node_id: str, **inputs) -> tuple:
     """The outputs of a stock node, whether the host defines it in the old or the new node API."""
     node = host_nodes.NODE_CLASS_MAPPINGS[node_id]

@@ -15,6 +15,9 @@ IDS = [
     "AttuneSaveProfile",
     "AttuneApplyProfile",
     "AttunePlotSigmas",
+    "AttuneEncoderPropagation",
+    "AttuneFitEncoderPropagation",
+    "AttuneBlockPropagation",
 ]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 

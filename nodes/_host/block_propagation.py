@@ -1,0 +1,175 @@
+"""Block propagation for transformers (SD3, Flux, …): on most steps the inner blocks are replaced by what they added.
+
+The host lets a patch stand in for any block, so its forward runs as it is. On a key step the first and the last
+replaced block of each kind record what goes in and what comes out; on the others the last one returns what went in plus
+that difference. With no fresh block before them the output itself is held: the paper's variant for transformers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
+
+from ...kernels.encoder_propagation import Costs, Reuse
+from ...kernels.feature_cache import Features
+from ...models.encoder_propagation import Choice, Settings, choose_blocks
+from .propagation import Propagation, applied, outer_sample, predict_noise, run_key
+
+KEY = "attune.block_propagation"
+# Where the host's transformers keep the blocks that it offers to patches under these names.
+KINDS = {
+    "double_block": ("joint_blocks", "double_blocks", "double_layers", "transformer_blocks", "blocks"),
+    "single_block": ("single_blocks", "single_layers"),
+}
+STREAMS = ("img", "txt")
+Block = tuple[str, int]
+
+
+def blocks_of(network: nn.Module) -> dict[Block, nn.Module]:
+    """The blocks of a transformer in the order in which they run, by the host's names; empty for other networks."""
+    found: dict[Block, nn.Module] = {}
+    if isinstance(network, openaimodel.UNetModel):
+        return found
+    for kind, names in KINDS.items():
+        lists = (getattr(network, name, None) for name in names)
+        blocks = next((blocks for blocks in lists if isinstance(blocks, nn.ModuleList)), ())
+        found |= {(kind, i): block for i, block in enumerate(blocks)}
+    return found
+
+
+def add_block_propagation(model: Any, settings: Settings) -> Any:
+    """A clone of a transformer MODEL that samples with block propagation."""
+    return applied(model, KEY, WRAPPERS, settings)
+
+
+class BlockPropagation(Propagation):
+    """The run's object for a transformer."""
+
+    name = "Attune Block Propagation"
+
+    def inspect(self, noise: Tensor) -> None:
+        network = self.model.get_model_object("diffusion_model")
+        self.blocks = blocks_of(network)
+        sizes = [sum(p.numel() for p in block.parameters()) for block in self.blocks.values()]
+        shares = tuple(size / sum(sizes) for size in sizes)
+        self.costs = Costs(shares, 0.0, shares)  # of_step adds those before `fresh` and those from `cut` on
+        width = getattr(network, "hidden_size", 0)
+        patch = getattr(network, "patch_size", 1)
+        side = patch[-1] if isinstance(patch, tuple | list) else patch
+        self.elements = width * math.prod(noise.shape[2:]) // side**2 if isinstance(width, int) else 0
+
+    def choose(self, sigmas: list[float], shares: list[float], fresh_noise: bool) -> Choice:
+        return choose_blocks(self.settings, sigmas, shares, self.costs)
+
+    def bytes_of(self, reuse: Reuse, dtype: torch.dtype | None) -> int:
+        """For the picture's tokens; those of the prompt come on top."""
+        kinds = len({kind for kind, _ in list(self.blocks)[reuse.fresh : reuse.cut]})
+        return self.rows * kinds * self.elements * self.element_size(dtype) * (1 + reuse.forecast)
+
+    def evaluate(self, executor: Any, x: Tensor, t: Tensor, concat, context, control, options: dict, extra: dict):
+        """One call of the model, with patches in the place of the blocks that are reused or recorded."""
+        keys = self.keys_of(options)
+        if keys is None or x.shape[0] % len(keys):
+            self.counts["whole"] += 1
+            return executor(x, t, concat, context, control, options, **extra)
+        signature = self.signature(keys, x)
+        found: Features = {}
+        features = self.recall(keys, signature, self.plan.time(self.clock.sigma), x) if self.shorter else None
+        self.counts["missing"] += self.shorter and features is None
+        self.counts["whole" if features is None else "part"] += 1
+        if features is not None:
+            options = self._patched(options, lambda *of: _Reused(features, self.reuse.fresh > 0).patches(*of))
+        elif self.records(keys):
+            options = self._patched(options, lambda *of: _Recorded(found, self.reuse.fresh > 0).patches(*of))
+        output = executor(x, t, concat, context, control, options, **extra)
+        if found:  # nothing is found in a network that does not offer its blocks
+            self.store(keys, signature, found)
+        return output
+
+    def _patched(self, options: dict, patches_of: Callable) -> dict:
+        """Transformer options in which `patches_of(kind, indices, others)` stands in for the reused blocks."""
+        replaced = options.get("patches_replace", {})
+        others = replaced.get("dit", {})
+        reused = list(self.blocks)[self.reuse.fresh : self.reuse.cut]
+        patches = dict(others)
+        for kind in KINDS:
+            indices = [i for name, i in reused if name == kind]
+            if indices:
+                patches |= patches_of(kind, indices, others)
+        return {**options, "patches_replace": {**replaced, "dit": patches}}
+
+
+class _Recorded:
+    """Runs the blocks, another node's patches among them, and writes down what the whole row of them does."""
+
+    def __init__(self, found: Features, difference: bool):
+        self.found, self.difference = found, difference
+        self.entered: dict[str, Tensor] = {}
+
+    def patches(self, kind: str, indices: list[int], others: dict) -> dict[Block, Callable]:
+        def patch_for(i: int) -> Callable:
+            def patch(args: dict, extra: dict) -> dict:
+                if i == indices[0] and self.difference:  # a copy: Flux adds to it in place
+                    self.entered = {name: args[name].clone() for name in STREAMS if args.get(name) is not None}
+                other = others.get((kind, i))
+                out = other(args, extra) if other else extra["original_block"](args)
+                if i == indices[-1]:
+                    for name in STREAMS:
+                        if out.get(name) is not None:
+                            value = out[name] - self.entered[name] if self.difference else out[name].clone()
+                            self.found[kind, name] = value
+                return out
+
+            return patch
+
+        return {(kind, i): patch_for(i) for i in indices}
+
+
+class _Reused:
+    """Stands in for the blocks: the first one computes where the last one will end, the others pass on.
+
+    What a ControlNet adds on the way is part of the recorded difference, so what it adds to the passed-on tensors here
+    is dropped with them.
+    """
+
+    def __init__(self, features: Features, difference: bool):
+        self.features, self.difference = features, difference
+        self.target: dict[str, Tensor | None] = {}
+
+    def patches(self, kind: str, indices: list[int], others: dict) -> dict[Block, Callable]:
+        def patch_for(i: int) -> Callable:
+            def patch(args: dict, extra: dict) -> dict:
+                if i == indices[0]:
+                    self.target = {name: self._end_of(kind, name, args) for name in STREAMS if name in args}
+                return self.target if i == indices[-1] else {name: args[name] for name in STREAMS if name in args}
+
+            return patch
+
+        return {(kind, i): patch_for(i) for i in indices}
+
+    def _end_of(self, kind: str, name: str, args: dict) -> Tensor | None:
+        feature = self.features.get((kind, name))
+        if feature is None:
+            return args[name]
+        return args[name] + feature if self.difference else feature.clone()
+
+
+def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **extra):
+    options = transformer_options or {}
+    run = options.get(run_key(KEY))
+    if run is None or run.clock.step is None:
+        return executor(x, t, c_concat, c_crossattn, control, options, **extra)
+    return run.evaluate(executor, x, t, c_concat, c_crossattn, control, options, extra)
+
+
+WRAPPERS = {
+    WrappersMP.OUTER_SAMPLE: outer_sample(KEY, BlockPropagation),
+    WrappersMP.PREDICT_NOISE: predict_noise(KEY),
+    WrappersMP.APPLY_MODEL: _apply_model,
+}

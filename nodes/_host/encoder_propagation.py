@@ -1,0 +1,229 @@
+"""Encoder propagation inside the host's sampling loop: whole UNet steps recorded, the others run in part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+import comfy.model_base
+import comfy.model_management
+import torch
+from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from torch import Tensor
+
+from ...kernels.encoder_propagation import Reuse
+from ...kernels.feature_cache import Features
+from ...models.encoder_propagation import ONE, Choice, Settings, choose, reuse_by_name
+from .propagation import Propagation, applied, outer_sample, predict_noise, run_key
+from .unet_blocks import UNetView, blocks_a_side, control_features, measure_unet, recording
+
+KEY = "attune.encoder_propagation"
+MOST_AHEAD = 4
+
+
+def unet_of(model: Any) -> openaimodel.UNetModel | None:
+    """The UNet inside a MODEL, None for every other kind of network."""
+    network = model.get_model_object("diffusion_model")
+    return network if isinstance(network, openaimodel.UNetModel) else None
+
+
+def top_blocks(unet: Any) -> int:
+    """How many input blocks run at full resolution."""
+    down = (
+        i
+        for i, block in enumerate(unet.input_blocks)
+        if any(isinstance(layer, openaimodel.Downsample) or getattr(layer, "updown", False) for layer in block)
+    )
+    return next(down, len(unet.input_blocks))
+
+
+def add_encoder_propagation(model: Any, settings: Settings) -> Any:
+    """A clone of a UNet MODEL that samples with encoder propagation."""
+    return applied(model, KEY, WRAPPERS, settings)
+
+
+class EncoderPropagation(Propagation):
+    """The run's object for a UNet."""
+
+    name = "Attune Encoder Propagation"
+
+    def inspect(self, noise: Tensor) -> None:
+        unet: Any = unet_of(self.model)
+        self.blocks, self.top = blocks_a_side(unet), top_blocks(unet)
+        self.size = measure_unet(unet, *noise.shape[-2:])
+        self.costs = self.size.costs
+        self.views: dict[int, UNetView] = {}
+        self.deferred: dict[int, DeferredControl] = {}
+
+    def choose(self, sigmas: list[float], shares: list[float], fresh_noise: bool) -> Choice:
+        return choose(self.settings, sigmas, shares, self.costs, self.top, fresh_noise)
+
+    def bytes_of(self, reuse: Reuse, dtype: torch.dtype | None) -> int:
+        return self.rows * self.size.kept_elements(reuse) * self.element_size(dtype) * (1 + reuse.forecast)
+
+    def thinner(self, reuse: Reuse) -> Reuse:
+        return reuse_by_name(ONE, reuse.forecast, self.blocks, self.top)
+
+    def close(self) -> None:
+        super().close()
+        self.views.clear()
+        self.deferred.clear()
+
+    def view(self, unet: Any) -> UNetView:
+        if id(unet) not in self.views:
+            self.views[id(unet)] = UNetView(unet, self.reuse)
+        return self.views[id(unet)]
+
+    def defer(self, control: Any) -> DeferredControl:
+        return self.deferred.setdefault(id(control), DeferredControl(control))
+
+    def evaluate(self, executor: Any, x: Tensor, timesteps, context, y, control, options: dict, extra: dict) -> Tensor:
+        """One call of the UNet: whole, in part, or answered with an output computed ahead."""
+        keys = self.keys_of(options)
+        if keys is None or x.shape[0] % len(keys) or "_forward" in vars(executor.class_obj):
+            self.counts["whole"] += 1
+            return executor(x, timesteps, context, y, control, options, **extra)
+        signature = self.signature(keys, x)
+        if self.shorter:
+            output = self._shorter(executor, keys, signature, x, timesteps, context, y, options, extra)
+            if output is not None:
+                return output
+            self.counts["missing"] += 1
+        self.counts["whole"] += 1
+        if not self.records(keys):
+            return executor(x, timesteps, context, y, control, options, **extra)
+        found: Features = {}
+        residuals = control_features(control, self.reuse, self.blocks, x.shape[0])
+        options = recording(options, self.reuse, self.blocks, found)
+        output = executor(x, timesteps, context, y, control, options, **extra)
+        if found and residuals is not None:  # nothing was found where another wrapper answered in the UNet's place
+            self.store(keys, signature, {**found, **residuals})
+        return output
+
+    def _shorter(self, executor, keys, signature, x, timesteps, context, y, options, extra) -> Tensor | None:
+        ready = self.cache.ahead(keys, self.step) if self.clock.on_grid and self.sources is None else None
+        if ready is not None and ready.shape[0] == x.shape[0]:
+            self.counts["ready"] += 1
+            return ready
+        ahead = self._steps_ahead(executor, x, options, extra)
+        n = len(ahead)
+        times = [self.plan.times[i] for i in ahead] if n > 1 else [self.plan.time(self.clock.sigma)]
+        each = [self.recall(keys, signature, time, x) for time in times]
+        if any(features is None for features in each):
+            return None
+        features = each[0]
+        if n > 1:
+            features = {name: torch.cat([part[name] for part in each]) for name in features}
+            timesteps = torch.cat([self._network_times(i, x) for i in ahead])
+            x, context, y = (_repeat(value, n) for value in (x, context, y))
+            options = {**options, **{name: options[name] * n for name in ("uuids", "cond_or_uncond")}}
+
+        def call(part: Any, control: dict | None, options: dict) -> Tensor:
+            inner = WrapperExecutor.new_class_executor(part._forward, part, executor.wrappers, executor.idx + 1)
+            return inner.execute(x, timesteps, context, y, control, options, **extra)
+
+        output = self.view(executor.class_obj).run(call, features, x, options)
+        self.counts["part"] += 1
+        if n == 1:
+            return output
+        now, *later = output.chunk(n)
+        for i, part in zip(ahead[1:], later, strict=True):
+            self.cache.keep_ahead(keys, i, part)
+        return now
+
+    def _steps_ahead(self, executor: Any, x: Tensor, options: dict, extra: dict) -> range:
+        """The coming steps whose outputs are computed in one batch: they depend on the timestep only, not on x."""
+        group, wanted = self.plan.group(self.step), self.settings.parallel
+        alone = range(self.step, self.step + 1)
+        if self.reuse.fresh or wanted == "off" or self.sources is not None or len(group) < 2 or extra:
+            return alone
+        if not self.clock.on_grid or not self._plain_times():
+            return alone
+        if wanted != "auto":
+            return group[: int(wanted)]
+        patched = any(options.get(name) for name in ("patches", "patches_replace"))
+        if patched or executor.idx + 1 < len(executor.wrappers):
+            return alone  # patches may look at the noise level, which is one for the whole batch
+        free = comfy.model_management.get_free_memory(x.device)
+        for n in range(min(len(group), MOST_AHEAD), 1, -1):
+            if self.model.model.memory_required([n * x.shape[0], *x.shape[1:]]) * 1.5 < free:
+                return group[:n]
+        return alone
+
+    def _plain_times(self) -> bool:
+        """Whether the network is told the schedule's own timesteps, so that coming ones are known."""
+        base = self.model.model
+        stock = type(base).process_timestep is comfy.model_base.BaseModel.process_timestep
+        return stock and "process_timestep" not in vars(base)
+
+    def _network_times(self, step: int, x: Tensor) -> Tensor:
+        sigma = torch.full((x.shape[0],), self.plan.sigmas[step], device=x.device)
+        return self.model.model.model_sampling.timestep(sigma).float()
+
+
+def _repeat(value: Tensor | None, n: int) -> Tensor | None:
+    return None if value is None else value.repeat(n, *[1] * (value.ndim - 1))
+
+
+class DeferredControl:
+    """In the place of a ControlNet: computed when the network asks for its residuals, which a shorter step does not."""
+
+    def __init__(self, control: Any):
+        self._control = control
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._control, name)
+
+    def get_control(self, *args, **kwargs) -> Mapping:
+        return DeferredResiduals(lambda: self._control.get_control(*args, **kwargs))
+
+
+class DeferredResiduals(Mapping):
+    """The host's dict of control residuals, computed at the first look into it."""
+
+    def __init__(self, compute):
+        self._compute, self._values = compute, None
+
+    def _get(self) -> dict:
+        if self._values is None:
+            self._values = self._compute() or {}
+        return self._values
+
+    def __getitem__(self, name):
+        return self._get()[name]
+
+    def __iter__(self):
+        return iter(self._get())
+
+    def __len__(self):
+        return len(self._get())
+
+
+def _calc_cond_batch(executor, model, conds, x, sigma, model_options, *args, **kwargs):
+    run = model_options["transformer_options"].get(run_key(KEY))
+    if run is not None and run.shorter:
+        conds = [side and [_deferring(run, cond) for cond in side] for side in conds]
+    return executor(model, conds, x, sigma, model_options, *args, **kwargs)
+
+
+def _deferring(run: EncoderPropagation, cond: dict) -> dict:
+    return {**cond, "control": run.defer(cond["control"])} if cond.get("control") is not None else cond
+
+
+def _diffusion_model(
+    executor, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **extra
+):
+    options = transformer_options or {}
+    run = options.get(run_key(KEY))
+    if run is None or run.clock.step is None:
+        return executor(x, timesteps, context, y, control, options, **extra)
+    return run.evaluate(executor, x, timesteps, context, y, control, options, extra)
+
+
+WRAPPERS: dict[str, Any] = {
+    WrappersMP.OUTER_SAMPLE: outer_sample(KEY, EncoderPropagation),
+    WrappersMP.PREDICT_NOISE: predict_noise(KEY),
+    WrappersMP.CALC_COND_BATCH: _calc_cond_batch,
+    WrappersMP.DIFFUSION_MODEL: _diffusion_model,
+}

@@ -1,0 +1,271 @@
+"""Calibrate encoder or block propagation on a model: measure what every reuse would have cost, then try the best."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import comfy.samplers
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...kernels.encoder_propagation import Reuse, optimal_keys, speedup, step_weights
+from ...kernels.feature_cache import FeatureCache
+from ...models.encoder_propagation import (
+    BLOCK_REUSES,
+    CALIBRATED,
+    ENCODER,
+    ENDS,
+    FIRST,
+    ONE,
+    REUSES,
+    TOP,
+    TWO,
+    Calibration,
+    Choice,
+    Point,
+    Settings,
+    block_reuse_by_name,
+    reuse_by_name,
+)
+from ...models.profiles import Profile
+from . import block_propagation, encoder_propagation
+from .encoder_propagation import unet_of
+from .models import noise_range, pixels
+from .propagation import Propagation, applied, outer_sample, run_key
+from .sampling import run_stock_node, sample
+from .steps import adds_noise, noise_space, why_not
+
+LOG = logging.getLogger(__name__)
+NODE = "Attune Fit Encoder Propagation"
+SPEED_STEP = 0.25
+BEST = "parts that cost little"
+EQUAL = 200.0  # dB, for a result that is the same
+
+
+@dataclass
+class Measured:
+    """What one run with key steps only tells: errors [gaps+1, ages, steps] (kernels' `optimal_keys`), and how much each
+    feature changed from step to step, relative to its size."""
+
+    errors: Tensor
+    changes: dict[Any, list[Tensor]] = field(default_factory=dict)
+    run: Propagation | None = None
+
+    def change_table(self) -> dict[str, list[float]]:
+        """Feature name -> its change at each step but the first."""
+        return {_name(key): torch.stack(values).tolist() for key, values in self.changes.items()}
+
+
+def _name(key: Any) -> str:
+    return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+
+
+def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> tuple[type[Propagation], Measured]:
+    """A run's class that changes nothing and fills a `Measured`: at every step, the error of having reused older
+    features instead, of each age up to `ages` and each distance between the two captures."""
+    gaps = ages + 1 if reuse.forecast else 0
+    measured = Measured(torch.full((gaps + 1, max(ages, 1), steps), torch.inf))
+
+    class Measuring(kind):  # type: ignore[valid-type, misc]
+        sources: tuple[int, int | None] | None
+
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.cache = FeatureCache(ages + gaps + 1)
+            self.compared: set[int] = set()
+            measured.run = self
+
+        def choose(self, sigmas, shares, fresh_noise):
+            return Choice(frozenset(range(len(sigmas) - 1)), reuse, 0, "calibration")
+
+        def records(self, keys):
+            return True
+
+        def store(self, keys, signature, features):
+            before = self.cache.recall(keys, signature, max(self.step - 1, 0), 0.0, next(iter(features.values())))
+            if before is not None and self.step and before.keys() == features.keys():
+                for name, value in features.items():
+                    change = (value - before[name]).float().norm() / value.float().norm()
+                    seen = measured.changes.setdefault(name, [])
+                    if len(seen) < self.step:
+                        seen.append(change)
+            super().store(keys, signature, features)
+
+        def announce(self):
+            pass
+
+        report = announce
+
+        def compare(self, executor, whole: Tensor, arguments: tuple) -> None:
+            """Evaluate the model with older features, too."""
+            for age in range(1, min(ages, self.step) + 1):
+                last = self.step - age
+                for gap in range(gaps + 1):
+                    if gap > last:
+                        continue
+                    part = self.reusing(last, last - gap if gap else None, executor, arguments)
+                    measured.errors[gap, age - 1, self.step] = (part - whole).float().square().mean().sqrt()
+
+        def reusing(self, last: int, before: int | None, executor, arguments: tuple) -> Tensor:
+            self.sources = (last, before)
+            self.seen.clear()
+            try:
+                return executor(*arguments)
+            finally:
+                self.sources = None
+
+    return Measuring, measured
+
+
+def _compare(key: str):
+    def wrapper(executor, x, sigma, model_options, *args, **kwargs):
+        run = model_options["transformer_options"].get(run_key(key))
+        if run is None:
+            return executor(x, sigma, model_options, *args, **kwargs)
+        run.begin(x, sigma)
+        whole = executor(x, sigma, model_options, *args, **kwargs)
+        if run.clock.on_grid and run.step not in run.compared:
+            run.compared.add(run.step)
+            run.compare(executor, whole, (x, sigma, model_options, *args))
+        return whole
+
+    return wrapper
+
+
+@dataclass(frozen=True)
+class Task:
+    """One picture to calibrate on, as the stock sampler takes it."""
+
+    model: Any
+    seed: int
+    cfg: float
+    sampler_name: str
+    sigmas: Tensor
+    positive: Any
+    negative: Any
+    latent: dict
+
+    def run(self, model: Any) -> Tensor:
+        out = sample(
+            model, self.seed, self.cfg, self.sampler_name, self.sigmas, self.positive, self.negative, self.latent
+        )
+        return out["samples"].float()
+
+
+def fit(
+    task: Task, kind: type[Propagation], key: str, wrappers: dict, reuses: list[Reuse], fastest: float, longest: int
+) -> Generator[tuple[str, float], None, tuple[Calibration, dict[str, list[float]]]]:
+    """Measure each of `reuses`, choose key steps for speeds up to `fastest`, run them; yields what it does and how far.
+
+    Returns the calibration (settings that no other beats in speed and fidelity) and how much each feature changes.
+    """
+    sigmas = task.sigmas.tolist()
+    steps = len(sigmas) - 1
+    weights = step_weights(sigmas, noise_space(task.model.get_model_object("model_sampling")))
+    candidates: dict[tuple[Reuse, frozenset[int]], float] = {}
+    changes: dict[str, list[float]] = {}
+    for number, reuse in enumerate(reuses):
+        yield f"measuring {number + 1} of {len(reuses)} parts", 0.5 * number / len(reuses)
+        measuring_kind, measured = measuring(kind, reuse, longest - 1, steps)
+        replaced = {
+            **wrappers,
+            WrappersMP.OUTER_SAMPLE: outer_sample(key, measuring_kind),
+            WrappersMP.PREDICT_NOISE: _compare(key),
+        }
+        reference = task.run(applied(task.model, key, replaced, Settings()))
+        changes = {**measured.change_table(), **changes}
+        costs = measured.run.costs  # type: ignore[union-attr]
+        best = optimal_keys(measured.errors.cpu(), weights)
+        for n in range(1, round((fastest - 1) / SPEED_STEP) + 1):
+            speed, share = 1 + n * SPEED_STEP, costs.of_step(reuse)
+            counts = [count for count in best if speedup(steps, count, share) >= speed]
+            if counts:
+                candidates[reuse, best[max(counts)][1]] = speedup(steps, max(counts), share)
+    if not candidates:
+        raise ValueError(
+            f"No setting is {1 + SPEED_STEP:g} times faster: set 'reuse' to a part that costs less, or raise 'longest'."
+        )
+    points = []
+    for number, ((reuse, keys), speed) in enumerate(candidates.items()):
+        yield f"trying {number + 1} of {len(candidates)} settings", 0.5 + 0.5 * number / len(candidates)
+        trial = Point(reuse, tuple(sorted(keys)), speed, EQUAL)
+        tried = Calibration(len(costs.input), task.sampler_name, tuple(sigmas), (trial,))
+        model = applied(task.model, key, wrappers, Settings(CALIBRATED, calibration=tried))
+        points.append(replace(trial, psnr=_psnr(task.run(model), reference)))
+    kept = sorted((p for p in points if not any(_beats(q, p) for q in points)), key=lambda p: p.speed)
+    return Calibration(len(costs.input), task.sampler_name, tuple(sigmas), tuple(kept)), changes
+
+
+def fit_profile(
+    model: Any, positive, negative, latent_image: dict, seed: int, steps: int, cfg: float, sampler_name: str,
+    scheduler: str, reuse: str, fastest: float, longest: int,
+) -> tuple[Profile, Calibration, dict[str, list[float]]]:  # fmt: skip
+    """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes."""
+    (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=1.0)
+    sampler = comfy.samplers.sampler_object(sampler_name)
+    reason = why_not(sampler, sigmas)
+    if reason is not None:
+        raise ValueError(f"There is nothing to calibrate: {reason}. Change 'sampler_name' or 'steps'.")
+    kind, key, wrappers, reuses = _kind_of(model, reuse, adds_noise(sampler))
+    task = Task(model, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
+    bar = comfy.utils.ProgressBar(1000)
+    work = fit(task, kind, key, wrappers, reuses, fastest, longest)
+    while True:
+        try:
+            said, done = next(work)
+            LOG.info("%s: %s", NODE, said)
+            bar.update_absolute(round(1000 * done), 1000)
+        except StopIteration as finished:
+            calibration, changes = finished.value
+            break
+    facts = noise_range(model)
+    name = f"{facts.families[0]} {key.rpartition('.')[2].replace('_', ' ')}, {sampler_name} {steps} steps"
+    profile = Profile(
+        name=name, method="measured errors, dynamic programming", space=facts.space, families=facts.families,
+        resolution=pixels(model, latent_image) or (1, 1), sigmas=calibration.sigmas, source=NODE,
+        kind=key.rpartition(".")[2], solver=sampler_name, cfg=cfg, calibration=calibration,
+        provenance={"seed": seed, "scheduler": scheduler, "longest": longest},
+    )  # fmt: skip
+    return profile, calibration, changes
+
+
+def _kind_of(model: Any, name: str, fresh_noise: bool) -> tuple[type[Propagation], str, dict, list[Reuse]]:
+    """The run's class, its key and wrappers, and what to measure on this kind of network."""
+    unet = unet_of(model)
+    if unet is not None:
+        n, top = encoder_propagation.blocks_a_side(unet), encoder_propagation.top_blocks(unet)
+        names = [TOP, TWO, ONE] if name == BEST else [name]
+        _check_names(names, REUSES, "a UNet")
+        if fresh_noise and ENCODER in names:
+            raise ValueError(f"This solver adds noise, which '{ENCODER}' would not see: set 'reuse' to '{TOP}'.")
+        reuses = list(dict.fromkeys(reuse_by_name(one, True, n, top) for one in names))
+        return encoder_propagation.EncoderPropagation, encoder_propagation.KEY, encoder_propagation.WRAPPERS, reuses
+    n = len(block_propagation.blocks_of(model.get_model_object("diffusion_model")))
+    if n < 2:
+        raise ValueError("This model is neither a UNet nor a transformer that this node knows: nothing to calibrate.")
+    names = ([FIRST, ENDS] if n > 2 else [FIRST]) if name == BEST else [name]
+    _check_names(names, BLOCK_REUSES, "a transformer")
+    reuses = [block_reuse_by_name(one, True, n) for one in names]
+    return block_propagation.BlockPropagation, block_propagation.KEY, block_propagation.WRAPPERS, reuses
+
+
+def _check_names(names: list[str], known: list[str], what: str) -> None:
+    if names[0] not in known:
+        raise ValueError(f"The model is {what}: set 'reuse' to '{BEST}' or one of {', '.join(known)}.")
+
+
+def _psnr(latent: Tensor, reference: Tensor) -> float:
+    """dB, with the range of the reference as the peak."""
+    peak = float(reference.max() - reference.min())
+    error = float((latent - reference).square().mean())
+    return EQUAL if error == 0 else min(EQUAL, 10 * math.log10(peak**2 / error))
+
+
+def _beats(a: Point, b: Point) -> bool:
+    return a.speed >= b.speed and a.psnr >= b.psnr and (a.speed, a.psnr) != (b.speed, b.psnr)

@@ -1,0 +1,110 @@
+"""Which step of a run an evaluation belongs to, known on the host without asking the device where the solver allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_sampling
+import torch
+from torch import Tensor
+
+from ...kernels.encoder_propagation import Plan
+from ...kernels.space import NoiseSpace
+from .sampling import solver_name
+
+# Solvers that evaluate the model once per step, at the step's own noise level, and report the step afterwards: for
+# these the report alone says where the run is. A test holds the list against the host.
+ONE_EVALUATION = {
+    "euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "lms", "dpmpp_2m", "dpmpp_2m_cfg_pp",
+    "dpmpp_2m_sde", "dpmpp_3m_sde", "ddpm", "lcm", "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp",
+    "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp",
+    "er_sde",
+}  # fmt: skip
+OWN_LEVELS = {"dpm_fast", "dpm_adaptive"}
+FRESH_NOISE = ("ancestral", "sde", "ddpm", "lcm", "seeds", "sa_solver")
+FEWEST_STEPS = 8
+
+
+def adds_noise(sampler: Any) -> bool:
+    """Whether a solver adds fresh noise on its way, which a network that reuses all of its encoder would not see."""
+    options = getattr(sampler, "extra_options", {})
+    return any(word in solver_name(sampler) for word in FRESH_NOISE) or any(
+        isinstance(options.get(name), int | float) and options[name] > 0 for name in ("eta", "s_churn")
+    )
+
+
+def why_not(sampler: Any, sigmas: Tensor) -> str | None:
+    """Why a run cannot skip anything, in the user's words; None when it can."""
+    if solver_name(sampler) in OWN_LEVELS:
+        return f"{solver_name(sampler)} chooses its own noise levels"
+    if len(sigmas) - 1 < FEWEST_STEPS:
+        return f"a run of {len(sigmas) - 1} steps is too short, it takes {FEWEST_STEPS}"
+    if not bool((sigmas[:-1] > sigmas[1:]).all()):
+        return "the noise levels do not fall throughout"
+    if getattr(sampler, "extra_options", {}).get("s_churn", 0) and solver_name(sampler) not in ONE_EVALUATION:
+        return "s_churn moves the noise levels of this solver"
+    return None
+
+
+def step_times(model_sampling: Any, sigmas: Tensor) -> tuple[list[float], float]:
+    """The network's timestep for each step, and the one of the highest noise level."""
+    top = model_sampling.timestep(torch.as_tensor(model_sampling.sigma_max).cpu().reshape(1))
+    return model_sampling.timestep(sigmas[:-1].cpu()).tolist(), float(top)
+
+
+def active_levels(model_sampling: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
+    """The noise levels between which a node works."""
+    return float(model_sampling.percent_to_sigma(start_percent)), float(model_sampling.percent_to_sigma(end_percent))
+
+
+def noise_space(model_sampling: Any) -> NoiseSpace:
+    return NoiseSpace("flow" if isinstance(model_sampling, comfy.model_sampling.CONST) else "ve")
+
+
+def conditioning_changes(model_sampling: Any, conds: dict[str, list[dict]]) -> list[float]:
+    """The noise levels at which a ControlNet or a hook begins, ends or changes."""
+    percents: set[float] = set()
+    for cond in (cond for side in conds.values() for cond in side):
+        control = cond.get("control")
+        while control is not None:
+            percents |= set(getattr(control, "timestep_percent_range", ()))
+            control = getattr(control, "previous_controlnet", None)
+        for hook in getattr(cond.get("hooks"), "hooks", ()):
+            percents |= {keyframe.start_percent for keyframe in getattr(hook.hook_keyframe, "keyframes", ())}
+    return [float(model_sampling.percent_to_sigma(p)) for p in sorted(percents) if 0 < p < 1]
+
+
+class Clock:
+    """Follows a run through its evaluations: `step` and `sigma` of the one in progress."""
+
+    def __init__(self, plan: Plan, sampler: Any):
+        self.plan = plan
+        self.counts = solver_name(sampler) in ONE_EVALUATION
+        self.next_step = 0
+        self.step: int | None = None
+        self.sigma = plan.sigmas[0]
+
+    def begin(self, sigma: Tensor) -> int:
+        """An evaluation at `sigma` [b] begins; its step."""
+        if self.counts:
+            self.step = min(self.next_step, self.plan.steps - 1)
+            self.sigma = self.plan.sigmas[self.step]
+        else:
+            self.sigma = float(sigma.flatten()[0])
+            self.step = self.plan.step(self.sigma)
+        return self.step
+
+    def listen(self, callback: Callable | None) -> Callable:
+        """The sampler's callback, which reports each finished step, passed on to the caller's."""
+
+        def finished(step, *args, **kwargs):
+            self.next_step = step + 1
+            if callback is not None:
+                callback(step, *args, **kwargs)
+
+        return finished
+
+    @property
+    def on_grid(self) -> bool:
+        return self.step is not None and self.plan.on_grid(self.step, self.sigma)

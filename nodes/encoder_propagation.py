@@ -1,0 +1,247 @@
+"""Encoder and block propagation: a MODEL that runs whole on key steps and reuses features in between; calibration."""
+
+from __future__ import annotations
+
+import logging
+
+from ..models.encoder_propagation import (
+    BLOCK_REUSES,
+    CALIBRATED,
+    FIDELITY,
+    FIRST,
+    MODES,
+    REUSES,
+    TOP,
+    UNIFORM,
+    Calibration,
+    Point,
+    Settings,
+    calibrated_point,
+    needs_profile,
+)
+from ..models.profiles import Profile
+from ._host.api import io, schema
+from ._host.block_propagation import add_block_propagation, blocks_of
+from ._host.encoder_propagation import add_encoder_propagation, unet_of
+from ._host.fit_propagation import BEST, fit_profile
+from ._host.propagation import DEVICES, DTYPES
+from ._host.sampling import sampler_names, scheduler_names
+from .propagation_plot import picture
+
+LOG = logging.getLogger(__name__)
+CATEGORY = "attune/speed"
+PROFILE = io.Custom("ATTUNE_PROFILE")
+
+
+def _settings(reuses: list[str], default: str, reuse_tip: str) -> list:
+    """The inputs that both propagation nodes share."""
+    return [
+        io.Combo.Input(
+            "mode", options=MODES, default=UNIFORM,
+            tooltip="Which steps run whole. uniform: every n-th. speed target: as few as 'speed' needs. calibrated "
+            "profile: what was measured for this model. published keys: the paper, exactly.",
+        ),
+        io.Int.Input(
+            "interval", default=3, min=1, max=12,
+            tooltip="uniform: one key step every so many steps. 1 switches the node off.",
+        ),
+        io.Float.Input(
+            "speed", default=1.5, min=1.0, max=10.0, step=0.05,
+            tooltip="speed target: how many times less computing. With a profile the log says what it costs.",
+        ),
+        io.Combo.Input("reuse", options=reuses, default=default, tooltip=reuse_tip),
+        io.Boolean.Input(
+            "forecast", default=True,
+            tooltip="Extrapolate the features from the last two key steps instead of holding the last ones.",
+        ),
+        io.Int.Input(
+            "keep_last", default=2, min=0, max=20,
+            tooltip="uniform and speed target: so many steps at the end run whole; their errors stay visible.",
+        ),
+        io.Float.Input(
+            "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
+            tooltip="Where in the sampling the node begins to work; before it every step runs whole.",
+        ),
+        io.Float.Input(
+            "end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
+            tooltip="Where in the sampling the node stops working; after it every step runs whole.",
+        ),
+        io.Float.Input(
+            "prior_noise", default=0.0, min=0.0, max=0.01, step=0.0005,
+            tooltip="A little of the first noise, added again in the second half; the paper uses 0.003.",
+        ),
+        io.Combo.Input(
+            "cache_dtype", options=list(DTYPES), default="as computed",
+            tooltip="How the features are kept. half: float16, for models that compute in float32.",
+        ),
+        io.Combo.Input(
+            "cache_device", options=list(DEVICES), default="as computed",
+            tooltip="Where the features are kept. cpu frees video memory and costs a transfer per step.",
+        ),
+        io.Int.Input(
+            "memory_limit", default=0, min=0, max=65536,
+            tooltip="The most the features may take, in MB; above it they are halved, thinned, moved to the CPU. 0: "
+            "no limit.",
+        ),
+        PROFILE.Input(
+            "profile", optional=True,
+            tooltip="A calibration of this model by Attune Fit Encoder Propagation, for the modes calibrated profile "
+            "and speed target.",
+        ),
+    ]  # fmt: skip
+
+
+def _calibration(mode: str, kind: str, profile: Profile | None) -> Calibration | None:
+    """What a profile says, after a look at whether it is one for this node."""
+    if profile is None:
+        if mode == CALIBRATED:
+            raise ValueError(needs_profile())
+        return None
+    if profile.kind != kind or profile.calibration is None:
+        raise ValueError(
+            f"The profile '{profile.name}' is a {profile.kind.replace('_', ' ')}, but this node needs a "
+            f"{kind.replace('_', ' ')}: make one with 'Attune Fit Encoder Propagation'."
+        )
+    return profile.calibration
+
+
+class AttuneEncoderPropagation(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneEncoderPropagation",
+            display_name="Attune Encoder Propagation",
+            category=CATEGORY,
+            description="Fewer seconds per picture: most steps reuse the features of key steps (SD 1.x, 2.x, SDXL).",
+            search_aliases=["faster diffusion", "deepcache", "cache", "speed", "encoder propagation"],
+            inputs=[
+                io.Model.Input("model", tooltip="A UNet model: SD 1.x, SD 2.x, SDXL and their relatives."),
+                *_settings(
+                    REUSES, TOP,
+                    "What the steps in between compute. top level fresh: all of the highest resolution. two or one "
+                    "blocks: less. encoder reused: the whole decoder, as in the paper.",
+                ),
+                io.Combo.Input(
+                    "parallel", options=["auto", "off", "2", "3", "4", "6", "8"], default="auto",
+                    tooltip="encoder reused: how many coming steps are decoded in one batch. auto: up to 4, as memory "
+                    "allows. Gains on a large GPU with small pictures, costs memory.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model, to be sampled faster.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, mode, profile=None, **inputs) -> io.NodeOutput:
+        if unet_of(model) is None:
+            kind = type(model.get_model_object("diffusion_model")).__name__
+            raise ValueError(
+                f"Attune Encoder Propagation needs a UNet model (SD 1.x, SD 2.x, SDXL), but this one is a {kind} "
+                "without an encoder: use 'Attune Block Propagation' instead."
+            )
+        calibration = _calibration(mode, "encoder_propagation", profile)
+        return io.NodeOutput(add_encoder_propagation(model, Settings(mode, **inputs, calibration=calibration)))
+
+
+class AttuneBlockPropagation(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneBlockPropagation",
+            display_name="Attune Block Propagation",
+            category=CATEGORY,
+            description="Fewer seconds per picture for transformers (SD3, Flux, …): most steps skip the inner blocks.",
+            search_aliases=["first block cache", "teacache", "cache", "speed", "faster diffusion"],
+            inputs=[
+                io.Model.Input("model", tooltip="A transformer model: SD3, Flux, Qwen-Image, Wan and others."),
+                *_settings(
+                    BLOCK_REUSES, FIRST,
+                    "What the steps in between compute: the first block; an eighth of the blocks at each end; or, as "
+                    "in the paper, the last third, with the output of the others held.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model, to be sampled faster.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, mode, profile=None, **inputs) -> io.NodeOutput:
+        network = model.get_model_object("diffusion_model")
+        if len(blocks_of(network)) < 2:
+            other = "use 'Attune Encoder Propagation' instead" if unet_of(model) else "remove this node"
+            raise ValueError(
+                "Attune Block Propagation needs a transformer model (SD3, Flux, …) of at least 2 blocks, but this one "
+                f"is a {type(network).__name__}: {other}."
+            )
+        calibration = _calibration(mode, "block_propagation", profile)
+        return io.NodeOutput(add_block_propagation(model, Settings(mode, **inputs, calibration=calibration)))
+
+
+class AttuneFitEncoderPropagation(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneFitEncoderPropagation",
+            display_name="Attune Fit Encoder Propagation",
+            category=CATEGORY,
+            description="Measure on your model which steps can reuse features, and what each speed costs in fidelity.",
+            search_aliases=["calibrate", "faster diffusion", "deepcache", "block propagation"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model to calibrate, UNet or transformer, as loaded."),
+                io.Conditioning.Input("positive", tooltip="A typical prompt: the calibration holds for others, too."),
+                io.Conditioning.Input("negative", tooltip="The usual negative prompt."),
+                io.Latent.Input("latent_image", tooltip="An empty latent of the usual size."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="The seed of the picture that is measured.",
+                ),
+                io.Int.Input("steps", default=25, min=8, max=200, tooltip="Steps of the run to be made faster."),
+                io.Float.Input(
+                    "cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Guidance of that run.",
+                ),
+                io.Combo.Input(
+                    "sampler_name", options=sampler_names(), default="euler", tooltip="The solver of that run.",
+                ),
+                io.Combo.Input(
+                    "scheduler", options=scheduler_names(), default="normal", tooltip="The schedule of that run.",
+                ),
+                io.Combo.Input(
+                    "reuse", options=[BEST, *REUSES, *BLOCK_REUSES], default=BEST,
+                    tooltip="What to measure. The parts that cost little, or one part; 'encoder reused' takes longest.",
+                ),
+                io.Float.Input(
+                    "fastest", default=2.5, min=1.25, max=6.0, step=0.25,
+                    tooltip="Settings up to this speed are tried, one run for every 0.25.",
+                ),
+                io.Int.Input(
+                    "longest", default=4, min=2, max=8,
+                    tooltip="The most steps from one key step to the next; the measuring takes time with its square.",
+                ),
+            ],
+            outputs=[
+                PROFILE.Output(display_name="profile", tooltip="The calibration, for the propagation nodes."),
+                io.Image.Output(display_name="plot", tooltip="Feature change with key steps; speed against fidelity."),
+                io.String.Output(display_name="report", tooltip="The settings found, and what each of them costs."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, **inputs) -> io.NodeOutput:
+        profile, fit, changes = fit_profile(model, **inputs)
+        chosen = calibrated_point(fit)
+        report = report_of(profile.name, fit, chosen)
+        LOG.info("Attune Fit Encoder Propagation: %s", report.replace("\n", "; "))
+        return io.NodeOutput(profile, picture(changes, len(fit.sigmas) - 1, fit.points, chosen), report)
+
+
+def report_of(name: str, fit: Calibration, chosen: Point) -> str:
+    """One line per setting, the recommended one marked."""
+    lines = [f"{name}: {fit.solver}, {len(fit.sigmas) - 1} steps. Fidelity is to the run without reuse."]
+    for point in fit.points:
+        part = f"computes blocks before {point.reuse.fresh} and from {point.reuse.cut}"
+        mark = " <- calibrated profile" if point is chosen else ""
+        lines.append(f"{point.speed:.2f}x: {point.psnr:.1f} dB, {len(point.keys)} key steps, {part}{mark}")
+    if chosen.psnr < FIDELITY:
+        lines.append(f"No setting stays within {FIDELITY:g} dB: prefer fewer steps, or a better solver, for this run.")
+    return "\n".join(lines)
+
+
+NODES = [AttuneEncoderPropagation, AttuneFitEncoderPropagation, AttuneBlockPropagation]

@@ -1,0 +1,131 @@
+"""Block propagation on transformers inside the host: exact where it must be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="module")
+def flow(host):
+    return host.call("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def draw(host, flow, encode):
+    def run(model=None, *, steps=10, sampler="euler", cfg=3.0, **inputs):
+        given = {
+            "positive": encode("a cat on a black background"), "negative": encode(""), "denoise": 1.0,
+            "latent_image": {"samples": torch.zeros(1, 16, 16, 16)}, **inputs,
+        }  # fmt: skip
+        (out,) = host.call(
+            "KSampler", model=model or flow, seed=0, steps=steps, cfg=cfg, sampler_name=sampler, scheduler="simple",
+            **given,
+        )  # fmt: skip
+        return out["samples"]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def propagate(host, flow):
+    def apply(model=None, **changed):
+        inputs = {
+            "mode": "uniform", "interval": 2, "speed": 1.5, "reuse": "first block fresh", "forecast": True,
+            "keep_last": 2, "start_percent": 0.0, "end_percent": 1.0, "prior_noise": 0.0,
+            "cache_dtype": "as computed", "cache_device": "as computed", "memory_limit": 0, **changed,
+        }  # fmt: skip
+        return host.call("AttuneBlockPropagation", model=model or flow, **inputs)[0]
+
+    return apply
+
+
+def psnr(a, b):
+    return float(-10 * ((a - b).square().mean() / b.abs().max() ** 2).log10())
+
+
+REUSES = ["first block fresh", "first and last blocks fresh", "first two thirds reused"]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "heun", "dpmpp_2m"])
+def test_with_key_steps_only_the_result_is_the_stock_one_bit_for_bit(draw, propagate, sampler):
+    assert torch.equal(draw(propagate(interval=1), sampler=sampler), draw(sampler=sampler))
+
+
+@pytest.mark.parametrize("reuse", REUSES)
+def test_it_stays_near_the_whole_run(draw, propagate, reuse):
+    stock, ours = draw(steps=20), draw(propagate(reuse=reuse), steps=20)
+    assert psnr(ours, stock) > 24 and not torch.equal(ours, stock)
+
+
+@pytest.mark.parametrize("fresh", [0, 1, 2])
+def test_blocks_that_are_given_their_own_work_give_the_whole_result(flow, fresh):
+    """On the very call that was recorded: the difference added to what went in is what came out, up to rounding."""
+    from pack.nodes._host.block_propagation import _Recorded, _Reused
+
+    network = flow.model.diffusion_model
+    generator = torch.Generator().manual_seed(0)
+    x, context = torch.randn(2, 16, 16, 16, generator=generator), torch.randn(2, 16, 128, generator=generator)
+    y, t, indices, found = (
+        torch.randn(2, 128, generator=generator),
+        torch.tensor([500.0, 500.0]),
+        list(range(fresh, 3)),
+        {},
+    )
+    calls = []
+    other = {("double_block", 2): lambda args, extra: calls.append(1) or extra["original_block"](args)}
+
+    def run(patches):
+        with torch.inference_mode():
+            return network(x, t, context=context, y=y, transformer_options={"patches_replace": {"dit": patches}})
+
+    stock = run({})
+    assert torch.equal(run(_Recorded(found, fresh > 0).patches("double_block", indices, other)), stock) and calls == [1]
+    calls.clear()
+    for _ in range(2):
+        again = run({**other, **_Reused(found, fresh > 0).patches("double_block", indices, other)})
+        torch.testing.assert_close(again, stock, rtol=1e-4, atol=1e-5)
+    assert not calls
+
+
+def test_a_short_step_skips_the_blocks(flow, draw, propagate):
+    calls = []
+
+    def watch(args, extra):
+        calls.append(1)
+        return extra["original_block"](args)
+
+    model = flow.clone()
+    model.set_model_patch_replace(watch, "dit", "double_block", 1)
+    stock = draw(model, steps=10)
+    assert len(calls) == 10
+    calls.clear()
+    assert not torch.equal(draw(propagate(model), steps=10), stock) and len(calls) == 6  # 0 2 4 6 8 9
+
+
+def test_conditions_of_different_lengths_and_batches_never_mix(flow, draw, propagate, encode, monkeypatch):
+    model = propagate()
+    ours = draw(model, positive=encode("a cat " * 40), latent_image={"samples": torch.zeros(2, 16, 16, 16)})
+    monkeypatch.setattr(flow.model, "memory_required", lambda *args, **kwargs: 1e30)
+    alone = draw(model, positive=encode("a cat " * 40), latent_image={"samples": torch.zeros(2, 16, 16, 16)})
+    torch.testing.assert_close(alone, ours, rtol=1e-3, atol=5e-4)
+
+
+def test_a_unet_is_sent_to_the_other_node(host, demo):
+    with pytest.raises(ValueError, match=r"is a UNetModel: use 'Attune Encoder Propagation' instead"):
+        host.call("AttuneBlockPropagation", model=demo[0], mode="uniform")
+
+
+def test_a_profile_of_a_transformer_is_measured_and_used(host, flow, draw, encode, propagate, caplog):
+    profile, plot, report = host.call(
+        "AttuneFitEncoderPropagation", model=flow, positive=encode("a cat on a black background"), negative=encode(""),
+        latent_image={"samples": torch.zeros(1, 16, 16, 16)}, seed=0, steps=10, cfg=3.0, sampler_name="euler",
+        scheduler="simple", reuse="parts that cost little", fastest=1.75, longest=3,
+    )  # fmt: skip
+    assert profile.kind == "block_propagation" and profile.calibration.blocks == 3 and "dB" in report
+    assert plot.ndim == 4 and plot.shape[-1] == 3
+    best = profile.calibration.points[0]
+    ours = draw(propagate(mode="speed target", speed=best.speed, profile=profile), steps=10)
+    peak = float(draw(steps=10).max() - draw(steps=10).min())
+    measured = float(10 * (peak**2 / (ours - draw(steps=10)).square().mean()).log10())
+    assert measured == pytest.approx(best.psnr, abs=0.1)

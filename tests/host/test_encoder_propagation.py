@@ -1,0 +1,717 @@
+"""Encoder propagation inside the host: exact where it must be, and never a stale feature."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import re
+import sys
+import weakref
+from itertools import pairwise
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import comfy_stub
+
+REUSES = ["top level fresh", "one block fresh", "encoder reused"]
+
+
+@pytest.fixture(scope="module")
+def draw(host, demo, encode):
+    """The stock KSampler's latents on the demo UNet."""
+
+    def run(model=None, *, steps=10, sampler="euler", scheduler="normal", cfg=3.0, seed=0, batch=1, **inputs):
+        given = {
+            "positive": encode("a cat on a black background"), "negative": encode(""), "denoise": 1.0,
+            "latent_image": {"samples": torch.zeros(batch, 4, 16, 16)}, **inputs,
+        }  # fmt: skip
+        (out,) = host.call(
+            "KSampler", model=model or demo[0], seed=seed, steps=steps, cfg=cfg, sampler_name=sampler,
+            scheduler=scheduler, **given,
+        )  # fmt: skip
+        return out["samples"]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def propagate(host, demo):
+    """The node, with its default settings but for those given."""
+
+    def apply(model=None, **changed):
+        inputs = {
+            "mode": "uniform", "interval": 3, "speed": 1.5, "reuse": "top level fresh", "forecast": True,
+            "keep_last": 2, "start_percent": 0.0, "end_percent": 1.0, "parallel": "auto", "prior_noise": 0.0,
+            "cache_dtype": "as computed", "cache_device": "as computed", "memory_limit": 0, **changed,
+        }  # fmt: skip
+        return host.call("AttuneEncoderPropagation", model=model or demo[0], **inputs)[0]
+
+    return apply
+
+
+def psnr(a, b):
+    return float(-10 * ((a - b).square().mean() / b.abs().max() ** 2).log10())
+
+
+@pytest.fixture(scope="module")
+def unet(demo):
+    return demo[0].model.diffusion_model
+
+
+def a_call(unet, rows=2):
+    """Inputs of one call of the UNet."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)
+    return draw(rows, 4, 16, 16), torch.tensor([700.0] * rows), draw(rows, 16, 128), draw(rows, 128)
+
+
+def residuals(unet, rows=2):
+    """What a ControlNet gives: one residual per block a side, the host takes them from the ends."""
+    _, _, found = features_of(unet, 0, 0, rows)
+    make = lambda block: 0.1 * torch.ones_like(found["skip", block])
+    return {"input": [None, make(0)], "middle": [], "output": [make(block) for block in range(6)]}
+
+
+def free_u(h, skip, options):
+    """An output patch that writes into what it is given, as FreeU does."""
+    h[:, : h.shape[1] // 2] *= 1.3
+    return h, skip * 0.9
+
+
+def features_of(unet, fresh, cut, rows=2, control=None, patches=None):
+    from pack.kernels.encoder_propagation import Reuse
+    from pack.nodes._host.unet_blocks import control_features, recording
+
+    reuse, found, options = Reuse(fresh, cut), {}, {"patches": patches or {}}
+    x, t, context, y = a_call(unet, rows)
+    kept = control_features(control, reuse, 6, rows)
+    with torch.inference_mode():
+        out = unet(x, t, context, y, control, recording(options, reuse, 6, found))
+    return out, reuse, {**found, **kept}
+
+
+# --- the network in parts ---
+
+
+@pytest.mark.parametrize("fresh", range(7))
+@pytest.mark.parametrize("cut", range(6))
+def test_a_step_with_its_own_features_is_the_whole_step_bit_for_bit(unet, fresh, cut):
+    if fresh + cut > 6:
+        pytest.skip("no such reuse")
+    from pack.nodes._host.unet_blocks import UNetView
+
+    seen: dict[str, list] = {"whole": [], "part": []}
+    for control in (None, residuals(unet)):
+        where = "whole"
+
+        def watch(h, skip, options):
+            seen[where].append((options["block"], options["transformer_index"]))  # noqa: B023
+            return free_u(h, skip, options)
+
+        patches = {"output_block_patch": [watch]}
+        x, t, context, y = a_call(unet)
+        mine = None if control is None else {k: list(v) for k, v in control.items()}
+        with torch.inference_mode():
+            stock = unet(x, t, context, y, mine, {"patches": patches})
+            seen["whole"].clear()
+        given = None if control is None else {k: list(v) for k, v in control.items()}
+        recorded, reuse, features = features_of(unet, fresh, cut, control=given, patches=patches)
+        assert torch.equal(recorded, stock)
+        where = "part"
+        call = lambda part, control, options: part._forward(x, t, context, y, control, options)  # noqa: B023
+        for _ in range(2):  # twice: nothing may write into the features
+            seen["part"].clear()
+            with torch.inference_mode():
+                out = UNetView(unet, reuse).run(call, features, x, {"patches": patches})
+            assert torch.equal(out, stock)
+        assert seen["part"] == seen["whole"][-len(seen["part"]) :] and len(seen["part"]) == 6 - cut
+        seen["whole"].clear()
+
+
+def test_work_per_block_is_what_torch_counts(unet):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pack.nodes._host.unet_blocks import measure_unet
+
+    x, t, _, y = a_call(unet)
+    context = torch.randn(2, 77, 128)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(x, t, context, y)
+    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    costs = measure_unet(unet, 16, 16).costs
+
+    def counted(block: str) -> float:
+        """The layers of a block: the host runs them one by one."""
+        of_block = [value for name, value in flops.items() if re.fullmatch(rf"UNetModel\.{block}\.\d+", name)]
+        return sum(of_block) / flops["Global"]
+
+    for i in range(6):
+        assert costs.input[i] == pytest.approx(counted(f"input_blocks.{i}"), abs=0.005)
+        assert costs.output[i] == pytest.approx(counted(f"output_blocks.{i}"), abs=0.005)
+    assert costs.middle == pytest.approx(counted("middle_block"), abs=0.005)
+
+
+def test_the_size_of_sd15_is_the_published_one(host):
+    import comfy.ops
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    from pack.kernels.encoder_propagation import Reuse
+    from pack.nodes._host.encoder_propagation import top_blocks
+    from pack.nodes._host.unet_blocks import measure_unet
+
+    sd15 = UNetModel(
+        image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2, 2, 2, 2],
+        channel_mult=[1, 2, 4, 4], num_heads=8, transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
+        transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], transformer_depth_middle=1, context_dim=768,
+        use_spatial_transformer=True, legacy=False, device="meta", operations=comfy.ops.disable_weight_init,
+    )  # fmt: skip
+    size = measure_unet(sd15, 64, 64)
+    assert top_blocks(sd15) == 3
+    assert size.kept_elements(Reuse(0, 0)) == 6_717_440  # 12 skips and the middle at 512 x 512
+    assert 100 * sum(size.costs.output) == pytest.approx(67.5, abs=1.0)
+    assert 100 * size.costs.of_step(Reuse(1, 11)) == pytest.approx(7.9, abs=0.3)
+
+
+# --- off is off ---
+
+SOLVERS = ["euler", "dpmpp_2m", "heun", "dpm_2", "dpmpp_sde", "euler_ancestral", "uni_pc", "ddim"]
+
+
+@pytest.mark.parametrize("sampler", SOLVERS)
+def test_with_key_steps_only_the_result_is_the_stock_one_bit_for_bit(draw, propagate, sampler):
+    stock = draw(sampler=sampler, steps=8)
+    assert torch.equal(draw(propagate(interval=1), sampler=sampler, steps=8), stock)
+    assert torch.equal(draw(propagate(end_percent=0.0), sampler=sampler, steps=8), stock)
+
+
+def test_until_the_first_reuse_every_evaluation_is_the_stock_one(host, demo, draw, propagate):
+    """Features are being recorded on all of these steps."""
+    late = {"scheduler": "karras", "steps": 12}
+    inputs = {"start_percent": 0.9, "interval": 2, "keep_last": 0}
+    watched, seen = watching(propagate(**inputs))
+    draw(watched, **late)
+    watched, stock = watching(demo[0])
+    draw(watched, **late)
+    same = [torch.equal(a, b) for a, b in zip(seen, stock, strict=True)]
+    first = same.index(False)
+    assert first >= 3 and all(same[:first])
+
+
+def watching(model):
+    """A clone, and the list its guided outputs are written to."""
+    from comfy.patcher_extension import WrappersMP
+
+    seen = []
+
+    def watch(executor, *args, **kwargs):
+        out = executor(*args, **kwargs)
+        seen.append(out.clone())
+        return out
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test.watch", watch)
+    return model, seen
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [("dpm_adaptive", 10), ("dpm_fast", 10), ("euler", 5)])
+def test_it_stands_aside_where_it_cannot_help_and_says_so(draw, propagate, caplog, sampler, steps):
+    with caplog.at_level("INFO"):
+        out = draw(propagate(), sampler=sampler, steps=steps)
+    assert "Attune Encoder Propagation stands aside: " in caplog.text
+    assert torch.equal(out, draw(sampler=sampler, steps=steps))
+
+
+# --- what is reused, and when ---
+
+
+def by_hand(unet, model_sampling, conds, sigmas, noise, keys, cfg):
+    """The paper's algorithm, written once more with the network's own modules."""
+    from comfy.ldm.modules.diffusionmodules.openaimodel import forward_timestep_embed, timestep_embedding
+
+    x, kept = noise * torch.sqrt(1 + sigmas[0] ** 2), {}
+    for i, (sigma, after) in enumerate(pairwise(sigmas)):
+        denoised = []
+        for name, (context, y) in conds.items():
+            t = model_sampling.timestep(sigma[None]).float()
+            emb = unet.time_embed(timestep_embedding(t, unet.model_channels)) + unet.label_emb(y)
+            if i in keys:
+                h, skips = model_sampling.calculate_input(sigma[None], x), []
+                for block in unet.input_blocks:
+                    h = forward_timestep_embed(block, h, emb, context, {})
+                    skips.append(h)
+                kept[name] = forward_timestep_embed(unet.middle_block, h, emb, context, {}), skips
+            h, skips = kept[name]
+            for n, block in enumerate(unet.output_blocks):
+                size = skips[-2 - n].shape if n + 1 < len(skips) else None
+                h = forward_timestep_embed(block, torch.cat([h, skips[-1 - n]], 1), emb, context, {}, size)
+            denoised.append(model_sampling.calculate_denoised(sigma[None], unet.out(h), x))
+        guided = denoised[1] + cfg * (denoised[0] - denoised[1])
+        x = x + (x - guided) / sigma * (after - sigma)
+    return x
+
+
+@pytest.mark.parametrize("parallel", ["off", "auto", "6"])
+def test_the_published_mode_is_the_papers_algorithm(demo, encode, draw, propagate, unet, parallel):
+    from pack.kernels.encoder_propagation import published_keys
+
+    ours = draw(propagate(mode="published keys", parallel=parallel), steps=20, seed=3)
+    sampling = demo[0].get_model_object("model_sampling")
+    sigmas = torch.cat([sampling.sigma(torch.linspace(999, 0, 20)), torch.zeros(1)])
+    conds = {
+        name: (encode(text)[0][0], encode(text)[0][1]["pooled_output"])
+        for name, text in (("cond", "a cat on a black background"), ("uncond", ""))
+    }
+    noise = torch.randn(1, 4, 16, 16, generator=torch.manual_seed(3))
+    keys = published_keys([(999 - 999 * i / 19) / 999 for i in range(20)])
+    with torch.inference_mode():
+        want = by_hand(unet, sampling, conds, sigmas, noise, keys, 3.0)
+    torch.testing.assert_close(ours, want, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "uni_pc", "lms"])
+def test_decoding_several_steps_at_once_changes_nothing(draw, propagate, sampler, caplog):
+    one, many = (propagate(reuse="encoder reused", interval=4, parallel=p) for p in ("off", "4"))
+    one = draw(one, sampler=sampler, steps=12)
+    with caplog.at_level("INFO"):
+        many = draw(many, sampler=sampler, steps=12)
+    torch.testing.assert_close(many, one, rtol=1e-3, atol=2e-4)
+    assert "and 0 outputs were ready" not in caplog.text
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde", "seeds_2", "dpmpp_2m_sde"])
+@pytest.mark.parametrize("reuse", ["top level fresh", "encoder reused"])
+def test_every_kind_of_solver_stays_near_the_whole_run(draw, propagate, sampler, reuse):
+    stock, ours = draw(sampler=sampler, steps=24), draw(propagate(reuse=reuse, interval=2), sampler=sampler, steps=24)
+    assert psnr(ours, stock) > (16 if sampler == "dpmpp_2m_sde" else 24) and not torch.equal(ours, stock)
+
+
+def test_where_the_solver_adds_noise_something_fresh_must_see_it(draw, propagate, caplog):
+    with caplog.at_level("INFO"):
+        draw(propagate(reuse="encoder reused"), sampler="euler_ancestral", steps=8)
+    assert "the solver adds noise, so the top level is computed afresh" in caplog.text
+
+
+def test_the_list_of_solvers_with_one_evaluation_a_step_is_right(draw, propagate):
+    """The clock counts for these and reads the noise level for the others: both must say the same."""
+    from comfy.patcher_extension import WrappersMP
+
+    from pack.nodes._host.steps import ONE_EVALUATION
+
+    said = []
+
+    def watch(executor, x, sigma, model_options, *args, **kwargs):
+        run = model_options["transformer_options"]["attune.encoder_propagation.run"]
+        said.append((run.clock.counts, run.clock.step, run.plan.step(float(sigma[0]))))
+        return executor(x, sigma, model_options, *args, **kwargs)
+
+    model = propagate(reuse="one block fresh")
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test.watch", watch)
+    small = {"samples": torch.zeros(1, 4, 4, 4)}
+    for name in sorted(ONE_EVALUATION):
+        said.clear()
+        draw(model, sampler=name, latent_image=small, steps=8)
+        assert said == [(True, i, i) for i in range(8)], name
+
+
+def test_prior_noise_is_added_in_the_second_half(demo, encode, draw, propagate):
+    """Against a stock run whose latent is changed by hand before each evaluation."""
+    from comfy.patcher_extension import WrappersMP
+
+    noise, sampling = (
+        torch.randn(1, 4, 16, 16, generator=torch.manual_seed(0)),
+        demo[0].get_model_object("model_sampling"),
+    )
+
+    def add(executor, x, sigma, *args, **kwargs):
+        if float(sampling.timestep(sigma)[0]) < 499.5:
+            x += 0.01 * torch.sqrt(1 + sigma[0] ** 2) * noise
+        return executor(x, sigma, *args, **kwargs)
+
+    by_hand = demo[0].clone()
+    by_hand.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test.noise", add)
+    ours = draw(propagate(interval=1, prior_noise=0.01), steps=10)
+    torch.testing.assert_close(ours, draw(by_hand, steps=10), rtol=1e-4, atol=1e-5)
+    assert not torch.equal(ours, draw(steps=10))
+
+
+# --- conditions never mix ---
+
+
+@pytest.fixture
+def one_by_one(demo, monkeypatch):
+    """The host evaluates every condition in a call of its own, as it does when memory is short."""
+    return lambda: monkeypatch.setattr(demo[0].model, "memory_required", lambda *args, **kwargs: 1e30)
+
+
+@pytest.fixture
+def conditionings(host, encode):
+    """Conditionings that make the host batch in different ways."""
+    area = lambda text, x: host.call(
+        "ConditioningSetArea", conditioning=encode(text), width=64, height=128, x=x, y=0, strength=1.0
+    )[0]
+    both = lambda a, b: host.call("ConditioningCombine", conditioning_1=a, conditioning_2=b)[0]
+    late = host.call("ConditioningSetTimestepRange", conditioning=encode("a red heart on white"), start=0.35, end=0.9)[
+        0
+    ]
+    return {
+        "areas": both(area("a red heart on white", 0), encode("a cat on a black background")),
+        "several": both(encode("a red heart on white"), both(encode("a cat"), encode("a dog on a blue background"))),
+        "long": encode("a cat " * 40),
+        "late": both(encode("a cat on a black background"), late),
+    }
+
+
+@pytest.mark.parametrize("reuse", REUSES)
+@pytest.mark.parametrize("kind", ["areas", "several", "long", "late"])
+def test_conditions_never_mix(draw, propagate, conditionings, one_by_one, reuse, kind):
+    positive, model = conditionings[kind], propagate(reuse=reuse, interval=2)
+    stock, ours = draw(positive=positive, steps=14), draw(model, positive=positive, steps=14)
+    assert psnr(ours, stock) > 20
+    if kind == "late":
+        return  # where it begins its features are missing, and then all conditions of its call run whole
+    one_by_one()
+    torch.testing.assert_close(draw(model, positive=positive, steps=14), ours, rtol=1e-3, atol=5e-4)
+
+
+@pytest.mark.parametrize("reuse", REUSES)
+def test_a_batch_is_its_pictures(draw, propagate, reuse):
+    noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(8))
+    model = propagate(reuse=reuse)
+    alone = [draw(model, latent_image={"samples": z[None]}, denoise=0.8) for z in noise]
+    seeds = [draw(model, latent_image={"samples": noise, "batch_index": [0, 0]}, denoise=0.8)]
+    torch.testing.assert_close(seeds[0], torch.cat(alone), rtol=1e-3, atol=5e-4)
+
+
+def test_without_guidance_there_is_one_condition(draw, propagate):
+    assert psnr(draw(propagate(interval=2), cfg=1.0, steps=16), draw(cfg=1.0, steps=16)) > 24
+
+
+def test_a_batch_that_is_split_halfway_keeps_its_features(draw, propagate, demo, monkeypatch):
+    model, calls = propagate(reuse="encoder reused", parallel="off"), []
+    want = draw(model, steps=12)
+    required = type(demo[0].model).memory_required
+
+    def short_of_memory(self_shape, *args, **kwargs):
+        calls.append(1)
+        return 1e30 if len(calls) > 7 and len(calls) % 3 else required(demo[0].model, self_shape, *args, **kwargs)
+
+    monkeypatch.setattr(demo[0].model, "memory_required", short_of_memory)
+    torch.testing.assert_close(draw(model, steps=12), want, rtol=1e-3, atol=5e-4)
+
+
+# --- other nodes on the same model ---
+
+
+def controlled(encode, weight=1.0):
+    """A conditioning with a ControlNet whose residuals depend on x, and the list of the levels it was computed at."""
+    import comfy.controlnet
+
+    calls = []
+
+    class Net(comfy.controlnet.ControlBase):
+        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+            calls.append(float(t[0]))
+            rows, sides, widths = x_noisy.shape[0], [16, 16, 8, 8, 4, 4], [32, 32, 32, 128, 128, 160]
+            level = 0.1 * x_noisy.mean(dim=(1, 2, 3), keepdim=True) + weight
+            make = lambda side, width: level.expand(rows, width, side, side) * torch.linspace(-1, 1, side)
+            return {"input": [], "middle": [make(4, 160)], "output": list(map(make, sides, widths))}
+
+        def pre_run(self, *args):
+            pass
+
+        def get_models(self):
+            return []
+
+        def copy(self):
+            return self
+
+    (context, extra), *_ = encode("a cat on a black background")
+    return [[context, {**extra, "control": Net(), "control_apply_to_uncond": True}]], calls
+
+
+@pytest.mark.parametrize("reuse", REUSES)
+def test_a_controlnet_is_computed_only_where_it_is_used(draw, propagate, encode, reuse):
+    from comfy.patcher_extension import WrappersMP
+
+    from pack.nodes._host.encoder_propagation import KEY
+
+    positive, calls = controlled(encode)
+    stock = draw(positive=positive, steps=12)
+    assert len(calls) == 12 and psnr(stock, draw(steps=12)) < 40
+    model = propagate(reuse=reuse, interval=2)
+    calls.clear()
+    ours = draw(model, positive=positive, steps=12)
+    assert len(calls) == 7 and psnr(ours, stock) > 20
+    eager = model.clone()
+    eager.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)
+    calls.clear()
+    assert torch.equal(draw(eager, positive=positive, steps=12), ours) and len(calls) == 12
+
+
+def test_where_a_controlnet_ends_there_is_a_key_step(draw, propagate, encode, caplog):
+    positive, _ = controlled(encode)
+    positive[0][1]["control"].timestep_percent_range = (0.0, 0.5)
+    with caplog.at_level("INFO"):
+        draw(propagate(interval=12, keep_last=0), positive=positive, steps=10)
+    assert "2 of 10 steps are key steps (0 5)" in caplog.text
+
+
+def test_a_lora_is_in_the_whole_and_in_the_shorter_steps(demo, draw, propagate):
+    patched = demo[0].clone()
+    key = "diffusion_model.output_blocks.5.0.in_layers.2.weight"
+    weight = patched.model.state_dict()[key]
+    patched.add_patches({key: (0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)),)}, 0.5)
+    stock, ours = draw(patched, steps=14), draw(propagate(patched, interval=2), steps=14)
+    assert psnr(stock, draw(steps=14)) < psnr(ours, stock) - 5
+    assert torch.equal(draw(propagate(patched, interval=1), steps=8), draw(patched, steps=8))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_free_u_works_before_and_after(host, demo, draw, propagate, first):
+    scale = lambda model: host.call("FreeU_V2", model=model, b1=1.3, b2=1.4, s1=0.9, s2=0.2)[0]
+    stock = draw(scale(demo[0]), steps=14)
+    ours = propagate(scale(demo[0]), interval=2) if first else scale(propagate(interval=2))
+    assert psnr(draw(ours, steps=14), stock) > 22
+
+
+@pytest.mark.parametrize("other", ["EasyCache", "LazyCache"])
+@pytest.mark.parametrize("first", [True, False])
+def test_another_cache_on_the_same_model_does_no_harm(host, demo, draw, propagate, other, first):
+    theirs = lambda model: host.call(
+        other, model=model, reuse_threshold=0.1, start_percent=0.15, end_percent=0.95, verbose=False
+    )[0]
+    model = propagate(theirs(demo[0])) if first else theirs(propagate())
+    assert psnr(draw(model, steps=16), draw(steps=16)) > 12
+
+
+def test_an_attention_patch_sees_the_same_blocks(demo, draw, propagate):
+    seen = []
+
+    def patch(q, k, v, options):
+        seen.append((options["block"], options["transformer_index"]))
+        return q, k, v
+
+    model = demo[0].clone()
+    model.set_model_attn2_patch(patch)
+    draw(model, steps=8)
+    stock = set(seen)
+    seen.clear()
+    draw(propagate(model, reuse="encoder reused"), steps=8)
+    assert set(seen) == stock
+
+
+def test_a_patched_forward_is_left_alone(demo, draw, propagate, unet, monkeypatch):
+    stock = draw(steps=8)
+    monkeypatch.setattr(unet, "_forward", unet._forward)
+    assert torch.equal(draw(propagate(), steps=8), stock)
+
+
+# --- nothing is left behind ---
+
+
+def test_sizes_and_batches_in_a_row_do_not_disturb_each_other(draw, propagate):
+    shapes = [(1, 16, 16), (1, 9, 13), (3, 16, 16), (1, 24, 16)]
+    empty = lambda b, h, w: {"samples": torch.zeros(b, 4, h, w)}
+    model = propagate(reuse="top level fresh")
+    alone = [draw(propagate(), latent_image=empty(*shape), steps=8) for shape in shapes]
+    assert all(
+        torch.equal(draw(model, latent_image=empty(*shape), steps=8), want)
+        for shape, want in zip(shapes, alone, strict=True)
+    )
+
+
+def test_a_second_pass_over_an_enlarged_latent_is_its_own_run(host, draw, propagate):
+    model = propagate()
+    (large,) = host.call(
+        "LatentUpscale", samples={"samples": draw(model, steps=8)}, upscale_method="bilinear", width=192, height=192,
+        crop="disabled",
+    )  # fmt: skip
+    second = draw(model, latent_image=large, denoise=0.5, steps=8)
+    assert second.shape == (1, 4, 24, 24) and torch.equal(
+        second, draw(propagate(), latent_image=large, denoise=0.5, steps=8)
+    )
+
+
+def test_an_interrupted_run_leaves_nothing(draw, propagate):
+    from comfy.model_management import InterruptProcessingException
+    from comfy.patcher_extension import WrappersMP
+
+    model = propagate(reuse="encoder reused", parallel="4")
+    want = draw(model, steps=8)
+    for stop in range(8):
+        calls = []
+
+        def interrupt(executor, *args, **kwargs):
+            calls.append(1)  # noqa: B023
+            if len(calls) > stop:  # noqa: B023
+                raise InterruptProcessingException
+            return executor(*args, **kwargs)
+
+        stopped = model.clone()
+        stopped.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test.stop", interrupt)
+        with contextlib.suppress(InterruptProcessingException):
+            draw(stopped, steps=8)
+        assert torch.equal(draw(model, steps=8), want)
+
+
+def test_clones_keep_their_own_settings_and_the_model_its_own(demo, draw, propagate):
+    stock, before = draw(steps=9), dict(demo[0].model_options["transformer_options"])
+    a, b = propagate(interval=2), propagate(interval=3)
+    first = draw(a, steps=9), draw(b, steps=9)
+    assert torch.equal(draw(a.clone(), steps=9), first[0]) and torch.equal(draw(b, steps=9), first[1])
+    assert not torch.equal(*first) and torch.equal(draw(steps=9), stock)
+    assert demo[0].model_options["transformer_options"] == before
+
+
+def test_applied_twice_the_later_settings_count(draw, propagate):
+    assert torch.equal(
+        draw(propagate(propagate(interval=2), interval=4), steps=9), draw(propagate(interval=4), steps=9)
+    )
+
+
+def test_the_features_are_freed_with_the_run(host, draw, propagate, monkeypatch):
+    node = host.nodes.NODE_CLASS_MAPPINGS["AttuneEncoderPropagation"]
+    loaded = sys.modules[node.__module__.replace("nodes.encoder_", "nodes._host.")]
+    kept, store = [], loaded.FeatureCache.store
+
+    def watch(self, keys, step, time, signature, features):
+        kept.extend(weakref.ref(value) for value in features.values())
+        store(self, keys, step, time, signature, features)
+
+    monkeypatch.setattr(loaded.FeatureCache, "store", watch)
+    gc.collect()
+    gc.disable()
+    try:
+        draw(propagate(reuse="encoder reused"), steps=9)
+        assert kept and not any(ref() is not None for ref in kept)
+    finally:
+        gc.enable()
+
+
+class Reads(TorchDispatchMode):
+    """Counts the reads of single values, each of which would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("reuse", REUSES)
+def test_no_step_waits_for_the_device(draw, propagate, reuse):
+    def per_step(model):
+        counts = []
+        for steps in (8, 16):
+            with Reads() as reads:
+                draw(model, steps=steps)
+            counts.append(reads.count)
+        return counts[1] - counts[0]
+
+    assert per_step(propagate(reuse=reuse, parallel="off")) == per_step(None)
+
+
+@pytest.mark.parametrize("reuse", REUSES)
+@pytest.mark.parametrize("dtype", ["as computed", "half"])
+def test_memory_is_predicted_to_the_byte(draw, propagate, caplog, reuse, dtype):
+    with caplog.at_level("INFO"):
+        draw(propagate(reuse=reuse, cache_dtype=dtype), steps=12, batch=4)
+    predicted = caplog.text.partition("features take up to ")[2].split()[0]
+    assert predicted == caplog.text.partition("features took ")[2].split()[0] and float(predicted) > 0
+
+
+def test_a_memory_limit_is_kept(draw, propagate, caplog):
+    with caplog.at_level("INFO"):
+        draw(propagate(reuse="encoder reused", memory_limit=1), steps=12, batch=8)
+    took = float(caplog.text.partition("features took ")[2].split()[0])
+    assert "for the memory limit" in caplog.text and 0 < took <= 1.0
+
+
+# --- words ---
+
+
+def test_a_network_without_an_encoder_is_refused_by_name(host):
+    with pytest.raises(
+        ValueError, match=r"needs a UNet model.*this one is a OpenAISignatureMMDITWrapper.*Block Propagation"
+    ):
+        host.call("AttuneEncoderPropagation", model=comfy_stub.tiny_model("SD3"), mode="uniform")
+
+
+def test_a_profile_that_is_not_there_and_a_speed_out_of_reach_are_said(draw, propagate):
+    with pytest.raises(ValueError, match="'calibrated profile' needs a profile"):
+        propagate(mode="calibrated profile")
+    with pytest.raises(ValueError, match=r"cannot run 3 times faster over 10 steps.*Lower 'speed'"):
+        draw(propagate(mode="speed target", speed=3.0, reuse="encoder reused"), steps=10)
+
+
+def test_a_speed_target_is_reached_by_the_count_of_blocks(draw, propagate, caplog):
+    with caplog.at_level("INFO"):
+        draw(propagate(mode="speed target", speed=1.5), steps=20)
+    speed = float(caplog.text.partition(" times less computing")[0].split()[-1])
+    assert 1.5 <= speed < 1.65
+
+
+# --- calibration ---
+
+
+@pytest.fixture(scope="module")
+def fitted(host, demo, encode):
+    return host.call(
+        "AttuneFitEncoderPropagation", model=demo[0], positive=encode("a cat on a black background"),
+        negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=12, cfg=3.0,
+        sampler_name="euler", scheduler="normal", reuse="parts that cost little", fastest=1.75, longest=3,
+    )  # fmt: skip
+
+
+def test_a_calibration_predicts_what_its_settings_give(draw, propagate, fitted, caplog):
+    profile, plot, report = fitted
+    points = profile.calibration.points
+    assert profile.kind == "encoder_propagation" and [p.speed for p in points] == sorted(p.speed for p in points)
+    assert plot.shape[0] == 1 and plot.shape[-1] == 3 and f"{points[0].psnr:.1f} dB" in report
+    stock = draw(steps=12)
+    with caplog.at_level("INFO"):
+        ours = draw(propagate(mode="speed target", speed=points[-1].speed, profile=profile), steps=12)
+    peak = float(stock.max() - stock.min())
+    assert float(10 * (peak**2 / (ours - stock).square().mean()).log10()) == pytest.approx(points[-1].psnr, abs=0.05)
+    assert f"{points[-1].speed:.2f}x at {points[-1].psnr:.1f} dB" in caplog.text
+    assert torch.isfinite(draw(propagate(mode="calibrated profile", profile=profile), steps=20)).all()
+
+
+def test_calibrated_key_steps_are_better_than_even_ones(draw, propagate, fitted):
+    profile, stock = fitted[0], draw(steps=12)
+    point = profile.calibration.points[-1]
+    calibrated = draw(propagate(mode="speed target", speed=point.speed, profile=profile), steps=12)
+    even = draw(propagate(mode="speed target", speed=point.speed, keep_last=0), steps=12)
+    assert psnr(calibrated, stock) > psnr(even, stock)
+
+
+def test_a_calibration_survives_its_file(fitted, tmp_path):
+    from pack.models.profiles import load_profile
+
+    saved = sys.modules[type(fitted[0]).__module__].save_profile(fitted[0], tmp_path)
+    assert vars(load_profile(saved).calibration)["sigmas"] == fitted[0].calibration.sigmas
+    assert load_profile(saved).calibration.points[0].keys == fitted[0].calibration.points[0].keys
+
+
+def test_a_profile_of_another_kind_or_network_is_refused(host, demo, draw, propagate, fitted):
+    from dataclasses import replace
+
+    profile = fitted[0]
+    with pytest.raises(ValueError, match="is a block propagation, but this node needs a encoder propagation"):
+        propagate(profile=replace(profile, kind="block_propagation"), mode="calibrated profile")
+    other = replace(profile, calibration=replace(profile.calibration, blocks=12))
+    with pytest.raises(ValueError, match="for a network of 12 blocks, but this model has 6"):
+        draw(propagate(profile=other, mode="calibrated profile"), steps=10)
+    with pytest.raises(ValueError, match="fastest setting is"):
+        draw(propagate(profile=profile, mode="speed target", speed=9.0), steps=10)
+
+
+def test_there_is_nothing_to_calibrate_in_a_short_run(host, demo, encode):
+    with pytest.raises(ValueError, match="nothing to calibrate: dpm_adaptive chooses"):
+        host.call(
+            "AttuneFitEncoderPropagation", model=demo[0], positive=encode("a cat"), negative=encode(""),
+            latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=8, cfg=3.0, sampler_name="dpm_adaptive",
+            scheduler="normal", reuse="parts that cost little", fastest=1.5, longest=2,
+        )  # fmt: skip
