@@ -17,6 +17,19 @@ SMOKE = {
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
     "schedules": ["--tasks", "12", "--samplers", "dpmpp_2m", "euler_ancestral", "--steps", "5", "--converged", "20"],
+    "encoder_propagation": [
+        "--tasks",
+        "12",
+        "--steps",
+        "12",
+        "--samplers",
+        "euler",
+        "--only",
+        "plain, 10",
+        "DeepCache 3",
+        "top level fresh, every 3",
+        "calibrated",
+    ],
     "peers": ["--tasks", "12", "--steps", "10"],
 }
 
@@ -102,3 +115,18 @@ def test_parts_of_a_real_size_network(tmp_path):
     percent = times["columns"].index("time %")
     assert sum(row[percent] for row in times["rows"] if row[0] != "total") == pytest.approx(100)
     assert "Encoder" in flops["note"] and "64 px, bf16" in times["title"]
+
+
+@pytest.mark.host
+def test_reused_features_are_weighed_against_fewer_steps(tmp_path):
+    printed = run("encoder_propagation", tmp_path, *SMOKE["encoder_propagation"])
+    rows = {
+        row["label"]: row for row in json.loads((tmp_path / "results" / "encoder_propagation.json").read_text())["data"]
+    }
+    assert (rows["plain"]["whole"], rows["plain"]["part"]) == (12, 0) and rows["plain"]["speed"]["demo"] == 1
+    assert (rows["DeepCache 3"]["whole"], rows["DeepCache 3"]["part"]) == (4, 8)
+    assert (
+        rows["top level fresh, every 3"]["speed"]["SDXL 1024"] > rows["top level fresh, every 3"]["speed"]["SD1.5 512"]
+    )
+    assert any(label.startswith("calibrated") for label in rows)
+    assert "| DeepCache 3 |" in printed and min(Image.open(tmp_path / "encoder_propagation.png").size) > 200
