@@ -28,7 +28,6 @@ from peers import cache_node
 from comfy_process import ROOT, Host
 from harness import CACHE, Cell, Lab, Task, prompt, tasks
 from looks import look, summary
-from real_size import FAMILIES, build
 from results import DOCS, Table, markdown, record
 from schedules import number, progress
 
