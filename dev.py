@@ -390,7 +390,8 @@ def test(host: Host, words: list[str]) -> int:
 
 
 def bench(host: Host, words: list[str]) -> int:
-    names = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith("_"))
+    scripts = sorted((ROOT / "benchmarks").glob("*.py"))
+    names = [path.stem for path in scripts if "__main__" in path.read_text("utf-8")]
     if not words or words[0] not in names:
         stop(f"Which benchmark? {', '.join(names)}")
     set_up(host, BENCH_NEEDS, "the benchmarks")
