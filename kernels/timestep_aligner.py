@@ -1,0 +1,176 @@
+"""Align the timestep that a first-order solver conditions its network on (after Xia et al. 2023, arXiv 2310.09469).
+
+A step of Euler (DDIM) from sigma to sigma_next holds the network's answer at its start; told a level tau of its own,
+the network answers for the step as a whole. The paper picks tau so that the answers of neighbouring steps agree, which
+does not tend to tau = sigma as the steps shrink. Here tau brings the step as near as possible to the exact path of the
+same noise: one number a step, no gradients.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .conditioning import ConditioningMap
+from .space import NoiseSpace
+from .types import Latent, Sigma, Sigmas
+
+ToldDenoiser: TypeAlias = Callable[[Latent, Sigma, Sigma], Latent]  # x, sigma, sigma_hat (told the network) -> denoised
+
+LEAST_GAIN = 0.01  # of a step's deviation; below it the step keeps its true level
+RANGE = (0.2, 1.3)  # tau / sigma, on flow the ratio of their odds
+COARSE, FINE = 9, 6
+CANDIDATES = COARSE + FINE  # calls of the network for each step and noise, at most
+BLOCK = 8  # latent pixels
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The path of one noise through many small steps: states [m+1 ...] at sigmas [m+1] and slopes dx/dsigma there."""
+
+    sigmas: Sigmas
+    states: Latent
+    slopes: Latent
+
+    @classmethod
+    def recorded(cls, sigmas: Sigmas, states: Sequence[Latent], denoised: Sequence[Latent]) -> Trajectory:
+        """From m+1 states and the m denoised at all but the last: dx/dsigma = (x - denoised) / sigma.
+
+        A last step to 0 is a straight line for every solver, so its end has the slope of its start.
+        """
+        slopes = [(x - d) / sigma for x, d, sigma in zip(states, denoised, sigmas.tolist(), strict=False)]
+        return cls(sigmas, torch.stack(list(states)), torch.stack([*slopes, slopes[-1]]))
+
+    @property
+    def end(self) -> Latent:
+        return self.states[-1]
+
+    def at(self, sigma: float) -> Latent:
+        """The state at any level between the ends, by the cubic Hermite polynomial in sigma."""
+        levels = self.sigmas.tolist()
+        i = next((i for i, level in enumerate(levels[1:]) if level <= sigma), len(levels) - 2)
+        h = levels[i + 1] - levels[i]
+        t = min(max((sigma - levels[i]) / h, 0.0), 1.0)
+        return (
+            (2 * t**3 - 3 * t**2 + 1) * self.states[i] + (t**3 - 2 * t**2 + t) * h * self.slopes[i]
+            + (3 * t**2 - 2 * t**3) * self.states[i + 1] + (t**3 - t**2) * h * self.slopes[i + 1]
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """sigma_hat [n] for the first level of each of n steps, and by how much each step came nearer to the path [n]."""
+
+    sigma: tuple[float, ...]
+    sigma_hat: tuple[float, ...]
+    gain: tuple[float, ...]
+
+    @property
+    def changes(self) -> bool:
+        return self.sigma != self.sigma_hat
+
+    def through(self, space: NoiseSpace) -> ConditioningMap | None:
+        """The map through all knots inside the range; None where nothing is changed."""
+        if not self.changes:
+            return None
+        return ConditioningMap.through(space, *self.knots(space))
+
+    def knots(self, space: NoiseSpace) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """sigma and sigma_hat, ascending; a flow's 1 maps to itself and is no knot."""
+        top = math.inf if space.kind == "ve" else 1.0
+        inside = [(s, told) for s, told in zip(self.sigma, self.sigma_hat, strict=True) if 0 < s < top][::-1]
+        return tuple(s for s, _ in inside), tuple(told for _, told in inside)
+
+
+def block_norm(x: Latent) -> float:
+    """The mean 2-norm of the blocks of x: 8x8 latent pixels with all channels and frames, rows of a plain [b d].
+
+    A mean of norms, not of squares: a few blocks that settle on another content would rule a mean square.
+    """
+    if x.ndim <= 2:
+        return float(x.reshape(len(x), -1).norm(dim=1).mean())
+    squares = x.float().square().flatten(1, -3).sum(dim=1, keepdim=True)  # [b 1 h w]
+    return float(F.avg_pool2d(squares, BLOCK, ceil_mode=True, divisor_override=1).sqrt().mean())
+
+
+def align(
+    denoise: ToldDenoiser,
+    sigmas: Sigmas,
+    paths: Sequence[Trajectory],
+    space: NoiseSpace,
+    highest: float = math.inf,
+) -> Generator[int, None, Alignment]:
+    """Fit tau for every step of Euler on `sigmas` to the exact `paths`, one per noise; yields the calls made so far.
+
+    Step by step, each from the state that the aligned steps before it have reached: 9 candidates in ln(sigma / alpha),
+    the true level among them, then 6 around the best. The true level stays unless the mean deviation from the path
+    falls by more than 1 %. `highest`: the highest level the network knows.
+    """
+    states = [path.at(float(sigmas[0])) for path in paths]
+    calls, told, gains = 0, [], []
+    for sigma, sigma_next in pairwise(sigmas.tolist()):
+        targets = [path.at(sigma_next) for path in paths]
+
+        def step(tau: float, sigma: float = sigma, sigma_next: float = sigma_next) -> list[Latent]:
+            return [_euler(denoise, x, sigma, sigma_next, tau) for x in states]  # noqa: B023
+
+        def deviation(reached: list[Latent], targets: list[Latent] = targets) -> float:
+            return sum(block_norm(x - target) for x, target in zip(reached, targets, strict=True))
+
+        tau, best = sigma, step(sigma)
+        plain = least = deviation(best)
+        score = {0.0: plain}
+        calls += len(paths)
+        yield calls
+        for offsets in (_coarse, _bracket):
+            for offset in offsets(score) if space.kind == "ve" or sigma < 1 else []:
+                candidate = float(space.at_log_ratio(space.log_ratio(torch.tensor(sigma).double()) + offset))
+                if candidate > highest:
+                    continue
+                reached = step(candidate)
+                score[offset] = deviation(reached)
+                calls += len(paths)
+                if score[offset] < min(least, (1 - LEAST_GAIN) * plain):
+                    tau, best, least = candidate, reached, score[offset]
+                yield calls
+        told.append(tau)
+        gains.append(1 - least / plain if plain else 0.0)
+        states = best
+    return Alignment(tuple(sigmas.tolist()[:-1]), tuple(told), tuple(gains))
+
+
+def _euler(denoise: ToldDenoiser, x: Latent, sigma: float, sigma_next: float, tau: float) -> Latent:
+    level, told = (torch.full((len(x),), value, dtype=x.dtype) for value in (sigma, tau))
+    return x + (sigma_next - sigma) * (x - denoise(x, level, told)) / sigma
+
+
+def _coarse(score: dict[float, float]) -> list[float]:
+    """Offsets of the log ratio beside 0: evenly from below, and one above."""
+    low, high = (math.log(ratio) for ratio in RANGE)
+    below = COARSE - 2
+    return [*(low * (below - i) / below for i in range(below)), high]
+
+
+def _bracket(score: dict[float, float]) -> list[float]:
+    """Six more offsets around the best so far: three on either side, or all on the inner side of an end."""
+    offsets = sorted(score)
+    i = min(range(len(offsets)), key=lambda i: score[offsets[i]])
+    sides = [offsets[j] for j in (i - 1, i + 1) if 0 <= j < len(offsets)]
+    each = FINE // max(len(sides), 1)
+    return [offsets[i] + (side - offsets[i]) * k / (each + 1) for side in sides for k in range(1, each + 1)]
+
+
+def gaussian_alignment(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """The exact tau for data ~ N(0, 1) and a network that predicts the noise: tan(asin(sin((a+b)/2) / cos((a-b)/2))).
+
+    a and b are the angles atan(sigma) at both ends of the step; so aligned, Euler keeps the variance at any step count.
+    """
+    a, b = sigma.atan(), sigma_next.atan()
+    return (((a + b) / 2).sin() / ((a - b) / 2).cos()).asin().tan()
