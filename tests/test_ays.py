@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from oracles import end_std, gaussian
-from pack.kernels.ays import kl_optimal
+from pack.kernels.ays import (
+    KlubNoise,
+    kl_optimal,
+    klub_gaussian,
+    klub_interval,
+    klub_optimal_gaussian,
+    minimise_klub,
+    subdivided,
+)  # fmt: skip
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
 
@@ -65,3 +73,105 @@ def test_it_starts_exactly_at_the_first_level_and_ends_exactly_at_zero(space, fi
 def test_impossible_settings_are_refused(steps, first, c, words):
     with pytest.raises(ValueError, match=words):
         kl_optimal(steps, first, VE, c)
+
+
+KLUB_5 = [14.614641, 0.565415, 0.250306, 0.120659, 0.0592, 0.029167]
+
+
+def finish(generator):
+    said = []
+    while True:
+        try:
+            said.append(next(generator))
+        except StopIteration as end:
+            return end.value, said
+
+
+def estimate(sigmas, data, target, seed=0, c=0.5):
+    noise = torch.Generator().manual_seed(seed)
+    return sum(
+        klub_interval(target.denoise, data, low, high, KlubNoise.draw(data, noise), c)
+        for high, low in zip(sigmas.tolist(), sigmas.tolist()[1:], strict=False)
+    )
+
+
+def test_the_minimum_of_the_bound_by_numbers():
+    got = klub_optimal_gaussian(5, 0.029167, 14.614641)
+    torch.testing.assert_close(got, torch.tensor(KLUB_5, dtype=torch.float64), rtol=2e-5, atol=0)
+    ten = klub_optimal_gaussian(10, 0.029167, 14.614641)
+    arctan = VE.at_angle(torch.linspace(float(VE.angle(ten[0])), float(VE.angle(ten[-1])), 11, dtype=torch.float64))
+    assert float(klub_gaussian(ten)) == pytest.approx(1.60, abs=5e-3)
+    assert float(klub_gaussian(arctan)) == pytest.approx(16.7, abs=0.05)
+
+
+@pytest.mark.parametrize("std", [0.5, 1.0, 1.4])
+def test_the_estimate_is_the_closed_form_of_the_bound(std):
+    target = gaussian(std, VE)
+    data = target.sample(4096, torch.Generator().manual_seed(1))
+    for sigmas in (torch.tensor(KLUB_5), torch.tensor([14.6, 1.0, 0.03])):
+        assert estimate(sigmas, data, target) == pytest.approx(float(klub_gaussian(sigmas, std)), rel=0.06)
+
+
+def test_on_its_own_gaussian_the_integrand_is_constant_up_to_the_draw_of_the_noise():
+    """Lemma 3.3: with data of the density's c, the mean square over the weight does not depend on t."""
+    target = gaussian(0.5, VE)
+    data = target.sample(20000, torch.Generator().manual_seed(2))
+    for low, high in ((0.03, 1.0), (1.0, 14.6), (0.2, 0.3)):
+        noise = KlubNoise.draw(data, torch.Generator().manual_seed(3))
+        want = float(klub_gaussian(torch.tensor([high, low]), 0.5))
+        assert klub_interval(target.denoise, data, low, high, noise) == pytest.approx(want, rel=0.04)
+
+
+def test_the_normaliser_puts_the_middle_level_where_the_bound_has_its_minimum():
+    """Without it every level looks the same on data of the density's own c."""
+    target = gaussian(1.0, VE)
+    data = target.sample(4096, torch.Generator().manual_seed(4))
+    levels = torch.logspace(math.log10(0.05), 0.5, 41, dtype=torch.float64).tolist()
+    noise = [KlubNoise.draw(data, torch.Generator().manual_seed(seed)) for seed in (5, 6)]
+    bound = lambda level: sum(
+        klub_interval(target.denoise, data, low, high, one)
+        for (low, high), one in zip(((level, 14.61), (0.0292, level)), noise, strict=True)
+    )
+    exact = float(klub_optimal_gaussian(2, 0.0292, 14.61)[1])
+    assert min(levels, key=bound) == pytest.approx(exact, rel=0.12)
+
+
+def test_the_optimiser_finds_the_minimum_of_the_bound():
+    target = gaussian(1.0, VE)
+    data = target.sample(1024, torch.Generator().manual_seed(7))
+    start = torch.logspace(math.log10(14.614641), math.log10(0.029167), 6, dtype=torch.float64)
+    got, said = finish(minimise_klub(target.denoise, data, start, torch.Generator().manual_seed(8), sweeps=12))
+    assert (
+        float(klub_gaussian(got))
+        < 1.02 * float(klub_gaussian(torch.tensor(KLUB_5)))
+        < 0.98 * float(klub_gaussian(start))
+    )
+    assert got[0] == start[0] and got[-1] == start[-1] and len(said) <= 12
+
+
+def test_it_stops_early_at_the_sweep_with_the_least_held_out_error():
+    """The spread that Euler loses is least for the closed form; the bound leads away from it."""
+    target = gaussian(1.0, VE)
+    data = target.sample(256, torch.Generator().manual_seed(9))
+    start = kl_optimal(6, 14.614641, VE)[:-1]
+    lost = lambda sigmas: 1 - end_std(target, torch.cat([sigmas, torch.zeros(1, dtype=torch.float64)]))
+    got, said = finish(minimise_klub(target.denoise, data, start, torch.Generator().manual_seed(8), lost))
+    assert lost(got) == min(lost(start), *(sweep.error for sweep in said)) <= lost(start)
+    assert len(said) < 6
+
+
+def test_subdivision_keeps_the_old_levels_and_moves_only_the_new():
+    target = gaussian(1.0, VE)
+    start = torch.tensor([14.6, 1.0, 0.03], dtype=torch.float64)
+    finer, new = subdivided(start)
+    assert torch.equal(finer[::2], start) and new == [1, 3]
+    torch.testing.assert_close(finer[1::2], torch.tensor([14.6**0.5, 0.03**0.5], dtype=torch.float64))
+    data = target.sample(128, torch.Generator().manual_seed(1))
+    got, _ = finish(minimise_klub(target.denoise, data, finer, torch.Generator().manual_seed(2), free=new))
+    assert torch.equal(got[::2], start) and not torch.equal(got, finer)
+    check_sigmas(got)
+
+
+def test_the_bound_refuses_a_level_of_zero():
+    with pytest.raises(ValueError, match="append the final 0 afterwards"):
+        next(minimise_klub(lambda x, s: x, torch.zeros(1, 1), torch.tensor([1.0, 0.5, 0.0]), torch.Generator()))
