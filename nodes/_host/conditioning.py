@@ -119,3 +119,18 @@ def _without_solver(options) -> ConditioningMap | None:
     """For a call outside of any sampler: the maps that hold for all of them."""
     fitting = [remap.conditioning for remap in options.get(KEY, ()) if not remap.solver]
     return compose(fitting) if fitting else None
+
+
+def with_choice_per_solve(model):
+    """A clone of MODEL whose network can be told another map for each solve of a session, by `choose_for_solve`."""
+    clone = model.clone()
+    clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _tell)
+    return clone
+
+
+def choose_for_solve(transformer_options: dict, solver: str, extra: ConditioningMap | None) -> dict:
+    """The options of one solve: the MODEL's own maps that suit `solver`, and `extra`."""
+    own = [remap.conditioning for remap in transformer_options.get(KEY, ()) if remap.solver in ("", solver)]
+    maps = own if extra is None else [*own, extra]
+    return {**transformer_options, CHOSEN: compose(maps) if maps else None}

@@ -1,0 +1,137 @@
+"""A tuning run around its mathematics: what fits into the time, what is reported, what becomes a profile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from ..kernels.space import NoiseSpace
+from ..kernels.timestep_aligner import Alignment as Fitted
+from ..kernels.tuner import PRESETS, Preset, Tuned
+from .profiles import Alignment, Profile
+from .schedules import NoiseRange
+
+METHOD = "tuned schedule"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a schedule is fitted to. solver: as chosen; runs: the one without added noise that was run for it."""
+
+    model: NoiseRange
+    solver: str
+    runs: str
+    cfg: float
+    resolution: tuple[int, int]  # in pixels
+    seed: int
+
+    @property
+    def space(self) -> NoiseSpace:
+        return NoiseSpace(self.model.space)
+
+
+def affordable(
+    wanted: str, steps: int, candidates: int, order: int, aligned: bool, seconds: float, minutes: float
+) -> tuple[Preset, str]:
+    """The preset `wanted`, or the largest smaller one that fits into `minutes` (0: no limit), and a sentence on it.
+
+    `seconds`: measured for one evaluation of the guided model. ValueError when not even the smallest fits.
+    """
+    names = list(PRESETS)
+    needed = {name: PRESETS[name].evaluations(steps, candidates, order, aligned) for name in names}
+    for name in reversed(names[: names.index(wanted) + 1]):
+        needs = needed[name] * seconds / 60
+        if not minutes or needs <= minutes:
+            said = f"Preset '{name}': at most {needed[name]} evaluations of {seconds:.3g} s, {needs:.3g} minutes."
+            return PRESETS[name], said if name == wanted else f"'{wanted}' would take longer than the budget. {said}"
+    least = needed[names[0]] * seconds / 60
+    raise ValueError(
+        f"One evaluation of this MODEL takes {seconds:.3g} s here, so the smallest preset '{names[0]}' needs "
+        f"{least:.3g} minutes, but 'budget_minutes' is {minutes:g}. Allow more minutes, take fewer steps or a smaller "
+        "latent."
+    )
+
+
+def tuned_profile(tuned: Tuned, setting: Setting, preset: str, seconds: float) -> Profile:
+    """What was found, with its evidence and how it was found."""
+    metrics = {
+        "held_out": tuned.held_out,
+        "start": tuned.start,
+        "known_schedules": tuned.candidates,
+        "reference_error": tuned.reference_error,
+        "refused": tuned.refused,
+    }
+    return _profile(
+        METHOD, setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
+        preset=preset, evaluations=tuned.evaluations, seconds=round(seconds, 1),
+    )  # fmt: skip
+
+
+def aligned_profile(alignment: Fitted | None, sigmas: list[float], setting: Setting, metrics: dict, **how) -> Profile:
+    """An alignment alone, on the levels it was fitted at."""
+    return _profile("aligned timesteps", setting, sigmas, alignment, metrics, **how)
+
+
+def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> str:
+    """Everything that was measured, what was kept and what was refused, in lines."""
+    held = tuned.held_out
+    lines = [
+        f"{len(tuned.sigmas) - 1} steps of {setting.solver}, cfg {setting.cfg:g}, {_size(setting.resolution)}.",
+        plan,
+        "Error: distance of the end of a run from that of many small steps with the same noise, relative.",
+        *(f"  {error:.4f}  {name}" for name, error in sorted(tuned.candidates.items(), key=lambda item: item[1])),
+        f"Best known schedule: {tuned.start}; on held-out noises {held['start']:.4f}.",
+    ]
+    if setting.runs != setting.solver:
+        lines.append(f"Fitted with {setting.runs}, which {setting.solver} follows but for the noise that it adds.")
+    if "refined" in held:
+        lines.append(f"Refined levels: {held['refined']:.4f} on held-out noises, kept.")
+    if "aligned" in held:
+        lines.append(f"Aligned timesteps: {held['aligned']:.4f} on held-out noises, kept.")
+    lines += tuned.refused
+    if not tuned.changed:
+        lines.append(f"No better schedule found: the profile is '{tuned.start}', unchanged.")
+    lines.append(f"Levels: {' '.join(f'{s:.4g}' for s in tuned.sigmas.tolist())}")
+    lines.append(
+        f"{tuned.evaluations} evaluations in {seconds:.0f} s. The reference's own error: {tuned.reference_error:.4f}."
+    )
+    if len(tuned.sigmas) < 7:
+        lines.append(
+            "Below 6 steps no schedule reaches the reference; look at the pictures before you trust the number."
+        )
+    return "\n".join(lines)
+
+
+def _profile(
+    method: str, setting: Setting, sigmas: list[float], fitted: Fitted | None, metrics: dict, **how
+) -> Profile:
+    model = setting.model
+    alignments: tuple[Alignment, ...] = ()
+    if fitted is not None and fitted.changes:
+        alignments = (Alignment(setting.runs, setting.resolution, *fitted.knots(setting.space)),)
+    steps = len(sigmas) - 1
+    return Profile(
+        name=f"{model.families[0]} {setting.solver} {steps} steps, {method}",
+        method=method,
+        space=model.space,
+        families=model.families[:1],
+        resolution=setting.resolution,
+        sigmas=tuple(sigmas),
+        source="Fitted with ComfyUI-Attune on this model.",
+        solver=setting.solver,
+        prediction=model.prediction,
+        cfg=setting.cfg,
+        config_hash=model.config_hash,
+        alignments=alignments,
+        metrics=metrics,
+        provenance={
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "seed": setting.seed,
+            "ran": setting.runs,
+            **how,
+        },
+    )
+
+
+def _size(resolution: tuple[int, int]) -> str:
+    return "x".join(map(str, resolution))

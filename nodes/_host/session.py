@@ -1,0 +1,227 @@
+"""Many solves inside one run of the host's sampling: the model is loaded and the conditions are prepared once."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...kernels.conditioning import ConditioningMap
+from ...kernels.space import NoiseSpace
+from ...kernels.timestep_aligner import Trajectory
+from .conditioning import choose_for_solve, with_choice_per_solve
+from .sampling import solver_name
+
+LOG = logging.getLogger(__name__)
+REFERENCE = "dpmpp_2m"
+FIRST_ORDER = {"euler"}  # one call a step, x + (sigma_next - sigma) * d; the host's ddim is this, too
+SIBLINGS = {  # a sampler that adds noise -> the one without, which walks the paths it scatters around
+    "euler_ancestral": "euler",
+    "euler_ancestral_cfg_pp": "euler_cfg_pp",
+    "ddpm": "euler",
+    "dpm_2_ancestral": "dpm_2",
+    "dpmpp_2s_ancestral": "dpmpp_2m",
+    "dpmpp_2s_ancestral_cfg_pp": "dpmpp_2m_cfg_pp",
+    "dpmpp_sde": "dpmpp_2m",
+    "dpmpp_2m_sde": "dpmpp_2m",
+    "dpmpp_2m_sde_heun": "dpmpp_2m",
+    "dpmpp_3m_sde": "dpmpp_2m",
+    "er_sde": "dpmpp_2m",
+    "seeds_2": "dpmpp_2m",
+    "seeds_3": "dpmpp_2m",
+    "sa_solver": "dpmpp_2m",
+    "sa_solver_pece": "dpmpp_2m",
+    "res_multistep_ancestral": "res_multistep",
+    "res_multistep_ancestral_cfg_pp": "res_multistep_cfg_pp",
+}
+ORDERS = {"heun": 2, "heunpp2": 3, "dpm_2": 2}  # calls of the model in one step; 1 elsewhere
+DISTILLED = {"LCM", "ModelSamplingDiscreteDistilled"}
+FREE = {"dpm_fast", "dpm_adaptive"}
+
+
+@dataclass(frozen=True)
+class Solver:
+    """The sampler to fit for: `name` as the user chose it, `runs` the one without added noise, `order` its calls."""
+
+    name: str
+    runs: str
+    sampler: Any
+    order: int
+
+    @property
+    def first_order(self) -> bool:
+        """Whether its timesteps can be aligned: plain Euler, with no noise added by the user's sampler either."""
+        return self.name in FIRST_ORDER and not self.sampler.extra_options.get("s_churn", 0)
+
+
+def solver_of(sampler, model) -> Solver:
+    """What to run for a SAMPLER; ValueError where a schedule cannot be fitted to it, or to a model like this."""
+    name = solver_name(sampler)
+    kinds = {one.__name__ for one in type(model.get_model_object("model_sampling")).__mro__}
+    if name == "lcm" or kinds & DISTILLED:
+        raise ValueError(
+            "LCM, Turbo and Lightning models jump to the picture: there is no path that more steps would follow more "
+            "closely, and so nothing to fit. Use the steps and the scheduler that their makers give."
+        )
+    if name in FREE:
+        raise ValueError(
+            f"The sampler '{name}' chooses its noise levels itself and ignores a schedule's inner ones. Choose another "
+            "one in 'sampler', such as 'dpmpp_2m' or 'euler'."
+        )
+    runs = SIBLINGS.get(name, name)
+    chosen = sampler if runs == name else comfy.samplers.ksampler(runs)
+    return Solver(name, runs, chosen, ORDERS.get(runs, 1))
+
+
+class Solves:
+    """The solves of one session. Every noise is [1 ...] on the CPU, and so is every answer.
+
+    evaluations: calls of the guided model so far.
+    """
+
+    def __init__(self, solver: Solver, guider, extra_args: dict, latent: Tensor, space: NoiseSpace):
+        self._solver, self._guider, self._extra_args = solver, _Counted(guider), extra_args
+        self._latent, self._space = latent, space
+        self._reference = comfy.samplers.ksampler(REFERENCE)
+
+    @property
+    def evaluations(self) -> int:
+        return self._guider.calls
+
+    def solve(self, sigmas: Tensor, noise: Tensor, a_map: ConditioningMap | None = None) -> Tensor:
+        """Where the solver ends from `noise`, told the map; a copy of `sigmas`, for some samplers write into theirs."""
+        return self._run(self._solver.sampler, self._solver.runs, sigmas, noise, a_map, None)
+
+    def record(self, sigmas: Tensor, noise: Tensor) -> Trajectory:
+        """The whole path of the reference solver."""
+        states, denoised = [], []
+
+        def note(step: int, x0: Tensor, x: Tensor, steps: int) -> None:
+            states.append(x.float().cpu())
+            denoised.append(x0.float().cpu())
+
+        end = self._run(self._reference, REFERENCE, sigmas, noise, None, note)
+        return Trajectory.recorded(sigmas, [*states, end], denoised)
+
+    def denoise(self, x: Tensor, sigma: Tensor, told: Tensor) -> Tensor:
+        """One call of the guided model that is told a level of its own; x [1 ...], sigma and told [1]."""
+        level, heard = float(sigma[0]), float(told[0])
+        a_map = None if level == heard else ConditioningMap.through(self._space, [level], [heard])
+        here, seed = self._latent.device, self._extra_args.get("seed")
+        options = self._options(torch.stack([sigma[0], torch.zeros_like(sigma[0])]).to(here), a_map, self._solver.runs)
+        with torch.no_grad():
+            answer = self._guider(x.to(here), sigma.to(here), model_options=options, seed=seed)
+        return answer.float().cpu()
+
+    def seconds_per_evaluation(self, sigma: float, noise: Tensor) -> float:
+        """How long the guided model takes, by the second of two calls: the first one warms up."""
+        x, level = noise * sigma, torch.tensor([sigma])
+        self.denoise(x, level, level)
+        began = time.perf_counter()
+        self.denoise(x, level, level)
+        return time.perf_counter() - began
+
+    def _run(
+        self, sampler, name: str, sigmas: Tensor, noise: Tensor, a_map: ConditioningMap | None, callback
+    ) -> Tensor:
+        here = self._latent.device
+        levels = sigmas.float().to(here, copy=True)
+        arguments = {**self._extra_args, "model_options": self._options(levels, a_map, name)}
+        end = sampler.sample(
+            self._guider, levels.clone(), arguments, callback, noise.to(here), self._latent, None, True
+        )
+        return end.float().cpu()
+
+    def _options(self, sigmas: Tensor, a_map: ConditioningMap | None, solver: str) -> dict:
+        """The run's model_options as one solve must see them."""
+        whole = self._extra_args["model_options"]
+        told = choose_for_solve(whole.get("transformer_options", {}), solver, a_map)
+        return {**whole, "transformer_options": {**told, "sample_sigmas": sigmas}}
+
+
+class _Counted:
+    """A guider that counts its calls and stops between them when the user asks."""
+
+    def __init__(self, guider):
+        self._guider, self.calls = guider, 0
+
+    def __call__(self, *args, **kwargs):
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        self.calls += 1
+        return self._guider(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self._guider, name)
+
+
+T = TypeVar("T")
+
+
+class Session(comfy.samplers.Sampler, Generic[T]):
+    """A sampler in the eyes of the host; runs `work` with the means to solve and keeps what it returns."""
+
+    def __init__(self, solver: Solver, space: NoiseSpace, work: Callable[[Solves], T]):
+        self.solver, self.space, self.work = solver, space, work
+        self.result: T | None = None
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
+        extra_args["denoise_mask"] = None
+        self.result = self.work(Solves(self.solver, model_wrap, extra_args, latent_image, self.space))
+        return latent_image
+
+
+def run_session(
+    model,
+    positive,
+    negative,
+    cfg: float,
+    solver: Solver,
+    sigmas: Tensor,
+    latent: Tensor,
+    seed: int,
+    space: NoiseSpace,
+    work: Callable[[Solves], T],
+) -> T:
+    """What `work` returns, run once on the loaded MODEL; `latent` [1 ...] is empty and gives the size alone."""
+    guider = comfy.samplers.CFGGuider(with_choice_per_solve(model))
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    session = Session(solver, space, work)
+    guider.sample(torch.zeros_like(latent), latent, session, sigmas.clone(), disable_pbar=True, seed=seed)
+    assert session.result is not None
+    return session.result
+
+
+def empty_latent(model, latent: dict) -> Tensor:
+    """One empty latent of the size of a LATENT, [1 c h w] or with frames; ValueError for pictures with sound."""
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False):
+        raise ValueError("'latent' holds a video with its sound: schedules are fitted to one picture or video only.")
+    return torch.zeros_like(comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]).float()))
+
+
+def draw_noises(latent: Tensor, seed: int, n: int) -> list[Tensor]:
+    """The host's own noise of the seeds `seed`, `seed` + 1, …; each of the latent's shape."""
+    return [comfy.sample.prepare_noise(latent, (seed + i) % 2**64) for i in range(n)]
+
+
+class ProgressBar:
+    """The node's bar, with a picture beside it."""
+
+    def __init__(self, total: int):
+        self._bar = comfy.utils.ProgressBar(total)
+
+    def update(self, done: int, picture=None) -> None:
+        preview = None if picture is None else ("JPEG", picture, max(picture.size))
+        self._bar.update_absolute(done, preview=preview)

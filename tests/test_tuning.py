@@ -1,0 +1,64 @@
+"""What a tuning run costs, says and leaves behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pack.kernels.timestep_aligner import Alignment
+from pack.kernels.tuner import PRESETS, Tuned
+from pack.models.profiles import load_profile, save_profile
+from pack.models.schedules import NoiseRange
+from pack.models.tuning import Setting, affordable, aligned_profile, tuned_profile, tuning_report
+
+RANGE = NoiseRange(("SDXL", "BASE"), "ve", 0.0292, 14.6146, "eps", "0123456789abcdef")
+SETTING = Setting(RANGE, "euler", "euler", 6.0, (1024, 768), 3)
+LEVELS = torch.tensor([14.6146, 4.0, 1.0, 0.0])
+FITTED = Alignment((14.6146, 4.0, 1.0), (12.0, 3.0, 0.7), (0.5, 0.4, 0.3))
+FOUND = Tuned(
+    LEVELS, FITTED, "karras", {"normal": 0.4, "karras": 0.3}, {"start": 0.31, "refined": 0.2, "aligned": 0.1}, 0.01, 392
+)
+NOTHING = Tuned(
+    LEVELS, None, "karras", {"karras": 0.3}, {"start": 0.31}, 0.01, 264, ["The refined levels were not kept."]
+)
+
+
+@pytest.mark.parametrize(
+    ("preset", "aligned", "calls"),
+    [("mini", True, 392), ("mini", False, 264), ("quick", True, 1112), ("standard", True, 2568)],
+)
+def test_the_presets_cost_what_the_help_page_says(preset, aligned, calls):
+    assert PRESETS[preset].evaluations(8, 20, 1, aligned) == calls
+
+
+def test_a_preset_that_takes_too_long_becomes_a_smaller_one():
+    assert affordable("standard", 8, 20, 1, True, 1.5, 0)[0] is PRESETS["standard"]
+    preset, said = affordable("standard", 8, 20, 1, True, 1.5, 30)
+    assert preset is PRESETS["quick"] and "'standard' would take longer" in said and "27.8 minutes" in said
+    with pytest.raises(ValueError, match=r"smallest preset 'mini' needs 9\.8 minutes, but 'budget_minutes' is 5"):
+        affordable("quick", 8, 20, 1, True, 1.5, 5)
+
+
+def test_a_tuned_profile_travels_through_its_file(tmp_path):
+    profile = tuned_profile(FOUND, SETTING, "mini", 61.26)
+    again = load_profile(save_profile(profile, tmp_path))
+    assert again == profile and again.is_fitted and again.families == ("SDXL",)
+    assert again.alignments[0].solver == "euler" and again.alignments[0].sigma[0] == 1.0
+    assert again.metrics["held_out"]["aligned"] == 0.1 and again.provenance["evaluations"] == 392
+
+
+def test_nothing_found_is_said():
+    profile, report = tuned_profile(NOTHING, SETTING, "mini", 9.0), tuning_report(NOTHING, SETTING, 9.0, "plan")
+    assert profile.alignments == () and list(profile.sigmas) == LEVELS.tolist()
+    assert "No better schedule found" in report and "refined levels were not kept" in report
+    assert "No better" not in tuning_report(FOUND, SETTING, 9.0, "plan")
+
+
+def test_a_sampler_with_noise_names_the_one_that_was_run():
+    sde = Setting(RANGE, "dpmpp_2m_sde", "dpmpp_2m", 6.0, (1024, 768), 3)
+    assert "Fitted with dpmpp_2m, which dpmpp_2m_sde follows" in tuning_report(NOTHING, sde, 9.0, "plan")
+
+
+def test_an_alignment_that_was_not_kept_leaves_the_levels_alone():
+    profile = aligned_profile(None, LEVELS.tolist(), SETTING, {"held_out": {"start": 0.3}})
+    assert profile.alignments == () and profile.method == "aligned timesteps"
