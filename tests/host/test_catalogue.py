@@ -11,6 +11,8 @@ ROOT = Path(__file__).resolve().parents[2]
 IDS = [
     "AttuneScheduler",
     "AttuneKSampler",
+    "AttuneTuneSchedule",
+    "AttuneAlignTimesteps",
     "AttuneLoadProfile",
     "AttuneSaveProfile",
     "AttuneApplyProfile",
