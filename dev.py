@@ -382,6 +382,7 @@ def test(host: Host, words: list[str]) -> int:
         environment["CHROMIUM_PATH"] = chromium
     if not words:
         # mypy must not start in the checkout: it would take our nodes/ for the host's nodes.py.
+        HOST.mkdir(exist_ok=True)  # not there yet with a ComfyUI of the user's own
         mypy = ["mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", ROOT.name]
         for check, where in ((["ruff", "format", "--check", "."], ROOT), (["ruff", "check", "."], ROOT), (mypy, HOST)):
             if subprocess.run([host.python, "-m", *check], cwd=where, env=environment).returncode:
