@@ -73,7 +73,12 @@ def test_the_schedules_are_ranked_and_ours_equal_the_builtin_ones(tmp_path):
     ays, auto = (rows["unet", "dpmpp_2m", name] for name in ("core AYS", "auto"))
     assert auto["psnr"] == pytest.approx(ays["psnr"], abs=0.01)
     assert rows["unet", "dpmpp_2m", "normal"]["time"] == 1
-    assert all(row["calls"] == 5 and row["frechet"][0] > 0 and row["object"][0] > 50 for row in rows.values())
+    assert all(row["calls"] == 5 and row["frechet"][0] > 0 for row in rows.values())
+    assert all(row["object"][0] > 50 for (model, *_), row in rows.items() if model == "unet")
+    # Five such steps leave noise on the flow model, and the table must say so.
+    assert (
+        rows["flow", "dpmpp_2m", "normal"]["object"][0] < 20 < 50 < rows["flow", "dpmpp_2m", "KL-optimal"]["object"][0]
+    )
     page = (tmp_path / "schedules.md").read_text()
     assert page.startswith("before ") and page.endswith(" after") and " old " not in page and "| normal |" in page
     assert "converged picture" in page and "euler_ancestral" not in page
