@@ -64,6 +64,12 @@ def network(target, prediction: str):
         sigma, told = (level.to(x).reshape(-1, *[1] * (x.ndim - 1)) for level in (sigma, told))
         if prediction == "flow":
             return x - sigma * (x - target.denoise(x, told.flatten())) / told
+        if prediction == "edm":  # Karras et al. 2022, table 1, sigma_data 0.5
+            seen = x * ((0.25 + told**2) / (0.25 + sigma**2)).sqrt()
+            raw = (
+                (target.denoise(seen, told.flatten()) - 0.25 / (0.25 + told**2) * seen) * (0.25 + told**2).sqrt() / told
+            )
+            return 0.25 / (0.25 + sigma**2) * x + sigma / (0.25 + sigma**2).sqrt() * raw
         seen = x * ((1 + told**2) / (1 + sigma**2)).sqrt()  # the same network input, as a state at `told`
         denoised = target.denoise(seen, told.flatten())
         if prediction == "eps":

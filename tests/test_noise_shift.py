@@ -1,0 +1,196 @@
+"""The noise shift, on networks that hear every level wrong by a known amount, on Gaussians, and where nothing is wrong."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from oracles import gaussian, mixture_2d, mixture_latent, network
+from pack.kernels.noise_shift import (
+    WIDEST,
+    Limits,
+    Preset,
+    calibration_levels,
+    fit_joint,
+    fit_per_level,
+    joint_shift,
+    smoothest,
+    spline,
+    students_t,
+)
+from pack.kernels.space import NoiseSpace
+
+VE, FLOW = NoiseSpace("ve"), NoiseSpace("flow")
+LIMITS = {"ve": Limits(0.0292, 14.61), "flow": Limits(0.001, 1.0)}
+NORMAL, QUICK = (16, 25), (8, 13)  # levels and candidates
+
+
+def finish(generator):
+    said = [0]
+    while True:
+        try:
+            said.append(next(generator))
+        except StopIteration as end:
+            return end.value, said
+
+
+def hears_wrong(target, prediction, kappa):
+    """A network that takes each told level for one `kappa` log units higher; kappa may depend on ln(sigma / alpha)."""
+    net, space = network(target, prediction), target.space
+
+    def denoise(x, sigma, told):
+        at = space.log_ratio(told)
+        return net(x, sigma, space.at_log_ratio(at + (kappa(at) if callable(kappa) else kappa)))
+
+    return denoise
+
+
+def calibrate(fit, target, prediction, kappa, pictures, effort=NORMAL, seed=0):
+    x0 = target.sample(pictures, torch.Generator().manual_seed(seed + 100))
+    preset, space = Preset(pictures, *effort), target.space
+    return finish(fit(hears_wrong(target, prediction, kappa), x0, preset, space, LIMITS[space.kind], seed))
+
+
+def errors(shift, space, kappa):
+    return torch.tensor(shift.offsets(space)) + kappa
+
+
+@pytest.mark.parametrize(("prediction", "kappa"), [("eps", 0.262), ("v", -0.223), ("edm", 0.262), ("flow", -0.223)])
+def test_an_injected_shift_is_found_where_the_search_level_by_level_errs(prediction, kappa):
+    space = FLOW if prediction == "flow" else VE
+    target = mixture_latent(space)
+    joint, said = calibrate(fit_joint, target, prediction, kappa, 256)
+    assert joint.accepted and joint.t < joint.needed < -3 and joint.gain > 0
+    inside = errors(joint, space, kappa)[1:-1]  # the outermost are clamped to what the network knows
+    assert inside.abs().max() < 0.015 and said[-1] == 256 * 16 * 25
+    level, said = calibrate(fit_per_level, target, prediction, kappa, 256)
+    assert said[-1] <= 256 * 16 * 25
+    assert errors(level, space, kappa).abs().max() > 5 * inside.abs().max()
+
+
+def test_of_independent_pictures_as_large_as_latents_a_quick_fit_finds_the_shift_to_a_few_thousandths():
+    """Eight pictures of 64 independent patches of 32 numbers each: 832 evaluations."""
+    target = mixture_latent(VE)
+    net = hears_wrong(target, "eps", 0.262)
+
+    def denoise(x, sigma, told):
+        flat = [level.repeat_interleave(64) for level in (sigma, told)]
+        return net(x.reshape(-1, 32), *flat).reshape(x.shape)
+
+    x0 = target.sample(8 * 64, torch.Generator().manual_seed(1)).reshape(8, 64, 32)
+    shift, said = finish(fit_joint(denoise, x0, Preset(8, *QUICK), VE, LIMITS["ve"]))
+    assert said[-1] == 832 and shift.accepted
+    assert errors(shift, VE, 0.262)[1:].abs().max() < 0.02
+
+
+def test_a_shift_that_changes_with_the_level_is_followed():
+    kappa = lambda at: 0.3 * torch.tanh(at)
+    target = mixture_latent(VE)
+    shift, _ = calibrate(fit_joint, target, "eps", kappa, 1024)
+    told = VE.log_ratio(torch.tensor(shift.sigma_hat).double())
+    assert shift.accepted and shift.penalty < 1e3
+    assert (told + kappa(told) - VE.log_ratio(torch.tensor(shift.sigma).double()))[1:-1].abs().max() < 0.12
+
+
+def test_forty_networks_that_hear_right_are_left_alone():
+    accepted = 0
+    for seed in range(40):
+        space = (VE, FLOW)[seed % 2]
+        target = (mixture_latent, mixture_2d)[seed // 2 % 2](space)
+        prediction = "flow" if space is FLOW else ("eps", "v")[seed // 8 % 2]
+        shift, _ = calibrate(fit_joint, target, prediction, 0.0, (8, 16, 32)[seed % 3], QUICK, seed)
+        accepted += shift.accepted
+        assert shift.accepted or shift.sigma_hat == shift.sigma
+    assert accepted == 0
+
+
+@pytest.mark.parametrize(("std", "sigma", "want"), [(1.4, 0.2, 0.1025), (1.4, 1.0, 0.5439), (1.4, 4.0, 2.319)])
+def test_a_model_of_other_spread_gets_the_level_of_equal_gain(std, sigma, want):
+    """Model N(0, 1), data N(0, std^2), eps network: the level whose gain equals the data's, in closed form."""
+    net = network(gaussian(1.0, VE), "eps")
+    x0 = gaussian(std, VE).sample(400000, torch.Generator().manual_seed(0)).reshape(8, 50000)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    tried = torch.linspace(-WIDEST, WIDEST, 25, dtype=torch.float64)
+    x, level = x0 + sigma * noise, torch.full((8,), sigma, dtype=torch.float64)
+    losses = torch.stack([(net(x, level, level * d.exp()) - x0).square().mean(1) for d in tried], 1)[:, None]
+    shift = joint_shift(losses, tried, torch.tensor([sigma]).double(), VE, LIMITS["ve"])
+    assert shift.accepted and shift.sigma_hat[0] == pytest.approx(want, rel=0.02)
+
+
+def test_an_optimum_beyond_the_candidates_stops_at_the_last_one():
+    """Data of std 0.7 at sigma 4 and more: no level of the model has a gain so small."""
+    net, x0 = network(gaussian(1.0, VE), "eps"), gaussian(0.7, VE).sample(8000, torch.Generator().manual_seed(0))
+    limits = Limits(0.03, 1000.0)
+    shift, _ = finish(fit_per_level(net, x0.reshape(8, 1000), Preset(8, *QUICK), VE, limits))
+    top = [o for s, o in zip(shift.sigma, shift.offsets(VE), strict=True) if s > 4]
+    assert top and min(top) > 0.9 * WIDEST
+
+
+def test_no_level_is_told_that_the_network_does_not_know():
+    target, heard = mixture_latent(VE), []
+    net = network(target, "eps")
+
+    def listen(x, sigma, told):
+        heard.append(float(told[0]))
+        return net(x, sigma, told)
+
+    x0 = target.sample(8, torch.Generator().manual_seed(0))
+    finish(fit_joint(listen, x0, Preset(8, *QUICK), VE, LIMITS["ve"]))
+    assert min(heard) >= 0.0292 and max(heard) <= 14.61
+
+
+def test_the_fit_is_the_same_twice_and_every_candidate_sees_the_same_noise():
+    target, seen = mixture_latent(FLOW), {}
+    net = network(target, "flow")
+
+    def listen(x, sigma, told):
+        seen.setdefault(float(sigma[0]), []).append(x.clone())
+        return net(x, sigma, told)
+
+    x0 = target.sample(8, torch.Generator().manual_seed(0))
+    one, _ = finish(fit_joint(listen, x0, Preset(8, *QUICK), FLOW, LIMITS["flow"], seed=5))
+    assert len(seen) == 8 and all(torch.equal(x, xs[0]) for xs in seen.values() for x in xs)
+    first, second = (xs[0] for xs in list(seen.values())[:2])
+    assert not torch.equal(first, second)
+    other, _ = finish(fit_joint(net, x0, Preset(8, *QUICK), FLOW, LIMITS["flow"], seed=5))
+    assert one == other
+
+
+def test_the_smoothest_path_is_the_one_of_brute_force():
+    losses = torch.rand(4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    grid = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    for mu in (0.0, 0.3, 10.0):
+        every = torch.cartesian_prod(*[torch.arange(6)] * 4)  # [6^4 4]
+        cost = losses[torch.arange(4), every].sum(1) + mu * grid[every].diff(dim=1).square().sum(1)
+        assert smoothest(losses, grid, mu).tolist() == every[cost.argmin()].tolist()
+
+
+def test_the_spline_passes_through_its_knots_and_keeps_cubics():
+    knots, at = torch.linspace(-1.2, 1.2, 13, dtype=torch.float64), torch.linspace(-1.2, 1.2, 101, dtype=torch.float64)
+    cubic = lambda t: 1 - t + 2 * t**2 - 3 * t**3
+    torch.testing.assert_close(spline(knots, at) @ cubic(knots), cubic(at), rtol=0, atol=1e-12)
+    torch.testing.assert_close(spline(knots, knots), torch.eye(13, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("freedom", "want"), [(7, 4.53), (15, 3.59), (31, 3.26), (1000, 3.007)])
+def test_the_gate_is_students(freedom, want):
+    """One-sided probability 0.00135, from tables."""
+    assert students_t(3.0, freedom) == pytest.approx(want, abs=0.02)
+
+
+def test_levels_lie_inside_what_the_network_knows():
+    for space, ends in ((VE, LIMITS["ve"]), (FLOW, LIMITS["flow"]), (VE, Limits(0.002, 80.0))):
+        levels = calibration_levels(8, space, ends)
+        assert len(levels) == 8 and bool((levels.diff() > 0).all())
+        assert ends.lowest < levels[0] and levels[-1] < ends.highest
+        steps = space.log_ratio(levels).diff()
+        torch.testing.assert_close(steps, steps[:1].expand(7))
+    assert math.isclose(float(calibration_levels(16, FLOW, LIMITS["flow"])[-1]), 1 / (1 + math.exp(-3)))
+
+
+def test_too_few_pictures_are_refused_before_the_first_call():
+    never = lambda *_: pytest.fail("the network was called")
+    with pytest.raises(ValueError, match="at least 4 pictures, but there are 3"):
+        next(fit_joint(never, torch.zeros(3, 4), Preset(3, *QUICK), VE, LIMITS["ve"]))
