@@ -129,12 +129,12 @@ def load_profile(path: Path) -> Profile:
     return _check(path.name, fields)
 
 
-def save_profile(profile: Profile, folder: Path, name: str = "") -> Path:
+def save_profile(profile: Profile, folder: Path, name: str = "", replace: bool = False) -> Path:
     """Write `profile` into `folder` under a safe form of `name` (default: its own) and return the path.
 
-    The file appears whole or not at all. A file of that name that holds another calibration, or is no profile, stays
-    as it is: the new one gets a number. ValueError, before anything is written, for a profile that could not be read
-    back.
+    The file appears whole or not at all. Unless `replace`, a file of that name that holds another calibration, or is no
+    profile, stays as it is: the new one gets a number. ValueError, before anything is written, for a profile that could
+    not be read back.
     """
     stem = file_stem(name or profile.name)
     try:
@@ -143,7 +143,7 @@ def save_profile(profile: Profile, folder: Path, name: str = "") -> Path:
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"The profile '{profile.name}' cannot be saved: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    path = _free_path(folder, stem, profile.id)
+    path = _free_path(folder, stem, profile.id, replace)
     temporary = folder / f".{secrets.token_hex(8)}.part"
     try:
         with temporary.open("x", encoding="utf-8") as file:
@@ -195,14 +195,14 @@ def pick_profile(
     return None
 
 
-def _free_path(folder: Path, stem: str, wanted_id: str) -> Path:
-    """The first of "stem.json", "stem (2).json", … that is not taken, or that holds the same calibration."""
+def _free_path(folder: Path, stem: str, wanted_id: str, replace: bool) -> Path:
+    """The first of "stem.json", "stem (2).json", … that may be written: not taken, or of the same calibration."""
     number = 1
     while True:
         path = folder / (f"{stem}{SUFFIX}" if number == 1 else f"{stem} ({number}){SUFFIX}")
         if path.resolve().parent != folder.resolve():
             raise ValueError(f"'{path.name}' leads out of the profile folder. Choose another name.")
-        if not path.exists() or _id_of(path) == wanted_id:
+        if replace or not path.exists() or _id_of(path) == wanted_id:
             return path
         number += 1
 

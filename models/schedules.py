@@ -39,7 +39,7 @@ class NoiseRange:
 
 
 def schedule_names() -> list[str]:
-    return [AUTO, *shipped_profiles(), *CLOSED_FORMS]
+    return [AUTO, *(name for name, one in shipped_profiles().items() if one.sigmas), *CLOSED_FORMS]
 
 
 def schedule(

@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.conditioning import ConditioningMap, compose
+from .models import pixels_of
 from .sampling import solver_name
 
 LOG = logging.getLogger(__name__)
@@ -31,6 +32,14 @@ class Remap:
     name: str
     conditioning: ConditioningMap
     solver: str = ""
+
+    def at(self, size: tuple[int, int] | None) -> ConditioningMap:
+        """The map for pictures of `size` pixels, None where the latent is no picture."""
+        return self.conditioning
+
+    def said(self, size: tuple[int, int] | None) -> str:
+        """What a run of that size has to know, for the log; "" where there is nothing to choose."""
+        return ""
 
 
 def with_conditioning(model, remap: Remap):
@@ -76,10 +85,13 @@ def _choose(executor, guider, sigmas, extra_args, *args, **kwargs):
     """SAMPLER_SAMPLE: compose the maps that suit the sampler of this run."""
     options = extra_args["model_options"]["transformer_options"]
     running = solver_name(executor.class_obj)
+    size = _size(guider.inner_model, args[1] if len(args) > 1 else kwargs["noise"])
     fitting = []
     for remap in options.get(KEY, ()):
         if remap.solver in ("", running):
-            fitting.append(remap.conditioning)
+            fitting.append(remap.at(size))
+            if said := remap.said(size):
+                LOG.info("%s: %s", remap.name, said)
         else:
             LOG.warning(
                 "%s: timestep alignment skipped: made for %s, this run uses %s. The schedule still applies.",
@@ -92,10 +104,10 @@ def _choose(executor, guider, sigmas, extra_args, *args, **kwargs):
 def _tell(executor, x, sigma, *args, **kwargs):
     """APPLY_MODEL: one call of the network with its timestep replaced where the map changes sigma."""
     options = kwargs.get("transformer_options") or next((a for a in reversed(args) if isinstance(a, dict)), {})
-    conditioning = options[CHOSEN] if CHOSEN in options else _without_solver(options)
+    base_model = executor.class_obj
+    conditioning = options[CHOSEN] if CHOSEN in options else _without_solver(options, _size(base_model, x))
     if conditioning is None:
         return executor(x, sigma, *args, **kwargs)
-    base_model = executor.class_obj
     told = conditioning(sigma)
     timestep_told = network_timestep(base_model.model_sampling, told)
     shadowed = base_model.__dict__.get("process_timestep")
@@ -115,9 +127,13 @@ def _tell(executor, x, sigma, *args, **kwargs):
             base_model.process_timestep = shadowed
 
 
-def _without_solver(options) -> ConditioningMap | None:
+def _size(base_model, x: Tensor) -> tuple[int, int] | None:
+    return pixels_of(base_model.latent_format, x.shape)
+
+
+def _without_solver(options, size: tuple[int, int] | None) -> ConditioningMap | None:
     """For a call outside of any sampler: the maps that hold for all of them."""
-    fitting = [remap.conditioning for remap in options.get(KEY, ()) if not remap.solver]
+    fitting = [remap.at(size) for remap in options.get(KEY, ()) if not remap.solver]
     return compose(fitting) if fitting else None
 
 
@@ -129,8 +145,10 @@ def with_choice_per_solve(model):
     return clone
 
 
-def choose_for_solve(transformer_options: dict, solver: str, extra: ConditioningMap | None) -> dict:
-    """The options of one solve: the MODEL's own maps that suit `solver`, and `extra`."""
-    own = [remap.conditioning for remap in transformer_options.get(KEY, ()) if remap.solver in ("", solver)]
+def choose_for_solve(
+    transformer_options: dict, solver: str, size: tuple[int, int] | None, extra: ConditioningMap | None
+) -> dict:
+    """The options of one solve: the MODEL's own maps that suit `solver` and the picture's size, and `extra`."""
+    own = [remap.at(size) for remap in transformer_options.get(KEY, ()) if remap.solver in ("", solver)]
     maps = own if extra is None else [*own, extra]
     return {**transformer_options, CHOSEN: compose(maps) if maps else None}

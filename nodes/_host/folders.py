@@ -51,10 +51,10 @@ def find_profile(name: str) -> Profile:
     return load_profile(path)
 
 
-def keep_profile(profile: Profile, name: str = "") -> Path:
-    """Save `profile` where the loader finds it at once."""
+def keep_profile(profile: Profile, name: str = "", replace: bool = False) -> Path:
+    """Save `profile` where the loader finds it at once; `replace`: in the place of a file of that name."""
     try:
-        return save_profile(profile, _folder(), name)
+        return save_profile(profile, _folder(), name, replace)
     except OSError as error:
         raise ValueError(
             f"The profile could not be saved in {_folder()}: {error.strerror}. Make room or allow writing there, then "

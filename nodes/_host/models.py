@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 
 import comfy.model_sampling
 
@@ -42,8 +43,15 @@ def config_hash(unet_config: dict) -> str:
 
 def pixels(model, latent: dict) -> tuple[int, int] | None:
     """Width and height in pixels of the picture that a LATENT of this MODEL becomes; None for audio with video."""
-    if getattr(latent["samples"], "is_nested", False):
+    samples = latent["samples"]
+    if getattr(samples, "is_nested", False):
         return None
-    scale = getattr(model.get_model_object("latent_format"), "spacial_downscale_ratio", 8)
-    height, width = latent["samples"].shape[-2:]
-    return width * scale, height * scale
+    return pixels_of(model.get_model_object("latent_format"), samples.shape)
+
+
+def pixels_of(latent_format, shape: Sequence[int]) -> tuple[int, int] | None:
+    """Width and height in pixels of a latent [b c … h w]; None for one that is no picture (packed, audio)."""
+    if len(shape) < 4:
+        return None
+    scale = getattr(latent_format, "spacial_downscale_ratio", 8)
+    return shape[-1] * scale, shape[-2] * scale

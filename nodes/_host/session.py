@@ -19,6 +19,7 @@ from ...kernels.conditioning import ConditioningMap
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
 from .conditioning import choose_for_solve, with_choice_per_solve
+from .models import pixels_of
 from .sampling import solver_name
 
 LOG = logging.getLogger(__name__)
@@ -91,6 +92,7 @@ class Solves:
     def __init__(self, solver: Solver, guider, extra_args: dict, latent: Tensor, space: NoiseSpace):
         self._solver, self._guider, self._extra_args = solver, _Counted(guider), extra_args
         self._latent, self._space = latent, space
+        self._size = pixels_of(guider.inner_model.latent_format, latent.shape)
         self._reference = comfy.samplers.ksampler(REFERENCE)
 
     @property
@@ -144,7 +146,7 @@ class Solves:
     def _options(self, sigmas: Tensor, a_map: ConditioningMap | None, solver: str) -> dict:
         """The run's model_options as one solve must see them."""
         whole = self._extra_args["model_options"]
-        told = choose_for_solve(whole.get("transformer_options", {}), solver, a_map)
+        told = choose_for_solve(whole.get("transformer_options", {}), solver, self._size, a_map)
         return {**whole, "transformer_options": {**told, "sample_sigmas": sigmas}}
 
 

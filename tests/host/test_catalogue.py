@@ -13,6 +13,8 @@ IDS = [
     "AttuneKSampler",
     "AttuneTuneSchedule",
     "AttuneAlignTimesteps",
+    "AttuneFitNoiseShift",
+    "AttuneNoiseShift",
     "AttuneLoadProfile",
     "AttuneSaveProfile",
     "AttuneApplyProfile",

@@ -1,0 +1,198 @@
+"""Noise shifts as profiles: which curve a picture size gets, what a calibration becomes and what it reports."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+
+from ..kernels.conditioning import ConditioningMap, compose
+from ..kernels.noise_shift import Preset, Shift
+from ..kernels.space import NoiseSpace
+from .profiles import Alignment, Profile, alignment_map
+from .schedules import NoiseRange, check_fit
+
+KIND = "noise_shift"
+METHODS = {"joint": "noise shift", "per level": "noise shift, per level"}
+FIT = "Attune Fit Noise Shift"
+MOST_SIZES = 24
+LARGEST_SIDE = 16384  # pixels
+
+Size = tuple[int, int]  # width and height in pixels
+
+
+def check_noise_shift(profile: Profile, model: NoiseRange) -> None:
+    """ValueError, in the names on screen, unless `profile` is a noise shift for a model like this."""
+    remedy = f"Choose a profile for this model, or fit one with {FIT}."
+    if profile.kind != KIND:
+        raise ValueError(
+            f"'{profile.name}' is a profile of the kind '{profile.kind}', but 'profile' must be a noise shift. Fit one "
+            f"with {FIT}; for schedules there is Attune Apply Profile."
+        )
+    check_fit(profile, model, remedy)
+    if not set(profile.families) & set(model.families):
+        raise ValueError(
+            f"The noise shift '{profile.name}' was made for another architecture ({profile.families[0]}, this MODEL is "
+            f"{model.families[0]}). {remedy}"
+        )
+    if profile.prediction and model.prediction and profile.prediction != model.prediction:
+        raise ValueError(
+            f"The noise shift '{profile.name}' was made for {profile.prediction} prediction, this MODEL has "
+            f"{model.prediction}. {remedy}"
+        )
+
+
+def shift_for(profile: Profile, size: Size, strength: float = 1.0) -> tuple[ConditioningMap, str]:
+    """The map for pictures of `size` and a sentence on where it comes from.
+
+    A calibrated size gets its own curve. Another one gets the curves of the next smaller and the next larger number of
+    pixels in shares that are linear in the logarithm of the number; of sizes with equally many pixels the one of the
+    nearest aspect ratio counts. The native size counts as calibrated to the identity unless the profile says otherwise.
+    """
+    curves: dict[Size, Alignment | None] = {profile.resolution: None}
+    curves |= {one.resolution: one for one in profile.alignments}
+    below = _nearest([one for one in curves if math.prod(one) <= math.prod(size)], size)
+    above = _nearest([one for one in curves if math.prod(one) >= math.prod(size)], size)
+    if size in curves:
+        below = above = size
+    if below is None or above is None or below == above or math.prod(below) == math.prod(above):
+        one = below or above
+        assert one is not None  # the native size is always among them
+        said = f"{_text(size)} is calibrated" if one == size else f"{_text(size)} is not calibrated: as {_text(one)}"
+        return _map(profile, curves[one], strength), said + _size_of_change(profile, curves[one], strength) + "."
+    share = math.log(math.prod(size) / math.prod(below)) / math.log(math.prod(above) / math.prod(below))
+    parts = [_map(profile, curves[below], (1 - share) * strength), _map(profile, curves[above], share * strength)]
+    said = (
+        f"{_text(size)} is not calibrated: {1 - share:.0%} of {_text(below)} and {share:.0%} of {_text(above)}, by the "
+        "logarithm of their pixels."
+    )
+    return compose(parts), said
+
+
+def _nearest(sizes: Sequence[Size], size: Size) -> Size | None:
+    """The one with the number of pixels, then the aspect ratio, nearest to those of `size`."""
+
+    def distance(one: Size) -> tuple[float, float]:
+        pixels, aspect = math.prod(one) / math.prod(size), one[0] * size[1] / (one[1] * size[0])
+        return round(abs(math.log(pixels)), 9), abs(math.log(aspect))
+
+    return min(sizes, key=distance, default=None)
+
+
+def _map(profile: Profile, curve: Alignment | None, strength: float) -> ConditioningMap:
+    if curve is None:  # any knot will do for the identity
+        curve = Alignment("", profile.resolution, (0.5,), (0.5,))
+    return alignment_map(profile, curve, strength)
+
+
+def _size_of_change(profile: Profile, curve: Alignment | None, strength: float) -> str:
+    if curve is None or curve.sigma == curve.sigma_hat or strength == 0:
+        return ", nothing is changed"
+    ratios = [
+        odds(profile.space, b) / odds(profile.space, a) for a, b in zip(curve.sigma, curve.sigma_hat, strict=True)
+    ]
+    low, high = (ratio**strength for ratio in (min(ratios), max(ratios)))
+    return f", the network is told {low:.3g} to {high:.3g} times the true {noise_word(profile.space)}"
+
+
+def odds(space: str, sigma: float) -> float:
+    """sigma / alpha."""
+    return sigma if space == "ve" else sigma / (1 - sigma)
+
+
+def noise_word(space: str) -> str:
+    return "sigma" if space == "ve" else "sigma / (1 - sigma)"
+
+
+def parse_sizes(text: str, multiple: int) -> list[Size]:
+    """The sizes of a text such as "512x512, 768x512"; ValueError for what is no list of multiples of `multiple`."""
+    sizes: list[Size] = []
+    for word in text.replace("×", "x").replace(";", ",").replace("\n", ",").split(","):
+        if not word.strip():
+            continue
+        sides = [side.strip() for side in word.lower().split("x")]
+        if len(sides) == 1:
+            sides *= 2
+        if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+            raise ValueError(f"'sizes' lists picture sizes such as 512x512, 768x512, but it has '{word.strip()[:40]}'.")
+        size = (int(sides[0]), int(sides[1]))
+        if not all(0 < side <= LARGEST_SIDE and side % multiple == 0 for side in size):
+            raise ValueError(
+                f"The sides of 'sizes' must be multiples of {multiple} up to {LARGEST_SIDE}, but there is "
+                f"{word.strip()[:40]}."
+            )
+        if size not in sizes:
+            sizes.append(size)
+    if len(sizes) > MOST_SIZES:
+        raise ValueError(f"'sizes' may list at most {MOST_SIZES} sizes, but it has {len(sizes)}. Make two profiles.")
+    return sizes
+
+
+def noise_shift_profile(
+    model: NoiseRange, native: Size, shifts: Mapping[Size, Shift], method: str, base: Profile | None, **how
+) -> Profile:
+    """The curves by size, after those of `base`, with their evidence and how they were found."""
+    curves = {one.resolution: one for one in base.alignments} if base else {}
+    curves |= {size: Alignment("", size, shift.sigma, shift.sigma_hat) for size, shift in shifts.items()}
+    evidence = dict(base.metrics) if base else {}
+    evidence |= {_text(size): _facts(shift) for size, shift in shifts.items()}
+    return Profile(
+        name=f"{model.families[0]} noise shift" + ("" if method == "joint" else f", {method}"),
+        method=METHODS[method],
+        space=model.space,
+        families=model.families[:1],
+        resolution=native,
+        sigmas=(),
+        source="Fitted with ComfyUI-Attune on this model.",
+        kind=KIND,
+        prediction=model.prediction,
+        config_hash=model.config_hash,
+        alignments=tuple(sorted(curves.values(), key=lambda one: (math.prod(one.resolution), one.resolution))),
+        metrics=evidence,
+        provenance={"date": datetime.now(timezone.utc).date().isoformat(), **how},
+    )
+
+
+def continues(profile: Profile, model: NoiseRange, native: Size, method: str, **how) -> bool:
+    """Whether `profile` holds finished sizes of this very fit: same model, native size, method and settings."""
+    same = (KIND, model.config_hash, model.prediction, native, METHODS[method])
+    found = (profile.kind, profile.config_hash, profile.prediction, profile.resolution, profile.method)
+    return same == found and all(profile.provenance.get(key) == value for key, value in how.items())
+
+
+def shift_report(size: Size, shift: Shift, space: NoiseSpace) -> str:
+    """What was measured at one size and what it means, in lines."""
+    per_level = ", ".join(
+        f"{s:.3g} {d:+.3f} ({best - 1:+.1%})"
+        for s, d, best in zip(shift.sigma, shift.offsets(space), shift.best, strict=True)
+    )
+    if math.isnan(shift.t):
+        verdict = f"loss {-shift.gain:+.2%} on the pictures it was fitted on; nothing was held out"
+    elif shift.accepted:
+        verdict = f"loss {-shift.gain:+.2%} on held-out pictures, t {shift.t:.1f} (needed {shift.needed:.1f}): kept"
+    else:
+        verdict = (
+            f"nothing to gain: loss {-shift.gain:+.2%} on held-out pictures, t {shift.t:.1f} (needed "
+            f"{shift.needed:.1f}); the network is told the true levels"
+        )
+    return f"{_text(size)}: {verdict}.\n  sigma, offset in log units (least loss of any candidate): {per_level}"
+
+
+def plan(sizes: Sequence[Size], preset: Preset, pictures: int) -> str:
+    """What the fit costs, before it starts."""
+    used = min(pictures, preset.pictures)
+    each = used * preset.levels * preset.offsets
+    said = f"{used} pictures, {preset.levels} noise levels, {preset.offsets} candidates: {each} evaluations a size"
+    fewer = f" (the preset would use {preset.pictures} pictures)" if used < preset.pictures else ""
+    return f"{said}{fewer}, {len(sizes)} {'size' if len(sizes) == 1 else 'sizes'}, without guidance."
+
+
+def _facts(shift: Shift) -> dict[str, float | bool | None]:
+    known = {"gain": shift.gain, "t": shift.t, "needed": shift.needed, "penalty": shift.penalty}
+    return {key: None if math.isnan(value) else round(value, 6) for key, value in known.items()} | {
+        "accepted": shift.accepted
+    }
+
+
+def _text(size: Size) -> str:
+    return "x".join(map(str, size))

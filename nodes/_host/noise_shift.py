@@ -1,0 +1,181 @@
+"""Calibrate what a network is told on clean pictures, and choose it for each run by the latent that is sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import comfy.model_management
+import comfy.samplers
+import comfy.utils
+import torch
+from torch import Tensor
+
+from ...kernels.conditioning import ConditioningMap
+from ...kernels.noise_shift import Limits
+from ...kernels.space import NoiseSpace
+from ...kernels.timestep_aligner import ToldDenoiser
+from ...models.noise_shift import Size, shift_for
+from ...models.profiles import Profile
+from .conditioning import Remap, choose_for_solve, with_choice_per_solve, with_conditioning
+from .models import noise_range, pixels_of
+from .sampling import run_stock_node, sample
+
+T = TypeVar("T")
+STEPS = 20  # of the model's own pictures
+SDXL_ADM = {2816, 2560}  # inputs of SDXL's and its refiner's second condition: pooled text and sizes
+POOLED = 1280  # the pooled text among them
+
+
+@dataclass(frozen=True)
+class SizedRemap(Remap):
+    """A map that depends on the size of the picture being sampled, pass by pass."""
+
+    profile: Profile | None = None
+    strength: float = 1.0
+    _chosen: dict[Size, tuple[ConditioningMap, str]] = field(default_factory=dict, repr=False, compare=False)
+
+    def at(self, size: Size | None) -> ConditioningMap:
+        return self._choose(size)[0]
+
+    def said(self, size: Size | None) -> str:
+        return self._choose(size)[1]
+
+    def _choose(self, size: Size | None) -> tuple[ConditioningMap, str]:
+        assert self.profile is not None
+        if size is None:
+            identity = ConditioningMap.through(NoiseSpace(self.profile.space), [0.5], [0.5])
+            return identity, "this latent is no picture: nothing is changed."
+        if size not in self._chosen:
+            self._chosen[size] = shift_for(self.profile, size, self.strength)
+        return self._chosen[size]
+
+
+def with_noise_shift(model, profile: Profile, strength: float):
+    """A clone of MODEL that hears the shift of the size it samples; MODEL itself where no size has any."""
+    maps = [shift_for(profile, one.resolution, strength)[0] for one in profile.alignments]
+    changing = next((one for one in maps if not one.is_identity), maps[0])
+    return with_conditioning(model, SizedRemap(profile.name, changing, "", profile, strength))
+
+
+def limits(model) -> Limits:
+    about = noise_range(model)
+    return Limits(about.sigma_min, about.sigma_max)
+
+
+class _Calibration(comfy.samplers.Sampler):
+    """A sampler in the eyes of the host: runs `work` on the clean latents, in the model's scale, and a denoiser."""
+
+    def __init__(self, space: NoiseSpace, chunk: int, work: Callable[[Tensor, ToldDenoiser], Any]):
+        self.space, self.chunk, self.work, self.result = space, chunk, work, None
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
+        base, whole = model_wrap.inner_model, extra_args["model_options"]
+        size = pixels_of(base.latent_format, latent_image.shape)
+        x0 = latent_image.float()
+
+        def denoise(x: Tensor, sigma: Tensor, told: Tensor) -> Tensor:
+            """All pictures at one level, told one level, by their prompts alone (no guidance)."""
+            level, heard = float(sigma[0]), float(told[0])
+            a_map = None if level == heard else ConditioningMap.through(self.space, [level], [heard])
+            options = choose_for_solve(whole.get("transformer_options", {}), "", size, a_map)
+            model_options = {**whole, "transformer_options": {**options, "sample_sigmas": sigma[:1]}}
+            parts = []
+            for i, start in enumerate(range(0, len(x), self.chunk)):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                conds, end = model_wrap.conds[_name(i)], start + self.chunk
+                parts += comfy.samplers.calc_cond_batch(base, [conds], x[start:end], sigma[start:end], model_options)
+            return torch.cat(parts)
+
+        with torch.no_grad():
+            self.result = self.work(x0, denoise)
+        return latent_image
+
+
+def calibrate(
+    model, positive: Sequence, latents: Tensor, chunk: int, space: NoiseSpace, work: Callable[[Tensor, ToldDenoiser], T]
+) -> T:
+    """What `work(x0, denoise)` returns, run once on the loaded MODEL; `positive`: one prompt a latent, or one for all.
+
+    `chunk` pictures go through the network at once.
+    """
+    guider = comfy.samplers.CFGGuider(with_choice_per_solve(model))
+    starts = range(0, len(latents), chunk)
+    guider.inner_set_conds({_name(i): _part(positive, s, s + chunk, len(latents)) for i, s in enumerate(starts)})
+    session = _Calibration(space, chunk, work)
+    sigma_max = float(model.get_model_object("model_sampling").sigma_max)
+    whole = torch.tensor([sigma_max, 0.0])
+    guider.sample(torch.zeros_like(latents), latents, session, whole, disable_pbar=True, seed=0)
+    return session.result  # type: ignore[return-value]
+
+
+def _name(chunk: int) -> str:
+    return f"positive {chunk}"
+
+
+def _part(positive: Sequence, start: int, end: int, count: int) -> list:
+    """The prompts of the pictures start … end of `count`; tensors that do not hold one row a picture go to all."""
+
+    def part(value):
+        rows = isinstance(value, Tensor) and value.ndim > 1 and len(value) == count and count > 1
+        return value[start:end] if rows else value
+
+    return [[part(context), {key: part(value) for key, value in extra.items()}] for context, extra in positive]
+
+
+def check_prompts(positive: Sequence, count: int) -> None:
+    """ValueError unless there is one prompt, or one for each of `count` pictures."""
+    found = {len(context) for context, _ in positive if context is not None} - {1}
+    if found - {count}:
+        raise ValueError(
+            f"'positive' holds {max(found)} prompts for {count} pictures. Give one prompt for all, or one for each."
+        )
+
+
+def first_prompts(positive: Sequence, count: int, of: int) -> list:
+    return _part(positive, 0, count, of)
+
+
+def without_text(model) -> list:
+    """CONDITIONING of zeros, as the stock ConditioningZeroOut makes it; ValueError where its width is not known."""
+    config = model.model.model_config.unet_config
+    embedder = (config.get("context_embedder_config") or {}).get("params", {})
+    widths = [config.get("context_dim"), config.get("context_in_dim"), config.get("joint_attention_dim")]
+    width = next((w for w in [*widths, embedder.get("in_features")] if isinstance(w, int)), None)
+    if width is None:
+        raise ValueError(
+            f"This MODEL ({type(model.model).__name__}) does not tell how wide its text is: connect 'positive'; a "
+            "CLIP Text Encode with an empty text will do."
+        )
+    adm = config.get("adm_in_channels") or config.get("vec_in_dim")
+    pooled = POOLED if adm in SDXL_ADM else adm
+    return [[torch.zeros(1, 1, width), {"pooled_output": torch.zeros(1, pooled)} if isinstance(pooled, int) else {}]]
+
+
+def encode(vae, images: Tensor, size: Size) -> Tensor:
+    """Latents of IMAGE [n h w c], cut to the middle and brought to `size` by Lanczos' filter."""
+    width, height = size
+    pixels = comfy.utils.common_upscale(images[..., :3].movedim(-1, 1), width, height, "lanczos", "center").movedim(
+        1, -1
+    )
+    parts = [run_stock_node("VAEEncode", pixels=one, vae=vae)[0]["samples"] for one in pixels.split(1)]
+    return torch.cat(parts).float()
+
+
+def draw_own(model, vae, positive: Sequence, negative: Sequence | None, cfg: float, size: Size, count: int, seed: int):
+    """`count` pictures IMAGE [n h w c] that the model itself draws at `size`, with its prompts in turn."""
+    sampling, latent_format = model.get_model_object("model_sampling"), model.get_model_object("latent_format")
+    flow = isinstance(sampling, comfy.model_sampling.CONST)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "simple" if flow else "karras", STEPS)
+    scale = getattr(latent_format, "spacial_downscale_ratio", 8)
+    empty = {"samples": torch.zeros(1, latent_format.latent_channels, size[1] // scale, size[0] // scale)}
+    pictures = []
+    for i in range(count):
+        prompt = _part(positive, i, i + 1, count)
+        against, scale_of_it = (prompt, 1.0) if negative is None else (negative, cfg)
+        drawn = sample(model, (seed + i) % 2**64, scale_of_it, "dpmpp_2m", sigmas, prompt, against, empty)
+        pictures.append(run_stock_node("VAEDecode", samples=drawn, vae=vae)[0])
+    return torch.cat(pictures)
