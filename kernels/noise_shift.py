@@ -60,9 +60,9 @@ class Shift:
     """What to tell at ascending levels `sigma` [m], and the evidence.
 
     gain: by which share the loss falls, mean over levels, on pictures that the curve was not fitted on; of the search
-    level by level on those it was fitted on. t: that change in its standard errors, nan where nothing was held out.
-    needed: the t below which it counts. accepted: whether it did; if not, sigma_hat is sigma. penalty: of roughness, nan
-    without. best: the least loss at each level over the loss at the true level, on all pictures.
+    level by level on those it was fitted on. t: that change in its standard errors, nan if nothing was held out.
+    needed: the t below which it counts. accepted: whether it did; if not, sigma_hat is sigma. penalty: of roughness,
+    nan without. best: the least loss at each level over the loss at the true level, on all pictures.
     """
 
     sigma: tuple[float, ...]
