@@ -20,6 +20,7 @@ IDS = [
     "AttuneEncoderPropagation",
     "AttuneFitEncoderPropagation",
     "AttuneBlockPropagation",
+    "AttuneCompare",
 ]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
