@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import os
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -85,7 +84,6 @@ class Drawn:
 
     latents: Tensor
     calls: int  # evaluations of the network per batch; cond and uncond together are one
-    seconds: float  # median over the batches, of sampling one batch
 
 
 class _Noise:
@@ -119,19 +117,35 @@ class Lab:
 
     def run(self, cell: Cell, work: list[Task], say: Callable[[str], None] = lambda _: None) -> Drawn:
         """The cell's latents for all tasks, from the cache where it has them."""
-        latents, calls, seconds = [], 0, []
+        latents, calls = [], 0
         for start in range(0, len(work), BATCH):
             part = work[start : start + BATCH]
             path = self.path(cell, part)
             if not path.exists():
-                self._draw(cell, part, path)
+                drawn = self._draw(cell, part)
+                temporary = path.with_suffix(f".{os.getpid()}.tmp")
+                save_file({"latents": drawn.latents.contiguous()}, temporary, metadata={"calls": str(drawn.calls)})
+                temporary.replace(path)
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata()
                 latents.append(file.get_tensor("latents"))
             calls = int(facts["calls"])
-            seconds.append(float(facts["seconds"]))
             say(f"{start + len(part)}/{len(work)}")
-        return Drawn(torch.cat(latents), calls, statistics.median(seconds))
+        return Drawn(torch.cat(latents), calls)
+
+    def seconds(self, cells: list[Cell], part: list[Task], rounds: int = 3) -> list[float]:
+        """Seconds of sampling one batch with each cell: the least of some rounds through all of them, never cached.
+
+        Without a GPU these are the processor's seconds, so that other work on the machine does not count.
+        """
+        clock = time.perf_counter if torch.cuda.is_available() else time.process_time
+        least = [float("inf")] * len(cells)
+        for _ in range(rounds):
+            for i, cell in enumerate(cells):
+                began = clock()
+                self._draw(cell, part)
+                least[i] = min(least[i], clock() - began)
+        return least
 
     def path(self, cell: Cell, part: list[Task]) -> Path:
         """The cache file of a batch: its name is a hash of everything that could change the result."""
@@ -151,7 +165,7 @@ class Lab:
             patched = self.host.call(node, model=patched, **dict(inputs))[0]
         return patched
 
-    def _draw(self, cell: Cell, part: list[Task], path: Path) -> None:
+    def _draw(self, cell: Cell, part: list[Task]) -> Drawn:
         call, model = self.host.call, self.patched(cell.model, cell.nodes)
         channels = model.get_model_object("latent_format").latent_channels
         (solver,) = call("KSamplerSelect", sampler_name=cell.sampler)
@@ -164,20 +178,10 @@ class Lab:
         )
         latent = {"samples": torch.zeros(len(part), channels, 16, 16)}
         noise, sigmas = _Noise([t.seed for t in part]), torch.tensor(cell.sigmas)
-        began = time.perf_counter()
+        given = {"noise": noise, "guider": guider, "sampler": solver, "sigmas": sigmas, "latent_image": latent}
         with counting(model) as calls:
-            out, _ = call(
-                "SamplerCustomAdvanced",
-                noise=noise,
-                guider=guider,
-                sampler=solver,
-                sigmas=sigmas,
-                latent_image=latent,
-            )
-        facts = {"calls": str(calls[0]), "seconds": str(time.perf_counter() - began)}
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        save_file({"latents": out["samples"].contiguous()}, temporary, metadata=facts)
-        temporary.replace(path)
+            out, _ = call("SamplerCustomAdvanced", **given)
+        return Drawn(out["samples"], calls[0])
 
     def pictures(self, model: str, latents: Tensor) -> Tensor:
         """[n 3 128 128] in 0..1, through the stock VAEDecode."""

@@ -4,8 +4,8 @@ python dev.py bench peers [--models unet flow] [--sampler euler] [--steps 20 50]
 
 Every cache at three thresholds, against the plain run and against plain runs with fewer steps, which is what a cache
 has to beat. PSNR is to the plain run of the same number of steps and the same noise; Fréchet distance and brightness
-are to the training data, as in `schedules`. Results are cached. Writes docs/results/peers.json, docs/results.md and a
-plot.
+are to the training data, as in `schedules`. Pictures are cached, times are taken anew. Writes docs/results/peers.json,
+docs/results.md and a plot.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from schedules import number, progress
 
 THRESHOLDS = (0.05, 0.1, 0.2)
 SHARES = (0.8, 0.6, 0.5, 0.4)  # of the steps: the plain runs that a cache must beat
+TIMED = 4  # pictures in the batch whose sampling is timed
+TIMING = f"Time is the least of three samplings of a batch of {TIMED}, all settings in turn in this run."
 MENDS = {
     "RescaleCFG 0.7": (("RescaleCFG", (("multiplier", 0.7),)),),
     "zero-SNR levels": (("ModelSamplingDiscrete", (("sampling", "v_prediction"), ("zsnr", True))),),
@@ -61,13 +63,16 @@ def sigmas(lab: Lab, model: str, steps: int, nodes: tuple) -> tuple[float, ...]:
 
 
 def measure(lab: Lab, work: list[Task], model: str, sampler: str, steps: int) -> list[Row]:
-    rows, base, goal = [], None, Cell(model, sampler, sigmas(lab, model, steps, ()))
-    for label, (count, nodes) in settings(model, steps).items():
-        cell = Cell(model, sampler, sigmas(lab, model, count, nodes), nodes=nodes)
+    goal = Cell(model, sampler, sigmas(lab, model, steps, ()))
+    labelled = {
+        label: Cell(model, sampler, sigmas(lab, model, count, nodes), nodes=nodes)
+        for label, (count, nodes) in settings(model, steps).items()
+    }
+    seconds = lab.seconds(list(labelled.values()), work[:TIMED])
+    rows = []
+    for (label, cell), spent in zip(labelled.items(), seconds, strict=True):
         seen = look(lab, cell, work, progress(f"{model} {steps} {label}"), goal)
-        drawn = lab.run(cell, work)
-        base = base or drawn.seconds
-        rows.append(Row(model, label, steps, drawn.calls, drawn.seconds / base, summary(seen, work)))
+        rows.append(Row(model, label, steps, lab.run(cell, work).calls, spent / seconds[0], summary(seen, work)))
     return rows
 
 
@@ -135,7 +140,7 @@ def main() -> None:
         lab, work = Lab(Host(Path(folder)), args.cache), tasks(args.tasks)
         blocks = [measure(lab, work, model, args.sampler, steps) for model in args.models for steps in args.steps]
     plot(blocks, args.out / "peers.png")
-    notes = [" ".join(__doc__.split("\n\n")[2].split()), f"{args.tasks} pictures per setting; cfg 3."]
+    notes = [" ".join(__doc__.split("\n\n")[2].split()), f"{args.tasks} pictures per setting; cfg 3. {TIMING}"]
     tables = [table(rows, args.sampler) for rows in blocks]
     data = [{**vars(row), "summary": {k: list(v) for k, v in row.summary.items()}} for rows in blocks for row in rows]
     record("peers", "Core's caches and rescaling nodes", tables, began, ["peers.png"], notes, args.out, data)

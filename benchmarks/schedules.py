@@ -49,7 +49,6 @@ class Row:
     schedule: str
     seen: Look
     calls: int
-    time: float  # of sampling, relative to "normal"
     summary: dict[str, tuple[float, float]]
 
 
@@ -60,14 +59,11 @@ def names(model: str, sampler: str, steps: int) -> list[str]:
 
 def measure(lab: Lab, work: list[Task], model: str, sampler: str, steps: int) -> list[Row]:
     """All schedules of one model, solver and number of steps."""
-    rows, base = [], None
+    rows = []
     for name in names(model, sampler, steps):
         cell = Cell(model, sampler, lab.sigmas(model, name, steps))
         seen = look(lab, cell, work, progress(f"{model} {sampler} {steps} {name}"))
-        drawn = lab.run(cell, work)
-        base = base or drawn.seconds
-        relative, facts = drawn.seconds / base, summary(seen, work)
-        rows.append(Row(model, sampler, steps, name, seen, drawn.calls, relative, facts))
+        rows.append(Row(model, sampler, steps, name, seen, lab.run(cell, work).calls, summary(seen, work)))
     return rows
 
 
@@ -105,11 +101,11 @@ def everything(rows: list[Row], title: str, note: str) -> Table:
     """All measures of some rows."""
     keys = ["frechet", "kernel", "precision", "recall", "coverage", "wasserstein", "object", "background"]
     keys += ["brightness", "psnr", "perceptual"]
-    columns = ["model", "solver", "steps", "schedule", *keys, "calls", "time"]
+    columns = ["model", "solver", "steps", "schedule", *keys, "calls"]
     body = []
     for r in rows:
         cells = [None if r.sampler in RANDOM and k in ("psnr", "perceptual") else number(r.summary[k]) for k in keys]
-        body.append([r.model, r.sampler, r.steps, r.schedule, *cells, r.calls, f"{r.time:.2f}"])
+        body.append([r.model, r.sampler, r.steps, r.schedule, *cells, r.calls])
     return Table(title, columns, body, note)
 
 
@@ -303,7 +299,7 @@ def main() -> None:
     notes = [" ".join(__doc__.split("\n\n")[2].split()), sampled]
     facts = [
         {"model": r.model, "sampler": r.sampler, "steps": r.steps, "schedule": r.schedule, "calls": r.calls,
-         "time": round(r.time, 3), **{k: [round(x, 4) for x in v] for k, v in r.summary.items()}}
+         **{k: [round(x, 4) for x in v] for k, v in r.summary.items()}}
         for r in rows
     ]  # fmt: skip
     title = "Stock schedules, solvers and steps"

@@ -51,10 +51,10 @@ def draw_schedules(curves: Sequence[Curve], title: str = "Noise levels") -> Imag
     """
     picture = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((LEFT, 16), title, INK, _font(22))
+    draw.text((LEFT, 16), title, INK, font(22))
     positive = [s for curve in curves for s in (*curve.sigmas, *(curve.told or ())) if s > 0 and math.isfinite(s)]
     if not positive:
-        draw.text((LEFT, HEIGHT // 2), "No noise levels: the run has no step.", INK, _font(18))
+        draw.text((LEFT, HEIGHT // 2), "No noise levels: the run has no step.", INK, font(18))
         return picture
     low = math.log10(max(min(positive), LOWEST)) - 0.25
     high = max(math.log10(max(positive)), low + 0.5) + 0.08
@@ -90,7 +90,7 @@ def _height(log_sigma: float, low: float, high: float) -> float:
 
 
 def _axes(draw: ImageDraw.ImageDraw, low: float, high: float) -> None:
-    small, bottom = _font(15), HEIGHT - BOTTOM
+    small, bottom = font(15), HEIGHT - BOTTOM
     for tick in _ticks(low, high):
         y = _height(math.log10(tick), low, high)
         draw.line((LEFT, y, WIDTH - RIGHT, y), FAINT)
@@ -121,7 +121,7 @@ def _line(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], colour, 
 
 
 def _legend(draw: ImageDraw.ImageDraw, curves: Sequence[Curve]) -> None:
-    font, y = _font(16), TOP + 12
+    small, y = font(16), TOP + 12
     rows = [(curve.label, COLOURS[i % len(COLOURS)], False) for i, curve in enumerate(curves)]
     rows += [
         (f"{curve.label}: told to the network", COLOURS[i % len(COLOURS)], True)
@@ -130,12 +130,13 @@ def _legend(draw: ImageDraw.ImageDraw, curves: Sequence[Curve]) -> None:
     for label, colour, dashed in rows:
         label = label if len(label) <= 60 else f"{label[:59]}…"
         right = WIDTH - RIGHT - 14
-        draw.text((right - 44, y), label, INK, font, anchor="rm")
+        draw.text((right - 44, y), label, INK, small, anchor="rm")
         _line(draw, [(right - 34, y), (right, y)], colour, dashed)
         y += 24
 
 
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    """Pillow's own font, which needs no file."""
     try:
         return ImageFont.load_default(size=size)
     except (TypeError, ImportError):  # a Pillow before 10.1, or one without FreeType: one small bitmap font

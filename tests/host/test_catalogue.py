@@ -22,6 +22,7 @@ IDS = [
     "AttuneEncoderPropagation",
     "AttuneFitEncoderPropagation",
     "AttuneBlockPropagation",
+    "AttuneCompare",
 ]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 

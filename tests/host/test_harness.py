@@ -53,9 +53,16 @@ def test_a_second_run_reads_the_cache_and_another_setting_does_not(lab, monkeypa
     first = lab.run(cell, WORK)
     monkeypatch.setattr(Lab, "_draw", lambda *_: pytest.fail("drawn again"))
     second = lab.run(cell, WORK)
-    assert torch.equal(first.latents, second.latents) and second.seconds == first.seconds
+    assert torch.equal(first.latents, second.latents)
     with pytest.raises(pytest.fail.Exception):
         lab.run(Cell("unet", "euler", cell.sigmas, cfg=2.0), WORK)
+
+
+def test_times_are_taken_anew_and_grow_with_the_steps(lab):
+    short, long = (Cell("unet", "euler", lab.sigmas("unet", "normal", steps)) for steps in (1, 6))
+    before = set(lab.cache.iterdir())
+    fast, slow = lab.seconds([short, long], WORK[:1], rounds=2)
+    assert 0 < 2 * fast < slow and set(lab.cache.iterdir()) == before
 
 
 def test_an_interrupted_run_continues_after_its_last_whole_batch(lab):

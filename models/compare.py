@@ -1,0 +1,135 @@
+"""Pictures side by side: a labelled grid, where they differ, and how bright they are. Drawn with Pillow alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from .plots import COLOURS, FAINT, INK, PAPER, font
+
+GAP, HEAD = 8, 52  # pixels between pictures, and above each column
+BINS = 64  # of the brightness histogram
+HISTOGRAM = 220  # height of its panel, in pixels
+LUMA = (0.2126, 0.7152, 0.0722)  # of red, green and blue (ITU-R BT.709)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one column: [b h w 3], from 0 to 1."""
+
+    label: str
+    images: Tensor
+
+
+def brightness(images: Tensor) -> Tensor:
+    """Luma of every pixel, from 0 to 1: [… 3] -> […]."""
+    return images[..., :3].float().clamp(0, 1) @ torch.tensor(LUMA)
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Peak signal-to-noise ratio of pictures from 0 to 1, in dB; infinite for equal ones."""
+    error = float((a.double() - b.double()).square().mean())
+    return math.inf if error == 0 else -10 * math.log10(error)
+
+
+def difference(a: Tensor, b: Tensor, gain: float) -> Tensor:
+    """gain * |a - b|, largest over the colours, on a scale from black through orange to white: [… 3]."""
+    strength = (gain * (a.float() - b.float()).abs().amax(-1, keepdim=True)).clamp(0, 1)
+    return torch.cat([(2 * strength).clamp(max=1), strength, (2 * strength - 1).clamp(min=0)], -1)
+
+
+def histogram(images: Tensor) -> Tensor:
+    """Share of the pixels in each of BINS equal classes of brightness: [BINS], sums to 1."""
+    counts = torch.histc(brightness(images), BINS, 0, 1)
+    return counts / counts.sum()
+
+
+def draw_comparison(batches: Sequence[Batch], gain: float, with_histogram: bool, side: int, rows: int) -> Image.Image:
+    """The batches as columns, at most `rows` pictures each, `side` pixels wide.
+
+    gain: with more than 0, columns for the difference of every batch to the first are added. A batch of one picture is
+    compared with every picture of the first; pictures of another size are scaled for display, and have no difference.
+    """
+    first, rest = batches[0], batches[1:]
+    columns = [(batch.label, _facts(batch, first), batch.images) for batch in batches]
+    if gain > 0:
+        columns += [_difference_column(batch, first, gain) for batch in rest]
+    rows = min(rows, max(len(images) for _, _, images in columns))
+    high, wide = first.images.shape[1:3]
+    height = max(round(side * high / wide), 1)
+    panel = HISTOGRAM + GAP if with_histogram else 0
+    size = (len(columns) * (side + GAP) + GAP, HEAD + rows * (height + GAP) + panel)
+    picture = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(picture)
+    for i, (label, facts, images) in enumerate(columns):
+        x = GAP + i * (side + GAP)
+        colour = COLOURS[i % len(COLOURS)] if with_histogram and i < len(batches) else INK
+        draw.text((x, 8), _fit(draw, label, side, 17), colour, font(17))
+        draw.text((x, 30), _fit(draw, facts, side, 13), INK, font(13))
+        for j in range(min(rows, len(images))):
+            picture.paste(_scaled(images[j], side, height), (x, HEAD + j * (height + GAP)))
+    if with_histogram:
+        _draw_histogram(draw, batches, HEAD + rows * (height + GAP), size[0])
+    return picture
+
+
+def _facts(batch: Batch, first: Batch) -> str:
+    """Mean brightness, and how near the batch is to the first."""
+    told = f"brightness {100 * float(brightness(batch.images).mean()):.1f} %"
+    if batch is first or not _comparable(batch, first):
+        return told
+    near = psnr(batch.images, first.images.expand(len(batch.images), -1, -1, -1))
+    return f"{told}, identical" if math.isinf(near) else f"{told}, {near:.1f} dB to {first.label}"
+
+
+def _comparable(batch: Batch, first: Batch) -> bool:
+    return batch.images.shape[1:] == first.images.shape[1:] and (
+        len(first.images) == 1 or len(batch.images) == len(first.images)
+    )
+
+
+def _difference_column(batch: Batch, first: Batch, gain: float) -> tuple[str, str, Tensor]:
+    label = f"{batch.label}: difference"
+    if not _comparable(batch, first):
+        return label, f"other size or number than {first.label}", torch.empty(0, 1, 1, 3)
+    return label, f"to {first.label}, x {gain:g}", difference(batch.images, first.images, gain)
+
+
+def _scaled(image: Tensor, width: int, height: int) -> Image.Image:
+    pixels = (255 * image[..., :3].float().clamp(0, 1)).round().byte().cpu().numpy()
+    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, size: int) -> str:
+    """The text, shortened to fit into `width` pixels."""
+    while len(text) > 1 and draw.textlength(text, font(size)) > width:
+        text = text[:-2] + "…"
+    return text
+
+
+def _draw_histogram(draw: ImageDraw.ImageDraw, batches: Sequence[Batch], top: int, width: int) -> None:
+    """Share of pixels over brightness, square root: a line per batch."""
+    left, right, bottom, top = GAP + 4, width - GAP - 4, top + HISTOGRAM - 24, top + 22
+    shares = [histogram(batch.images) for batch in batches]
+    peak = max(float(share.max()) for share in shares)
+    draw.text((left, top - 20), "brightness of all pixels (square root of their share)", INK, font(13))
+    for tick in (0, 0.25, 0.5, 0.75, 1):
+        x = left + tick * (right - left)
+        draw.line((x, top, x, bottom), FAINT)
+        draw.text(
+            (x, bottom + 4), f"{tick:.0%}", INK, font(13), anchor="la" if tick == 0 else "ra" if tick == 1 else "ma"
+        )
+    draw.line((left, bottom, right, bottom), INK)
+    for i, share in enumerate(shares):
+        heights = (share / peak).sqrt().tolist()
+        points = [
+            (left + (k + 0.5) / BINS * (right - left), bottom - h * (bottom - top)) for k, h in enumerate(heights)
+        ]
+        draw.line(points, COLOURS[i % len(COLOURS)], 2, joint="curve")
