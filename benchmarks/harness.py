@@ -69,6 +69,7 @@ class Cell:
     """One setting: which demo model, which sampler, which noise levels, which MODEL -> MODEL nodes before them.
 
     A node is (node id, its inputs as (name, value) pairs without the MODEL): (("RescaleCFG", (("multiplier", 0.7),)),).
+    An input "profile" is given by the name under which it can be loaded.
     """
 
     model: str  # "unet" or "flow"
@@ -76,6 +77,7 @@ class Cell:
     sigmas: tuple[float, ...]
     cfg: float = 3.0
     nodes: tuple[tuple[str, tuple], ...] = ()
+    side: int = 128  # of the pictures, in pixels
 
 
 @dataclass
@@ -154,6 +156,8 @@ class Lab:
         versions = [comfyui_version.__version__, torch.__version__, FORMAT]
         drawn = [[t.obj, t.background, t.seed] for t in part]
         facts = [cell.sampler, cell.sigmas, cell.cfg, self.digests[cell.model], drawn, versions]
+        if cell.side != 128:
+            facts.append(cell.side)
         if cell.nodes:
             facts += [cell.nodes, _code_digest() if any(node.startswith("Attune") for node, _ in cell.nodes) else ""]
         return self.cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
@@ -162,7 +166,10 @@ class Lab:
         """A demo MODEL after some MODEL -> MODEL nodes."""
         patched = self.models[model]
         for node, inputs in nodes:
-            patched = self.host.call(node, model=patched, **dict(inputs))[0]
+            given = dict(inputs)
+            if "profile" in given:
+                (given["profile"], _) = self.host.call("AttuneLoadProfile", profile_name=given["profile"])
+            patched = self.host.call(node, model=patched, **given)[0]
         return patched
 
     def _draw(self, cell: Cell, part: list[Task]) -> Drawn:
@@ -176,7 +183,7 @@ class Lab:
             negative=self.conditioning([""] * len(part)),
             cfg=cell.cfg,
         )
-        latent = {"samples": torch.zeros(len(part), channels, 16, 16)}
+        latent = {"samples": torch.zeros(len(part), channels, cell.side // 8, cell.side // 8)}
         noise, sigmas = _Noise([t.seed for t in part]), torch.tensor(cell.sigmas)
         given = {"noise": noise, "guider": guider, "sampler": solver, "sigmas": sigmas, "latent_image": latent}
         with counting(model) as calls:
@@ -184,7 +191,7 @@ class Lab:
         return Drawn(out["samples"], calls[0])
 
     def pictures(self, model: str, latents: Tensor) -> Tensor:
-        """[n 3 128 128] in 0..1, through the stock VAEDecode."""
+        """[n 3 side side] in 0..1, through the stock VAEDecode."""
         parts = [self.host.call("VAEDecode", samples={"samples": z}, vae=self.vaes[model])[0] for z in latents.split(4)]
         return torch.cat(parts).permute(0, 3, 1, 2)
 

@@ -44,7 +44,7 @@ class Preset:
         return self.pictures * self.levels * self.offsets
 
 
-PRESETS = {"quick": Preset(8, 8, 13), "normal": Preset(16, 16, 25), "thorough": Preset(64, 16, 25)}
+PRESETS = {"quick": Preset(8, 8, 13), "normal": Preset(32, 16, 13), "thorough": Preset(128, 16, 13)}
 
 
 @dataclass(frozen=True)
@@ -217,9 +217,9 @@ def spline(knots: Tensor, at: Tensor) -> Tensor:
     """
     n, h = len(knots), float(knots[1] - knots[0])
     left, right = torch.eye(n, dtype=torch.float64), torch.zeros(n, n, dtype=torch.float64)
-    for i in range(1, n - 1):
-        left[i, i - 1 : i + 2] = torch.tensor([1.0, 4.0, 1.0])
-        right[i, i - 1 : i + 2] = torch.tensor([1.0, -2.0, 1.0]) * 6 / h**2
+    for row in range(1, n - 1):
+        left[row, row - 1 : row + 2] = torch.tensor([1.0, 4.0, 1.0])
+        right[row, row - 1 : row + 2] = torch.tensor([1.0, -2.0, 1.0]) * 6 / h**2
     left[0, :3], left[-1, -3:] = torch.tensor([1.0, -2.0, 1.0]), torch.tensor([1.0, -2.0, 1.0])
     curvature = torch.linalg.solve(left, right)
     i = ((at - knots[0]) / h).floor().long().clamp(0, n - 2)

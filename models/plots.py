@@ -62,9 +62,9 @@ def draw_schedules(curves: Sequence[Curve], title: str = "Noise levels") -> Imag
     for i, curve in enumerate(curves):
         colour = COLOURS[i % len(COLOURS)]
         if curve.told is not None:
-            _line(draw, _points(curve.told, low, high), colour, dashed=True)
+            line(draw, _points(curve.told, low, high), colour, dashed=True)
         points = _points(curve.sigmas, low, high)
-        _line(draw, points, colour)
+        line(draw, points, colour)
         for x, y in points:
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), colour)
     _legend(draw, curves)
@@ -112,7 +112,7 @@ def _ticks(low: float, high: float) -> list[float]:
     return [tick for tick in ticks if low + 0.05 * (high - low) < math.log10(tick) <= high]
 
 
-def _line(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], colour, dashed: bool = False) -> None:
+def line(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], colour, dashed: bool = False) -> None:
     for (x0, y0), (x1, y1) in pairwise(points):
         pieces = max(int(math.hypot(x1 - x0, y1 - y0) / 7), 1) if dashed else 1
         for i in range(0, pieces, 2):
@@ -131,7 +131,7 @@ def _legend(draw: ImageDraw.ImageDraw, curves: Sequence[Curve]) -> None:
         label = label if len(label) <= 60 else f"{label[:59]}…"
         right = WIDTH - RIGHT - 14
         draw.text((right - 44, y), label, INK, small, anchor="rm")
-        _line(draw, [(right - 34, y), (right, y)], colour, dashed)
+        line(draw, [(right - 34, y), (right, y)], colour, dashed)
         y += 24
 
 

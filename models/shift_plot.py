@@ -7,7 +7,7 @@ import math
 from PIL import Image, ImageDraw
 
 from .noise_shift import noise_word, shift_for
-from .plots import BOTTOM, COLOURS, FAINT, HEIGHT, INK, LEFT, PAPER, RIGHT, TOP, WIDTH, _font, _line
+from .plots import BOTTOM, COLOURS, FAINT, HEIGHT, INK, LEFT, PAPER, RIGHT, TOP, WIDTH, font, line
 from .profiles import Profile
 
 LEAST_REACH = math.log(1.25)  # the axis shows at least ratios from 1/1.25 to 1.25
@@ -17,7 +17,7 @@ def draw_shift(profile: Profile) -> Image.Image:
     """The ratio told / true of a flow's odds or of sigma, over sigma, with dots at the calibrated levels."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((LEFT, 16), profile.name if len(profile.name) <= 80 else f"{profile.name[:79]}…", INK, _font(22))
+    draw.text((LEFT, 16), profile.name if len(profile.name) <= 80 else f"{profile.name[:79]}…", INK, font(22))
     curves = {one.resolution: shift_for(profile, one.resolution)[0] for one in profile.alignments}
     ends = [at for curve in curves.values() for at in curve.at]
     low, high = min(ends), max(ends)
@@ -31,17 +31,17 @@ def draw_shift(profile: Profile) -> Image.Image:
     for i, (size, curve) in enumerate(curves.items()):
         colour = COLOURS[i % len(COLOURS)]
         points = [place(at, offset) for at, offset in zip(curve.at, curve.offset, strict=True)]
-        _line(draw, points, colour, dashed=i >= len(COLOURS))
+        line(draw, points, colour, dashed=i >= len(COLOURS))
         for x, y in points[1:-1]:
             draw.ellipse((x - 3, y - 3, x + 3, y + 3), colour)
         y = TOP + 14 + 22 * i
-        draw.text((WIDTH - RIGHT - 54, y), "x".join(map(str, size)), INK, _font(16), anchor="rm")
-        _line(draw, [(WIDTH - RIGHT - 46, y), (WIDTH - RIGHT - 10, y)], colour, dashed=i >= len(COLOURS))
+        draw.text((WIDTH - RIGHT - 54, y), "x".join(map(str, size)), INK, font(16), anchor="rm")
+        line(draw, [(WIDTH - RIGHT - 46, y), (WIDTH - RIGHT - 10, y)], colour, dashed=i >= len(COLOURS))
     return picture
 
 
 def _frame(draw: ImageDraw.ImageDraw, space: str, place, ends: tuple[float, float], reach: float) -> None:
-    small, bottom = _font(15), HEIGHT - BOTTOM
+    small, bottom = font(15), HEIGHT - BOTTOM
     ratios = (0.125, 0.25, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 8)
     shown = [ratio for ratio in ratios if abs(math.log(ratio)) <= reach]
     for ratio in shown:

@@ -68,8 +68,8 @@ class AttuneFitNoiseShift(io.ComfyNode):
                 io.Int.Input("native_height", default=1024, min=16, max=16384, step=8, tooltip="Its height."),
                 io.Combo.Input(
                     "preset", options=list(PRESETS), default="quick",
-                    tooltip="Per size: quick 8 pictures and 832 evaluations of the network, normal 16 and 6400, "
-                    "thorough 64 and 25600.",
+                    tooltip="Per size: quick 8 pictures and 832 evaluations of the network, normal 32 and 6656, "
+                    "thorough 128 and 26624.",
                 ),
                 io.Combo.Input(
                     "method", options=list(FITS), default="joint",

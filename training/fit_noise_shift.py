@@ -24,7 +24,7 @@ SIZES = "64x64, 80x80, 96x96, 112x112, 128x128"
 NATIVE = 128
 NAMES = {"unet": "Attune demo, noise shift", "flow": "Attune demo flow, noise shift"}
 FILES = {"unet": "attune_demo_shift", "flow": "attune_demo_flow_shift"}
-PRESETS = {"quick": 8, "normal": 16, "thorough": 64}  # pictures
+PRESETS = {"quick": 8, "normal": 32, "thorough": 128}  # pictures
 
 
 def pictures(count: int) -> tuple[list[Task], Tensor]:

@@ -1,7 +1,8 @@
 """Train the judge of the benchmarks: which object does a picture show? Minutes on one CPU core.
 
 With --data only: write benchmarks/data.safetensors, what the judge sees in training pictures of the benchmark's first
-tasks, plain and after the demo models' autoencoders.
+tasks, plain and after the demo models' autoencoders. With --sizes only: write benchmarks/data_sizes.safetensors, what
+it sees in fewer of them, made smaller as Attune Fit Noise Shift makes them smaller.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from harness import WEIGHTS, tasks
 from judge import SIDE, Judge, load_judge
 
 TASKS, PLACEMENTS = 384, 4
+SMALL_TASKS, SIDES = 96, (64, 80, 96, 112, 128)
 
 
 def disturb(x: Tensor, generator: torch.Generator) -> Tensor:
@@ -51,6 +53,26 @@ def describe_data() -> None:
     save_file({k: v.half().contiguous() for k, v in features.items()}, ROOT / "benchmarks" / "data.safetensors")
 
 
+@torch.no_grad()
+def describe_sizes() -> None:
+    """Features [SMALL_TASKS PLACEMENTS 256] of training pictures at each of the SIDES, by Lanczos' filter."""
+    use_host()
+    from comfy.utils import common_upscale
+
+    objects, palette, judge = load_objects(assets()), background_colours(), load_judge()
+    generator, work = torch.Generator().manual_seed(1), tasks(SMALL_TASKS)
+    rgba, colour = objects[[task.obj for task in work]], palette[[task.background for task in work]]
+    drawn = [compose(rgba, colour, generator) for _ in range(PLACEMENTS)]
+    features = {
+        str(side): torch.stack(
+            [judge.features(common_upscale(pictures, side, side, "lanczos", "disabled")) for pictures in drawn], 1
+        )
+        for side in SIDES
+    }
+    path = ROOT / "benchmarks" / "data_sizes.safetensors"
+    save_file({k: v.half().contiguous() for k, v in features.items()}, path)
+
+
 def in_and_out(checkpoint: dict[str, Tensor], pictures: Tensor) -> Tensor:
     """Pictures [n 3 h w] in 0..1 through the autoencoder of a checkpoint, as VAEEncode and VAEDecode do it."""
     use_host()
@@ -66,9 +88,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--data", action="store_true")
+    parser.add_argument("--sizes", action="store_true")
     args = parser.parse_args()
     if args.data:
         describe_data()
+        return
+    if args.sizes:
+        describe_sizes()
         return
     torch.manual_seed(0)
     torch.set_num_threads(1)

@@ -1,0 +1,360 @@
+"""Below the native size: what can the noise level that the network is told repair, and what can it not?
+
+python dev.py bench noise_shift [--models flow unet] [--sides 64 80 96 112 128] [--tasks 96] [--sweep 48]
+
+The demo models, trained at 128 px only, draw at each side. Compared are the plain model, the noise shift as fitted
+jointly and level by level, the best of a sweep of constant conditioning shifts (an oracle: it is chosen by the pictures
+themselves), the best stock ModelSamplingSD3 shift, schedules of ours with and without the noise shift, and pictures
+drawn at 128 px and made smaller, which show what a model that knew the size would do. Sweeps use other seeds than the
+table. The Fréchet distance is to training pictures of the same objects and backgrounds, made smaller to the same side;
+the judge sees both enlarged or reduced to its own 64 px by the same filter. ± is a standard error over six groups of
+seeds, for changes of the paired difference. Cached: run it again to continue. Writes docs/results/noise_shift.json,
+docs/results.md, the tables in docs/noise_shift.md, two pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+from torch import Tensor
+
+from comfy_process import ROOT, Host
+from harness import CACHE, Cell, Lab, Task, prompt, tasks
+from judge import HERE, corner_colours, load_judge, nearest_colour
+from looks import GROUPS, data
+from metrics import frechet, jackknife
+from results import DOCS, Table, markdown, record
+
+NATIVE, STEPS = 128, 20
+RUN = {"unet": ("dpmpp_2m", "karras"), "flow": ("euler", "simple")}  # solver and schedule
+OURS = "KL-optimal, c = 1.4"
+PROFILES = {
+    "joint": {model: ROOT / "models" / "profiles" / f"{file}.json" for model, file in
+              (("unet", "attune_demo_shift"), ("flow", "attune_demo_flow_shift"))},
+    "per level": {model: HERE / "per_level" / f"{file}.json" for model, file in
+                  (("unet", "attune_demo_shift"), ("flow", "attune_demo_flow_shift"))},
+}  # fmt: skip
+OFFSETS = (-0.6, -0.4, -0.2, -0.1, 0.1, 0.2, 0.4, 0.6)  # of the oracle, in ln(sigma / alpha)
+SHIFTS = (1.0, 1.5, 2.0, 4.0, 6.0)  # of ModelSamplingSD3; the flow model's own is 3
+SWEEP_SEED = 100000
+BEGIN, END = "<!-- measured: python dev.py bench noise_shift -->", "<!-- end -->"
+KNOTS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
+
+
+@dataclass
+class Row:
+    """One setting at one side. change: of the Fréchet distance against plain, in percent; None for plain itself."""
+
+    model: str
+    side: int
+    label: str
+    frechet: tuple[float, float]
+    change: tuple[float, float] | None
+    object: tuple[float, float]
+    background: tuple[float, float]
+    note: str = ""
+
+
+@lru_cache(maxsize=1)
+def small_data() -> dict[str, Tensor]:
+    """Side -> the judge's features [tasks placements 256] of training pictures made smaller."""
+    return {side: value.double() for side, value in load_file(HERE / "data_sizes.safetensors").items()}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the judge sees in pictures: features [n 256], right object [n], right background [n]."""
+
+    features: Tensor
+    objects: Tensor
+    backgrounds: Tensor
+
+    @classmethod
+    def of(cls, pictures: Tensor, work: list[Task]) -> Seen:
+        features, logits = load_judge()(pictures)
+        objects, backgrounds = torch.tensor([[task.obj, task.background] for task in work]).T
+        right = nearest_colour(corner_colours(pictures)) == backgrounds
+        return cls(features.double(), logits.argmax(1) == objects, right)
+
+    def frechet(self, side: int, kept: Tensor) -> float:
+        """To the data at this side, in the principal axes of the data at the native size."""
+        axes = data()["axes"]
+        return frechet(small_data()[str(side)][kept].flatten(0, 1) @ axes, self.features[kept] @ axes)
+
+
+class Bench:
+    """The settings of one model, drawn and judged."""
+
+    def __init__(self, lab: Lab, model: str, say: Callable[[str], None]):
+        self.lab, self.model, self.say = lab, model, say
+        self.sampler, self.schedule = RUN[model]
+        self.names = {method: self._add(file[model]) for method, file in PROFILES.items() if file[model].exists()}
+
+    def seen(self, cell: Cell, work: list[Task]) -> Seen:
+        drawn = self.lab.run(cell, work, lambda text: self.say(f"{self.model} {cell.side} px: {text}"))
+        return Seen.of(self.lab.pictures(self.model, drawn.latents), work)
+
+    def cell(self, side: int, *nodes: tuple, schedule: str = "") -> Cell:
+        """`nodes` before the sampler; the levels are those of the model behind the stock nodes among them."""
+        stock = tuple(node for node in nodes if not node[0].startswith("Attune"))
+        if stock:
+            model = self.lab.patched(self.model, stock)
+            given = {"model": model, "scheduler": self.schedule, "steps": STEPS, "denoise": 1.0}
+            (sigmas,) = self.lab.host.call("BasicScheduler", **given)
+            return Cell(self.model, self.sampler, tuple(sigmas.tolist()), nodes=nodes, side=side)
+        sigmas = self.lab.sigmas(self.model, schedule or self.schedule, STEPS)
+        return Cell(self.model, self.sampler, sigmas, nodes=nodes, side=side)
+
+    def constant(self, side: int, offset: float) -> Cell:
+        """The same conditioning shift at every level."""
+        return self.cell(side, ("AttuneNoiseShift", (("profile", self._constant(offset)), ("strength", 1.0))))
+
+    def fitted(self, side: int, method: str, schedule: str = "") -> Cell:
+        node = ("AttuneNoiseShift", (("profile", self.names[method]), ("strength", 1.0)))
+        return self.cell(side, node, schedule=schedule)
+
+    def best(self, cells: dict[float, Cell], side: int, work: list[Task]) -> float:
+        """The key of the cell of least Fréchet distance."""
+        everything = torch.arange(len(work))
+        found = {key: self.seen(cell, work).frechet(side, everything) for key, cell in cells.items()}
+        return min(found, key=found.__getitem__)
+
+    def made_smaller(self, side: int, work: list[Task]) -> Seen:
+        drawn = self.lab.run(self.cell(NATIVE), work, lambda text: self.say(f"{self.model} native: {text}"))
+        pictures = self.lab.pictures(self.model, drawn.latents)
+        return Seen.of(smaller(pictures, side), work)
+
+    def _add(self, file: Path) -> str:
+        """Put a profile where the host finds it; its name there changes with its content."""
+        name = f"{file.parent.name} {file.stem} {hash_of(file.read_text('utf-8'))}.json"
+        return self._write(name, file.read_text("utf-8"))
+
+    def _constant(self, offset: float) -> str:
+        ends = {"ve": lambda s: math.exp(s), "flow": lambda s: 1 / (1 + math.exp(-s))}
+        space = "flow" if self.model == "flow" else "ve"
+        about = self.lab.models[self.model]
+        at = [math.log(s / (1 - s)) for s in KNOTS] if space == "flow" else [-3.0, -1.0, 0.0, 1.0, 2.0]
+        curve = {"sigma": [ends[space](a) for a in at], "sigma_hat": [ends[space](a + offset) for a in at]}
+        profile = {
+            "format": 1, "kind": "noise_shift", "name": f"constant {offset:+g}", "method": "constant", "space": space,
+            "families": [type(about.model.model_config).__name__], "resolution": [NATIVE, NATIVE],
+            "source": "benchmarks/noise_shift.py",
+            "alignments": [{"resolution": [side, side], **curve} for side in range(64, 129, 16)],
+        }  # fmt: skip
+        return self._write(f"constant {space} {offset:+g}.json", json.dumps(profile))
+
+    def _write(self, name: str, text: str) -> str:
+        folder = self.lab.host.folders / "models" / "attune"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, "utf-8")
+        return name
+
+
+def hash_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def smaller(pictures: Tensor, side: int) -> Tensor:
+    """[n 3 side side] by the filter of the data."""
+    if pictures.shape[-1] == side:
+        return pictures
+    from comfy.utils import common_upscale
+
+    return common_upscale(pictures, side, side, "lanczos", "disabled")
+
+
+def measure(bench: Bench, side: int, work: list[Task], sweep: list[Task]) -> list[Row]:
+    """All settings at one side."""
+    constants = {offset: bench.constant(side, offset) for offset in OFFSETS} | {0.0: bench.cell(side)}
+    oracle = bench.best(constants, side, sweep)
+    settings: dict[str, tuple[Callable[[], Seen], str]] = {
+        "plain": (lambda: bench.seen(bench.cell(side), work), ""),
+        **{
+            f"noise shift, {method}": (lambda method=method: bench.seen(bench.fitted(side, method), work), "")
+            for method in bench.names
+        },
+        "best constant shift (oracle)": (lambda: bench.seen(constants[oracle], work), f"offset {oracle:+g}"),
+        OURS: (lambda: bench.seen(bench.cell(side, schedule=OURS), work), ""),
+    }
+    if "joint" in bench.names:
+        both = lambda: bench.seen(bench.fitted(side, "joint", OURS), work)
+        settings[f"{OURS} + noise shift, joint"] = (both, "")
+    if bench.model == "flow":
+        sd3 = {shift: bench.cell(side, ("ModelSamplingSD3", (("shift", shift),))) for shift in SHIFTS}
+        chosen = bench.best(sd3 | {3.0: bench.cell(side)}, side, sweep)
+        stock = sd3.get(chosen, bench.cell(side))
+        settings["ModelSamplingSD3, best shift"] = (lambda: bench.seen(stock, work), f"shift {chosen:g}")
+    if side < NATIVE:
+        settings["drawn at 128 px, made smaller"] = (lambda: bench.made_smaller(side, work), "")
+    plain, rows = settings["plain"][0](), []
+    for label, (see, note) in settings.items():
+        seen = plain if label == "plain" else see()
+        rows.append(row_of(bench.model, side, label, seen, None if label == "plain" else plain, note))
+    return rows
+
+
+def row_of(model: str, side: int, label: str, seen: Seen, plain: Seen | None, note: str) -> Row:
+    count = len(seen.features)
+    spread = lambda measure: jackknife(measure, count, GROUPS)
+    change = None
+    if plain is not None:
+        change = spread(lambda kept: 100 * (seen.frechet(side, kept) / plain.frechet(side, kept) - 1))
+    share = lambda right: spread(lambda kept: 100 * float(right[kept].double().mean()))
+    distance = spread(lambda kept: seen.frechet(side, kept))
+    return Row(model, side, label, distance, change, share(seen.objects), share(seen.backgrounds), note)
+
+
+def distances(rows: list[Row], model: str) -> Table:
+    """Settings down, sides across: the Fréchet distance, its change against plain, and what the sweep chose."""
+    sides = sorted({row.side for row in rows})
+    body: list[list] = []
+    for label in dict.fromkeys(row.label for row in rows):
+        line: list = [label]
+        for side in sides:
+            found = next((row for row in rows if (row.label, row.side) == (label, side)), None)
+            line.append(None if found is None else text_of(found))
+        low = [row.change[0] for row in rows if row.label == label and row.change and row.side < NATIVE]
+        line.append(f"{sum(low) / len(low):+.1f} %" if low else None)
+        body.append(line)
+    columns = ["setting", *(f"{side} px" for side in sides), "mean change below 128 px"]
+    sampler, schedule = RUN[model]
+    note = f"{STEPS} steps of {sampler} on {schedule}, cfg 3. In brackets the change against plain in percent."
+    return Table(f"{model}: Fréchet distance to the data at the same size", columns, body, note)
+
+
+def text_of(row: Row) -> str:
+    text = f"{row.frechet[0]:.2f} ± {row.frechet[1]:.2f}"
+    if row.change is not None:
+        text += f" ({row.change[0]:+.0f} ± {row.change[1]:.0f})"
+    return f"{text}, {row.note}" if row.note else text
+
+
+def shown(rows: list[Row], model: str) -> Table:
+    """Settings down, sides across: how many pictures show what the prompt says."""
+    sides = sorted({row.side for row in rows})
+    body: list[list] = []
+    for label in dict.fromkeys(row.label for row in rows):
+        found = {row.side: row for row in rows if row.label == label}
+        cells = [f"{found[s].object[0]:.0f} / {found[s].background[0]:.0f}" if s in found else None for s in sides]
+        body.append([label, *cells])
+    return Table(f"{model}: object / background right, %", ["setting", *(f"{side} px" for side in sides)], body)
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Fréchet distance over the side, a panel per model, a line per setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure, axes = plt.subplots(
+        1, len(models), figsize=(5 * len(models) + 2.5, 3.6), layout="constrained", squeeze=False
+    )
+    for axis, model in zip(axes[0], models, strict=True):
+        for label in dict.fromkeys(row.label for row in rows if row.model == model):
+            line = sorted((r for r in rows if (r.model, r.label) == (model, label)), key=lambda r: r.side)
+            values, spread = zip(*(r.frechet for r in line), strict=True)
+            axis.errorbar([r.side for r in line], values, spread, marker=".", lw=1.2, label=label)
+        axis.set(title=model, xlabel="side in pixels", yscale="log")
+        axis.set_xticks(sorted({r.side for r in rows}), [str(s) for s in sorted({r.side for r in rows})])
+    axes[0][0].set_ylabel("Fréchet distance")
+    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def grid(bench: Bench, sides: list[int], work: list[Task], path: Path, tile: int = 112) -> None:
+    """A few prompts: for every side plain, noise shift, and drawn large and made smaller."""
+    work, left = work[:16], 150
+    rows: list[tuple[str, Tensor]] = []
+    for side in sides:
+        settings = {"plain": bench.cell(side)}
+        if "joint" in bench.names:
+            settings["noise shift"] = bench.fitted(side, "joint")
+        for label, cell in settings.items():
+            drawn = bench.lab.run(cell, work).latents[:8]
+            rows.append((f"{side} px, {label}", bench.lab.pictures(bench.model, drawn)))
+        if side < NATIVE:
+            drawn = bench.lab.run(bench.cell(NATIVE), work).latents[:8]
+            rows.append((f"{side} px of 128", smaller(bench.lab.pictures(bench.model, drawn), side)))
+    canvas = Image.new("RGB", (left + 8 * tile, 20 + tile * len(rows)), "white")
+    pen = ImageDraw.Draw(canvas)
+    pen.text((4, 4), f"{bench.model}: " + ", ".join(prompt(t.obj, t.background) for t in work[:3]) + " …", "black")
+    for i, (label, pictures) in enumerate(rows):
+        pen.text((4, 20 + tile * i + tile // 2 - 6), label, "black")
+        enlarged = F.interpolate(pictures, (tile, tile), mode="nearest")
+        strip = (torch.cat(list(enlarged), 2).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+        canvas.paste(Image.fromarray(strip), (left, 20 + tile * i))
+    canvas.save(path, quality=88)
+
+
+def write_page(tables: list[Table], out: Path) -> None:
+    """Put tables between the marks of docs/noise_shift.md."""
+    path = out / "noise_shift.md"
+    if path.exists():
+        head, _, tail = path.read_text("utf-8").partition(BEGIN)
+        body = "\n".join(map(markdown, tables))
+        path.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail.partition(END)[2]}", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(RUN), default=["flow", "unet"])
+    parser.add_argument("--sides", nargs="+", type=int, default=[64, 80, 96, 112, 128])
+    parser.add_argument("--tasks", type=int, default=96)
+    parser.add_argument("--sweep", type=int, default=48, help="pictures by which the sweeps choose")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--out", type=Path, default=DOCS)
+    args = parser.parse_args()
+    most = len(next(iter(small_data().values())))
+    if not 2 * GROUPS <= args.tasks <= most:
+        parser.error(f"--tasks must be {2 * GROUPS} to {most}: the data holds so many")
+    if set(map(str, args.sides)) - set(small_data()):
+        parser.error(f"--sides must be among {', '.join(small_data())}")
+    began, tables, rows = time.perf_counter(), [], []
+    say = lambda text: print(f"\r{text}   ", end="", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        lab = Lab(Host(Path(folder)), args.cache)
+        work, sweep = tasks(args.tasks), tasks(args.sweep, SWEEP_SEED)
+        benches = {model: Bench(lab, model, say) for model in args.models}
+        for model, bench in benches.items():
+            mine = [row for side in args.sides for row in measure(bench, side, work, sweep)]
+            tables += [distances(mine, model), shown(mine, model)]
+            rows += mine
+            grid(
+                bench,
+                sorted({min(args.sides), *(s for s in args.sides if s == 96)}),
+                work,
+                args.out / f"noise_shift_{model}.jpg",
+            )
+    print("\r" + " " * 70)
+    plot(rows, args.out / "noise_shift.png")
+    write_page(tables, args.out)
+    notes = [" ".join(__doc__.split("\n\n")[2].split())]
+    notes.append(f"{args.tasks} pictures per setting, {args.sweep} others for the sweeps; {GROUPS} groups of seeds.")
+    facts = [
+        {"model": r.model, "side": r.side, "setting": r.label, "frechet": r.frechet, "change": r.change,
+         "object": r.object, "background": r.background, "note": r.note}
+        for r in rows
+    ]  # fmt: skip
+    pictures = ["noise_shift.png", *(f"noise_shift_{model}.jpg" for model in args.models)]
+    result = record("noise_shift", "Noise shift below the native size", tables, began, pictures, notes, args.out, facts)
+    print("\n".join(markdown(Table(**table)) for table in result["tables"]))
+
+
+if __name__ == "__main__":
+    main()
