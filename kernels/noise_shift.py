@@ -1,4 +1,4 @@
-"""What to tell the network about the noise of a picture smaller than it was trained on (NoiseShift, arXiv 2510.02307).
+"""What to tell the network about the noise of a picture smaller than it was trained on (NoiseShift, He et al. 2025).
 
 The same sigma destroys more of a small picture than of a large one. The schedule stays; the network is told a level
 sigma_hat at which it denoises clean pictures of the size at hand best. Pictures x0 are noised to a level, every
@@ -27,6 +27,7 @@ PENALTIES = (1e3, 10.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of roughness, from o
 FINEST = 0.004  # log units between the offsets that the joint fit can choose
 SAME = 2.0  # standard errors within which a smoother curve counts as equally good
 PROOF = 3.0  # standard deviations of a normal that the held-out gain must be away from none
+LEAST_GAIN = 0.01  # of the loss; less is real perhaps, but not worth another network input
 FEWEST = 4  # pictures: two to fit on, two to hold out
 
 
@@ -98,7 +99,7 @@ def fit_joint(
     With L_i(d) the mean loss at level i, told d log units more, the curve minimises
     sum_i L_i(d_i) / L_i(0) + mu sum_i (d_{i+1} - d_i)^2, exactly, over a fine grid on splines of the losses. Each half
     of the pictures is judged by the curve of the other half. The largest mu that is not worse than the best by two
-    standard errors is taken; its curve from all pictures stands if the judged gain is beyond chance, else the identity.
+    standard errors is taken; its curve from all pictures stands if the judged gain is beyond chance and at least 1 %.
     """
     sigmas = calibration_levels(preset.levels, space, limits)
     tried = torch.linspace(-WIDEST, WIDEST, preset.offsets, dtype=torch.float64)
@@ -125,11 +126,12 @@ def joint_shift(losses: Tensor, tried: Tensor, sigmas: Tensor, space: NoiseSpace
     mu = next(mu for mu in PENALTIES if _mean_over_error(judged[mu] - best) <= SAME)
     change = judged[mu] - fine[..., len(grid) // 2].mean(1)
     t, needed = _mean_over_error(change), -students_t(PROOF, len(fine) - 1)
-    accepted = t < needed
+    gain = -float(change.mean())
+    accepted = t < needed and gain >= LEAST_GAIN
     chosen = grid[smoothest(fine.mean(0), grid, mu)] if accepted else torch.zeros(len(sigmas), dtype=torch.float64)
     told = _told(sigmas, chosen, space, limits) if accepted else sigmas
     return Shift(
-        tuple(sigmas.tolist()), tuple(told.tolist()), -float(change.mean()), t, needed, accepted, mu,
+        tuple(sigmas.tolist()), tuple(told.tolist()), gain, t, needed, accepted, mu,
         tuple(fine.mean(0).min(1).values.tolist()),
     )  # fmt: skip
 

@@ -172,7 +172,7 @@ def shift_report(size: Size, shift: Shift, space: NoiseSpace) -> str:
         verdict = f"loss {-shift.gain:+.2%} on held-out pictures, t {shift.t:.1f} (needed {shift.needed:.1f}): kept"
     else:
         verdict = (
-            f"nothing to gain: loss {-shift.gain:+.2%} on held-out pictures, t {shift.t:.1f} (needed "
+            f"nothing to gain: loss {-shift.gain:+.2%} on held-out pictures, t {shift.t:.1f} (needed -1 % and "
             f"{shift.needed:.1f}); the network is told the true levels"
         )
     return f"{_text(size)}: {verdict}.\n  sigma, offset in log units (least loss of any candidate): {per_level}"

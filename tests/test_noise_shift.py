@@ -94,6 +94,12 @@ def test_a_shift_that_changes_with_the_level_is_followed():
     assert (told + kappa(told) - VE.log_ratio(torch.tensor(shift.sigma).double()))[1:-1].abs().max() < 0.12
 
 
+def test_a_gain_of_less_than_a_percent_is_left_alone_however_sure():
+    shift, _ = calibrate(fit_joint, mixture_latent(VE), "eps", 0.08, 1024, QUICK)
+    assert shift.t < 1.5 * shift.needed and 0 < shift.gain < 0.01
+    assert not shift.accepted and shift.sigma_hat == shift.sigma
+
+
 def test_forty_networks_that_hear_right_are_left_alone():
     accepted = 0
     for seed in range(40):

@@ -31,6 +31,7 @@ SMOKE = {
         "calibrated",
     ],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
+    "noise_shift": ["--tasks", "12", "--sweep", "4", "--sides", "64", "--models", "flow", "--steps", "4"],
     "peers": ["--tasks", "12", "--steps", "10"],
 }
 
@@ -143,3 +144,18 @@ def test_reused_features_are_weighed_against_fewer_steps(tmp_path):
     )
     assert any(label.startswith("calibrated") for label in rows)
     assert "| DeepCache 3 |" in printed and min(Image.open(tmp_path / "encoder_propagation.png").size) > 200
+
+
+@pytest.mark.host
+def test_small_pictures_are_measured_beside_an_oracle_and_the_stock_shift(tmp_path):
+    (tmp_path / "noise_shift.md").write_text(
+        "before <!-- measured: python dev.py bench noise_shift --> old <!-- end --> after"
+    )
+    printed = run("noise_shift", tmp_path, *SMOKE["noise_shift"])
+    rows = {r["setting"]: r for r in json.loads((tmp_path / "results" / "noise_shift.json").read_text())["data"]}
+    oracle, stock = rows["best constant shift (oracle)"], rows["ModelSamplingSD3, best shift"]
+    assert rows["plain"]["change"] is None and oracle["note"].startswith("offset") and stock["note"].startswith("shift")
+    # A model that was only ever shown 128 px draws a crop at 64 px.
+    assert rows["drawn at 128 px, made smaller"]["frechet"][0] < rows["plain"]["frechet"][0]
+    assert "| plain |" in printed and " old " not in (tmp_path / "noise_shift.md").read_text()
+    assert min(Image.open(tmp_path / "noise_shift_flow.jpg").size) > 200
