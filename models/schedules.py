@@ -38,8 +38,13 @@ class NoiseRange:
     config_hash: str = ""
 
 
+def published_profiles() -> dict[str, Profile]:
+    """The shipped tables of others by name, without what we tuned ourselves."""
+    return {name: one for name, one in shipped_profiles().items() if one.sigmas and not one.is_fitted}
+
+
 def schedule_names() -> list[str]:
-    return [AUTO, *(name for name, one in shipped_profiles().items() if one.sigmas), *CLOSED_FORMS]
+    return [AUTO, *published_profiles(), *CLOSED_FORMS]
 
 
 def schedule(
@@ -79,8 +84,7 @@ def resample_profile(profile: Profile, steps: int, denoise: float = 1.0) -> Sigm
 
 
 def _profile_for_model(resolution: tuple[int, int] | None, model: NoiseRange) -> Profile:
-    published = [profile for profile in shipped_profiles().values() if profile.sigmas and not profile.is_fitted]
-    profile = pick_profile(published, model.families, resolution)
+    profile = pick_profile(published_profiles().values(), model.families, resolution)
     if profile is None:
         raise ValueError(
             f"'auto' knows no schedule for the model family {model.families[0]}. Choose '{next(iter(CLOSED_FORMS))}' "

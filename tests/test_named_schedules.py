@@ -9,7 +9,7 @@ from pack.kernels.ays import kl_optimal
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
 from pack.models.profiles import shipped_profiles
-from pack.models.schedules import CLOSED_FORMS, NoiseRange, schedule, schedule_names
+from pack.models.schedules import CLOSED_FORMS, NoiseRange, published_profiles, schedule, schedule_names
 
 SD15 = NoiseRange(("SD15", "BASE"), "ve", 0.0292, 14.6146)
 SDXL = NoiseRange(("SSD1B", "SDXL", "BASE"), "ve", 0.0292, 14.6146)
@@ -17,7 +17,7 @@ SD3 = NoiseRange(("SD3", "BASE"), "flow", 0.003, 1.0)
 
 
 def test_the_list_starts_with_auto_and_has_every_profile_and_closed_form():
-    assert schedule_names() == ["auto", *shipped_profiles(), *CLOSED_FORMS]
+    assert schedule_names() == ["auto", *published_profiles(), *CLOSED_FORMS]
 
 
 @pytest.mark.parametrize(("model", "name"), [(SD15, "AYS SD 1.5"), (SDXL, "AYS SDXL")])
