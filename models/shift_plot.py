@@ -17,7 +17,7 @@ def draw_shift(profile: Profile) -> Image.Image:
     """The ratio told / true of a flow's odds or of sigma, over sigma, with dots at the calibrated levels."""
     picture = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     draw = ImageDraw.Draw(picture)
-    draw.text((LEFT, 16), profile.name if len(profile.name) <= 80 else f"{profile.name[:79]}…", INK, font(22))
+    draw.text((LEFT, 16), profile.name if len(profile.name) <= 48 else f"{profile.name[:47]}…", INK, font(22))
     curves = {one.resolution: shift_for(profile, one.resolution)[0] for one in profile.alignments}
     ends = [at for curve in curves.values() for at in curve.at]
     low, high = min(ends), max(ends)
@@ -58,4 +58,4 @@ def _frame(draw: ImageDraw.ImageDraw, space: str, place, ends: tuple[float, floa
             draw.text((x, bottom + 8), f"{sigma:g}", INK, small, anchor="ma")
     draw.line((LEFT, TOP, LEFT, bottom, WIDTH - RIGHT, bottom), INK, 2)
     draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 28), "sigma", INK, small, anchor="ma")
-    draw.text((LEFT - 60, TOP - 8), f"told / true {noise_word(space)}", INK, small, anchor="lb")
+    draw.text((WIDTH - RIGHT, TOP - 10), f"told / true {noise_word(space)}", INK, small, anchor="rb")
