@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,6 +29,8 @@ from judge import BACKGROUNDS, OBJECTS
 CACHE = ROOT / ".host" / "bench"
 WEIGHTS = {"unet": "attune_demo.safetensors", "flow": "attune_demo_flow.safetensors"}
 BATCH = 16
+ANY = -1
+LOADERS = {"profile": ("AttuneLoadProfile", "profile_name")}
 FORMAT = 2  # raise it when the way of sampling below changes
 
 
@@ -44,8 +46,11 @@ def article(name: str) -> str:
 
 
 def prompt(obj: int, background: int) -> str:
-    """The plainest wording for an object and a background of the vocabulary, by index."""
-    o, b = OBJECTS[obj], list(BACKGROUNDS)[background]
+    """The plainest wording for an object and a background of the vocabulary, by index; ANY leaves that open."""
+    o = OBJECTS[obj]
+    if background == ANY:
+        return f"{article(o)} {o}"
+    b = list(BACKGROUNDS)[background]
     return f"{article(o)} {o} on {article(b)} {b} background"
 
 
@@ -162,18 +167,23 @@ class Lab:
             facts += [cell.nodes, _code_digest() if any(node.startswith("Attune") for node, _ in cell.nodes) else ""]
         return self.cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
-    def patched(self, model: str, nodes: tuple[tuple[str, tuple], ...]):
-        """A demo MODEL after some MODEL -> MODEL nodes."""
+    def patched(self, model: str, nodes: tuple[tuple[str, tuple], ...], part: Sequence[Task] = ()):
+        """A demo MODEL after some MODEL -> MODEL nodes, for the tasks of a batch."""
         patched = self.models[model]
         for node, inputs in nodes:
-            given = dict(inputs)
-            if "profile" in given:
-                (given["profile"], _) = self.host.call("AttuneLoadProfile", profile_name=given["profile"])
+            given = {name: self.given(name, value, part) for name, value in inputs}
             patched = self.host.call(node, model=patched, **given)[0]
         return patched
 
+    def given(self, name: str, value, part: Sequence[Task]):
+        """What a node gets for an input: a profile is named in the cell; a benchmark may name other things, too."""
+        if name in LOADERS and isinstance(value, str):
+            node, key = LOADERS[name]
+            return self.host.call(node, **{key: value})[0]
+        return value
+
     def _draw(self, cell: Cell, part: list[Task]) -> Drawn:
-        call, model = self.host.call, self.patched(cell.model, cell.nodes)
+        call, model = self.host.call, self.patched(cell.model, cell.nodes, part)
         channels = model.get_model_object("latent_format").latent_channels
         (solver,) = call("KSamplerSelect", sampler_name=cell.sampler)
         (guider,) = call(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .space import NoiseSpace
-from .types import Latent, Sigma
+from .types import Latent, Sigma, Sigmas
 
 
 def _as_column(value: Tensor, x: Tensor) -> Tensor:
@@ -115,6 +115,40 @@ class PowerLawField:
     @staticmethod
     def _filter(x: Latent, gain: Tensor) -> Latent:
         return torch.fft.ifft2(torch.fft.fft2(x) * gain).real
+
+
+@dataclass(frozen=True)
+class SharedLevel:
+    """Latents [b c h w] on VE whose pixels are independent but for one level that all pixels of a channel share.
+
+    x0 ~ N(mean, std^2 I + spread^2 11^T): `spread` is that of the level, a picture's brightness. mean: [c 1 1].
+    """
+
+    mean: Tensor
+    std: float
+    spread: float
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Latent:
+        level = torch.randn(*shape[:2], 1, 1, generator=generator, dtype=self.mean.dtype)
+        return (
+            self.mean + self.spread * level + self.std * torch.randn(*shape, generator=generator, dtype=self.mean.dtype)
+        )
+
+    def variances(self, pixels: int) -> tuple[float, float]:
+        """Along the shared level, a direction of unit length among `pixels`, and across it."""
+        return self.std**2 + pixels * self.spread**2, self.std**2
+
+    def denoise(self, x: Latent, sigma: Sigma) -> Latent:
+        level, pixel = self.variances(x.shape[-2] * x.shape[-1])
+        sigma, away = _as_column(sigma, x), x - self.mean.to(x)
+        shared = away.mean((-2, -1), keepdim=True)
+        return self.mean.to(x) + level / (level + sigma**2) * shared + pixel / (pixel + sigma**2) * (away - shared)
+
+
+def euler_gain(variance: float, sigmas: Sigmas) -> Tensor:
+    """By what Euler's method multiplies a deviation of this variance at sigmas[0]; exactly, the map is linear."""
+    ratio = sigmas[1:] / sigmas[:-1]
+    return (ratio + (1 - ratio) * variance / (variance + sigmas[:-1] ** 2)).prod()
 
 
 def gaussian_kl(std_out: Tensor, std: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--text-steps", type=int, default=1200)
     parser.add_argument("--unet-steps", type=int, default=9000)
     parser.add_argument("--flow-steps", type=int, default=7500)
+    parser.add_argument("--one-more-step-steps", type=int, default=2000)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     for channels in (4, 16):
@@ -42,6 +43,7 @@ def main() -> None:
         words = ("--channels", channels, "--decoder-only", "--steps", args.decoder_steps, "--threads", args.threads)
         stage("train_autoencoder.py", *words)
     stage("export.py")
+    stage("train_one_more_step.py", "--steps", args.one_more_step_steps, "--threads", args.threads)
 
 
 if __name__ == "__main__":

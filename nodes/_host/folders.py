@@ -11,6 +11,8 @@ from ...models.profiles import SUFFIX, Profile, load_profile, save_profile, ship
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "models" / "weights"
 FOLDER = "attune"  # models/attune, or wherever extra_model_paths.yaml sends it
+MODULES = "one_more_step"  # likewise: networks of One More Step
+SHIPPED_MODULES = WEIGHTS.with_name(MODULES)
 
 
 def register_folders() -> None:
@@ -20,6 +22,9 @@ def register_folders() -> None:
     own = os.path.join(folder_paths.models_dir, FOLDER)
     paths = [*configured, *([] if own in configured else [own])]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {SUFFIX})
+    configured, _ = folder_paths.folder_names_and_paths.get(MODULES, ([], set()))
+    paths = [*configured, os.path.join(folder_paths.models_dir, MODULES), str(SHIPPED_MODULES)]
+    folder_paths.folder_names_and_paths[MODULES] = (list(dict.fromkeys(paths)), {".safetensors"})
 
 
 def user_profile_names() -> list[str]:
@@ -60,6 +65,40 @@ def keep_profile(profile: Profile, name: str = "", replace: bool = False) -> Pat
             f"The profile could not be saved in {_folder()}: {error.strerror}. Make room or allow writing there, then "
             "run again."
         ) from error
+
+
+def module_names() -> list[str]:
+    """The networks of One More Step that can be loaded, the pack's own among them."""
+    return folder_paths.get_filename_list(MODULES)
+
+
+def module_path(name: str) -> Path:
+    """The file of that name; ValueError with the choices when there is none."""
+    path = folder_paths.get_full_path(MODULES, name)
+    if path is None:
+        raise ValueError(
+            f"There is no '{name}' in {module_folder()}. Put the file there and press R to refresh, or choose one of: "
+            f"{', '.join(module_names())}."
+        )
+    return Path(path)
+
+
+def module_folder() -> Path:
+    """Where new networks of One More Step are kept."""
+    return Path(folder_paths.get_folder_paths(MODULES)[0])
+
+
+def find_folder(name: str) -> Path:
+    """A folder by its path, or by its name inside the host's input or output; ValueError when there is none."""
+    places = [Path(name), *(Path(get()) / name for get in
+                            (folder_paths.get_input_directory, folder_paths.get_output_directory))]  # fmt: skip
+    found = next((place for place in places if name and place.is_absolute() and place.is_dir()), None)
+    if found is None:
+        raise ValueError(
+            f"There is no folder '{name}' in ComfyUI's input or output. Save latents there with SaveLatent, or give "
+            "a whole path."
+        )
+    return found
 
 
 def _folder() -> Path:

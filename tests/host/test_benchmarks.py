@@ -30,6 +30,7 @@ SMOKE = {
         "top level fresh, every 3",
         "calibrated",
     ],
+    "one_more_step": ["--tasks", "12", "--seeds", "12", "--steps", "4", "--cfg", "1"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "4"],
     "peers": ["--tasks", "12", "--steps", "10"],
@@ -161,3 +162,14 @@ def test_small_pictures_are_measured_beside_an_oracle_and_the_stock_shift(tmp_pa
     assert "832 evaluations a size" in printed and mended != wrong and rows["told right"]["change"] is None
     assert "| plain |" in printed and " old " not in (tmp_path / "noise_shift.md").read_text()
     assert min(Image.open(tmp_path / "noise_shift_flow.jpg").size) > 200
+
+
+@pytest.mark.host
+def test_one_more_step_repairs_a_start_that_lacks_the_picture(tmp_path):
+    printed = run("one_more_step", tmp_path, *SMOKE["one_more_step"])
+    rows = json.loads((tmp_path / "results" / "one_more_step.json").read_text())["data"]
+    found = {(row["start"], row["label"]): row["summary"]["brightness"][0] for row in rows}
+    assert len(rows) == 4 + 3
+    assert found["SD's", "One More Step"] < 0.4 * found["SD's", "plain"] > 20
+    assert "| data: every background once |" in printed
+    assert min(Image.open(tmp_path / "one_more_step.png").size) > 100

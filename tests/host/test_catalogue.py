@@ -22,6 +22,12 @@ IDS = [
     "AttuneEncoderPropagation",
     "AttuneFitEncoderPropagation",
     "AttuneBlockPropagation",
+    "AttuneLoadOneMoreStep",
+    "AttuneOneMoreStep",
+    "AttuneOneMoreStepPredict",
+    "AttuneOneMoreStepNoise",
+    "AttuneSignalLeak",
+    "AttuneTrainOneMoreStep",
     "AttuneCompare",
 ]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))

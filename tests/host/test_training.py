@@ -34,9 +34,10 @@ def trained(tmp_path_factory):
     (work / "vocabulary.json").write_text(json.dumps(vocabulary))
     environment = {
         **os.environ, "ATTUNE_TRAINING": str(work), "ATTUNE_VOCABULARY": str(work / "vocabulary.json"),
-        "ATTUNE_WEIGHTS": str(work / "weights"), "OMP_NUM_THREADS": "1",
+        "ATTUNE_WEIGHTS": str(work / "weights"), "ATTUNE_ONE_MORE_STEP": str(work / "modules"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     words = ["--autoencoder-steps", 4, "--decoder-steps", 2, "--text-steps", 100, "--unet-steps", 3, "--flow-steps", 3]
+    words += ["--one-more-step-steps", 3]
     command = [sys.executable, str(ROOT / "training/train_demo.py"), "--threads", "1", *map(str, words)]
     runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:] + runs[1].stderr[-3000:]
@@ -67,6 +68,8 @@ def test_a_second_run_finds_everything_done(trained):
     assert '"step"' not in printed.split("export.py")[0]
     facts = json.loads((work / "weights" / "attune_demo.json").read_text())
     assert facts["models"]["attune_demo"]["steps"] == 3
+    report = json.loads((work / "modules" / "attune_demo.json").read_text())
+    assert report["steps"] == 3 and 0 < report["floors"]["within_a_caption"] < report["floors"]["mean_of_all"]
 
 
 @pytest.mark.parametrize("channels", [4, 16])

@@ -1,0 +1,227 @@
+"""Train a network of One More Step inside the host: examples from files, progress, preview, stop and go on."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import latent_preview
+import torch
+from torch import Tensor
+
+from ...kernels.one_more_step import SignalLeak, clean_of_v
+from ...kernels.one_more_step_training import Training
+from ...models.one_more_step import Architecture, read_tensors, save_module, write_tensors
+from .folders import find_folder, module_folder
+from .one_more_step import Module, check_model, load_module
+from .timeless_unet import TimelessUNet, diffusers_names, initialise
+
+LOG = logging.getLogger(__name__)
+SIZES = {  # channels and residual blocks per level; the attention is on the lower two
+    "tiny (2.7 M weights)": ((32, 64, 96), 1),
+    "small (26 M)": ((96, 192, 384), 1),
+    "as published (154 M)": ((160, 320, 640), 2),
+}
+HEAD_DIM = 32
+OLD_SCALE = 1 / 0.18215  # of .latent files from before they said their scale
+MOST_FOR_LEAK = 1024
+KEPT_EVERY, SHOWN_EVERY = 200, 20
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Pictures of one size whose captions have one length: latents [n c h w], texts [n tokens width]."""
+
+    latents: Tensor
+    texts: Tensor
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+
+def given_examples(latents: dict, captions: str, model) -> list[tuple[Tensor, str]]:
+    """A LATENT in the model's scale with one line of `captions` for each of its items, or one for all."""
+    samples, lines = latents["samples"], [line.strip() for line in captions.splitlines() if line.strip()] or [""]
+    if samples.ndim != 4 or not bool(torch.isfinite(samples).all()):
+        raise ValueError(f"'latents' must be finite latents of pictures, but its shape is {list(samples.shape)}.")
+    if len(lines) not in (1, len(samples)):
+        raise ValueError(
+            f"'captions' has {len(lines)} lines for {len(samples)} latents: give one line for each, or one for all."
+        )
+    _check_channels("'latents'", samples, model)
+    own = model.model.process_latent_in(samples.float())
+    return list(zip(own, lines * (len(samples) // len(lines)), strict=True))
+
+
+def read_examples(folder: str, model) -> list[tuple[Tensor, str]]:
+    """Every .latent file of a folder, in the model's scale, with the .txt beside it as the caption."""
+    place = find_folder(folder)
+    files = sorted(path for path in place.iterdir() if path.suffix in (".latent", ".safetensors"))
+    if not files:
+        raise ValueError(
+            f"There are no .latent files in {place}. Save latents with SaveLatent, and captions as .txt files of the "
+            "same name."
+        )
+    found = []
+    for path in files:
+        caption = path.with_suffix(".txt")
+        text = caption.read_text("utf-8", errors="replace").strip() if caption.exists() else ""
+        found += [(latent, text) for latent in _latents(path, model)]
+    return found
+
+
+def encoded(examples: list[tuple[Tensor, str]], clip) -> tuple[list[Examples], Tensor]:
+    """The examples in groups of one shape, and the empty prompt's text [1 tokens width]."""
+    texts = {
+        text: clip.encode_from_tokens_scheduled(clip.tokenize(text))[0][0].float().cpu()
+        for text in {"", *(text for _, text in examples)}
+    }
+    groups: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+    for latent, text in examples:
+        groups.setdefault((latent.shape, texts[text].shape), []).append((latent, texts[text][0]))
+    return [Examples(*map(torch.stack, zip(*group, strict=True))) for group in groups.values()], texts[""]
+
+
+def _latents(path: Path, model) -> Tensor:
+    """The latents of a file in the model's scale, [n c h w]."""
+    held = read_tensors(path)
+    latents = held.get("latent_tensor")
+    if latents is None or latents.ndim != 4 or not bool(torch.isfinite(latents).all()):
+        raise ValueError(
+            f"'{path.name}' does not hold finite latents of pictures [n channels height width]: take it away."
+        )
+    _check_channels(f"'{path.name}'", latents, model)
+    scale = 1.0 if "latent_format_version_0" in held else OLD_SCALE
+    return model.model.process_latent_in(latents.float() * scale)
+
+
+def _check_channels(what: str, latents: Tensor, model) -> None:
+    wanted = model.get_model_object("latent_format").latent_channels
+    if latents.shape[1] != wanted:
+        raise ValueError(
+            f"{what} holds latents of {latents.shape[1]} channels, but the model's have {wanted}: encode the pictures "
+            "with this model's VAE."
+        )
+
+
+def draw_batch(groups: list[Examples], empty: Tensor, size: int, dropped: float, generator: torch.Generator):
+    """Latents and texts of one group, drawn in proportion to its size; some texts become the empty prompt."""
+    among = torch.tensor([float(len(group)) for group in groups])
+    group = groups[int(torch.multinomial(among, 1, generator=generator))]
+    chosen = torch.randint(len(group), (size,), generator=generator)
+    texts = group.texts[chosen]
+    # A prompt repeated along its tokens is the same to an attention, which is how the host mixes lengths, too.
+    blank = empty.repeat(1, -(-texts.shape[1] // empty.shape[1]), 1)[:, : texts.shape[1]]
+    drop = torch.rand(size, generator=generator) < dropped
+    return group.latents[chosen], torch.where(drop[:, None, None], blank, texts)
+
+
+def train(
+    model, clip, examples: list[tuple[Tensor, str]], name: str, size: str, steps: int, batch: int,
+    learning_rate: float, dropped: float, seed: int,
+) -> tuple[Module, str]:  # fmt: skip
+    """The trained module and a report. Stopped, it goes on from where it was when run again."""
+    check_model(model)
+    path = _free_path(_file_name(name))
+    unfinished = path.with_suffix(".unfinished")
+    groups, empty = encoded(examples, clip)
+    channels, blocks = SIZES[size]
+    architecture = Architecture(
+        in_channels=groups[0].latents.shape[1], channels=channels, blocks=(blocks,) * 3,
+        down=(0,) * blocks + (1,) * 2 * blocks, middle=1, up=(1,) * 2 * (blocks + 1) + (0,) * (blocks + 1),
+        context_dim=empty.shape[-1], linear=False, head_dim=HEAD_DIM,
+    )  # fmt: skip
+    device = comfy.model_management.get_torch_device()
+    space = type(model.get_model_object("latent_format")).__name__
+    with torch.inference_mode(False), torch.enable_grad():
+        groups = [Examples(group.latents.clone(), group.texts.clone()) for group in groups]
+        network = TimelessUNet(architecture, dtype=torch.float32)
+        initialise(network, torch.Generator().manual_seed(seed))
+        weights = sum(parameter.numel() for parameter in network.parameters())
+        comfy.model_management.free_memory(24 * weights, device)  # weights, average, gradients, two moments, batch
+        training = Training(network.to(device), steps, learning_rate, min(500, max(1, steps // 20)), seed)
+        if unfinished.exists():
+            training.go_on(read_tensors(unfinished))
+            LOG.info("Attune Train One More Step: goes on after step %d of %d.", training.step, steps)
+        empty = empty.clone()
+        _run(training, groups, empty, batch, dropped, unfinished, model)
+        leak = _leak(training.average.eval(), groups, device)
+        own = training.average.state_dict()
+    report = describe(training.losses, groups)
+    facts = {
+        "oms.prediction": "v", "oms.head_dim": str(HEAD_DIM), "oms.latent_format": space,
+        "oms.context_dim": str(architecture.context_dim), "oms.steps": str(steps), "oms.report": report,
+    }  # fmt: skip
+    save_module(path, {theirs: own[ours] for theirs, ours in diffusers_names(architecture).items()}, leak, facts)
+    unfinished.unlink(missing_ok=True)
+    return load_module(path, "", "", "", 0), f"{path}\n{report}"
+
+
+def _run(
+    training: Training, groups: list[Examples], empty: Tensor, batch: int, dropped: float, unfinished: Path, model
+
+) -> None:  # fmt: skip
+    device = comfy.model_management.get_torch_device()
+    bar = comfy.utils.ProgressBar(training.steps)
+    previewer = latent_preview.get_previewer(device, model.get_model_object("latent_format"))
+    try:
+        while training.step < training.steps:
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            latents, texts = draw_batch(groups, empty, batch, dropped, training.generator())
+            training.learn(latents.to(device), texts.to(device))
+            shown = None
+            if previewer is not None and training.step % SHOWN_EVERY == 0:
+                with torch.no_grad():
+                    v = training.average(torch.randn_like(latents[:1]).to(device), texts[:1].to(device))
+                shown = previewer.decode_latent_to_preview_image("JPEG", clean_of_v(v))
+            bar.update_absolute(training.step, training.steps, shown)
+            if training.step % KEPT_EVERY == 0:
+                write_tensors(unfinished, training.state(), {})
+    finally:
+        if 0 < training.step < training.steps:
+            write_tensors(unfinished, training.state(), {})
+
+
+@torch.no_grad()
+def _leak(network: torch.nn.Module, groups: list[Examples], device, frequencies: int = 3) -> SignalLeak | None:
+    """How examples differ from the prediction of their captions, from the most frequent shape."""
+    group = max(groups, key=len)
+    latents, texts = group.latents[:MOST_FOR_LEAK], group.texts[:MOST_FOR_LEAK]
+    if len(latents) < 2 or min(latents.shape[2:]) < frequencies:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    rest = []
+    for x0, text in zip(latents.split(16), texts.split(16), strict=True):
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        rest.append(x0 - clean_of_v(network(noise, text.to(device))).cpu())
+    return SignalLeak.fit(torch.cat(rest), frequencies)
+
+
+def describe(losses: list[float], groups: list[Examples]) -> str:
+    """What was learnt, next to the loss of saying the mean of all pictures."""
+    last = losses[-min(100, len(losses)) :]
+    squares = sum(float((g.latents - g.latents.mean(0)).square().sum()) for g in groups)
+    count = sum(g.latents.numel() for g in groups)
+    return (
+        f"{len(losses)} steps on {sum(map(len, groups))} latents: loss {sum(last) / len(last):.4f}; the mean of all "
+        f"pictures of a size would have {squares / count:.4f}. The difference is what the captions tell."
+    )
+
+
+def _free_path(name: str) -> Path:
+    """The first of name, name_2, … that is not finished yet."""
+    names = (name if i == 1 else f"{name}_{i}" for i in itertools.count(1))
+    return next(path for path in (module_folder() / f"{name}.safetensors" for name in names) if not path.exists())
+
+
+def _file_name(name: str) -> str:
+    """A plain file name of what the user typed; ValueError when nothing of it can be one."""
+    plain = re.sub(r"[^\w.-]+", "_", name).strip("._")
+    if not plain:
+        raise ValueError(f"'{name}' cannot name a file: use letters and digits in 'name'.")
+    return plain

@@ -1,0 +1,342 @@
+"""One More Step: load or train its network, begin runs from its prediction, look at it; signal leak from examples."""
+
+from __future__ import annotations
+
+import logging
+
+from ..kernels.one_more_step import NOISE_LEVELS, SignalLeak
+from ..models.one_more_step import LATENT_SPACES, PREDICTIONS
+from ._host.api import io, schema
+from ._host.folders import module_names, module_path
+from ._host.one_more_step import DTYPES, SOLVERS, Noise, Plan, load_module, predicted_latent, with_first_state
+from ._host.train_one_more_step import SIZES, given_examples, read_examples, train
+
+LOG = logging.getLogger(__name__)
+CATEGORY = "attune/one more step"
+AUTO, DEFAULT = "auto", "default"
+OmsModel = io.Custom("OMS_MODEL")
+Leak = io.Custom("ATTUNE_SIGNAL_LEAK")
+
+STRENGTH = (
+    "How far to move from the sampler's own start to the corrected one; 0 leaves the model as it is, bit for bit, "
+    "above 1 exaggerates."
+)  # fmt: skip
+LEVEL = (
+    "How much noise the start holds. exact: as in training. official: as the authors' code, 0.2 % less. unit: as "
+    "without the node, 0.2 % more."
+)  # fmt: skip
+CFG = "Guidance of this prediction alone: above 1 strengthens its colours and needs 'negative'."
+DIVERSITY = (
+    "Adds how pictures of one prompt differ in brightness and colour, which a prediction of their mean cannot: 1 is as "
+    "much as among the examples of the module or of 'signal_leak'."
+)
+
+
+def _prompts() -> list:
+    return [
+        io.Conditioning.Input(
+            "positive",
+            tooltip="The prompt for this step, from the text encoder the module was trained with. It may differ from "
+            "the sampler's: then it rules colour and brightness, the sampler's prompt the content.",
+        ),
+        io.Conditioning.Input(
+            "negative", optional=True,
+            tooltip="For cfg other than 1. The authors always use the empty prompt here, not the sampler's negative.",
+        ),
+    ]  # fmt: skip
+
+
+def _guidance() -> io.Float.Input:
+    return io.Float.Input("cfg", default=1.0, min=0.0, max=20.0, step=0.1, tooltip=CFG)
+
+
+def _start() -> list:
+    return [
+        io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
+        io.Combo.Input(
+            "solver", options=list(SOLVERS), default="ddpm",
+            tooltip="ddpm: the module sees noise of its own. ddim: the sampler's. There is hardly a difference.",
+        ),
+        io.Combo.Input("noise_level", options=list(NOISE_LEVELS), default="exact", tooltip=LEVEL),
+        io.Float.Input("diversity", default=0.0, min=0.0, max=2.0, step=0.05, tooltip=DIVERSITY),
+    ]  # fmt: skip
+
+
+def _leak():
+    return Leak.Input(
+        "signal_leak", optional=True,
+        tooltip="From Attune Signal Leak, fitted to examples of this kind of prompt; replaces the module's own.",
+    )  # fmt: skip
+
+
+class AttuneLoadOneMoreStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        names = module_names()
+        return schema(
+            node_id="AttuneLoadOneMoreStep",
+            display_name="Attune Load One More Step",
+            category=CATEGORY,
+            description="The small network that predicts brightness and colours of a prompt before sampling.",
+            search_aliases=["oms", "one more step", "terminal snr", "dark images"],
+            inputs=[
+                io.Combo.Input(
+                    "oms_name", options=names, default="attune_demo.safetensors",
+                    tooltip="Files in models/one_more_step, then the pack's own. Press R after copying a file there.",
+                ),
+                io.Combo.Input(
+                    "latent_space", options=[AUTO, *LATENT_SPACES], default=AUTO,
+                    tooltip="Which VAE the module belongs to. The files of SD and SDXL look the same inside: choose it "
+                    "when auto cannot tell.",
+                ),
+                io.Combo.Input(
+                    "weight_dtype", options=[DEFAULT, *DTYPES], default=DEFAULT,
+                    tooltip="Precision of its weights; fp32 where the default gives no numbers.",
+                ),
+                io.Combo.Input(
+                    "prediction", options=[AUTO, *PREDICTIONS], default=AUTO,
+                    tooltip="What the network says. auto: as the file says, else v, as the published ones.",
+                ),
+                io.Int.Input(
+                    "head_dim", default=0, min=0, max=512,
+                    tooltip="Channels per attention head. 0: as the file says, else a fifth of its width as published.",
+                ),
+            ],
+            outputs=[OmsModel.Output(display_name="oms_model", tooltip="For the One More Step nodes.")],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, oms_name, **others):
+        path = module_path(oms_name)
+        return (str(path), path.stat().st_mtime_ns, path.stat().st_size, *others.values())
+
+    @classmethod
+    def execute(
+        cls, oms_name, latent_space=AUTO, weight_dtype=DEFAULT, prediction=AUTO, head_dim=0
+    ) -> io.NodeOutput:  # fmt: skip
+        space, dtype, says = ("" if value in (AUTO, DEFAULT) else value
+                              for value in (latent_space, weight_dtype, prediction))  # fmt: skip
+        return io.NodeOutput(load_module(module_path(oms_name), space, dtype, says, head_dim))
+
+
+class AttuneOneMoreStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneOneMoreStep",
+            display_name="Attune One More Step",
+            category=CATEGORY,
+            description="Starts every run from the prompt's own brightness and colours: true darks and brights from "
+            "SD 1.x, SD 2.x and SDXL.",
+            search_aliases=["oms", "brightness", "terminal snr", "dark images", "zero snr", "offset noise"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be sampled, with its LoRAs."),
+                OmsModel.Input("oms_model", tooltip="From Attune Load One More Step, for the model's latents."),
+                *_prompts(),
+                _guidance(),
+                *_start(),
+                io.Boolean.Input(
+                    "share_noise", default=False,
+                    tooltip="One prediction for the whole batch, for the frames of a video.",
+                ),
+                _leak(),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="For any sampler or guider.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, oms_model, positive, cfg=1.0, strength=1.0, solver="ddpm", noise_level="exact", diversity=0.0,
+        share_noise=False, negative=None, signal_leak=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        plan = Plan(
+            oms_model, positive, negative, cfg, strength, solver, noise_level, signal_leak, diversity, share_noise
+        )
+        return io.NodeOutput(with_first_state(model, plan))
+
+
+class AttuneOneMoreStepPredict(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneOneMoreStepPredict",
+            display_name="Attune One More Step Predict",
+            category=CATEGORY,
+            description="What the module expects of a prompt, as a blurred picture: decode it to look at it.",
+            search_aliases=["oms preview", "colour map", "color map"],
+            inputs=[
+                io.Model.Input("model", tooltip="A model of the module's latents; it is not run."),
+                OmsModel.Input("oms_model", tooltip="From Attune Load One More Step."),
+                *_prompts(),
+                _guidance(),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="As in the KSampler; the prediction hardly depends on it.",
+                ),
+                io.Latent.Input("latent", tooltip="Tells size and batch."),
+            ],
+            outputs=[
+                io.Latent.Output(
+                    display_name="latent",
+                    tooltip="The prediction. A KSampler at denoise 1 that gets it starts as with noise_level unit.",
+                )
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, model, oms_model, positive, latent, cfg=1.0, seed=0, negative=None) -> io.NodeOutput:
+        return io.NodeOutput(predicted_latent(model, Plan(oms_model, positive, negative, cfg), latent, seed))
+
+
+class AttuneOneMoreStepNoise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneOneMoreStepNoise",
+            display_name="Attune One More Step Noise",
+            category=CATEGORY,
+            description="The same start as NOISE for SamplerCustomAdvanced, for guiders that leave MODEL options out.",
+            search_aliases=["oms noise", "custom noise"],
+            inputs=[
+                io.Noise.Input("noise", tooltip="From RandomNoise."),
+                io.Model.Input("model", tooltip="The model that will be sampled, without Attune One More Step."),
+                OmsModel.Input("oms_model", tooltip="From Attune Load One More Step."),
+                io.Sigmas.Input("sigmas", tooltip="The same that the sampler gets: its first level rules the start."),
+                *_prompts(),
+                _guidance(),
+                *_start(),
+                _leak(),
+            ],
+            outputs=[io.Noise.Output(display_name="noise", tooltip="For SamplerCustomAdvanced.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, noise, model, oms_model, sigmas, positive, cfg=1.0, strength=1.0, solver="ddpm", noise_level="exact",
+        diversity=0.0, negative=None, signal_leak=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        plan = Plan(oms_model, positive, negative, cfg, strength, solver, noise_level, signal_leak, diversity)
+        return io.NodeOutput(Noise(model, noise, sigmas, plan))
+
+
+class AttuneSignalLeak(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneSignalLeak",
+            display_name="Attune Signal Leak",
+            category=CATEGORY,
+            description="Starts every run from a random draw of what example pictures look like from afar. No network.",
+            search_aliases=["brightness", "offset noise", "style", "diversity"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be sampled."),
+                io.Latent.Input(
+                    "examples", tooltip="A batch of encoded pictures that look as results should, 20 or more."
+                ),
+                io.Int.Input(
+                    "frequencies", default=3, min=1, max=8,
+                    tooltip="Waves per direction whose mean and covariance are taken over: 1 is the mean colour alone.",
+                ),
+                io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
+                io.Float.Input(
+                    "diversity", default=1.0, min=0.0, max=2.0, step=0.05,
+                    tooltip="How much of the examples' variety to draw; 0 starts every picture from their mean.",
+                ),
+                io.Combo.Input("noise_level", options=list(NOISE_LEVELS), default="exact", tooltip=LEVEL),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For any sampler or guider."),
+                Leak.Output(
+                    display_name="signal_leak",
+                    tooltip="For Attune One More Step: its prediction as the mean, this variety around it.",
+                ),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, examples, frequencies=3, strength=1.0, diversity=1.0, noise_level="exact"
+    ) -> io.NodeOutput:  # fmt: skip
+        leak = SignalLeak.fit(model.model.process_latent_in(examples["samples"]), frequencies)
+        plan = Plan(None, None, None, strength=strength, level=noise_level, leak=leak, diversity=diversity)
+        return io.NodeOutput(with_first_state(model, plan), leak)
+
+
+class AttuneTrainOneMoreStep(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneTrainOneMoreStep",
+            display_name="Attune Train One More Step",
+            category=CATEGORY,
+            description="Trains a module for your model's latents and your pictures, with any text encoder.",
+            search_aliases=["train oms", "one more step training"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="Tells the kind of latents; it is not trained and not run."),
+                io.Clip.Input("clip", tooltip="Encodes the captions, and later the prompts for the module."),
+                io.String.Input(
+                    "folder", default="latents",
+                    tooltip="Latents from SaveLatent with captions as .txt files of the same name; a folder in "
+                    "ComfyUI's input or output, or a whole path.",
+                ),
+                io.String.Input(
+                    "name", default="my_module",
+                    tooltip="Of the file in models/one_more_step. A finished one stays; the next gets a number.",
+                ),
+                io.Combo.Input(
+                    "size", options=list(SIZES), default=list(SIZES)[1], tooltip="Of the network; it stays small."
+                ),
+                io.Int.Input(
+                    "steps", default=5000, min=1, max=1000000,
+                    tooltip="2,000 to 20,000. A training that was stopped goes on when it is run again.",
+                ),
+                io.Int.Input("batch_size", default=16, min=1, max=4096, tooltip="16 and more; 64 is better."),
+                io.Float.Input(
+                    "learning_rate", default=0.0003, min=0.0000001, max=0.1, step=0.00001, round=False,
+                    tooltip="0.001 for tiny, 0.0003 for small, 0.0001 as published.",
+                ),
+                io.Float.Input(
+                    "empty_prompts", default=0.1, min=0.0, max=1.0, step=0.01,
+                    tooltip="Share of captions that are left out, which cfg other than 1 needs.",
+                ),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
+                    tooltip="The same seed on the same machine trains the same module.",
+                ),
+                io.String.Input(
+                    "captions", default="", multiline=True,
+                    tooltip="With 'latents' connected: one line for each of them, or one for all. Else unused.",
+                ),
+                io.Latent.Input(
+                    "latents", optional=True, tooltip="Encoded pictures in place of the folder, for a small training."
+                ),
+            ],
+            outputs=[
+                OmsModel.Output(display_name="oms_model", tooltip="The trained module, loaded from its file."),
+                io.String.Output(display_name="report", tooltip="The file, its loss, and the loss without captions."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, clip, folder="latents", name="my_module", size=None, steps=5000, batch_size=16,
+        learning_rate=0.0003, empty_prompts=0.1, seed=0, captions="", latents=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        size = size or list(SIZES)[1]
+        examples = read_examples(folder, model) if latents is None else given_examples(latents, captions, model)
+        module, report = train(
+            model, clip, examples, name, size, steps, batch_size, learning_rate, empty_prompts, seed
+        )  # fmt: skip
+        LOG.info("Attune Train One More Step: %s", report)
+        return io.NodeOutput(module, report)
+
+
+NODES = [
+    AttuneLoadOneMoreStep,
+    AttuneOneMoreStep,
+    AttuneOneMoreStepPredict,
+    AttuneOneMoreStepNoise,
+    AttuneSignalLeak,
+    AttuneTrainOneMoreStep,
+]

@@ -1,0 +1,220 @@
+"""One More Step in numbers: the authors' step, the exact toy model that loses its brightness, the leak, the training."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from oracles import euler, fine_levels
+from pack.kernels.analytic import SharedLevel, euler_gain
+from pack.kernels.one_more_step import SignalLeak, clean_of_v, first_state, guided, keyed_noise, noise_for, v_loss
+from pack.kernels.one_more_step_training import Training
+from pack.kernels.space import NoiseSpace
+
+KNOWN = json.loads((Path(__file__).parent / "data" / "one_more_step.json").read_text("utf-8"))
+STEP = KNOWN["one_step"]
+SIGMA_MAX = 14.6146411895752
+TOY = SharedLevel(torch.tensor([0.9, -0.6, 0.3, -1.1], dtype=torch.float64)[:, None, None], 0.8, 0.5)
+SHAPE = (64, 4, 64, 64)
+
+
+def step_inputs(omega: float):
+    noise = torch.tensor(STEP["eps"], dtype=torch.float64).reshape(1, 4, 1, 4)
+    cond, uncond = (
+        torch.tensor(STEP[f"v_{name}_per_channel"], dtype=torch.float64)[None, :, None, None]
+        for name in ("cond", "uncond")
+    )
+    return noise, guided(clean_of_v(cond), clean_of_v(uncond), omega)
+
+
+@pytest.mark.parametrize("case", STEP["cases"], ids=lambda c: f"{c['level']} {c['omega']} {c['sigma0']:.4g}")
+def test_one_step_is_the_references(case):
+    noise, x0 = step_inputs(case["omega"])
+    sigma = case["sigma0"]
+    state = first_state(x0, noise, sigma, case["level"])
+    torch.testing.assert_close(state.flatten(), torch.tensor(case["state"], dtype=torch.float64), rtol=0, atol=1e-6)
+    scale = math.sqrt(1 + sigma**2) if case["max_denoise"] else sigma
+    found = noise_for(state, noise, scale).flatten()
+    torch.testing.assert_close(found, torch.tensor(case["noise"], dtype=torch.float64), rtol=0, atol=1e-7)
+
+
+def test_mask_latent_and_strength_are_the_references():
+    case = STEP["mask_latent_strength"]
+    noise, x0 = step_inputs(case["omega"])
+    sigma, mask = case["sigma0"], torch.tensor(case["mask"])
+    found = noise_for(
+        first_state(x0, noise, sigma), noise, math.sqrt(1 + sigma**2), case["latent"], mask, case["strength"]
+    )
+    torch.testing.assert_close(found.flatten(), torch.tensor(case["noise"], dtype=torch.float64), rtol=0, atol=1e-7)
+
+
+def test_strength_0_is_the_noise_to_the_bit_and_1_begins_at_the_state():
+    noise, x0 = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    state, latent = first_state(x0, noise, 5.0), torch.randn(2, 4, 8, 8)
+    assert torch.equal(noise_for(state, noise, 5.0, latent, strength=0.0), noise)
+    torch.testing.assert_close(5.0 * noise_for(state, noise, 5.0, latent) + latent, state)
+    assert torch.equal(noise_for(state, noise, 5.0, latent, torch.zeros(2, 1, 8, 8)), noise)
+
+
+def test_the_official_level_is_the_posterior_of_the_authors_code():
+    """sqrt(a) x0 + (1 - a) z in variance-preserving units, for every first noise level; the exact one has the root."""
+    noise, x0 = torch.randn(1, 4, 2, 2, dtype=torch.float64), torch.randn(1, 4, 2, 2, dtype=torch.float64)
+    for sigma in (SIGMA_MAX, 13.1204, 11.0283, 2.0):
+        a = 1 / (1 + sigma**2)
+        official = math.sqrt(a) * x0 + (1 - a) * noise
+        exact = math.sqrt(a) * x0 + math.sqrt(1 - a) * noise
+        torch.testing.assert_close(math.sqrt(a) * first_state(x0, noise, sigma, "official"), official)
+        torch.testing.assert_close(math.sqrt(a) * first_state(x0, noise, sigma), exact)
+
+
+def test_guidance_0_is_without_the_prompt_and_1_with_it():
+    cond, uncond = torch.randn(2, 1, 4, 2, 2)
+    assert torch.equal(guided(cond, uncond, 0.0), uncond)
+    assert torch.equal(guided(cond, uncond, 1.0), cond)
+    torch.testing.assert_close(guided(cond, uncond, 3.0), uncond + 3 * (cond - uncond))
+
+
+def test_keyed_noise_is_the_references_and_moves_no_random_state():
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    found = keyed_noise(noise)
+    torch.testing.assert_close(found.flatten(1)[:, :4], torch.tensor(KNOWN["input_noise"]), rtol=0, atol=1e-6)
+    assert torch.equal(keyed_noise(noise[1:2]), found[1:2])
+    assert torch.equal(torch.random.get_rng_state(), before)
+    other = keyed_noise(noise, "leak")
+    assert abs(float((other * found).mean())) < 0.1 and not torch.equal(other, found)
+
+
+def sampled(start, steps: int = 20) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noise, and where Euler ends from start(noise), on the levels of `simple` in float64."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    sigma = (1 / torch.cumprod(1 - betas, 0) - 1).sqrt()
+    sigmas = torch.cat([sigma[[-1 - int(i * 1000 / steps) for i in range(steps)]], torch.zeros(1)])
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return sigmas, euler(TOY.denoise, start(noise, float(sigmas[0])), sigmas)
+
+
+def test_plain_sampling_keeps_a_tenth_of_the_brightness_and_one_more_step_all_of_it():
+    sigmas, plain = sampled(lambda noise, s: math.sqrt(1 + s**2) * noise)
+    level = TOY.variances(64 * 64)[0]
+    lost = float(euler_gain(level, sigmas))
+    assert lost == pytest.approx(0.8993533, abs=1e-6)
+    assert float(euler_gain(TOY.std**2, sigmas)) == pytest.approx(0.0500811, abs=1e-6)
+    _, ours = sampled(lambda noise, s: first_state(TOY.mean, noise, s))
+    noise = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    shared = lambda x: x.mean((2, 3), keepdim=True)
+    # Without sampling error: both are linear in the noise.
+    kept = shared(plain) - lost * math.sqrt(1 + float(sigmas[0]) ** 2) * shared(noise)
+    torch.testing.assert_close(kept, (1 - lost) * TOY.mean.expand_as(kept), rtol=0, atol=1e-9)
+    whole = shared(ours) - lost * float(sigmas[0]) * shared(noise)
+    torch.testing.assert_close(whole, TOY.mean.expand_as(whole), rtol=0, atol=1e-9)
+
+
+def test_the_leak_brings_back_the_spread_that_the_mean_cannot():
+    """The limit of many steps, exactly: pixels and level both end with the variance of the data."""
+    small = SharedLevel(TOY.mean, 0.8, 0.5)
+    h = w = 8
+    level, pixel = small.variances(h * w)
+    d = 4 * 9
+    amplitude = torch.full((d,), pixel / (h * w), dtype=torch.float64)
+    amplitude[::9] = level / (h * w)
+    leak = SignalLeak(torch.zeros(4, 3, 3), torch.diag(amplitude.sqrt()), torch.full((4,), 0.8))
+    white, noise = torch.randn(2, 1500, 4, h, w, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sigmas = fine_levels(NoiseSpace("ve"), 150)
+    sigmas = sigmas[sigmas < h * w / 35]  # where the level leaks as in 64 x 64 latents at SD's highest noise
+    ends = {}
+    for name, x0 in (("mean", small.mean), ("both", small.mean + leak.residual(white))):
+        ends[name] = euler(small.denoise, first_state(x0, noise, float(sigmas[0])), sigmas)
+    spread = {name: float(x.mean((2, 3)).std(0).mean()) for name, x in ends.items()}
+    wanted = math.sqrt(level / (h * w))
+    lost = float(euler_gain(level, sigmas))
+    assert spread["mean"] == pytest.approx(lost * float(sigmas[0]) / math.sqrt(h * w), rel=0.03)
+    assert spread["mean"] < 0.5 * wanted < spread["both"]
+    assert spread["both"] == pytest.approx(wanted, rel=0.03)
+    pixels = (ends["both"] - ends["both"].mean((2, 3), keepdim=True)).square().mean()
+    assert float(pixels) == pytest.approx(pixel * (1 - 1 / (h * w)), rel=0.03)
+    for x in ends.values():
+        torch.testing.assert_close(x.mean((0, 2, 3)), small.mean.flatten(), rtol=0, atol=0.04)
+
+
+def test_a_fitted_leak_has_the_examples_own_mean_and_covariance():
+    generator = torch.Generator().manual_seed(2)
+    examples = TOY.sample((40, 4, 6, 10), generator)
+    leak = SignalLeak.fit(examples, 2)
+    torch.testing.assert_close(leak.mean[:, 0, 0], examples.mean((0, 2, 3)).float(), rtol=1e-5, atol=1e-6)
+    covariance = torch.cov(examples.mean((2, 3)).T).float()
+    lowest = [4 * c for c in range(4)]
+    torch.testing.assert_close((leak.root @ leak.root.T)[lowest][:, lowest], covariance, rtol=1e-4, atol=1e-6)
+    white = torch.randn(20000, 4, 6, 10, generator=generator)
+    drawn = leak.residual(white)
+    torch.testing.assert_close(torch.cov(drawn.mean((2, 3)).T), covariance, rtol=0.1, atol=0.02)
+    torch.testing.assert_close(leak.mean_latent(6, 10).mean((2, 3))[0], leak.mean[:, 0, 0])
+
+
+def test_a_leak_of_white_noise_is_white_noise():
+    leak = SignalLeak(torch.zeros(4, 3, 3), torch.eye(36) * 0.8 / math.sqrt(8 * 5), torch.full((4,), 0.8))
+    white = torch.randn(2, 4, 8, 5)
+    torch.testing.assert_close(leak.residual(white), 0.8 * white, rtol=1e-5, atol=1e-5)
+
+
+def test_what_no_leak_can_be_fitted_to_or_drawn_at_is_said():
+    with pytest.raises(ValueError, match="at least 2 example latents"):
+        SignalLeak.fit(torch.zeros(1, 4, 8, 8))
+    with pytest.raises(ValueError, match="2 latent pixels has no 3 frequencies"):
+        SignalLeak.fit(torch.zeros(4, 4, 2, 8))
+    with pytest.raises(ValueError, match="has 4 channels, but the latent has 16"):
+        SignalLeak.fit(torch.randn(4, 4, 8, 8)).residual(torch.randn(1, 16, 8, 8))
+
+
+class Lookup(nn.Module):
+    """The least network that can learn a mean per condition."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Linear(3, 4 * 4 * 4, bias=False)
+
+    def forward(self, x, context):
+        return self.table(context[:, 0]).reshape(x.shape) + 0 * x
+
+
+def learnt(steps: int, stop: int | None = None) -> Training:
+    torch.manual_seed(0)
+    training = Training(Lookup(), steps, learning_rate=0.05, warm_up=10)
+    while training.step < (stop or steps):
+        training.learn(*examples(training.generator()))
+    return training
+
+
+MEANS = torch.randn(3, 4, 4, 4, generator=torch.Generator().manual_seed(7))
+
+
+def examples(generator):
+    kind = torch.randint(3, (24,), generator=generator)
+    return MEANS[kind] + 0.6 * torch.randn(24, 4, 4, 4, generator=generator), torch.eye(3)[kind][:, None]
+
+
+def test_training_reaches_the_conditional_mean_and_the_floor_of_its_loss():
+    training = learnt(400)
+    found = clean_of_v(training.average(torch.zeros(3, 4, 4, 4), torch.eye(3)[:, None]))
+    assert float((found - MEANS).detach().square().mean().sqrt()) < 0.06
+    assert sum(training.losses[-50:]) / 50 == pytest.approx(0.36, rel=0.1)
+    assert float(v_loss(lambda z, c: -MEANS, MEANS, torch.eye(3), MEANS)) == 0
+
+
+def test_a_continued_training_is_one_that_never_stopped():
+    whole, first = learnt(40), learnt(40, stop=15)
+    torch.manual_seed(1)
+    second = Training(Lookup(), 40, learning_rate=0.05, warm_up=10)
+    second.go_on({name: tensor.clone() for name, tensor in first.state().items()})
+    while second.step < 40:
+        second.learn(*examples(second.generator()))
+    assert second.losses == whole.losses
+    assert torch.equal(second.average.table.weight, whole.average.table.weight)
+    with pytest.raises(ValueError, match="network of another size"):
+        Training(nn.Linear(2, 2), 40).go_on(first.state())
