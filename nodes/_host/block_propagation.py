@@ -8,7 +8,7 @@ that difference. With no fresh block before them the output itself is held: the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
@@ -43,6 +43,13 @@ def blocks_of(network: nn.Module) -> dict[Block, nn.Module]:
     return found
 
 
+def costs_of(blocks: Iterable[nn.Module]) -> Costs:
+    """What each block of a transformer costs, by the size of its weights: every token meets each of them once."""
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    shares = tuple(size / sum(sizes) for size in sizes)
+    return Costs(shares, 0.0, shares)  # of_step adds those before `fresh` and those from `cut` on
+
+
 def add_block_propagation(model: Any, settings: Settings) -> Any:
     """A clone of a transformer MODEL that samples with block propagation."""
     return applied(model, KEY, WRAPPERS, settings)
@@ -56,9 +63,7 @@ class BlockPropagation(Propagation):
     def inspect(self, noise: Tensor) -> None:
         network = self.model.get_model_object("diffusion_model")
         self.blocks = blocks_of(network)
-        sizes = [sum(p.numel() for p in block.parameters()) for block in self.blocks.values()]
-        shares = tuple(size / sum(sizes) for size in sizes)
-        self.costs = Costs(shares, 0.0, shares)  # of_step adds those before `fresh` and those from `cut` on
+        self.costs = costs_of(self.blocks.values())
         width = getattr(network, "hidden_size", 0)
         patch = getattr(network, "patch_size", 1)
         side = patch[-1] if isinstance(patch, tuple | list) else patch
