@@ -155,7 +155,7 @@ class Lab:
         drawn = [[t.obj, t.background, t.seed] for t in part]
         facts = [cell.sampler, cell.sigmas, cell.cfg, self.digests[cell.model], drawn, versions]
         if cell.nodes:
-            facts += [cell.nodes, _code_digest() if any(node.startswith("Attune") for node, _ in cell.nodes) else ""]
+            facts += [cell.nodes, code_digest() if any(node.startswith("Attune") for node, _ in cell.nodes) else ""]
         return self.cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
     def patched(self, model: str, nodes: tuple[tuple[str, tuple], ...]):
@@ -205,7 +205,7 @@ class Lab:
 
 
 @lru_cache(maxsize=1)
-def _code_digest() -> str:
+def code_digest() -> str:
     """Changes with every line of the pack that a node of ours could run."""
     files = sorted(path for layer in ("kernels", "models", "nodes") for path in (ROOT / layer).rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
