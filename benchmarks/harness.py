@@ -164,7 +164,7 @@ class Lab:
         if cell.side != 128:
             facts.append(cell.side)
         if cell.nodes:
-            facts += [cell.nodes, _code_digest() if any(node.startswith("Attune") for node, _ in cell.nodes) else ""]
+            facts += [cell.nodes, code_digest() if any(node.startswith("Attune") for node, _ in cell.nodes) else ""]
         return self.cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
     def patched(self, model: str, nodes: tuple[tuple[str, tuple], ...], part: Sequence[Task] = ()):
@@ -222,7 +222,7 @@ class Lab:
 
 
 @lru_cache(maxsize=1)
-def _code_digest() -> str:
+def code_digest() -> str:
     """Changes with every line of the pack that a node of ours could run."""
     files = sorted(path for layer in ("kernels", "models", "nodes") for path in (ROOT / layer).rglob("*.py"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -8,7 +8,7 @@ that difference. With no fresh block before them the output itself is held: the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...kernels.encoder_propagation import Costs, Reuse
 from ...kernels.feature_cache import Features
 from ...models.encoder_propagation import Choice, Settings, choose_blocks
-from .propagation import Propagation, applied, outer_sample, predict_noise, run_key
+from .propagation import Propagation, applied, calc_cond_batch, outer_sample, predict_noise, run_key
 
 KEY = "attune.block_propagation"
 # Where the host's transformers keep the blocks that it offers to patches under these names.
@@ -28,6 +28,7 @@ KINDS = {
     "single_block": ("single_blocks", "single_layers"),
 }
 STREAMS = ("img", "txt")
+CONTROL = "control"
 Block = tuple[str, int]
 
 
@@ -43,6 +44,13 @@ def blocks_of(network: nn.Module) -> dict[Block, nn.Module]:
     return found
 
 
+def costs_of(blocks: Iterable[nn.Module]) -> Costs:
+    """What each block of a transformer costs, by the size of its weights: every token meets each of them once."""
+    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
+    shares = tuple(size / sum(sizes) for size in sizes)
+    return Costs(shares, 0.0, shares)  # of_step adds those before `fresh` and those from `cut` on
+
+
 def add_block_propagation(model: Any, settings: Settings) -> Any:
     """A clone of a transformer MODEL that samples with block propagation."""
     return applied(model, KEY, WRAPPERS, settings)
@@ -56,9 +64,7 @@ class BlockPropagation(Propagation):
     def inspect(self, noise: Tensor) -> None:
         network = self.model.get_model_object("diffusion_model")
         self.blocks = blocks_of(network)
-        sizes = [sum(p.numel() for p in block.parameters()) for block in self.blocks.values()]
-        shares = tuple(size / sum(sizes) for size in sizes)
-        self.costs = Costs(shares, 0.0, shares)  # of_step adds those before `fresh` and those from `cut` on
+        self.costs = costs_of(self.blocks.values())
         width = getattr(network, "hidden_size", 0)
         patch = getattr(network, "patch_size", 1)
         side = patch[-1] if isinstance(patch, tuple | list) else patch
@@ -74,23 +80,45 @@ class BlockPropagation(Propagation):
 
     def evaluate(self, executor: Any, x: Tensor, t: Tensor, concat, context, control, options: dict, extra: dict):
         """One call of the model, with patches in the place of the blocks that are reused or recorded."""
-        keys = self.keys_of(options)
+        keys = self.keys_of(options, x.device)
         if keys is None or x.shape[0] % len(keys):
             self.counts["whole"] += 1
             return executor(x, t, concat, context, control, options, **extra)
         signature = self.signature(keys, x)
-        found: Features = {}
         features = self.recall(keys, signature, self.plan.time(self.clock.sigma), x) if self.shorter else None
-        self.counts["missing"] += self.shorter and features is None
-        self.counts["whole" if features is None else "part"] += 1
         if features is not None:
+            self.counts["part"] += 1
             options = self._patched(options, lambda *of: _Reused(features, self.reuse.fresh > 0).patches(*of))
-        elif self.records(keys):
+            return executor(x, t, concat, context, _control_of(features), options, **extra)
+        self.counts["missing"] += self.shorter
+        self.counts["whole"] += 1
+        found: Features = {}
+        residuals = self._control_features(control, x.shape[0]) if self.records(keys) else None
+        if residuals is not None:
             options = self._patched(options, lambda *of: _Recorded(found, self.reuse.fresh > 0).patches(*of))
         output = executor(x, t, concat, context, control, options, **extra)
-        if found:  # nothing is found in a network that does not offer its blocks
-            self.store(keys, signature, found)
+        if found and residuals is not None:  # nothing is found in a network that does not offer its blocks
+            self.store(keys, signature, {**found, **residuals})
         return output
+
+    def _control_features(self, control: Mapping | None, rows: int) -> Features | None:
+        """The control residuals that a shorter step adds; None if they do not split by rows.
+
+        Those of the blocks it computes, and of the last reused block of each kind: the host adds them after the block,
+        so they are not in the recorded difference. Its lists count the blocks of one kind from 0, and different
+        networks read different lists.
+        """
+        blocks = list(self.blocks)
+        last = dict(blocks[self.reuse.fresh : self.reuse.cut])
+        added = {i for _, i in [*blocks[: self.reuse.fresh], *blocks[self.reuse.cut :]]} | set(last.values())
+        found: Features = {}
+        for side, values in (control or {}).items():
+            for i, value in enumerate(values):
+                if value is not None and i in added:
+                    if value.shape[0] != rows:
+                        return None
+                    found[CONTROL, side, i] = value
+        return found
 
     def _patched(self, options: dict, patches_of: Callable) -> dict:
         """Transformer options in which `patches_of(kind, indices, others)` stands in for the reused blocks."""
@@ -103,6 +131,15 @@ class BlockPropagation(Propagation):
             if indices:
                 patches |= patches_of(kind, indices, others)
         return {**options, "patches_replace": {**replaced, "dit": patches}}
+
+
+def _control_of(features: Features) -> dict[str, list] | None:
+    """The host's lists of control residuals with those that were kept."""
+    kept = {key[1:]: value for key, value in features.items() if isinstance(key, tuple) and key[0] == CONTROL}
+    if not kept:
+        return None
+    length = 1 + max(i for _, i in kept)
+    return {side: [kept.get((side, i)) for i in range(length)] for side in ("input", "middle", "output")}
 
 
 class _Recorded:
@@ -134,8 +171,7 @@ class _Recorded:
 class _Reused:
     """Stands in for the blocks: the first one computes where the last one will end, the others pass on.
 
-    What a ControlNet adds on the way is part of the recorded difference, so what it adds to the passed-on tensors here
-    is dropped with them.
+    What a ControlNet adds on the way is part of the recorded difference.
     """
 
     def __init__(self, features: Features, difference: bool):
@@ -171,5 +207,6 @@ def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, 
 WRAPPERS = {
     WrappersMP.OUTER_SAMPLE: outer_sample(KEY, BlockPropagation),
     WrappersMP.PREDICT_NOISE: predict_noise(KEY),
+    WrappersMP.CALC_COND_BATCH: calc_cond_batch(KEY),
     WrappersMP.APPLY_MODEL: _apply_model,
 }

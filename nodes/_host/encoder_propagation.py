@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
@@ -15,7 +15,7 @@ from torch import Tensor
 from ...kernels.encoder_propagation import Reuse
 from ...kernels.feature_cache import Features
 from ...models.encoder_propagation import ONE, Choice, Settings, choose, reuse_by_name
-from .propagation import Propagation, applied, outer_sample, predict_noise, run_key
+from .propagation import Propagation, applied, calc_cond_batch, outer_sample, predict_noise, run_key
 from .unet_blocks import UNetView, blocks_a_side, control_features, measure_unet, recording
 
 KEY = "attune.encoder_propagation"
@@ -54,7 +54,6 @@ class EncoderPropagation(Propagation):
         self.size = measure_unet(unet, *noise.shape[-2:])
         self.costs = self.size.costs
         self.views: dict[int, UNetView] = {}
-        self.deferred: dict[int, DeferredControl] = {}
 
     def choose(self, sigmas: list[float], shares: list[float], fresh_noise: bool) -> Choice:
         return choose(self.settings, sigmas, shares, self.costs, self.top, fresh_noise)
@@ -68,38 +67,41 @@ class EncoderPropagation(Propagation):
     def close(self) -> None:
         super().close()
         self.views.clear()
-        self.deferred.clear()
 
     def view(self, unet: Any) -> UNetView:
         if id(unet) not in self.views:
             self.views[id(unet)] = UNetView(unet, self.reuse)
         return self.views[id(unet)]
 
-    def defer(self, control: Any) -> DeferredControl:
-        return self.deferred.setdefault(id(control), DeferredControl(control))
-
-    def evaluate(self, executor: Any, x: Tensor, timesteps, context, y, control, options: dict, extra: dict) -> Tensor:
-        """One call of the UNet: whole, in part, or answered with an output computed ahead."""
-        keys = self.keys_of(options)
+    @torch.compiler.disable
+    def prepare(
+        self, executor: Any, x: Tensor, timesteps, context, y, control, options: dict, extra: dict
+    ) -> tuple[Tensor | None, dict, Callable[[], None]]:
+        """Before a call of the UNet: its answer, or the options to run it whole with and what to do afterwards."""
+        whole = None, options, _nothing
+        keys = self.keys_of(options, x.device)
         if keys is None or x.shape[0] % len(keys) or "_forward" in vars(executor.class_obj):
             self.counts["whole"] += 1
-            return executor(x, timesteps, context, y, control, options, **extra)
+            return whole
         signature = self.signature(keys, x)
         if self.shorter:
             output = self._shorter(executor, keys, signature, x, timesteps, context, y, options, extra)
             if output is not None:
-                return output
+                return output, options, _nothing
             self.counts["missing"] += 1
         self.counts["whole"] += 1
-        if not self.records(keys):
-            return executor(x, timesteps, context, y, control, options, **extra)
+        wanted = self.records(keys)
+        if not (wanted or self.plan.captured):
+            return whole
+        # Recorded on every whole step, kept on some: torch.compile would compile a patch that comes and goes twice.
         found: Features = {}
-        residuals = control_features(control, self.reuse, self.blocks, x.shape[0])
-        options = recording(options, self.reuse, self.blocks, found)
-        output = executor(x, timesteps, context, y, control, options, **extra)
-        if found and residuals is not None:  # nothing was found where another wrapper answered in the UNet's place
-            self.store(keys, signature, {**found, **residuals})
-        return output
+        residuals = control_features(control, self.reuse, self.blocks, x.shape[0]) if wanted else None
+
+        def keep() -> None:
+            if found and residuals is not None:  # nothing is found where another wrapper answered in the UNet's place
+                self.store(keys, signature, {**found, **residuals})
+
+        return None, recording(options, self.reuse, self.blocks, found), keep
 
     def _shorter(self, executor, keys, signature, x, timesteps, context, y, options, extra) -> Tensor | None:
         ready = self.cache.ahead(keys, self.step) if self.clock.on_grid and self.sources is None else None
@@ -166,64 +168,29 @@ def _repeat(value: Tensor | None, n: int) -> Tensor | None:
     return None if value is None else value.repeat(n, *[1] * (value.ndim - 1))
 
 
-class DeferredControl:
-    """In the place of a ControlNet: computed when the network asks for its residuals, which a shorter step does not."""
-
-    def __init__(self, control: Any):
-        self._control = control
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._control, name)
-
-    def get_control(self, *args, **kwargs) -> Mapping:
-        return DeferredResiduals(lambda: self._control.get_control(*args, **kwargs))
-
-
-class DeferredResiduals(Mapping):
-    """The host's dict of control residuals, computed at the first look into it."""
-
-    def __init__(self, compute):
-        self._compute, self._values = compute, None
-
-    def _get(self) -> dict:
-        if self._values is None:
-            self._values = self._compute() or {}
-        return self._values
-
-    def __getitem__(self, name):
-        return self._get()[name]
-
-    def __iter__(self):
-        return iter(self._get())
-
-    def __len__(self):
-        return len(self._get())
-
-
-def _calc_cond_batch(executor, model, conds, x, sigma, model_options, *args, **kwargs):
-    run = model_options["transformer_options"].get(run_key(KEY))
-    if run is not None and run.shorter:
-        conds = [side and [_deferring(run, cond) for cond in side] for side in conds]
-    return executor(model, conds, x, sigma, model_options, *args, **kwargs)
-
-
-def _deferring(run: EncoderPropagation, cond: dict) -> dict:
-    return {**cond, "control": run.defer(cond["control"])} if cond.get("control") is not None else cond
-
-
+@torch.compiler.disable(recursive=False)
 def _diffusion_model(
     executor, x, timesteps=None, context=None, y=None, control=None, transformer_options=None, **extra
 ):
+    """torch.compile runs this wrapper, too: decisions and shorter steps stay out of its graphs, whole steps are in."""
     options = transformer_options or {}
     run = options.get(run_key(KEY))
     if run is None or run.clock.step is None:
         return executor(x, timesteps, context, y, control, options, **extra)
-    return run.evaluate(executor, x, timesteps, context, y, control, options, extra)
+    output, options, keep = run.prepare(executor, x, timesteps, context, y, control, options, extra)
+    if output is None:
+        output = executor(x, timesteps, context, y, control, options, **extra)
+        torch.compiler.disable(keep)()
+    return output
+
+
+def _nothing() -> None:
+    pass
 
 
 WRAPPERS: dict[str, Any] = {
     WrappersMP.OUTER_SAMPLE: outer_sample(KEY, EncoderPropagation),
     WrappersMP.PREDICT_NOISE: predict_noise(KEY),
-    WrappersMP.CALC_COND_BATCH: _calc_cond_batch,
+    WrappersMP.CALC_COND_BATCH: calc_cond_batch(KEY),
     WrappersMP.DIFFUSION_MODEL: _diffusion_model,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from ...kernels.encoder_propagation import (
 )
 from ...kernels.feature_cache import FeatureCache
 from ...models.encoder_propagation import Choice, Settings
+from .deferred_control import DeferredControl
 from .steps import Clock, active_levels, adds_noise, conditioning_changes, noise_space, step_times, why_not
 
 LOG = logging.getLogger(__name__)
@@ -57,6 +59,8 @@ class Propagation:
         self.cache = FeatureCache(2 if self.reuse.forecast else 1, self.cache_dtype, cache_device)
         injects = settings.prior_noise > 0 and bool(noise.any())
         self.noisy = {i for i, share in enumerate(shares) if injects and share < PRIOR_NOISE_TIME}
+        self.deferred: dict[int, DeferredControl] = {}
+        self.lock = threading.Lock()  # newer hosts evaluate conditions in threads, one per GPU
         self.seen: Counter = Counter()
         self.counts: Counter = Counter()
         self.most_bytes = 0
@@ -117,6 +121,7 @@ class Propagation:
 
     def close(self) -> None:
         self.cache.clear()
+        self.deferred.clear()
         self.noise = None  # type: ignore[assignment]
 
     # --- during the run ---
@@ -144,21 +149,29 @@ class Propagation:
         wanted = self.shorter or self.step in self.plan.captured
         return wanted and (self.clock.on_grid or not all(self.cache.holds(key, self.step) for key in keys))
 
+    def deferring(self, cond: dict) -> dict:
+        """A condition whose ControlNet waits until its residuals are looked at."""
+        control = cond.get("control")
+        if control is None:
+            return cond
+        return {**cond, "control": self.deferred.setdefault(id(control), DeferredControl(control))}
+
     def recall(self, keys: list, signature: tuple, time: float, like: Tensor):
         return self.cache.recall(keys, signature, self.plan.last_key(self.step), time, like, self.sources)
 
     def store(self, keys: list, signature: tuple, features: dict) -> None:
-        self.cache.store(keys, self.step, self.plan.time(self.clock.sigma), signature, features)
-        self.most_bytes = max(self.most_bytes, self.cache.bytes)
+        with self.lock:
+            self.cache.store(keys, self.step, self.plan.time(self.clock.sigma), signature, features)
+            self.most_bytes = max(self.most_bytes, self.cache.bytes)
 
-    def keys_of(self, options: dict) -> list[tuple] | None:
-        """The condition of each chunk of a call: its id, its context window, how often it was seen before."""
+    def keys_of(self, options: dict, device: torch.device) -> list[tuple] | None:
+        """The condition of each chunk of a call: its id, context window and device, how often it was seen before."""
         if "uuids" not in options:
             return None
         window = getattr(options.get("context_window"), "index_list", None)
         keys = []
         for uuid in options["uuids"]:  # one call may hold a condition twice: an area's negative has the positive's id
-            condition = (uuid, window and tuple(window))
+            condition = (uuid, window and tuple(window), device)
             keys.append((*condition, self.seen[condition]))
             self.seen[condition] += 1
         return keys
@@ -216,6 +229,18 @@ def predict_noise(key: str) -> Callable:
         if run is not None:
             run.begin(x, sigma)
         return executor(x, sigma, model_options, *args, **kwargs)
+
+    return wrapper
+
+
+def calc_cond_batch(key: str) -> Callable:
+    """The CALC_COND_BATCH wrapper: on a shorter step no ControlNet is computed until the network asks for it."""
+
+    def wrapper(executor, model, conds, x, sigma, model_options, *args, **kwargs):
+        run = model_options["transformer_options"].get(run_key(key))
+        if run is not None and run.shorter:
+            conds = [side and [run.deferring(cond) for cond in side] for side in conds]
+        return executor(model, conds, x, sigma, model_options, *args, **kwargs)
 
     return wrapper
 

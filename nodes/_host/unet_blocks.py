@@ -7,6 +7,7 @@ one is the same forward on a view of the network in which some blocks only retur
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +91,7 @@ class UNetView:
     def __init__(self, unet: Any, reuse: Reuse):
         n = self.n = blocks_a_side(unet)
         self.reuse = reuse
+        self.lock = threading.Lock()  # newer hosts evaluate conditions in threads
         self.options: dict = {}
         self.inputs = [_Given(block, self) for block in unet.input_blocks[reuse.fresh :]]
         self.middle = _Given(unet.middle_block, self)
@@ -110,21 +112,22 @@ class UNetView:
         Skips that nobody reads are tensors without channels: the host concatenates them to the same.
         """
         nothing = x.new_empty((x.shape[0], 0, 1, 1))
-        self.options = _shorter_options(options, self.reuse)
         # FreeU and others write into what they are given.
-        keep = "output_block_patch" in self.options["patches"]
+        keep = bool(options.get("patches", {}).get("output_block_patch"))
         given = {name: value.clone() if keep else value for name, value in features.items()}
-        for block, stub in enumerate(self.inputs, start=self.reuse.fresh):
-            stub.value = given.get(("skip", block), nothing)
-        for stub in (self.middle, *self.outputs):
-            stub.value = nothing
-        (self.outputs[-1] if self.outputs else self.middle).value = given[ENTRY]
-        try:
-            return call(self.unet, _control_of(features, self.n), self.options)
-        finally:
-            self.options = {}
-            for stub in (*self.inputs, self.middle, *self.outputs):
-                stub.value = None
+        with self.lock:
+            self.options = _shorter_options(options, self.reuse)
+            for block, stub in enumerate(self.inputs, start=self.reuse.fresh):
+                stub.value = given.get(("skip", block), nothing)
+            for stub in (self.middle, *self.outputs):
+                stub.value = nothing
+            (self.outputs[-1] if self.outputs else self.middle).value = given[ENTRY]
+            try:
+                return call(self.unet, _control_of(features, self.n), self.options)
+            finally:
+                self.options = {}
+                for stub in (*self.inputs, self.middle, *self.outputs):
+                    stub.value = None
 
 
 def _control_of(features: Features, n: int) -> dict[str, list] | None:

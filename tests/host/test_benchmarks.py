@@ -12,24 +12,14 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
+REUSES = ["plain, 8", "DeepCache 3", "top level fresh, every 3", "first block fresh, every 3", "calibrated"]
 SMOKE = {
     "demo_model": ["--pictures", "6", "--per-word", "2"],
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
     "schedules": ["--tasks", "12", "--samplers", "dpmpp_2m", "euler_ancestral", "--steps", "5", "--converged", "20"],
-    "encoder_propagation": [
-        "--tasks",
-        "12",
-        "--steps",
-        "12",
-        "--samplers",
-        "euler",
-        "--only",
-        "plain, 10",
-        "DeepCache 3",
-        "top level fresh, every 3",
-        "calibrated",
-    ],
+    "encoder_propagation": ["--runs", "unet:euler:10:12", "flow:euler:10:12", "--only", *REUSES],
+    "step_kinds": ["--models", "SD1.5", "--pixels", "64"],
     "one_more_step": ["--tasks", "12", "--seeds", "12", "--steps", "4", "--cfg", "1"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "4"],
@@ -135,16 +125,28 @@ def test_parts_of_a_real_size_network(tmp_path):
 @pytest.mark.host
 def test_reused_features_are_weighed_against_fewer_steps(tmp_path):
     printed = run("encoder_propagation", tmp_path, *SMOKE["encoder_propagation"])
-    rows = {
-        row["label"]: row for row in json.loads((tmp_path / "results" / "encoder_propagation.json").read_text())["data"]
-    }
-    assert (rows["plain"]["whole"], rows["plain"]["part"]) == (12, 0) and rows["plain"]["speed"]["demo"] == 1
-    assert (rows["DeepCache 3"]["whole"], rows["DeepCache 3"]["part"]) == (4, 8)
-    assert (
-        rows["top level fresh, every 3"]["speed"]["SDXL 1024"] > rows["top level fresh, every 3"]["speed"]["SD1.5 512"]
-    )
-    assert any(label.startswith("calibrated") for label in rows)
-    assert "| DeepCache 3 |" in printed and min(Image.open(tmp_path / "encoder_propagation.png").size) > 200
+    data = json.loads((tmp_path / "results" / "encoder_propagation.json").read_text())["data"]
+    rows, flow = ({row["label"]: row for row in data if row["model"] == model} for model in ("unet", "flow"))
+    assert (rows["plain"]["whole"], rows["plain"]["part"]) == (10, 0) and rows["plain"]["speed"]["demo"] == 1
+    assert (rows["DeepCache 3"]["whole"], rows["DeepCache 3"]["part"]) == (4, 6)
+    top = rows["top level fresh, every 3"]["speed"]
+    assert top["SDXL 1024"] > top["SD1.5 512"] > 1
+    first = flow["first block fresh, every 3"]
+    assert (first["whole"], first["part"]) == (5, 5)  # 0 3 6 8 9
+    assert all(any(label.startswith("calibrated") for label in found) for found in (rows, flow))
+    assert "| DeepCache 3 |" in printed and "at least 45 dB" in printed
+    for picture in ("encoder_propagation.png", "encoder_propagation_grid.jpg"):
+        assert min(Image.open(tmp_path / picture).size) > 200
+
+
+@pytest.mark.host
+def test_the_cost_of_each_kind_of_step(tmp_path):
+    run("step_kinds", tmp_path, *SMOKE["step_kinds"])
+    result = json.loads((tmp_path / "results" / "step_kinds.json").read_text())
+    counted, predicted = ([row[result["tables"][0]["columns"].index(name)] for row in result["tables"][0]["rows"]]
+                          for name in ("FLOPs %", "FLOPs % predicted"))  # fmt: skip
+    assert counted == pytest.approx(predicted, rel=0.02) and 100 > counted[0] > counted[1] > counted[2] > 0
+    assert [step["whole"] for step in result["data"][0]["steps"]] == [i % 4 == 0 for i in range(9)]
 
 
 @pytest.mark.host

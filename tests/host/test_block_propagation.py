@@ -103,6 +103,54 @@ def test_a_short_step_skips_the_blocks(flow, draw, propagate):
     assert not torch.equal(draw(propagate(model), steps=10), stock) and len(calls) == 6  # 0 2 4 6 8 9
 
 
+# What a ControlNet adds after each of the three blocks, of every size along the channels.
+PATTERNS = [weight * torch.linspace(-1, 1, 192).expand(2, 64, 192) for weight in (1.0, 0.5, 2.0)]
+
+
+def controlled(encode):
+    """A conditioning with a ControlNet whose residuals depend on x, and the list of the levels it was computed at."""
+    import comfy.controlnet
+
+    calls = []
+
+    class Net(comfy.controlnet.ControlBase):
+        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+            calls.append(float(t[0]))
+            level = 0.2 * x_noisy.mean(dim=(1, 2, 3)).reshape(-1, 1, 1) + 0.5
+            return {"output": [level * value for value in PATTERNS]}
+
+        def pre_run(self, *args):
+            pass
+
+        def get_models(self):
+            return []
+
+        def copy(self):
+            return self
+
+    (context, extra), *_ = encode("a cat on a black background")
+    return [[context, {**extra, "control": Net(), "control_apply_to_uncond": True}]], calls
+
+
+@pytest.mark.parametrize("reuse", REUSES)
+def test_a_controlnet_is_computed_only_where_it_is_used(draw, propagate, encode, reuse):
+    positive, calls = controlled(encode)
+    stock = draw(positive=positive, steps=20)
+    assert len(calls) == 20 and psnr(stock, draw(steps=20)) < 30
+    calls.clear()
+    ours = draw(propagate(reuse=reuse), positive=positive, steps=20)
+    assert len(calls) == 11 and psnr(ours, stock) > 24
+
+
+@pytest.mark.parametrize("reuse", REUSES)
+def test_with_the_same_residuals_on_every_step_none_is_lost(draw, propagate, encode, reuse, monkeypatch):
+    """With a constant ControlNet the kept residuals are exact, so the fidelity is that of a run without one."""
+    positive, _ = controlled(encode)
+    monkeypatch.setattr(positive[0][1]["control"], "get_control", lambda *_: {"output": PATTERNS})
+    stock, ours = draw(positive=positive, steps=20), draw(propagate(reuse=reuse), positive=positive, steps=20)
+    assert psnr(ours, stock) > 24
+
+
 def test_conditions_of_different_lengths_and_batches_never_mix(flow, draw, propagate, encode, monkeypatch):
     model = propagate()
     ours = draw(model, positive=encode("a cat " * 40), latent_image={"samples": torch.zeros(2, 16, 16, 16)})

@@ -7,6 +7,7 @@ import gc
 import re
 import sys
 import weakref
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import comfy_stub
+from real_size import FAMILIES, build, sample
 
 REUSES = ["top level fresh", "one block fresh", "encoder reused"]
 
@@ -95,11 +97,8 @@ def features_of(unet, fresh, cut, rows=2, control=None, patches=None):
 # --- the network in parts ---
 
 
-@pytest.mark.parametrize("fresh", range(7))
-@pytest.mark.parametrize("cut", range(6))
+@pytest.mark.parametrize(("fresh", "cut"), [(fresh, cut) for fresh in range(7) for cut in range(6) if fresh + cut <= 6])
 def test_a_step_with_its_own_features_is_the_whole_step_bit_for_bit(unet, fresh, cut):
-    if fresh + cut > 6:
-        pytest.skip("no such reuse")
     from pack.nodes._host.unet_blocks import UNetView
 
     seen: dict[str, list] = {"whole": [], "part": []}
@@ -376,6 +375,28 @@ def test_conditions_never_mix(draw, propagate, conditionings, one_by_one, reuse,
 
 
 @pytest.mark.parametrize("reuse", REUSES)
+def test_conditions_may_be_evaluated_in_threads(demo, draw, propagate, conditionings, reuse):
+    """As newer hosts do, one per GPU."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from comfy.patcher_extension import WrappersMP
+
+    def in_threads(executor, model, conds, x, sigma, options):
+        @torch.inference_mode()
+        def alone(i):
+            return executor(model, [side if j == i else None for j, side in enumerate(conds)], x, sigma, options)[i]
+
+        with ThreadPoolExecutor(len(conds)) as pool:
+            return list(pool.map(alone, range(len(conds))))
+
+    threaded = demo[0].clone()
+    threaded.add_wrapper(WrappersMP.CALC_COND_BATCH, in_threads)
+    positive = conditionings["several"]
+    apart, together = (draw(propagate(model, reuse=reuse), positive=positive) for model in (threaded, None))
+    torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("reuse", REUSES)
 def test_a_batch_is_its_pictures(draw, propagate, reuse):
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(8))
     model = propagate(reuse=reuse)
@@ -506,6 +527,29 @@ def test_a_patched_forward_is_left_alone(demo, draw, propagate, unet, monkeypatc
     stock = draw(steps=8)
     monkeypatch.setattr(unet, "_forward", unet._forward)
     assert torch.equal(draw(propagate(), steps=8), stock)
+
+
+def test_torch_compile_makes_no_more_graphs(host, propagate):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    config = {
+        "model_channels": 32, "num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [0, 1],
+        "transformer_depth_output": [0, 0, 1, 1], "num_heads": 2,
+    }  # fmt: skip
+    family = replace(FAMILIES["SD1.5"], unet_config=FAMILIES["SD1.5"].unet_config | config)
+    graphs = []
+
+    def compiled(model):
+        """How many graphs two runs of a model make."""
+        torch._dynamo.reset()
+        graphs.clear()
+        set_torch_compile_wrapper(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        for _ in range(2):
+            sample(host, model, family, 128, steps=8)
+        return len(graphs)
+
+    model = build(family)
+    assert compiled(propagate(model)) == compiled(model.clone()) > 5
 
 
 # --- nothing is left behind ---
