@@ -6,8 +6,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...models.profiles import shipped_profiles
-from ...models.schedules import AUTO, CLOSED_FORMS, schedule
+from ...models.schedules import AUTO, CLOSED_FORMS, published_profiles, schedule
 from .models import noise_range
 from .sampling import run_stock_node
 
@@ -31,7 +30,7 @@ def known_schedules(model, steps: int) -> dict[str, Tensor]:
     first = VE_FIRST if about.space == "ve" else FLOW_FIRST
     stock = {name: comfy.samplers.calculate_sigmas(sampling, name, steps) for name in names}
     found = {name: stock[name] for name in first if name in stock}
-    for name in (AUTO, *shipped_profiles(), *CLOSED_FORMS):
+    for name in (AUTO, *published_profiles(), *CLOSED_FORMS):
         try:
             found[f"Attune {name}"], _ = schedule(name, about, steps)
         except ValueError:  # made for other noise than this model's
