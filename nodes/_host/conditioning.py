@@ -26,11 +26,12 @@ CHOSEN = f"{KEY}.chosen"  # of the current run
 
 @dataclass(frozen=True)
 class Remap:
-    """A map on a MODEL: `name` for messages, `solver` it was fitted with ("" for every sampler)."""
+    """A map on a MODEL: `name` for messages, `solver` ("" for every sampler) and `cfg` (or None) it was fitted with."""
 
     name: str
     conditioning: ConditioningMap
     solver: str = ""
+    cfg: float | None = None
 
 
 def with_conditioning(model, remap: Remap):
@@ -75,11 +76,15 @@ def network_timestep(sampling, sigma: Tensor) -> Tensor:
 def _choose(executor, guider, sigmas, extra_args, *args, **kwargs):
     """SAMPLER_SAMPLE: compose the maps that suit the sampler of this run."""
     options = extra_args["model_options"]["transformer_options"]
-    running = solver_name(executor.class_obj)
+    running, cfg = solver_name(executor.class_obj), getattr(guider, "cfg", None)
     fitting = []
     for remap in options.get(KEY, ()):
         if remap.solver in ("", running):
             fitting.append(remap.conditioning)
+            if remap.cfg and cfg and not 0.5 <= cfg / remap.cfg <= 2:
+                LOG.warning(
+                    "%s: fitted at cfg %g, this run has %g: its gain is unknown there.", remap.name, remap.cfg, cfg
+                )
         else:
             LOG.warning(
                 "%s: timestep alignment skipped: made for %s, this run uses %s. The schedule still applies.",
