@@ -5,6 +5,7 @@
   python dev.py serve         the same ComfyUI in your browser, with the pack loaded
   python dev.py test [...]    set up and pass every test; further words go to pytest
   python dev.py bench NAME    run benchmarks/NAME.py
+  python dev.py tune-demo     tune the shipped profiles of the demo models again (half an hour; resumable)
   python dev.py train-demo    train the demo models again from the emoji pictures (hours; resumable)
 
 Without --comfyui PATH (or COMFYUI_PATH) a ComfyUI of its own is set up once in .host/, which git ignores.
@@ -410,6 +411,12 @@ def train_demo(host: Host, words: list[str]) -> int:
     return subprocess.run([host.python, str(script), *words], cwd=ROOT, env=host.environment()).returncode
 
 
+def tune_demo(host: Host, words: list[str]) -> int:
+    set_up(host, BENCH_NEEDS, "the benchmarks")
+    script = ROOT / "training" / "tune_profiles.py"
+    return subprocess.run([host.python, str(script), *words], cwd=ROOT, env=host.environment()).returncode
+
+
 def fetch_emoji(folder: Path) -> None:
     """The MIT-licensed pictures, from the npm registry."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -425,7 +432,14 @@ def fetch_emoji(folder: Path) -> None:
     (folder / "package.done").touch()
 
 
-COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench, "train-demo": train_demo}
+COMMANDS = {
+    "demo": demo,
+    "serve": serve,
+    "test": test,
+    "bench": bench,
+    "train-demo": train_demo,
+    "tune-demo": tune_demo,
+}
 
 
 def main() -> int:

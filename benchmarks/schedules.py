@@ -191,13 +191,13 @@ def write_picture(lab: Lab, work: list[Task], sampler: str, steps: int, path: Pa
     Image.fromarray((torch.cat(rows, dim=1) * 255).round().byte().permute(1, 2, 0).numpy()).save(path, quality=88)
 
 
-def write_page(tables: list[Table], out: Path) -> None:
-    """Put tables between the marks of docs/schedules.md."""
+def write_page(tables: list[Table], out: Path, begin: str = BEGIN, end: str = END) -> None:
+    """Put tables between two marks of docs/schedules.md."""
     path = out / "schedules.md"
     if path.exists():
-        head, _, tail = path.read_text("utf-8").partition(BEGIN)
+        head, _, tail = path.read_text("utf-8").partition(begin)
         body = "\n".join(map(markdown, tables))
-        path.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail.partition(END)[2]}", "utf-8")
+        path.write_text(f"{head}{begin}\n\n{body}\n{end}{tail.partition(end)[2]}", "utf-8")
 
 
 def brightness_table(rows: list[Row], work: list[Task]) -> Table:

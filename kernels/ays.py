@@ -107,7 +107,7 @@ def minimise_klub(
     held_out: Callable[[Sigmas], float] | None = None,
     sweeps: int = 6,
     free: list[int] | None = None,
-) -> Generator[Sweep, None, Sigmas]:
+) -> Generator[Sweep | None, None, Sigmas]:
     """Algorithm 1: level by level to the best of 11 around it, judged by the two intervals it bounds; VE only.
 
     `sigmas` are positive; both ends stay, so do levels not in `free` (indices). Each level's candidates share their
@@ -129,6 +129,7 @@ def minimise_klub(
                 key=lambda level: klub_interval(denoise, data, level, levels[i - 1], noise[0])
                 + klub_interval(denoise, data, levels[i + 1], level, noise[1]),
             )
+            yield None
         moved = max(abs(math.log(a / b)) for a, b in zip(levels, before, strict=True))
         now = torch.tensor(levels, dtype=torch.float64)
         error = held_out(now) if held_out is not None else math.nan
@@ -138,6 +139,18 @@ def minimise_klub(
         if moved == 0 or error > least:
             break
     return best
+
+
+def ve_denoiser(denoise: Denoiser, space: NoiseSpace) -> Denoiser:
+    """`denoise` as the bound needs it, on VE: on a flow model x / (1 - sigma) has the noise sigma / (1 - sigma)."""
+    if space.kind == "ve":
+        return denoise
+
+    def through_flow(x: Latent, level: Tensor) -> Latent:
+        alpha = 1 / (1 + level)
+        return denoise(x * alpha.to(x).reshape(-1, *[1] * (x.ndim - 1)), (level * alpha).to(x))
+
+    return through_flow
 
 
 def subdivided(sigmas: Sigmas) -> tuple[Sigmas, list[int]]:

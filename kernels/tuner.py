@@ -4,6 +4,8 @@ Every candidate runs through the very solver it is for and is measured by how fa
 small steps with the same noise. Known schedules are screened, the best is refined by a pattern search, a first-order
 solver's timesteps are aligned to the exact paths. What does not help on noises that no stage has seen is dropped, so
 the answer can be the best known schedule, unchanged. No gradients, one noise at a time.
+
+In place of the search and the alignment the bound of Align Your Steps can be minimised, under the same gate.
 """
 
 from __future__ import annotations
@@ -15,15 +17,21 @@ from itertools import pairwise
 
 import torch
 
+from .ays import CANDIDATES as LEVEL_CANDIDATES
+from .ays import minimise_klub, ve_denoiser
 from .conditioning import ConditioningMap
 from .schedules import check_sigmas
 from .space import NoiseSpace
 from .timestep_aligner import CANDIDATES, Alignment, ToldDenoiser, Trajectory, align, block_norm
-from .types import Latent, Sigmas
+from .types import Denoiser, Latent, Sigma, Sigmas
 
 FIRST_MOVE, LAST_MOVE = 0.35, 0.04  # of the gap to the neighbouring level, in ln(sigma / alpha)
 ENOUGH = 0.001  # relative gain at which the search takes a move
 GATE = 0.01  # relative gain on held-out noises at which a stage is kept
+BOUND_SWEEPS = 6  # over all levels, at most
+BOUND_DRAWS = 8  # of two noise levels, for each fitted noise and estimate
+BOUND_START = "normal"  # uniform in the timestep, where the authors start
+LARGEST_RATIO = 1000.0  # sigma / alpha that stands for the bound's upper end on flow, whose 1 has none
 EXACT_ENOUGH = 1 / 3  # of the best candidate's error: with a less exact reference a fit would follow its errors
 
 
@@ -45,6 +53,14 @@ class Preset:
         gates = (3 if aligned else 2) * run * self.held_out
         return reference + search + gates + (CANDIDATES * steps * self.fit if aligned else 0)
 
+    def bound_evaluations(self, steps: int, candidates: int, order: int = 1) -> int:
+        """The most calls of the guided model that `tune_by_bound` makes."""
+        run, seeds = steps * order, self.fit + self.held_out
+        reference = self.reference_steps * seeds + self.reference_steps // 2
+        sweep = 4 * LEVEL_CANDIDATES * BOUND_DRAWS * self.fit * (steps - 1) + run * self.fit
+        screened = min(candidates, self.candidates) * run * self.fit
+        return reference + screened + BOUND_SWEEPS * sweep + run * self.fit + 2 * run * self.held_out
+
 
 PRESETS = {
     "mini": Preset(1, 1, 32, 9, 12),
@@ -60,6 +76,7 @@ class Runner:
     solve: the end of a run of the solver, told a map or None. record: the path of a run of the reference solver.
     denoise: x, sigma, sigma_hat -> denoised, for solvers whose step is Euler's; else None and nothing is aligned.
     order: evaluations of the model in one step of the solver. highest: the highest level the network knows.
+    denoise_at: x [n b ...], sigma [n b] -> denoised, b pictures at a time; for the bound alone.
     """
 
     solve: Callable[[Sigmas, Latent, ConditioningMap | None], Latent]
@@ -67,6 +84,7 @@ class Runner:
     denoise: ToldDenoiser | None = None
     order: int = 1
     highest: float = math.inf
+    denoise_at: Denoiser | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +181,41 @@ def tune(
     )  # fmt: skip
 
 
+def tune_by_bound(
+    runner: Runner,
+    candidates: Mapping[str, Sigmas],
+    reference: Sigmas,
+    noises: Sequence[Latent],
+    preset: Preset,
+    space: NoiseSpace,
+    sigma_min: float,
+    generator: torch.Generator,
+    has_time: Callable[[], bool] = lambda: True,
+) -> Generator[Progress, None, Tuned]:
+    """Screen the known schedules, then minimise the bound of Align Your Steps from the time-uniform one.
+
+    The data of the bound are the reference's own ends on the fitted noises. The bound ranks schedules wrongly near its
+    minimum, so the sweep with the least error on the fitted noises is taken and kept if it passes the gate of `tune`.
+    """
+    if len(noises) != preset.fit + preset.held_out:
+        raise ValueError(f"The preset needs {preset.fit + preset.held_out} noises, but there are {len(noises)}.")
+    work = _Work(runner, preset, dict(list(candidates.items())[: preset.candidates]), space, bound=True)
+    yield from work.teach(reference, noises)
+    yield from work.screen()
+    start, kept = work.start, work.best
+    held_out, refused = {"start": work.held_out_error(kept)}, []
+    yield work.progress("held-out noises")
+    found = yield from work.minimise_bound(candidates.get(BOUND_START, kept), sigma_min, generator, has_time)
+    if found is not None:
+        error = work.held_out_error(found)
+        yield work.progress("held-out noises")
+        if error <= (1 - GATE) * held_out["start"]:
+            kept, held_out["refined"] = found, error
+        else:
+            refused.append(_refusal("levels of the bound", error, start, held_out["start"]))
+    return Tuned(kept, None, start, work.errors, held_out, work.reference_error, work.evaluations, refused)
+
+
 def reference_levels(steps: int, space: NoiseSpace, sigma_min: float, sigma_max: float) -> Sigmas:
     """The levels of the reference run, float64 [steps+1]: where DPM-Solver++(2M) comes nearest to the exact paths.
 
@@ -195,12 +248,18 @@ def _refusal(what: str, error: float, instead: str, before: float) -> str:
 class _Work:
     """The counters and the best so far of one call of `tune`."""
 
-    def __init__(self, runner: Runner, preset: Preset, candidates: dict[str, Sigmas], space: NoiseSpace):
+    def __init__(
+        self, runner: Runner, preset: Preset, candidates: dict[str, Sigmas], space: NoiseSpace, bound: bool = False
+    ):
         check_candidates(candidates)
         self.runner, self.preset, self.candidates, self.space = runner, preset, candidates, space
         self.steps = len(next(iter(candidates.values()))) - 1
         self.evaluations = 0
-        self.predicted = preset.evaluations(self.steps, len(candidates), runner.order, runner.denoise is not None)
+        self.predicted = (
+            preset.bound_evaluations(self.steps, len(candidates), runner.order)
+            if bound
+            else preset.evaluations(self.steps, len(candidates), runner.order, runner.denoise is not None)
+        )
         self.noises: list[Latent] = []
         self.paths: list[Trajectory] = []
         self.ends: list[Latent] = []
@@ -262,6 +321,44 @@ class _Work:
                         break
             if not gained:
                 move /= 2
+
+    def minimise_bound(
+        self, start: Sigmas, sigma_min: float, generator: torch.Generator, has_time: Callable[[], bool]
+    ) -> Generator[Progress, None, Sigmas | None]:
+        """The sweep with the least error, as a schedule that ends in 0; None when there was no time for any.
+
+        The bound wants positive levels: `start` with `sigma_min`, or half its last level if that is less, in place of
+        its 0. It runs as a 0 again.
+        """
+        denoise_at = self.runner.denoise_at
+        assert denoise_at is not None
+        data = torch.cat(self.ends[: self.preset.fit] * BOUND_DRAWS)  # [n b ...]
+        levels = start.double().clone()
+        levels[-1] = min(sigma_min, float(levels[-2]) / 2)
+        ratio = (levels / self.space.alpha(levels)).clamp(max=LARGEST_RATIO)
+
+        def counted(x: Latent, sigma: Sigma) -> Latent:
+            self.evaluations += len(x) // len(self.noises[0])
+            return denoise_at(x, sigma)
+
+        def as_schedule(levels: Sigmas) -> Sigmas:
+            sigmas = self.space.at_log_ratio(levels.log())
+            return torch.cat([start[:1].double(), sigmas[1:-1], torch.zeros(1, dtype=torch.float64)]).to(start)
+
+        held_out = lambda levels: self.fitted_error(as_schedule(levels))
+        search = minimise_klub(ve_denoiser(counted, self.space), data, ratio, generator, held_out, BOUND_SWEEPS)
+        found, least = None, math.inf
+        while has_time():
+            try:
+                sweep = next(search)
+            except StopIteration as end:
+                return as_schedule(end.value)
+            if sweep is not None and sweep.error < least:
+                found, least = as_schedule(sweep.sigmas), sweep.error
+                if least < self.error:
+                    self.best, self.error = found, least
+            yield self.progress("minimising the bound")
+        return found
 
     def align(self, sigmas: Sigmas) -> Generator[Progress, None, Alignment]:
         assert self.runner.denoise is not None

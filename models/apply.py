@@ -156,6 +156,12 @@ def _doubts(profile: Profile, model: NoiseRange) -> list[str]:
         doubts.append("Note: same family, but another network configuration than the profile was fitted on.")
     if not profile.alignments and profile.prediction and profile.prediction != model.prediction:
         doubts.append(f"Note: fitted on {profile.prediction} prediction, this MODEL has {model.prediction}.")
+    shift = profile.provenance.get("shift")
+    if model.shift is not None and isinstance(shift, (int, float)) and abs(shift - model.shift) > 0.01 * model.shift:
+        doubts.append(
+            f"Note: fitted beside a shift of {shift:g}, this MODEL has {model.shift:g}; the profile's levels are "
+            "absolute and do not move with it."
+        )
     if profile.solver:
         guidance = "" if profile.cfg is None else f" at cfg {profile.cfg:g}"
         doubts.append(f"Fitted for {profile.solver}{guidance}.")

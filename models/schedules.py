@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,7 @@ from ..kernels.types import Sigmas
 from .profiles import Profile, pick_profile, shipped_profiles
 
 AUTO = "auto"
+TUNED = "tuned for "  # and a sampler: the shipped fit for it nearest in steps
 CLOSED_FORMS = {  # name -> the data's standard deviation c, in units of the latent
     "KL-optimal": 1.0,
     "KL-optimal, c = 0.5": 0.5,
@@ -27,7 +29,8 @@ class NoiseRange:
 
     families: its configuration class and that class's bases, by name, nearest first. space: "ve" or "flow". sigma_min
     and sigma_max: the model's own noise levels, in that space's units. prediction: what the network predicts, "eps",
-    "v", "edm", "flow". config_hash: names its architecture. Both "" where unknown.
+    "v", "edm", "flow". config_hash: names its architecture. Both "" where unknown. shift: of a flow model's own
+    schedulers, None where it has none.
     """
 
     families: tuple[str, ...]
@@ -36,6 +39,7 @@ class NoiseRange:
     sigma_max: float
     prediction: str = ""
     config_hash: str = ""
+    shift: float | None = None
 
 
 def published_profiles() -> dict[str, Profile]:
@@ -43,8 +47,14 @@ def published_profiles() -> dict[str, Profile]:
     return {name: one for name, one in shipped_profiles().items() if one.sigmas and not one.is_fitted}
 
 
+def tuned_profiles() -> list[Profile]:
+    """The shipped fits, each for one network, sampler and number of steps."""
+    return [one for one in shipped_profiles().values() if one.is_fitted and one.solver]
+
+
 def schedule_names() -> list[str]:
-    return [AUTO, *published_profiles(), *CLOSED_FORMS]
+    solvers = dict.fromkeys(one.solver for one in tuned_profiles())
+    return [AUTO, *published_profiles(), *CLOSED_FORMS, *(TUNED + solver for solver in solvers)]
 
 
 def schedule(
@@ -61,12 +71,12 @@ def schedule(
         said = f"{name} from sigma {model.sigma_max:.4g}"
         sigmas = for_denoise(lambda n: kl_optimal(n, model.sigma_max, space, c), steps, denoise)
     else:
-        profile = _profile_for_model(resolution, model) if name == AUTO else shipped_profiles().get(name)
-        if profile is None:
-            raise ValueError(f"There is no schedule '{name}'. Choose one of: {', '.join(schedule_names())}.")
+        profile = _profile(name, model, steps, resolution)
         check_fit(profile, model, f"Choose another one in 'schedule', such as '{next(iter(CLOSED_FORMS))}'.")
         made = "fitted on" if profile.is_fitted else "published for"
         said = f"{profile.name}, {made} {profile.families[0]} at {'x'.join(map(str, profile.resolution))}"
+        if profile.alignments:
+            said += "; Attune Apply Profile also applies its timestep alignment"
         if profile.sigmas[0] < model.sigma_max * 0.99:
             said += f" (it starts at sigma {profile.sigmas[0]:.4g}, below this model's {model.sigma_max:.4g})"
         sigmas = for_denoise(lambda n: resample_profile(profile, n), steps, denoise)
@@ -91,6 +101,27 @@ def _profile_for_model(resolution: tuple[int, int] | None, model: NoiseRange) ->
             f"in 'schedule', which runs on every model, or by name one of: {', '.join(schedule_names()[1:])}."
         )
     return profile
+
+
+def _profile(name: str, model: NoiseRange, steps: int, resolution: tuple[int, int] | None) -> Profile:
+    if name == AUTO:
+        return _profile_for_model(resolution, model)
+    if name.startswith(TUNED):
+        return _tuned_for(name.removeprefix(TUNED), model, steps)
+    if name not in shipped_profiles():
+        raise ValueError(f"There is no schedule '{name}'. Choose one of: {', '.join(schedule_names())}.")
+    return shipped_profiles()[name]
+
+
+def _tuned_for(solver: str, model: NoiseRange, steps: int) -> Profile:
+    """The shipped fit for this very network and the sampler, nearest in ln(steps)."""
+    fitting = [one for one in tuned_profiles() if one.solver == solver and one.config_hash == model.config_hash]
+    if not fitting or not model.config_hash:
+        raise ValueError(
+            f"'{TUNED}{solver}' is for the pack's demo models; nothing is tuned for this MODEL ({model.families[0]}) "
+            "yet. Tune it with Attune Tune Schedule, or choose 'auto' or 'KL-optimal' in 'schedule'."
+        )
+    return min(fitting, key=lambda one: abs(math.log(one.steps / steps)))
 
 
 def check_fit(profile: Profile, model: NoiseRange, remedy: str) -> None:

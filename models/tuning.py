@@ -11,7 +11,7 @@ from ..kernels.tuner import PRESETS, Preset, Tuned
 from .profiles import Alignment, Profile
 from .schedules import NoiseRange
 
-METHOD = "tuned schedule"
+METHODS = {"tuner": "tuned schedule", "ays_klub": "bound of Align Your Steps"}  # as chosen -> in words
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,26 @@ class Setting:
 
 
 def affordable(
-    wanted: str, steps: int, candidates: int, order: int, aligned: bool, seconds: float, minutes: float
+    wanted: str,
+    steps: int,
+    candidates: int,
+    order: int,
+    aligned: bool,
+    seconds: float,
+    minutes: float,
+    method: str = "tuner",
 ) -> tuple[Preset, str]:
     """The preset `wanted`, or the largest smaller one that fits into `minutes` (0: no limit), and a sentence on it.
 
     `seconds`: measured for one evaluation of the guided model. ValueError when not even the smallest fits.
     """
     names = list(PRESETS)
-    needed = {name: PRESETS[name].evaluations(steps, candidates, order, aligned) for name in names}
+    needed = {
+        name: one.evaluations(steps, candidates, order, aligned)
+        if method == "tuner"
+        else one.bound_evaluations(steps, candidates, order)
+        for name, one in PRESETS.items()
+    }
     for name in reversed(names[: names.index(wanted) + 1]):
         needs = needed[name] * seconds / 60
         if not minutes or needs <= minutes:
@@ -52,7 +64,7 @@ def affordable(
     )
 
 
-def tuned_profile(tuned: Tuned, setting: Setting, preset: str, seconds: float) -> Profile:
+def tuned_profile(tuned: Tuned, setting: Setting, method: str, preset: str, seconds: float) -> Profile:
     """What was found, with its evidence and how it was found."""
     metrics = {
         "held_out": tuned.held_out,
@@ -62,7 +74,7 @@ def tuned_profile(tuned: Tuned, setting: Setting, preset: str, seconds: float) -
         "refused": tuned.refused,
     }
     return _profile(
-        METHOD, setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
+        METHODS[method], setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
         preset=preset, evaluations=tuned.evaluations, seconds=round(seconds, 1),
     )  # fmt: skip
 
@@ -128,6 +140,7 @@ def _profile(
             "date": datetime.now(timezone.utc).date().isoformat(),
             "seed": setting.seed,
             "ran": setting.runs,
+            **({} if model.shift is None else {"shift": round(model.shift, 6)}),
             **how,
         },
     )

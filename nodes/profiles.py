@@ -135,9 +135,12 @@ class AttuneApplyProfile(io.ComfyNode):
             profile, noise_range(model), steps, denoise, denoise_mode, resolution_policy, size, strength
         )
         if applied.conditioning is not None:
-            model = with_conditioning(model, Remap(profile.name, applied.conditioning, applied.solver))
-        report = "\n".join(applied.report)
-        LOG.info("Attune Apply Profile: %s", " ".join(applied.report))
+            model = with_conditioning(model, Remap(profile.name, applied.conditioning, applied.solver, profile.cfg))
+        said = list(applied.report)
+        if latent is not None and latent.get("noise_mask") is not None:
+            said.append("Note: the latent has a mask; profiles are measured on whole pictures.")
+        report = "\n".join(said)
+        LOG.info("Attune Apply Profile: %s", " ".join(said))
         return io.NodeOutput(model, applied.sigmas, report)
 
 

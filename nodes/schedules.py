@@ -22,7 +22,8 @@ DENOISE_TIP = (
 SCHEDULE_TIP = (
     "auto: the published schedule for this model's family. AYS …: Align Your Steps for that model. "
     "KL-optimal: a closed form for every model, flow models (SD3, Flux) too; c is the spread of the data: "
-    "1.4 puts more steps at high noise, 0.5 at low noise. Files: your profiles in models/attune, their schedule only; "
+    "1.4 puts more steps at high noise, 0.5 at low noise. tuned for …: fitted to a demo model and this sampler, the "
+    "nearest number of steps. Files: your profiles in models/attune, their schedule only; "
     "Attune Apply Profile also applies their timestep alignment."
 )
 

@@ -169,3 +169,11 @@ def test_a_step_count_far_from_the_fitted_one_is_said():
 def test_an_unknown_choice_is_answered_with_the_list(changes, words):
     with pytest.raises(ValueError, match=words):
         apply_profile(FITTED, SD15, **changes)
+
+
+def test_a_shift_other_than_the_fits_is_noted_and_moves_no_level():
+    fitted = FLOW.with_facts(shift=3.0)
+    for shift, noted in ((3.0, False), (None, False), (5.0, True)):
+        applied = apply_profile(fitted, replace(SD3, shift=shift))
+        assert ("fitted beside a shift of 3, this MODEL has 5" in said(applied)) == noted
+        assert torch.equal(applied.sigmas, apply_profile(FLOW, SD3).sigmas)

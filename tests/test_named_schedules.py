@@ -9,7 +9,15 @@ from pack.kernels.ays import kl_optimal
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
 from pack.models.profiles import shipped_profiles
-from pack.models.schedules import CLOSED_FORMS, NoiseRange, published_profiles, schedule, schedule_names
+from pack.models.schedules import (
+    CLOSED_FORMS,
+    TUNED,
+    NoiseRange,
+    published_profiles,
+    schedule,
+    schedule_names,
+    tuned_profiles,
+)
 
 SD15 = NoiseRange(("SD15", "BASE"), "ve", 0.0292, 14.6146)
 SDXL = NoiseRange(("SSD1B", "SDXL", "BASE"), "ve", 0.0292, 14.6146)
@@ -17,7 +25,9 @@ SD3 = NoiseRange(("SD3", "BASE"), "flow", 0.003, 1.0)
 
 
 def test_the_list_starts_with_auto_and_has_every_profile_and_closed_form():
-    assert schedule_names() == ["auto", *published_profiles(), *CLOSED_FORMS]
+    tuned = ["tuned for dpmpp_2m", "tuned for euler", "tuned for uni_pc"]
+    assert schedule_names()[0] == "auto" and sorted(schedule_names()[-3:]) == tuned
+    assert schedule_names()[1:-3] == [*published_profiles(), *CLOSED_FORMS]
 
 
 @pytest.mark.parametrize(("model", "name"), [(SD15, "AYS SD 1.5"), (SDXL, "AYS SDXL")])
@@ -33,7 +43,9 @@ def test_at_the_native_count_the_published_levels_come_out_with_a_final_zero():
     torch.testing.assert_close(sigmas, want, rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize("name", [n for n in schedule_names() if n not in ("AYS SVD", "AYS DeepFloyd-IF stage 1")])
+@pytest.mark.parametrize(
+    "name", [n for n in schedule_names() if n not in ("AYS SVD", "AYS DeepFloyd-IF stage 1") and TUNED not in n]
+)
 @pytest.mark.parametrize("steps", [1, 5, 10000])
 @pytest.mark.parametrize("denoise", [1.0, 0.5, 0.05])
 def test_every_choice_gives_steps_plus_one_decreasing_levels_in_float32(name, steps, denoise):
@@ -44,6 +56,31 @@ def test_every_choice_gives_steps_plus_one_decreasing_levels_in_float32(name, st
 
 def test_no_denoise_is_no_step():
     assert schedule("auto", SD15, 10, 0.0)[0].numel() == 0
+
+
+def test_thirty_profiles_are_tuned_to_the_demo_models_and_chosen_by_network_sampler_and_steps():
+    hashes = {one.config_hash for one in tuned_profiles()}
+    wanted = {(h, solver, n) for h in hashes for solver in ("euler", "dpmpp_2m", "uni_pc") for n in (5, 6, 8, 10, 20)}
+    assert len(hashes) == 2 and {(p.config_hash, p.solver, p.steps) for p in tuned_profiles()} == wanted
+    for profile in tuned_profiles():
+        model = NoiseRange(
+            profile.families, profile.space, 0.01, profile.sigmas[0], profile.prediction, profile.config_hash
+        )
+        sigmas, said = schedule(f"tuned for {profile.solver}", model, profile.steps)
+        assert sigmas.tolist() == list(profile.sigmas) and said.startswith(profile.name)
+        assert len(schedule(f"tuned for {profile.solver}", model, 9)[0]) == 10
+        held = profile.metrics["held_out"]
+        assert min(held.values()) < held["start"] or (len(held) == 1 and profile.metrics["refused"])
+        assert (
+            profile.provenance["evaluations"] > 0 and profile.cfg == 3.0 and profile.metrics["reference_error"] < 0.01
+        )
+        assert not profile.alignments or profile.solver == "euler"
+
+
+@pytest.mark.parametrize("model", [SD15, SD3])
+def test_a_fit_of_another_network_is_not_taken(model):
+    with pytest.raises(ValueError, match=rf"nothing is tuned for this MODEL \({model.families[0]}\) yet\. Tune it"):
+        schedule("tuned for euler", model, 8)
 
 
 @pytest.mark.parametrize(("name", "c"), CLOSED_FORMS.items())

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pack.kernels.schedules import check_sigmas, end_at_zero, resample_loglinear
+from pack.kernels.schedules import check_sigmas
 from pack.models.profiles import (
     LARGEST_FILE,
     Alignment,
@@ -22,7 +22,7 @@ from pack.models.profiles import (
     shipped_profiles,
     text_hash,
 )
-from pack.models.schedules import published_profiles
+from pack.models.schedules import published_profiles, resample_profile
 
 GOOD = {
     "format": 1, "kind": "schedule", "name": "mine", "method": "by hand", "space": "ve", "families": ["SD15"],
@@ -48,8 +48,8 @@ def test_shipped_levels_are_the_published_ones(name):
 @pytest.mark.parametrize("profile", published_profiles().values(), ids=lambda p: p.name)
 @pytest.mark.parametrize("steps", [1, 2, 10, 33])
 def test_every_shipped_profile_gives_a_runnable_schedule(profile, steps):
-    sigmas = end_at_zero(resample_loglinear(torch.tensor(profile.sigmas), steps))
-    assert len(check_sigmas(sigmas)) == steps + 1
+    sigmas = resample_profile(profile, steps)
+    assert len(check_sigmas(sigmas)) == steps + 1 and sigmas[-1] == 0
 
 
 def test_all_published_tables_are_shipped():

@@ -10,7 +10,15 @@ import torch
 
 from oracles import euler, gaussian, mixture_2d, network, path
 from pack.kernels.space import NoiseSpace
-from pack.kernels.timestep_aligner import CANDIDATES, Alignment, Trajectory, align, block_norm, gaussian_alignment
+from pack.kernels.timestep_aligner import (
+    CANDIDATES,
+    Alignment,
+    Trajectory,
+    align,
+    align_published,
+    block_norm,
+    gaussian_alignment,
+)
 
 VE, FLOW = NoiseSpace("ve"), NoiseSpace("flow")
 SD = torch.tensor([14.6146, 6.3, 2.7, 1.2, 0.5, 0.2, 0.03, 0.0], dtype=torch.float64)
@@ -96,6 +104,43 @@ def test_alignment_helps_a_flow_model_and_leaves_its_first_level_alone():
         x = x + (sigma_next - sigma) * (x - told(x, sigma, heard(sigma))) / sigma
     end = path(target, noise[1]).end
     assert block_norm(x - end) < 0.7 * block_norm(euler(target.denoise, noise[1], sigmas) - end)
+
+
+def test_the_published_loss_does_not_tend_to_the_true_level_and_harms_at_twenty_steps():
+    """Its minimum inflates the variance by sin(a) / sin(b) a step, however small the steps; ours tends to tau = sigma."""
+    target = mixture_2d(VE)
+    told = network(target, "eps")
+    noise = torch.randn(2, 256, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 14.65
+    ratios = {}
+    for steps in (5, 20):
+        levels = torch.cat(
+            [torch.logspace(math.log10(14.6), math.log10(0.03), steps, dtype=torch.float64), torch.zeros(1)]
+        )
+        theirs, said = finish(align_published(told, levels, [noise[0]], VE))
+        ours, _ = finish(align(told, levels, [path(target, noise[0])], VE))
+        ratios[steps] = [
+            sum(math.log(b / a) for a, b in zip(one.sigma, one.sigma_hat, strict=True)) for one in (theirs, ours)
+        ]
+        assert said[-1] <= 31 * (steps - 1) and theirs.sigma_hat[-1] == theirs.sigma[-1]
+    per_step = {steps: [total / steps for total in both] for steps, both in ratios.items()}  # of ln(tau / sigma)
+    assert per_step[20][0] < per_step[5][0] < -0.7 and 0 > per_step[20][1] > 0.6 * per_step[5][1]
+    heard, x = theirs.through(VE), noise[1]
+    for sigma, sigma_next in pairwise(levels):
+        x = x + (sigma_next - sigma) * (x - told(x, sigma, heard(sigma))) / sigma
+    end = path(target, noise[1]).end
+    assert block_norm(x - end) > 1.5 * block_norm(euler(target.denoise, noise[1], levels) - end)
+
+
+def test_sequential_and_parallel_agree_on_the_published_loss():
+    target = gaussian(1.0, VE)
+    generator = torch.Generator().manual_seed(0)
+    start = math.sqrt(1 + 14.6146**2) * torch.randn(512, 1, generator=generator, dtype=torch.float64)
+    noised = lambda sigma: [math.sqrt(1 + sigma**2) * torch.randn(512, 1, generator=generator, dtype=torch.float64)]
+    told = network(target, "eps")
+    one, _ = finish(align_published(told, SD, [start], VE))
+    other, _ = finish(align_published(told, SD, [start], VE, noised=noised))
+    for a, b in zip(one.sigma_hat, other.sigma_hat, strict=True):
+        assert abs(math.log(a / b)) < 0.15
 
 
 def test_no_level_above_the_models_highest_is_told_and_exact_steps_stay_as_they_are():

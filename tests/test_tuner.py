@@ -12,7 +12,7 @@ from oracles import dpmpp_2m, fine_levels, mixture_1d, mixture_2d, mixture_laten
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
 from pack.kernels.timestep_aligner import block_norm
-from pack.kernels.tuner import PRESETS, Preset, Runner, moved_level, tune
+from pack.kernels.tuner import PRESETS, Preset, Runner, moved_level, tune, tune_by_bound
 
 VE, FLOW = NoiseSpace("ve"), NoiseSpace("flow")
 ROWS = 256  # blocks of one noise, as in a latent of SDXL
@@ -33,10 +33,15 @@ class Bench:
         self.target, self.solver, self.calls = target, solver, 0
         self.told = network(target, prediction)
         self.scale = 14.648 if target.space.kind == "ve" else 1.0
-        self.runner = Runner(self.solve, self.record, self.denoise if solver == "euler" else None)
+        told = self.denoise if solver == "euler" else None
+        self.runner = Runner(self.solve, self.record, told, denoise_at=self.exact_at)
 
     def exact(self, x, sigma):
         self.calls += 1
+        return self.target.denoise(x, sigma)
+
+    def exact_at(self, x, sigma):
+        self.calls += len(x) // ROWS
         return self.target.denoise(x, sigma)
 
     def denoise(self, x, sigma, told):
@@ -127,6 +132,37 @@ def test_every_evaluation_is_counted_and_none_is_unannounced(solver):
     assert len(tuned.candidates) == 9 and tuned.candidates[tuned.start] == min(tuned.candidates.values())
     check_sigmas(tuned.sigmas)
     assert tuned.sigmas[0] == stock_schedules(8)[tuned.start][0] and tuned.sigmas[-1] == 0 and len(tuned.sigmas) == 9
+
+
+def bounded(bench, known, space):
+    reference = karras(32) if space is VE else fine_levels(FLOW, 32)
+    generator = torch.Generator().manual_seed(0)
+    low = 0.0292 if space is VE else 0.003
+    return finish(
+        tune_by_bound(bench.runner, known, reference, bench.noises(2), PRESETS["mini"], space, low, generator)
+    )
+
+
+def test_the_bound_helps_where_only_the_uniform_schedule_is_known_and_is_counted():
+    bench = Bench(mixture_2d(VE), "dpmpp_2m")
+    known = {"normal": stock_schedules(5)["normal"]}
+    tuned, said = bounded(bench, known, VE)
+    assert tuned.evaluations == bench.calls == said[-1].evaluations <= said[0].predicted
+    assert tuned.held_out["refined"] < 0.8 * tuned.held_out["start"] and tuned.alignment is None
+    check_sigmas(tuned.sigmas)
+    assert tuned.sigmas[0] == known["normal"][0] and tuned.sigmas[-1] == 0 and len(tuned.sigmas) == 6
+    truth = bench.truth()
+    assert bench.error(tuned.sigmas, truth) < 0.8 * bench.error(known["normal"], truth)
+
+
+def test_the_bound_on_a_flow_model_is_that_of_the_same_data_on_ve():
+    bench = Bench(mixture_latent(FLOW), "euler", "flow")
+    line = {"normal": torch.linspace(1, 0, 6, dtype=torch.float64)}
+    tuned, said = bounded(bench, line, FLOW)
+    assert tuned.evaluations == bench.calls <= said[0].predicted
+    assert "refined" in tuned.held_out or "levels of the bound were not kept" in tuned.refused[0]
+    check_sigmas(tuned.sigmas)
+    assert float(tuned.sigmas[0]) == 1 and float(tuned.sigmas[-1]) == 0
 
 
 def test_the_same_noises_give_the_same_answer():

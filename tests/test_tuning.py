@@ -39,8 +39,14 @@ def test_a_preset_that_takes_too_long_becomes_a_smaller_one():
         affordable("quick", 8, 20, 1, True, 1.5, 5)
 
 
+def test_the_bound_costs_twenty_times_as_much():
+    assert PRESETS["mini"].bound_evaluations(8, 20) == 80 + 9 * 8 + 6 * (44 * 8 * 7 + 8) + 8 + 16
+    with pytest.raises(ValueError, match="needs 375 minutes"):
+        affordable("mini", 8, 20, 1, False, 1.5, 30, "ays_klub")
+
+
 def test_a_tuned_profile_travels_through_its_file(tmp_path):
-    profile = tuned_profile(FOUND, SETTING, "mini", 61.26)
+    profile = tuned_profile(FOUND, SETTING, "tuner", "mini", 61.26)
     again = load_profile(save_profile(profile, tmp_path))
     assert again == profile and again.is_fitted and again.families == ("SDXL",)
     assert again.alignments[0].solver == "euler" and again.alignments[0].sigma[0] == 1.0
@@ -48,7 +54,11 @@ def test_a_tuned_profile_travels_through_its_file(tmp_path):
 
 
 def test_nothing_found_is_said():
-    profile, report = tuned_profile(NOTHING, SETTING, "mini", 9.0), tuning_report(NOTHING, SETTING, 9.0, "plan")
+    profile, report = (
+        tuned_profile(NOTHING, SETTING, "ays_klub", "mini", 9.0),
+        tuning_report(NOTHING, SETTING, 9.0, "plan"),
+    )
+    assert profile.method == "bound of Align Your Steps"
     assert profile.alignments == () and list(profile.sigmas) == LEVELS.tolist()
     assert "No better schedule found" in report and "refined levels were not kept" in report
     assert "No better" not in tuning_report(FOUND, SETTING, 9.0, "plan")

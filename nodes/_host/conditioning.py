@@ -27,11 +27,12 @@ CHOSEN = f"{KEY}.chosen"  # of the current run
 
 @dataclass(frozen=True)
 class Remap:
-    """A map on a MODEL: `name` for messages, `solver` it was fitted with ("" for every sampler)."""
+    """A map on a MODEL: `name` for messages, `solver` ("" for every sampler) and `cfg` (or None) it was fitted with."""
 
     name: str
     conditioning: ConditioningMap
     solver: str = ""
+    cfg: float | None = None
 
     def at(self, size: tuple[int, int] | None) -> ConditioningMap:
         """The map for pictures of `size` pixels, None where the latent is no picture."""
@@ -84,7 +85,7 @@ def network_timestep(sampling, sigma: Tensor) -> Tensor:
 def _choose(executor, guider, sigmas, extra_args, *args, **kwargs):
     """SAMPLER_SAMPLE: compose the maps that suit the sampler of this run."""
     options = extra_args["model_options"]["transformer_options"]
-    running = solver_name(executor.class_obj)
+    running, cfg = solver_name(executor.class_obj), getattr(guider, "cfg", None)
     size = _size(guider.inner_model, args[1] if len(args) > 1 else kwargs["noise"])
     fitting = []
     for remap in options.get(KEY, ()):
@@ -92,6 +93,10 @@ def _choose(executor, guider, sigmas, extra_args, *args, **kwargs):
             fitting.append(remap.at(size))
             if said := remap.said(size):
                 LOG.info("%s: %s", remap.name, said)
+            if remap.cfg and cfg and not 0.5 <= cfg / remap.cfg <= 2:
+                LOG.warning(
+                    "%s: fitted at cfg %g, this run has %g: its gain is unknown there.", remap.name, remap.cfg, cfg
+                )
         else:
             LOG.warning(
                 "%s: timestep alignment skipped: made for %s, this run uses %s. The schedule still applies.",

@@ -22,6 +22,7 @@ def noise_range(model) -> NoiseRange:
         sigma_max=float(sampling.sigma_max),
         prediction=prediction(sampling),
         config_hash=config_hash(model.model.model_config.unet_config),
+        shift=getattr(sampling, "shift", None),
     )
 
 

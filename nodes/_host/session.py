@@ -84,7 +84,7 @@ def solver_of(sampler, model) -> Solver:
 
 
 class Solves:
-    """The solves of one session. Every noise is [1 ...] on the CPU, and so is every answer.
+    """The solves of one session. Every noise is [b ...] on the CPU, b of the latent, and so is every answer.
 
     evaluations: calls of the guided model so far.
     """
@@ -115,7 +115,7 @@ class Solves:
         return Trajectory.recorded(sigmas, [*states, end], denoised)
 
     def denoise(self, x: Tensor, sigma: Tensor, told: Tensor) -> Tensor:
-        """One call of the guided model that is told a level of its own; x [1 ...], sigma and told [1]."""
+        """One call of the guided model that is told a level of its own; x [b ...]; sigma and told [b], all equal."""
         level, heard = float(sigma[0]), float(told[0])
         a_map = None if level == heard else ConditioningMap.through(self._space, [level], [heard])
         here, seed = self._latent.device, self._extra_args.get("seed")
@@ -124,9 +124,23 @@ class Solves:
             answer = self._guider(x.to(here), sigma.to(here), model_options=options, seed=seed)
         return answer.float().cpu()
 
+    def denoise_at(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """The guided model at a level of its own for each picture; x [n b ...], sigma [n b], b pictures in one call."""
+        here, seed, each = self._latent.device, self._extra_args.get("seed"), len(self._latent)
+        answers = []
+        for part, levels in zip(x.split(each), sigma.split(each), strict=True):
+            options = self._options(
+                torch.stack([levels.max(), torch.zeros_like(levels[0])]).to(here), None, self._solver.runs
+            )
+            with torch.no_grad():
+                answers.append(
+                    self._guider(part.to(here), levels.to(here), model_options=options, seed=seed).float().cpu()
+                )
+        return torch.cat(answers)
+
     def seconds_per_evaluation(self, sigma: float, noise: Tensor) -> float:
         """How long the guided model takes, by the second of two calls: the first one warms up."""
-        x, level = noise * sigma, torch.tensor([sigma])
+        x, level = noise * sigma, torch.full((len(noise),), sigma)
         self.denoise(x, level, level)
         began = time.perf_counter()
         self.denoise(x, level, level)
@@ -195,7 +209,7 @@ def run_session(
     space: NoiseSpace,
     work: Callable[[Solves], T],
 ) -> T:
-    """What `work` returns, run once on the loaded MODEL; `latent` [1 ...] is empty and gives the size alone."""
+    """What `work` returns, run once on the loaded MODEL; `latent` [b ...] is empty and gives the size alone."""
     guider = comfy.samplers.CFGGuider(with_choice_per_solve(model))
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
@@ -206,11 +220,11 @@ def run_session(
 
 
 def empty_latent(model, latent: dict) -> Tensor:
-    """One empty latent of the size of a LATENT, [1 c h w] or with frames; ValueError for pictures with sound."""
+    """Empty latents of the size of a LATENT, [b c h w] or with frames; ValueError for pictures with sound."""
     samples = latent["samples"]
     if getattr(samples, "is_nested", False):
         raise ValueError("'latent' holds a video with its sound: schedules are fitted to one picture or video only.")
-    return torch.zeros_like(comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]).float()))
+    return torch.zeros_like(comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples).float()))
 
 
 def draw_noises(latent: Tensor, seed: int, n: int) -> list[Tensor]:

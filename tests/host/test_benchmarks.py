@@ -14,6 +14,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 REUSES = ["plain, 8", "DeepCache 3", "top level fresh, every 3", "first block fresh, every 3", "calibrated"]
 SMOKE = {
+    "aligned": [
+        *("--models", "unet", "--samplers", "euler", "--steps", "8", "--rows", "free", "tuned", "aligned"),
+        *("--tasks", "12", "--converged", "20"),
+    ],
     "demo_model": ["--pictures", "6", "--per-word", "2"],
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
@@ -78,6 +82,22 @@ def test_the_schedules_are_ranked_and_ours_equal_the_builtin_ones(tmp_path):
     assert "unet, euler_ancestral: Fréchet" in results and "unet, euler_ancestral: PSNR" not in results
     assert "| normal |" in printed and Image.open(tmp_path / "aligned_schedule.jpg").size == (1024, 256)
     for picture in result["pictures"]:
+        assert min(Image.open(tmp_path / picture).size) > 100
+
+
+@pytest.mark.host
+def test_fitted_schedules_are_weighed_against_the_free_ones(tmp_path):
+    (tmp_path / "schedules.md").write_text("<!-- measured: python dev.py bench aligned --> old <!-- end --> after")
+    run("aligned", tmp_path, *SMOKE["aligned"])
+    rows = {row["schedule"]: row for row in json.loads((tmp_path / "results" / "aligned.json").read_text())["data"]}
+    assert {"normal", "core AYS", "beta, published aligner", "beta, aligned", "tuned"} < set(rows)
+    assert all(row["deviation"][0] > 0 and row["frechet"][0] > 0 for row in rows.values())
+    assert rows["tuned"]["objects"] > 50
+    assert rows["tuned"]["deviation"][0] < rows["normal"]["deviation"][0]
+    assert len({rows[name]["deviation"][0] for name in ("beta", "beta, aligned", "beta, published aligner")}) == 3
+    page = (tmp_path / "schedules.md").read_text()
+    assert page.endswith(" after") and " old " not in page and "unet: what tuning gains" in page
+    for picture in ("tuned_deviation.png", "tuned_pictures.jpg"):
         assert min(Image.open(tmp_path / picture).size) > 100
 
 

@@ -166,6 +166,69 @@ def test_another_sampler_runs_with_the_schedule_and_without_the_map(host, demo, 
     assert torch.equal(got, sample(host, encode, demo[0], sigmas, "dpmpp_2m"))
 
 
+def test_guidance_far_from_the_fits_is_said(host, demo, encode, caplog):
+    for cfg, said in ((1.0, True), (2.0, False), (3.0, False), (10.0, True)):
+        patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=replace(VE, cfg=cfg))
+        caplog.clear()
+        sample(host, encode, patched, sigmas)
+        assert (f"fitted at cfg {cfg:g}, this run has 3" in caplog.text) == said
+
+
+def test_a_mask_on_the_latent_is_allowed_and_noted(host, demo):
+    latent = {"samples": torch.zeros(1, 4, 16, 16), "noise_mask": torch.ones(1, 128, 128)}
+    assert "has a mask" in host.call("AttuneApplyProfile", model=demo[0], profile=VE, latent=latent)[2]
+    del latent["noise_mask"]
+    assert "has a mask" not in host.call("AttuneApplyProfile", model=demo[0], profile=VE, latent=latent)[2]
+
+
+def test_a_controlnet_hears_the_true_level_and_the_network_the_map(host, demo, encode):
+    import comfy.controlnet
+
+    heard = []
+
+    class Net(comfy.controlnet.ControlBase):
+        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+            heard.append(float(t[0]))
+            return {"input": [], "middle": [torch.full((len(x_noisy), 160, 4, 4), 0.1)], "output": []}
+
+        def pre_run(self, *args):
+            pass
+
+        def get_models(self):
+            return []
+
+        def copy(self):
+            return self
+
+    def controlled(text):
+        [[context, extra]] = encode(text)
+        return [[context, {**extra, "control": Net(), "control_apply_to_uncond": True}]]
+
+    patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    got = sample(host, controlled, patched, sigmas)
+    assert sorted(set(heard), reverse=True) == sigmas[:-1].tolist()
+    assert not torch.equal(got, sample(host, controlled, demo[0], sigmas))
+    assert not torch.equal(got, sample(host, encode, patched, sigmas))
+
+
+@pytest.mark.parametrize("first", ["compile", "profile"])
+def test_torch_compile_before_and_after_gives_the_same_picture(host, demo, encode, first):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    def compiled(model):
+        clone = model.clone()
+        set_torch_compile_wrapper(clone, backend="eager")
+        return clone
+
+    applied = lambda model: host.call("AttuneApplyProfile", model=model, profile=VE)[0]
+    both = applied(compiled(demo[0])) if first == "compile" else compiled(applied(demo[0]))
+    sigmas = torch.tensor(VE.sigmas)
+    torch.testing.assert_close(
+        sample(host, encode, both, sigmas), sample(host, encode, applied(demo[0]), sigmas), rtol=1e-3, atol=1e-4
+    )
+    torch.compiler.reset()
+
+
 def test_another_parameterisation_is_refused_for_the_map_alone(host, demo):
     model, sigmas, report = host.call("AttuneApplyProfile", model=demo[0], profile=replace(VE, prediction="eps"))
     assert model is demo[0] and torch.equal(sigmas, torch.tensor(VE.sigmas))

@@ -112,6 +112,29 @@ def test_other_samplers_get_levels_without_an_alignment(host, demo, encode, tiny
     assert torch.equal(tuned(host, demo, encode, sampler)[1], sigmas)  # nothing is left over from the run before
 
 
+def test_the_bound_of_align_your_steps_by_its_name(host, demo, flow, encode, kit, tiny, counted, monkeypatch):
+    kernel = sys.modules[kit.tune_by_bound.__module__]
+    monkeypatch.setattr(kernel, "BOUND_DRAWS", 1)
+    monkeypatch.setattr(kernel, "BOUND_SWEEPS", 1)
+    for model in (demo, flow):
+        run = lambda model=model: tuned(host, model, encode, "dpmpp_2m", method="ays_klub", steps=3)
+        (profile, sigmas, _, report), calls = counted(model[0], run)
+        assert profile.method == "bound of Align Your Steps" and profile.alignments == ()
+        assert calls <= profile.provenance["evaluations"] + 2 and profile.provenance["evaluations"] >= 2 * 44
+        assert len(sigmas) == 4 and float(sigmas[-1]) == 0 and bool((sigmas.diff() < 0).all())
+        assert "levels of the bound were not kept" in report or "Refined levels" in report
+
+
+def test_a_batch_of_latents_is_fitted_together_with_a_prompt_each(host, demo, encode, tiny, counted):
+    texts = ["a cat on a black background", "a rose on a white background"]
+    both = [[torch.cat([encode(text)[0][0] for text in texts]), encode(texts[0])[0][1]]]
+    (profile, *_), calls = counted(demo[0], lambda: tuned(host, demo, encode, positive=both))
+    assert profile.provenance["evaluations"] <= calls <= profile.provenance["evaluations"] + 2
+    alone = {"samples": torch.zeros(1, 4, SIDE, SIDE)}
+    other, *_ = tuned(host, demo, encode, latent=alone)
+    assert other.metrics["known_schedules"] != profile.metrics["known_schedules"]
+
+
 def test_a_flow_model_and_a_schedule_of_the_users(host, flow, encode, tiny):
     own = torch.tensor([1.0, 0.93, 0.8, 0.5, 0.0])
     before = own.clone()

@@ -1,0 +1,444 @@
+"""Schedules and timesteps that were fitted, against everything that comes for free, on both demo models.
+
+python dev.py bench aligned [--models unet flow] [--samplers euler dpmpp_2m uni_pc] [--steps 5 8 10 20] [--tasks 48]
+
+Stock schedules and published tables; the bound of Align Your Steps (KLUB), minimised from its closed form on Gaussian
+data, and stopped early on the way from `normal`, at 10 steps and stretched to 8 as its authors do; the
+published loss of the timestep aligner and ours, both on the levels of `beta`; the pack's own tuned profiles. Fitted on
+four prompts and seeds that no row draws. Measured as in `schedules`, over six disjoint groups of seeds; results are
+cached. Writes docs/results/aligned.json, docs/results.md, the tables in docs/schedules.md and two pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from comfy_process import ROOT, Host
+from harness import CACHE, Cell, Lab, Task, tasks
+from looks import CONVERGED, GROUPS, Look, converged, look, to_data
+from metrics import frechet, jackknife
+from results import DOCS, Table, markdown, record
+from schedules import CORE, STOCK, progress, write_page
+
+sys.path.append(str(ROOT / "training"))
+import tune_profiles as shipped
+
+FREE = {model: [*STOCK, *CORE[model], "KL-optimal", "KL-optimal, c = 1.4"] for model in CORE}
+BASE = "beta"  # whose timesteps are aligned: with few Euler steps the best stock schedule on both models
+KLUB_STEPS, KLUB_SWEEPS, KLUB_BATCH = 10, 3, 8
+FITTED_AT = (8, 10)  # steps at which the bound and the aligners are drawn
+GROUPS_OF_ROWS = ["free", "tuned", "aligned", "klub"]
+PLOTTED = ["normal", "KLUB minimised", "beta, published aligner", "beta, aligned", "tuned"]
+BEGIN, END = "<!-- measured: python dev.py bench aligned -->", "<!-- end -->"
+FORMAT = 1  # raise it when the way of fitting changes
+
+
+@dataclass
+class Row:
+    model: str
+    sampler: str
+    steps: int
+    schedule: str
+    seen: Look
+    frechet: tuple[float, float]
+    objects: float  # percentage of pictures that show theirs
+
+    @property
+    def deviation(self) -> tuple[float, float]:
+        """Root mean square distance of the latents from the converged ones, mean over pictures, in thousandths."""
+        roots = self.seen.errors.double().sqrt()
+        return jackknife(lambda kept: 1000 * float(roots[kept].mean()), len(roots), GROUPS)
+
+
+class FittedLab(Lab):
+    """A Lab whose cells can be told other levels than the true ones, and which fits what it compares."""
+
+    def patched(self, model: str, nodes: tuple[tuple[str, tuple], ...]):
+        patched = self.models[model]
+        for name, inputs in nodes:
+            facts = dict(inputs)
+            conditioning, host = self.module("kernels.conditioning"), self.module("nodes._host.conditioning")
+            a_map = conditioning.ConditioningMap.through(self.space(model), facts["sigma"], facts["sigma_hat"])
+            patched = host.with_conditioning(patched, host.Remap(name, a_map))
+        return patched
+
+    def module(self, name: str) -> Any:
+        """A module of the pack as the host has loaded it."""
+        node = self.host.nodes.NODE_CLASS_MAPPINGS["AttuneTuneSchedule"]
+        return sys.modules[f"{node.__module__.removesuffix('.nodes.tune_schedule')}.{name}"]
+
+    def space(self, model: str) -> Any:
+        return self.module("kernels.space").NoiseSpace("ve" if model == "unet" else "flow")
+
+    def told(self, sigma: Sequence[float], sigma_hat: Sequence[float]) -> tuple[tuple[str, tuple], ...]:
+        """The node of a Cell that tells its network sigma_hat; the code that does so is part of it."""
+        files = [ROOT / "kernels" / "conditioning.py", ROOT / "nodes" / "_host" / "conditioning.py"]
+        code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        return (("told", (("sigma", tuple(sigma)), ("sigma_hat", tuple(sigma_hat)), ("code", code))),)
+
+    def fitted(self, key: list, fit: Callable[[], dict]) -> dict:
+        """fit(), kept in the cache under everything in `key`."""
+        text = json.dumps([key, FORMAT, shipped.PROMPTS, shipped.SEED, self.digests])
+        path = self.cache / f"fit-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+        if not path.exists():
+            found = json.dumps(fit())
+            path.write_text(found, "utf-8")
+        return json.loads(path.read_text("utf-8"))
+
+    def session(self, model: str, sampler: str, batch: int, work: Callable[[Any, list, Any], dict]) -> dict:
+        """work(solves, noises, reference levels) inside one run of the host's sampling, `batch` pictures at once."""
+        session, tuner = self.module("nodes._host.session"), self.module("kernels.tuner")
+        patcher = self.models[model]
+        (chosen,) = self.host.call("KSamplerSelect", sampler_name=sampler)
+        texts = [shipped.PROMPTS[i % len(shipped.PROMPTS)] for i in range(batch)]
+        positive, negative = self.conditioning(texts), self.conditioning([""])
+        empty = session.empty_latent(patcher, {"samples": torch.zeros(batch, 4, 16, 16)})
+        sampling = patcher.get_model_object("model_sampling")
+        low, high = float(sampling.sigma_min), float(sampling.sigma_max)
+        space = self.space(model)
+        reference = tuner.reference_levels(48, space, low, high).float()
+        with torch.inference_mode():
+            return session.run_session(
+                patcher, positive, negative, shipped.CFG, session.solver_of(chosen, patcher),
+                torch.tensor([high, 0.0]), empty, shipped.SEED, space,
+                lambda solves: work(solves, session.draw_noises(empty, shipped.SEED, 2), reference),
+            )  # fmt: skip
+
+
+# --- what is fitted here ----------------------------------------------------------------------------------------------
+
+
+def aligned(lab: FittedLab, model: str, steps: int, published: bool) -> dict:
+    """{"sigma", "sigma_hat", "gain"} for Euler on the levels of BASE."""
+    levels = torch.tensor(lab.sigmas(model, BASE, steps))
+    kernel = lab.module("kernels.timestep_aligner")
+
+    def work(solves, noises, reference) -> dict:
+        path = solves.record(reference, noises[0])
+        high = float(reference[0])
+        if published:
+            fit = kernel.align_published(solves.denoise, levels, [path.states[0]], lab.space(model), high)
+        else:
+            fit = kernel.align(solves.denoise, levels, [path], lab.space(model), high)
+        found = last(fit)
+        sigma, sigma_hat = found.knots(lab.space(model))
+        return {"sigma": sigma, "sigma_hat": sigma_hat, "gain": found.gain}
+
+    key = ["aligned", model, levels.tolist(), published]
+    return lab.fitted(key, lambda: lab.session(model, "euler", len(shipped.PROMPTS), work))
+
+
+def klub(lab: FittedLab, model: str, start: str) -> dict:
+    """{"sweeps": positive sigma / alpha at the start and after each sweep, "moved": ln in the last one}, 10 steps."""
+    ays, tuner, space = lab.module("kernels.ays"), lab.module("kernels.tuner"), lab.space(model)
+
+    def work(solves, noises, reference) -> dict:
+        data = solves.record(reference, noises[0]).end
+        low = float(lab.models[model].get_model_object("model_sampling").sigma_min)
+        levels = torch.tensor(lab.sigmas(model, "normal", KLUB_STEPS)).double()
+        levels[-1] = min(low, float(levels[-2]) / 2)
+        ratio = (levels / space.alpha(levels)).clamp(max=tuner.LARGEST_RATIO)
+        if start != "normal":
+            ratio = ays.klub_optimal_gaussian(KLUB_STEPS, float(ratio[-1]), float(ratio[0]), float(data.std()))
+        denoise, generator = ays.ve_denoiser(solves.denoise_at, space), torch.Generator().manual_seed(0)
+        search = ays.minimise_klub(denoise, data, ratio, generator, sweeps=KLUB_SWEEPS)
+        sweeps = [sweep for sweep in search if sweep is not None]
+        return {"sweeps": [ratio.tolist(), *(one.sigmas.tolist() for one in sweeps)], "moved": sweeps[-1].moved}
+
+    key = ["klub", model, start, KLUB_STEPS, KLUB_SWEEPS]
+    return lab.fitted(key, lambda: lab.session(model, "euler", KLUB_BATCH, work))
+
+
+def stopped_early(lab: FittedLab, model: str, sampler: str) -> list[float]:
+    """The sweep from `normal` with the least error of the sampler on noise that the bound has not seen."""
+    sweeps = klub(lab, model, "normal")["sweeps"]
+    block_norm = lab.module("kernels.timestep_aligner").block_norm
+
+    def work(solves, noises, reference) -> dict:
+        exact = solves.record(reference, noises[1]).end
+        schedules = [torch.tensor(klub_schedule(lab, model, one, KLUB_STEPS)) for one in sweeps]
+        return {"errors": [block_norm(solves.solve(one, noises[1]) - exact) / block_norm(exact) for one in schedules]}
+
+    key = ["stopped early", model, sampler, sweeps]
+    errors = lab.fitted(key, lambda: lab.session(model, sampler, KLUB_BATCH, work))["errors"]
+    return sweeps[errors.index(min(errors))]
+
+
+def klub_schedule(lab: FittedLab, model: str, ratio: Sequence[float] | torch.Tensor, steps: int) -> tuple[float, ...]:
+    """Levels of the bound (sigma / alpha, positive) at any number of steps, log-linearly, the last replaced by 0."""
+    kernel = lab.module("kernels.schedules")
+    levels = kernel.resample_loglinear(torch.as_tensor(ratio, dtype=torch.float64), steps)
+    sigmas = lab.space(model).at_log_ratio(levels.log())
+    first = lab.sigmas(model, "normal", steps)[0]
+    return (first, *sigmas[1:-1].tolist(), 0.0)
+
+
+def last(generator):
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def cells(lab: FittedLab, model: str, sampler: str, steps: int, groups: list[str]) -> dict[str, Cell]:
+    """Name -> Cell of everything that is compared in one block."""
+    found: dict[str, Cell] = {}
+    if "free" in groups:
+        found |= {name: Cell(model, sampler, lab.sigmas(model, name, steps)) for name in FREE[model]}
+    if "klub" in groups and steps in FITTED_AT:
+        chosen = {
+            "KLUB minimised": klub(lab, model, "closed form")["sweeps"][-1],
+            "KLUB stopped early": stopped_early(lab, model, sampler),
+        }
+        for name, ratio in chosen.items():
+            found[name] = Cell(model, sampler, klub_schedule(lab, model, ratio, steps))
+    if "aligned" in groups and sampler == "euler" and steps in FITTED_AT:
+        plain = Cell(model, sampler, lab.sigmas(model, BASE, steps))
+        for name, published in ((f"{BASE}, published aligner", True), (f"{BASE}, aligned", False)):
+            fit = aligned(lab, model, steps, published)
+            changed = fit["sigma"] != fit["sigma_hat"]
+            found[name] = replace(plain, nodes=lab.told(fit["sigma"], fit["sigma_hat"])) if changed else plain
+    profile = shipped_profile(lab, model, sampler, steps)
+    if "tuned" in groups and profile is not None:
+        plain = Cell(model, sampler, profile.sigmas)
+        if profile.alignments:
+            found["tuned, levels alone"] = plain
+            one = profile.alignments[0]
+            plain = replace(plain, nodes=lab.told(one.sigma, one.sigma_hat))
+        found["tuned"] = plain
+    return found
+
+
+def shipped_profile(lab: FittedLab, model: str, sampler: str, steps: int) -> Any:
+    profiles = lab.module("models.profiles")
+    path = profiles.SHIPPED / f"demo_{model}_{sampler}_{steps:02}{profiles.SUFFIX}"
+    return profiles.load_profile(path) if path.exists() else None
+
+
+def measure(lab: FittedLab, work: list[Task], model: str, sampler: str, steps: int, groups: list[str]) -> list[Row]:
+    rows = []
+    for name, cell in cells(lab, model, sampler, steps, groups).items():
+        seen = look(lab, cell, work, progress(f"{model} {sampler} {steps} {name}"))
+        distance = jackknife(lambda kept, seen=seen: to_data(frechet, seen.features, kept), len(work), GROUPS)
+        right = seen.objects == torch.tensor([task.obj for task in work])
+        rows.append(Row(model, sampler, steps, name, seen, distance, 100 * float(right.double().mean())))
+    return rows
+
+
+def text(measured: tuple[float, float]) -> str:
+    digits = 3 if abs(measured[0]) < 1 else 2 if abs(measured[0]) < 10 else 1
+    return f"{measured[0]:.{digits}f} ± {measured[1]:.{digits}f}"
+
+
+def matrix(rows: list[Row], title: str, value: Callable[[Row], tuple[float, float]], note: str = "") -> Table:
+    """Schedules down, steps across, less is better; the best of a column is bold."""
+    steps = sorted({row.steps for row in rows})
+    found = {(row.schedule, row.steps): value(row) for row in rows}
+    best = {n: min((v[0], name) for (name, m), v in found.items() if m == n)[1] for n in steps}
+    body: list[list] = []
+    for name in dict.fromkeys(row.schedule for row in rows):
+        shown = [found.get((name, n)) for n in steps]
+        words = [None if v is None else text(v) for v in shown]
+        body.append([name, *(f"**{w}**" if best[n] == name else w for n, w in zip(steps, words, strict=True))])
+    return Table(title, ["schedule", *(f"{n} steps" for n in steps)], body, note)
+
+
+def pick(rows: list[Row], sampler: str, steps: int, names: Sequence[str]) -> Row | None:
+    """The row of least deviation among some schedules."""
+    mine = [r for r in rows if (r.sampler, r.steps) == (sampler, steps) and r.schedule in names]
+    return min(mine, key=lambda row: row.deviation[0], default=None)
+
+
+def gain(rows: list[Row], model: str) -> Table:
+    """The tuned profile against the best free schedule and against `normal`, paired over groups of seeds."""
+    body: list[list] = []
+    mine = [row for row in rows if row.model == model]
+    for sampler, steps in dict.fromkeys((row.sampler, row.steps) for row in mine):
+        tuned = pick(mine, sampler, steps, ["tuned"])
+        best, normal = pick(mine, sampler, steps, FREE[model]), pick(mine, sampler, steps, ["normal"])
+        if tuned is None or best is None or normal is None:
+            continue
+        at_20 = [pick(mine, sampler, 20, names) for names in (["normal"], FREE[model])]
+        body.append(
+            [sampler, steps, best.schedule, text(ratio(tuned, best)), text(ratio(tuned, normal)),
+             *(None if one is None or steps >= 20 else text(ratio(tuned, one)) for one in at_20),
+             f"{100 * (tuned.frechet[0] / normal.frechet[0] - 1):+.0f} %"]
+        )  # fmt: skip
+    columns = ["solver", "steps", "best free", "tuned / best free", "tuned / normal", "tuned / normal at 20"]
+    columns += ["tuned / best free at 20", "Fréchet to normal"]
+    note = (
+        "Ratios of the deviations below; the best free schedule is chosen with the measured pictures in hand, the "
+        "tuned one was not. Below 1 the tuned run is nearer to the converged picture."
+    )
+    return Table(f"{model}: what tuning gains", columns, body, note)
+
+
+def ratio(one: Row, other: Row) -> tuple[float, float]:
+    a, b = one.seen.errors.double().sqrt(), other.seen.errors.double().sqrt()
+    return jackknife(lambda kept: float(a[kept].mean() / b[kept].mean()), len(a), GROUPS)
+
+
+def held_out(lab: FittedLab, models: list[str], samplers: list[str], steps: list[int]) -> Table:
+    """What the shipped profiles say of themselves."""
+    body: list[list] = []
+    for model in models:
+        for sampler in samplers:
+            for n in steps:
+                if (profile := shipped_profile(lab, model, sampler, n)) is None:
+                    continue
+                facts, found = profile.provenance, profile.metrics["held_out"]
+                refused = "; ".join(
+                    line.split(" not kept")[0].removeprefix("The ") for line in profile.metrics["refused"]
+                )
+                body.append(
+                    [model, sampler, n, profile.metrics["start"], found["start"], found.get("refined"),
+                     found.get("aligned"), refused or None, facts["preset"], facts["evaluations"], facts["seconds"]]
+                )  # fmt: skip
+    columns = ["model", "solver", "steps", "start", "error", "refined", "aligned", "refused", "preset", "calls", "s"]
+    note = "Errors on held-out noises by the tuner's own measure. A call is of four pictures; seconds on a busy core."
+    return Table("The shipped profiles, as tuned", columns, body, note)
+
+
+def mended(lab: FittedLab, models: list[str], steps: list[int]) -> Table:
+    """How much of a step's deviation another timestep can remove, mean over the steps."""
+    body = [[model, *(f"{100 * mean(aligned(lab, model, n, False)['gain']):.0f} %" for n in steps)] for model in models]
+    note = (
+        f"Euler on the levels of {BASE}, on the pictures that were fitted. With the exact denoiser of a Gaussian every "
+        "step gains more than half (tests/test_timestep_aligner.py): a trained network also reads the noise level from "
+        "the picture, and follows what it is told less."
+    )
+    return Table(
+        "Share of a step's deviation that an aligned timestep removes", ["model", *map(str, steps)], body, note
+    )
+
+
+def rest(lab: FittedLab, model: str) -> str:
+    """How far the minimised bound is from its minimum."""
+    moved = klub(lab, model, "closed form")["moved"]
+    return (
+        f"KLUB minimised, {model}: {KLUB_SWEEPS} sweeps from the optimum for Gaussian data; in the last one no level "
+        f"moved by more than {moved:.2f} in ln(sigma / alpha)."
+    )
+
+
+def mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def deviation_plot(rows: list[Row], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    models, solvers = (list(dict.fromkeys(getattr(r, a) for r in rows)) for a in ("model", "sampler"))
+    size = (3.2 * len(solvers) + 2, 2.8 * len(models))
+    figure, axes = plt.subplots(len(models), len(solvers), figsize=size, layout="constrained", squeeze=False)
+    for panels, model in zip(axes, models, strict=True):
+        for axis, solver in zip(panels, solvers, strict=True):
+            mine = [r for r in rows if (r.model, r.sampler) == (model, solver)]
+            steps = sorted({r.steps for r in mine})
+            best = [r for n in steps if (r := pick(mine, solver, n, FREE[model])) is not None]
+            lines = {"best free": best} | {name: [r for r in mine if r.schedule == name] for name in PLOTTED}
+            for i, (name, line) in enumerate(lines.items()):
+                if line:
+                    values, spread = zip(*(r.deviation for r in line), strict=True)
+                    axis.errorbar(
+                        [r.steps for r in line], values, spread, label=name, marker=".", lw=1.2, color=f"C{i}"
+                    )
+            axis.set(title=f"{model}, {solver}", xscale="log", yscale="log", xlabel="steps")
+            axis.set_xticks(steps, steps)
+            axis.minorticks_off()
+        panels[0].set_ylabel("deviation, thousandths")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=8, loc="outside right upper")
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def picture(lab: FittedLab, work: list[Task], steps: int, path: Path) -> None:
+    """Euler, a row each: `normal`, the tuned profile, converged. The same prompts and seeds; unet left, flow right."""
+    rows: list[list[torch.Tensor]] = [[], [], []]
+    for model in lab.models:
+        found = cells(lab, model, "euler", steps, ["tuned"])
+        drawn = [Cell(model, "euler", lab.sigmas(model, "normal", steps)), found.get("tuned"), converged(lab, model)]
+        for row, cell in zip(rows, drawn, strict=True):
+            if cell is not None:
+                row += lab.pictures(model, lab.run(cell, work[:16]).latents[:5])
+    sheet = torch.cat([torch.cat(row, dim=2) for row in rows if row], dim=1)
+    Image.fromarray((sheet * 255).round().byte().permute(1, 2, 0).numpy()).save(path, quality=88)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(CORE), default=list(CORE))
+    parser.add_argument("--samplers", nargs="+", default=shipped.SOLVERS)
+    parser.add_argument("--steps", nargs="+", type=int, default=[5, 8, 10, 20])
+    parser.add_argument("--rows", nargs="+", choices=GROUPS_OF_ROWS, default=GROUPS_OF_ROWS)
+    parser.add_argument("--tasks", type=int, default=48)
+    parser.add_argument("--converged", type=int, default=200, help="steps of the pictures that count as converged")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--out", type=Path, default=DOCS)
+    parser.add_argument("--draw-only", action="store_true", help="fill the cache, write nothing")
+    args = parser.parse_args()
+    if args.tasks < 2 * GROUPS:
+        parser.error(f"--tasks must be at least {2 * GROUPS}: the spread is over {GROUPS} groups of seeds")
+    began, blocks = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        lab, work = FittedLab(Host(Path(folder)), args.cache, args.converged), tasks(args.tasks)
+        for steps in args.steps:
+            for model in args.models:
+                lab.run(converged(lab, model), work, progress(f"{model} converged"))
+                blocks += [measure(lab, work, model, sampler, steps, args.rows) for sampler in args.samplers]
+        print("\r" + " " * 70)
+        if args.draw_only:
+            return
+        tables = [gain([row for block in blocks for row in block], model) for model in args.models]
+        tables.append(held_out(lab, args.models, args.samplers, shipped.STEPS))
+        if "aligned" in args.rows and "euler" in args.samplers:
+            tables.append(mended(lab, args.models, [n for n in args.steps if n in FITTED_AT]))
+        bound = [rest(lab, model) for model in args.models if "klub" in args.rows]
+        picture(lab, work, min(args.steps, key=lambda n: abs(n - 8)), args.out / "tuned_pictures.jpg")
+    rows = [row for block in blocks for row in block]
+    short = tables[: len(args.models)]
+    for model in args.models:
+        for sampler in args.samplers:
+            mine = [row for row in rows if (row.model, row.sampler) == (model, sampler)]
+            note = f"{args.converged} steps of {' on '.join(CONVERGED[model])} are the converged picture."
+            title = f"{model}, {sampler}: deviation from the converged picture, thousandths"
+            tables.append(matrix(mine, title, lambda row: row.deviation, note))
+            short += [tables[-1]] if sampler == "euler" else []
+            title = f"{model}, {sampler}: Fréchet distance to the data"
+            tables.append(matrix(mine, title, lambda row: row.frechet))
+    deviation_plot(rows, args.out / "tuned_deviation.png")
+    write_page(short, args.out, BEGIN, END)
+    data = [
+        {"model": r.model, "sampler": r.sampler, "steps": r.steps, "schedule": r.schedule, "deviation": r.deviation,
+         "frechet": r.frechet, "objects": r.objects} for r in rows
+    ]  # fmt: skip
+    record(
+        "aligned", "Fitted schedules and timesteps", tables, began,
+        ["tuned_deviation.png", "tuned_pictures.jpg"], out=args.out, data=data,
+        notes=["Pictures: `normal` above, tuned between, converged below; Euler, 8 steps.", *bound],
+    )  # fmt: skip
+    print("\n".join(map(markdown, tables)))
+
+
+if __name__ == "__main__":
+    main()
