@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from . import compare, encoder_propagation, profiles, schedules, tune_schedule
+from . import compare, encoder_propagation, golden_noise, profiles, schedules, tune_schedule
 from ._host.api import ComfyExtension
 from ._host.demo_model import register_demo_model
 from ._host.folders import register_folders
 
-NODES = [*schedules.NODES, *tune_schedule.NODES, *encoder_propagation.NODES, *profiles.NODES, *compare.NODES]
+NODES = [
+    *schedules.NODES,
+    *tune_schedule.NODES,
+    *encoder_propagation.NODES,
+    *golden_noise.NODES,
+    *profiles.NODES,
+    *compare.NODES,
+]
 
 register_folders()
 register_demo_model()
