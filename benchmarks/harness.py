@@ -69,10 +69,11 @@ class Cell:
     """One setting: which demo model, which sampler, which noise levels, which MODEL -> MODEL nodes before them.
 
     A node is (node id, its inputs as (name, value) pairs without the MODEL): (("RescaleCFG", (("multiplier", 0.7),)),).
+    An input "npnet" is the name of its file. A sampler that is no name of the stock list is such a pair, too.
     """
 
     model: str  # "unet" or "flow"
-    sampler: str
+    sampler: str | tuple[str, tuple]
     sigmas: tuple[float, ...]
     cfg: float = 3.0
     nodes: tuple[tuple[str, tuple], ...] = ()
@@ -155,20 +156,27 @@ class Lab:
         drawn = [[t.obj, t.background, t.seed] for t in part]
         facts = [cell.sampler, cell.sigmas, cell.cfg, self.digests[cell.model], drawn, versions]
         if cell.nodes:
-            facts += [cell.nodes, _code_digest() if any(node.startswith("Attune") for node, _ in cell.nodes) else ""]
+            facts += [cell.nodes]
+        names = [node for node, _ in cell.nodes] + ([] if isinstance(cell.sampler, str) else [cell.sampler[0]])
+        if names:
+            facts += [_code_digest() if any(name.startswith("Attune") for name in names) else ""]
         return self.cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
     def patched(self, model: str, nodes: tuple[tuple[str, tuple], ...]):
         """A demo MODEL after some MODEL -> MODEL nodes."""
         patched = self.models[model]
         for node, inputs in nodes:
-            patched = self.host.call(node, model=patched, **dict(inputs))[0]
+            given = dict(inputs)
+            if "npnet" in given:
+                (given["npnet"], _) = self.host.call("AttuneLoadNPNet", npnet_name=given["npnet"])
+            patched = self.host.call(node, model=patched, **given)[0]
         return patched
 
     def _draw(self, cell: Cell, part: list[Task]) -> Drawn:
         call, model = self.host.call, self.patched(cell.model, cell.nodes)
         channels = model.get_model_object("latent_format").latent_channels
-        (solver,) = call("KSamplerSelect", sampler_name=cell.sampler)
+        node = ("KSamplerSelect", (("sampler_name", cell.sampler),)) if isinstance(cell.sampler, str) else cell.sampler
+        (solver,) = call(node[0], **dict(node[1]))
         (guider,) = call(
             "CFGGuider",
             model=model,
@@ -208,6 +216,7 @@ class Lab:
 def _code_digest() -> str:
     """Changes with every line of the pack that a node of ours could run."""
     files = sorted(path for layer in ("kernels", "models", "nodes") for path in (ROOT / layer).rglob("*.py"))
+    files += sorted((ROOT / "models" / "golden_noise").glob("*.safetensors"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

@@ -54,8 +54,8 @@ def prompt_texts(config: NPNetConfig, tokens: Tensor | None, pooled: Tensor | No
         return [tokens.mean(dim=1)]
     if n < config.tokens:
         raise ValueError(
-            f"This NPNet reads {config.tokens} tokens of a prompt; the conditioning has {n} tokens, {config.tokens} are "
-            f"needed. {INSTEAD}"
+            f"This NPNet reads {config.tokens} tokens of a prompt; the conditioning has {n} tokens, {config.tokens} "
+            f"are needed. {INSTEAD}"
         )
     parts = n // config.tokens if long_prompt == "average" else 1
     return [part.flatten(1) for part in tokens[:, : parts * config.tokens].split(config.tokens, dim=1)]
@@ -64,9 +64,7 @@ def prompt_texts(config: NPNetConfig, tokens: Tensor | None, pooled: Tensor | No
 def check_size(config: NPNetConfig, shape: tuple[int, ...], other_sizes: str) -> None:
     """ValueError unless the network can make noise of this shape [b c h w], or [b c 1 h w]."""
     if len(shape) not in (4, 5) or (len(shape) == 5 and shape[2] != 1):
-        raise ValueError(
-            f"Golden Noise is for image latents only; got {tuple(shape)}. Use Attune Redenoise for others."
-        )
+        raise ValueError(f"Golden Noise is for image latents only; got {tuple(shape)}. {INSTEAD}")
     if shape[1] != config.channels:
         raise ValueError(
             f"This NPNet works on {config.channels}-channel latents; this model's latent has {shape[1]}. {INSTEAD}"

@@ -24,10 +24,10 @@ HIDDEN = 64
 class NPNetConfig:
     """The shape of an NPNet; the defaults are SDXL's.
 
-    channels, side: of the latents it was trained on. text: what of a prompt it reads: "flat", the first `tokens` tokens;
-    "mean", their mean; "pooled", the pooled vector; `width` numbers each. signs: "raw" takes singular vectors as LAPACK
-    gives them; "canonical" makes the largest entry of each left vector positive. swin_*: width of the first stage,
-    blocks and heads per stage. hidden: width of the last SVD layer.
+    channels, side: of the latents it was trained on. text: what of a prompt it reads: "flat", the first `tokens`
+    tokens; "mean", their mean; "pooled", the pooled vector; `width` numbers each. signs: "raw" takes singular vectors
+    as LAPACK gives them; "canonical" makes the largest entry of each left vector positive. swin_*: width of the first
+    stage, blocks and heads per stage. hidden: width of the last SVD layer.
     """
 
     channels: int = 4
@@ -89,7 +89,7 @@ class NPNet(nn.Module):
         self.unet_embedding = NoiseTransformer(config)
 
     def forward(self, noise: Tensor, text: Tensor, svd_device: torch.device | None = None) -> Tensor:
-        """noise [b c side side], text [b ...] or [1 ...] of `text_size` numbers -> golden noise, in the dtype of `noise`.
+        """noise [b c side side], text [b ...] or [1 ...] of `text_size` numbers -> golden noise, in the noise's dtype.
 
         Computed in float32. The singular value decomposition runs on `svd_device`, by default on the noise's own.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import compare, encoder_propagation, golden_noise, profiles, schedules, tune_schedule
+from . import compare, encoder_propagation, golden_noise, profiles, redenoise, schedules, tune_schedule
 from ._host.api import ComfyExtension
 from ._host.demo_model import register_demo_model
 from ._host.folders import register_folders
@@ -12,6 +12,7 @@ NODES = [
     *tune_schedule.NODES,
     *encoder_propagation.NODES,
     *golden_noise.NODES,
+    *redenoise.NODES,
     *profiles.NODES,
     *compare.NODES,
 ]

@@ -60,7 +60,7 @@ class AttuneLoadNPNet(io.ComfyNode):
                 )
             ],
             outputs=[
-                NPNetType.Output(display_name="npnet", tooltip="For Attune Golden Noise and Attune Golden Noise Model."),
+                NPNetType.Output(display_name="npnet", tooltip="For Attune Golden Noise or Attune Golden Noise Model."),
                 io.String.Output(display_name="info", tooltip="What it was made for, as the file says."),
             ],
         )  # fmt: skip
@@ -118,7 +118,7 @@ class AttuneGoldenNoiseModel(io.ComfyNode):
                 *_choices(),
                 io.Combo.Input(
                     "partial_denoise", options=["skip", "apply"], default="skip",
-                    tooltip="Runs that start from a picture (img2img, a second pass): skip leaves their noise as it is.",
+                    tooltip="Runs that start from a picture (img2img, a second pass): skip keeps their noise.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For any sampler.")],

@@ -235,7 +235,7 @@ def test_files_that_are_no_npnet_are_named_with_what_is_missing(net, tmp_path):
         load_npnet(write(tmp_path, "m.safetensors", weights, **FLAT))
     with pytest.raises(ValueError, match=r"n.pth is not an NPNet: missing alpha, .*more\).*Attune Redenoise"):
         load_npnet(write(tmp_path, "n.pth", {"model": {"weight": torch.ones(2)}}))
-    with pytest.raises(ValueError, match="n.pth is not an NPNet"):
+    with pytest.raises(ValueError, match=r"n.pth is not an NPNet"):
         load_npnet(write(tmp_path, "n.pth", [1, 2]))
     with pytest.raises(ValueError, match=r"unexpected extra.weight"):
         load_npnet(
@@ -263,7 +263,7 @@ def test_a_shape_that_contradicts_the_others_is_refused_before_a_network_is_made
         ("alpha", (2,)),
     ):
         weights = {**npnets.layouts(net)["asagi4"], name: torch.zeros(shape)}
-        with pytest.raises(ValueError, match="bad.safetensors is damaged"):
+        with pytest.raises(ValueError, match=r"bad.safetensors is damaged"):
             load_npnet(write(tmp_path, "bad.safetensors", weights, **FLAT))
 
 
@@ -280,7 +280,7 @@ def test_a_compressed_archive_is_refused(net, tmp_path):
     path = tmp_path / "bomb.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", b"\0" * 10**6)
-    with pytest.raises(ValueError, match="bomb.pth is compressed inside"):
+    with pytest.raises(ValueError, match=r"bomb.pth is compressed inside"):
         load_npnet(path)
 
 
@@ -288,7 +288,7 @@ def test_oversized_files_other_endings_and_newer_formats_are_refused(net, tmp_pa
     path = tmp_path / "big.safetensors"
     with path.open("wb") as file:
         file.truncate((1 << 30) + 1)
-    with pytest.raises(ValueError, match="big.safetensors has 1,073,741,825 bytes"):
+    with pytest.raises(ValueError, match=r"big.safetensors has 1,073,741,825 bytes"):
         load_npnet(path)
     (tmp_path / "x.ckpt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"x.ckpt is not an NPNet: expected .safetensors"):

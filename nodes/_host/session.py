@@ -207,8 +207,14 @@ def empty_latent(model, latent: dict) -> Tensor:
     """One empty latent of the size of a LATENT, [1 c h w] or with frames; ValueError for pictures with sound."""
     samples = latent["samples"]
     if getattr(samples, "is_nested", False):
-        raise ValueError("'latent' holds a video with its sound: schedules are fitted to one picture or video only.")
+        raise ValueError("The latent holds a video with its sound: this works on one picture or video only.")
     return torch.zeros_like(comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples[:1]).float()))
+
+
+def whole_latent(model, latent: dict) -> Tensor:
+    """An empty latent of the size and the batch of a LATENT, as the MODEL wants it."""
+    one = empty_latent(model, latent)
+    return one.repeat(len(latent["samples"]), *[1] * (one.ndim - 1))
 
 
 def draw_noises(latent: Tensor, seed: int, n: int) -> list[Tensor]:

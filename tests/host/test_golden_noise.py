@@ -182,7 +182,7 @@ def test_bad_input_is_refused_before_the_first_call_of_the_model(host, demo, npn
         return executor(*args, **kwargs)
 
     model.add_wrapper_with_key("apply_model", "test", see)
-    with pytest.raises(ValueError, match="trained for 16 x 16 latents .*got 20 x 16"):
+    with pytest.raises(ValueError, match=r"trained for 16 x 16 latents .*got 20 x 16"):
         ksampler(host, golden_model(host, model, npnet, other_sizes="refuse"), common, latent={"samples": torch.zeros(1, 4, 20, 16)})  # fmt: skip
     (flow, _, _) = host.call("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")
     with pytest.raises(ValueError, match="works on 4-channel latents; this model's latent has 16"):
