@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import compare, encoder_propagation, golden_noise, profiles, redenoise, schedules, tune_schedule
+from . import compare, encoder_propagation, golden_noise, profiles, redenoise, schedules, train_npnet, tune_schedule
 from ._host.api import ComfyExtension
 from ._host.demo_model import register_demo_model
 from ._host.folders import register_folders
@@ -13,6 +13,7 @@ NODES = [
     *encoder_propagation.NODES,
     *golden_noise.NODES,
     *redenoise.NODES,
+    *train_npnet.NODES,
     *profiles.NODES,
     *compare.NODES,
 ]

@@ -118,7 +118,14 @@ def with_redenoise(model: Any, settings: Redenoise, partial: bool) -> Any:
 
 
 def redenoised(
-    guider: Any, sigmas: Tensor, extra_args: dict, noise: Tensor, latent: Tensor, full: bool, settings: Redenoise
+    guider: Any,
+    sigmas: Tensor,
+    extra_args: dict,
+    noise: Tensor,
+    latent: Tensor,
+    full: bool,
+    settings: Redenoise,
+    quiet: bool = False,
 ) -> Tensor:
     """Golden noise for a run of this guider from `sigmas`; `full` as in the host's noise_scaling."""
     sampling = guider.inner_model.model_sampling
@@ -145,6 +152,8 @@ def redenoised(
     )
     if settings.renormalize:
         golden = keep_norm(noise, golden)
+    if quiet:
+        return mix(noise, golden, settings.strength)
     change = (golden - noise).square().mean().sqrt() / noise.square().mean().sqrt()
     LOG.info(
         "Attune Redenoise: %s, sigma %.4g to %.4g and back, %d x 2 calls of the model; changed the noise by %.3g of "

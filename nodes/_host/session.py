@@ -222,6 +222,15 @@ def draw_noises(latent: Tensor, seed: int, n: int) -> list[Tensor]:
     return [comfy.sample.prepare_noise(latent, (seed + i) % 2**64) for i in range(n)]
 
 
+def stop_if_asked() -> None:
+    """Raise the host's interruption if the user pressed stop."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def training_device() -> torch.device:
+    return comfy.model_management.get_torch_device()
+
+
 class ProgressBar:
     """The node's bar, with a picture beside it."""
 
