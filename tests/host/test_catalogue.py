@@ -19,6 +19,8 @@ IDS = [
     "AttuneRedenoise",
     "AttuneZigzagSampler",
     "AttuneSelectNoise",
+    "AttuneCollectNoisePairs",
+    "AttuneTrainNPNet",
     "AttuneLoadProfile",
     "AttuneSaveProfile",
     "AttuneApplyProfile",
