@@ -1,0 +1,264 @@
+"""Every method in every kind of graph. Each cell asserts the same five exact things:
+
+off, the result is that of the graph without the node, bit for bit; on, it is another one, the same when it is repeated,
+and the same through KSampler and SamplerCustomAdvanced; the global random state is where the stock graph leaves it; and
+afterwards the stock graph gives the bits that it gave before.
+
+docs/compatibility.md is what this file has passed: `ATTUNE_WRITE=1 python dev.py test tests/host/test_compatibility.py`
+writes it.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from graphs import GRAPHS, STEPS, Kit
+
+from pack.models.profiles import Alignment, Profile
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs/compatibility.md"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A MODEL -> MODEL node on a demo model, with settings that do something and settings that do nothing."""
+
+    model: str
+    node: str
+    inputs: dict
+    off: dict
+    needs: Callable[[Kit], dict] = lambda kit: {}
+    where: dict | None = None  # graph -> why the method rightly changes nothing there
+
+    def on(self, kit: Kit) -> Callable:
+        return self._put(kit, self.inputs)
+
+    def idle(self, kit: Kit) -> Callable:
+        return self._put(kit, {**self.inputs, **self.off})
+
+    def _put(self, kit: Kit, inputs: dict) -> Callable:
+        return lambda model: kit.host.call(self.node, model=model, **inputs, **self.needs(kit))[0]
+
+
+def aligned(space: str, prediction: str, sigma: tuple, told: tuple) -> Profile:
+    knots = Alignment("", (128, 128), sigma, told)
+    levels = (*reversed(sigma), 0.0)
+    family = {"ve": "AttuneDemo", "flow": "SD3"}[space]
+    return Profile(
+        "test", "by hand", space, (family,), (128, 128), levels, "a test", prediction=prediction, alignments=(knots,)
+    )
+
+
+APPLY = {"steps": 0, "denoise": 1.0, "denoise_mode": "exact", "resolution_policy": "ignore", "strength": 1.0}
+REUSE = {
+    "mode": "uniform", "interval": 2, "speed": 1.5, "forecast": True, "keep_last": 1, "start_percent": 0.0,
+    "end_percent": 1.0, "prior_noise": 0.0, "cache_dtype": "as computed", "cache_device": "as computed",
+    "memory_limit": 0,
+}  # fmt: skip
+METHODS = {
+    "aligned timesteps": Method(
+        "unet", "AttuneApplyProfile",
+        {**APPLY, "profile": aligned("ve", "v", (0.4, 1.4, 4.0, 14.0), (0.33, 1.1, 3.3, 13.0))}, {"strength": 0.0},
+    ),
+    "aligned timesteps, flow": Method(
+        "flow", "AttuneApplyProfile",
+        {**APPLY, "profile": aligned("flow", "flow", (0.4, 0.7, 0.9), (0.35, 0.62, 0.88))}, {"strength": 0.0},
+    ),
+    "encoder propagation": Method(
+        "unet", "AttuneEncoderPropagation", {**REUSE, "reuse": "encoder reused", "parallel": "auto"}, {"interval": 1}
+    ),
+    "top level fresh": Method(
+        "unet", "AttuneEncoderPropagation", {**REUSE, "reuse": "top level fresh", "parallel": "off"}, {"interval": 1}
+    ),
+    "block propagation": Method(
+        "flow", "AttuneBlockPropagation", {**REUSE, "reuse": "first block fresh"}, {"interval": 1}
+    ),
+}  # fmt: skip
+SAME = lambda model: model
+PASSED: set[tuple[str, str]] = set()  # (method, graph)
+
+
+@pytest.fixture(scope="module")
+def kits(host):
+    return {name: Kit(host, name) for name in ("unet", "flow")}
+
+
+def drawn(graph: Callable, kit: Kit, node: Callable) -> tuple[torch.Tensor, torch.Tensor]:
+    """The latent, and the global random state that the run leaves."""
+    torch.manual_seed(0)
+    return graph(kit, node), torch.get_rng_state()
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_method_in_the_graph(kits, method, name):
+    chosen, graph = METHODS[method], GRAPHS[name]
+    kit = kits[chosen.model]
+    stock, state = drawn(graph, kit, SAME)
+    assert stock.isfinite().all()
+    assert torch.equal(drawn(graph, kit, chosen.idle(kit))[0], stock)
+    ours, ours_state = drawn(graph, kit, chosen.on(kit))
+    assert ours.isfinite().all() and torch.equal(ours, stock) == (name in (chosen.where or {}))
+    assert torch.equal(ours_state, state)
+    assert torch.equal(drawn(graph, kit, chosen.on(kit))[0], ours)
+    assert torch.equal(drawn(graph, kit, SAME)[0], stock)
+    PASSED.add((method, name))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_sampler_node_gives_the_same_bits(kits, method):
+    kit = kits[METHODS[method].model]
+    results = [
+        GRAPHS[name](kit, METHODS[method].on(kit))
+        for name in ("KSampler", "SamplerCustom", "SamplerCustomAdvanced, CFGGuider")
+    ]
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+def samplers() -> list[str]:
+    """The stock samplers of the host under test."""
+    source = (
+        (Path(os.environ["COMFYUI_PATH"]) / "comfy/samplers.py").read_text("utf-8")
+        if "COMFYUI_PATH" in os.environ
+        else ""
+    )
+    names: list[str] = []
+    for list_name in ("KSAMPLER_NAMES", "SAMPLER_NAMES"):
+        body = source.partition(f"\n{list_name} = ")[2]
+        names += [part.strip(" \n\"'") for part in body.partition("[")[2].partition("]")[0].split(",") if part.strip()]
+    return list(dict.fromkeys(names))
+
+
+@pytest.mark.parametrize("sampler", samplers())
+@pytest.mark.parametrize("model", ["unet", "flow"])
+def test_every_stock_sampler(kits, model, sampler):
+    """All methods of the model at once. Off: the stock bits. On: the same bits twice, and then the stock bits."""
+    kit, methods = kits[model], [method for method in METHODS.values() if method.model == model]
+    run = lambda *nodes: kit.ksampler(_chain(nodes)(kit.model), sampler)
+    on = [method.on(kit) for method in methods]
+    stock = run()
+    assert torch.equal(run(*(method.idle(kit) for method in methods)), stock)
+    ours = run(*on)
+    assert ours.isfinite().all() and not torch.equal(ours, stock)
+    assert torch.equal(run(*on), ours) and torch.equal(run(), stock)
+
+
+PAIRS = [(a, b) for a, b in combinations(METHODS, 2) if METHODS[a].model == METHODS[b].model]
+
+
+@pytest.mark.parametrize(("a", "b"), PAIRS, ids=lambda name: name)
+def test_two_methods_together(kits, a, b):
+    """An idle method beside another changes nothing, in both orders; both on, the order does not matter."""
+    first, second = METHODS[a], METHODS[b]
+    kit = kits[first.model]
+    run = lambda *nodes: kit.ksampler(_chain(nodes)(kit.model))
+    alone = {id(m): run(m.on(kit)) for m in (first, second)}
+    for method, other in ((first, second), (second, first)):
+        if method.node != other.node:  # the later of two settings of one node counts
+            assert torch.equal(run(method.on(kit), other.idle(kit)), alone[id(method)])
+            assert torch.equal(run(other.idle(kit), method.on(kit)), alone[id(method)])
+    together = run(first.on(kit), second.on(kit))
+    assert together.isfinite().all()
+    if first.node != second.node:
+        assert torch.equal(run(second.on(kit), first.on(kit)), together)
+        assert not torch.equal(together, alone[id(first)]) and not torch.equal(together, alone[id(second)])
+
+
+def _chain(nodes) -> Callable:
+    def put(model):
+        for node in nodes:
+            model = node(model)
+        return model
+
+    return put
+
+
+@pytest.mark.parametrize("failure", ["interrupt", "error", "out of memory"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_that_ends_at_any_evaluation_leaves_nothing(kits, method, failure):
+    """The next run with the node is undisturbed, the next without it is stock, and no tensor stays alive."""
+    import comfy.model_management as management
+    from comfy.patcher_extension import WrappersMP
+
+    chosen = METHODS[method]
+    kit = kits[chosen.model]
+    stock, ours = kit.ksampler(kit.model), kit.ksampler(chosen.on(kit)(kit.model))
+    raised = {
+        "interrupt": management.InterruptProcessingException, "error": ZeroDivisionError,
+        "out of memory": management.OOM_EXCEPTION,
+    }[failure]  # fmt: skip
+    gc.collect()
+    before = _tensors()
+    for stop in range(STEPS):
+        calls: list[int] = []
+
+        def fail(executor, *args, calls=calls, stop=stop, **kwargs):
+            calls.append(1)
+            if len(calls) > stop:
+                raise raised
+            return executor(*args, **kwargs)
+
+        model = chosen.on(kit)(kit.model).clone()
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test.fail", fail)
+        if failure == "out of memory":  # the host must not try again with smaller batches
+            calls.extend([1] * stop)
+        with pytest.raises(raised):
+            kit.ksampler(model)
+        del model
+    gc.collect()
+    assert _tensors() <= before
+    assert torch.equal(kit.ksampler(chosen.on(kit)(kit.model)), ours)
+    assert torch.equal(kit.ksampler(kit.model), stock)
+
+
+def _tensors() -> int:
+    return sum(isinstance(thing, torch.Tensor) for thing in gc.get_objects())
+
+
+# --- the page ---
+
+
+def table(passed: set[tuple[str, str]]) -> str:
+    """docs/compatibility.md: a row per graph, a column per method."""
+    lines = [f"| graph | {' | '.join(METHODS)} |", f"|---{'|---' * len(METHODS)}|"]
+    notes: list[str] = []
+    for name in GRAPHS:
+        cells = []
+        for label, method in METHODS.items():
+            if (label, name) not in passed:
+                cells.append("✗")
+                continue
+            reason = (method.where or {}).get(name)
+            if reason and reason not in notes:
+                notes.append(reason)
+            cells.append(f"same as without [{notes.index(reason) + 1}]" if reason else "✓")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    pairs = [f"| {a} | {b} |" for a, b in PAIRS]
+    return "\n".join([
+        "# Compatibility", "",
+        "Generated from `tests/host/test_compatibility.py` when it passes; never edited by hand.", "",
+        "✓ means five exact things, in the real host on a demo model: with the method off the result is that of the graph",
+        "without the node, bit for bit; with it on, the result differs, and repeats itself bit for bit; the global random",
+        "state is untouched; and afterwards the stock graph gives the same bits as before.", "",
+        *lines, "", *(f"[{i}] {note}" for i, note in enumerate(notes, 1)), *([""] if notes else []),
+        "With each stock sampler: off, the stock bits; on, the same bits twice; then the stock bits again. A run that is",
+        "interrupted, fails or runs out of memory at any evaluation leaves no tensor and no trace.",
+        "", "## Two methods on one model", "",
+        "In both orders: an idle one changes nothing beside the other, and of two different nodes the order does not matter.",
+        "", "| | |", "|---|---|", *pairs, "",
+    ])  # fmt: skip
+
+
+def test_the_page_says_what_is_tested():
+    if os.environ.get("ATTUNE_WRITE"):
+        PAGE.write_text(table(PASSED), "utf-8")
+    everything = {(method, name) for method in METHODS for name in GRAPHS}
+    assert PAGE.read_text("utf-8") == table(everything)
