@@ -94,12 +94,11 @@ class Trainer:
         self.facts = dict(first.facts)
         self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=recipe.lr)
         self.best = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
-        self.epoch, self.best_error, self.pairs = 0, float("inf"), 0
+        self.epoch, self.best_epoch, self.best_error, self.pairs = 0, 0, float("inf"), 0
 
     def run(self) -> Iterator[Epoch]:
-        """Yields the untouched network as epoch 0, then every epoch."""
-        if self.epoch == 0:
-            yield self._measure()
+        """Yields the network as it is, untouched as epoch 0 or resumed, then every epoch."""
+        yield self._measure()
         while self.epoch < self.recipe.epochs:
             self._train()
             self.epoch += 1
@@ -159,7 +158,7 @@ class Trainer:
             raise ValueError("Golden noise and noise are the same in these pairs: there is nothing to learn.")
         best = error / count < self.best_error
         if best:
-            self.best_error = error / count
+            self.best_error, self.best_epoch = error / count, self.epoch
             self.best = {name: value.detach().clone() for name, value in self.net.state_dict().items()}
         return Epoch(self.epoch, error / count, identity / count, best)
 
@@ -169,7 +168,10 @@ class Trainer:
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         for i, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": value for name, value in state.items()}
-        metadata = {"epoch": str(self.epoch), "best_error": self.best_error.hex(), "made": self._made()}
+        metadata = {
+            "epoch": str(self.epoch), "best_epoch": str(self.best_epoch), "best_error": self.best_error.hex(),
+            "made": self._made(),
+        }  # fmt: skip
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
@@ -200,7 +202,8 @@ class Trainer:
             i, _, key = name.partition(".")
             adam.setdefault(int(i), {})[key] = value
         self.optimizer.load_state_dict({"state": adam, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.epoch, self.best_error = int(facts["epoch"]), float.fromhex(facts["best_error"])
+        self.epoch, self.best_epoch = int(facts["epoch"]), int(facts["best_epoch"])
+        self.best_error = float.fromhex(facts["best_error"])
         return True
 
     def _made(self) -> str:
@@ -212,21 +215,16 @@ def _batches(rows: Tensor, size: int) -> tuple[Tensor, ...]:
     return rows.split(size) if len(rows) else ()
 
 
-def report(epochs: list[Epoch], pairs: int) -> dict[str, Any]:
-    """The best epoch's numbers, for the file's metadata and for people."""
-    best = min(epochs, key=lambda epoch: epoch.error)
-    return {
-        "pairs": pairs, "epochs": epochs[-1].number, "best_epoch": best.number,
-        "val_explained": f"{best.explained:.4f}",
-        "val_error": f"{best.error:.6f}", "val_error_identity": f"{best.error_identity:.6f}",
-    }  # fmt: skip
-
-
-def check_worth(epochs: list[Epoch]) -> None:
-    """ValueError for a network that is no better than the noise as it is."""
-    best = max(epoch.explained for epoch in epochs)
-    if best <= 0:
+def report(trainer: Trainer, last: Epoch) -> dict[str, Any]:
+    """The best epoch's numbers, for the file's metadata and for people; ValueError if the network is of no use."""
+    explained = 1 - trainer.best_error / last.error_identity
+    if explained <= 0:
         raise ValueError(
-            f"The network explains {100 * best:.1f} % of the golden noise of unseen prompts: it would only do "
+            f"The network explains {100 * explained:.1f} % of the golden noise of unseen prompts: it would only do "
             "harm, and is not saved. Collect more pairs and prompts, or train longer."
         )
+    return {
+        "pairs": trainer.pairs, "epochs": last.number, "best_epoch": trainer.best_epoch,
+        "val_explained": f"{explained:.4f}", "val_error": f"{trainer.best_error:.6f}",
+        "val_error_identity": f"{last.error_identity:.6f}",
+    }  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 
 from ..models.noise_pairs import plan, shard_paths
 from ..models.npnet_files import NPNetFile, save_npnet
-from ..models.train_npnet import SIZES, Recipe, Trainer, check_worth, report
+from ..models.train_npnet import SIZES, Recipe, Trainer, report
 from ._host.api import io, schema
 from ._host.folders import npnet_folder
 from ._host.golden_noise import HostNPNet, NPNetType
@@ -133,18 +133,16 @@ class AttuneTrainNPNet(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         folder, recipe = pairs_folder(pairs), Recipe(epochs, batch_size, learning_rate, seed, size, text_mode)
         file = npnet_folder() / f"{pairs_folder(name).name}.safetensors"
-        state, bar, seen = folder / "training.safetensors", ProgressBar(epochs), []
+        state, bar = folder / "training.safetensors", ProgressBar(epochs)
         with torch.inference_mode(False), torch.enable_grad():  # the host runs nodes without gradients
             trainer = Trainer(shard_paths(folder), recipe, training_device())
             trainer.resume(state)
             for epoch in trainer.run():
                 stop_if_asked()
                 trainer.save(state)
-                seen.append(epoch)
                 bar.update(epoch.number)
                 LOG.info("Attune Train NPNet: epoch %d explains %.2f %%.", epoch.number, 100 * epoch.explained)
-        measured = {**trainer.facts, **report(seen, trainer.pairs)}
-        check_worth(seen)
+        measured = {**trainer.facts, **report(trainer, epoch)}
         file.parent.mkdir(parents=True, exist_ok=True)
         net = trainer.result()
         save_npnet(net, file, measured)

@@ -22,7 +22,7 @@ from pack.models.noise_pairs import (
 )
 from pack.models.npnet import decompose
 from pack.models.npnet_files import load_npnet, save_npnet
-from pack.models.train_npnet import Recipe, Trainer, check_worth, config_for, identity_npnet, report
+from pack.models.train_npnet import Recipe, Trainer, config_for, identity_npnet, report
 
 SIDE, WIDTH = 8, 6
 RECIPE = Recipe(epochs=4, batch=32, lr=3e-3, size="small")
@@ -93,7 +93,8 @@ def test_a_resumed_training_is_the_same_to_the_bit(tmp_path):
     first.save(tmp_path / "state.safetensors")
     second = Trainer(paths, RECIPE)
     assert second.resume(tmp_path / "state.safetensors") and second.epoch == 2
-    list(second.run())
+    assert [epoch.number for epoch in second.run()] == [2, 3, 4]
+    assert second.best_epoch == whole.best_epoch and second.best_error == whole.best_error
     for name, value in whole.result().state_dict().items():
         assert torch.equal(value, second.result().state_dict()[name])
     other = Trainer(paths, replace(RECIPE, lr=1e-3))
@@ -112,9 +113,8 @@ def test_a_trained_network_comes_back_from_its_file_with_its_report(tmp_path):
     paths = write(tmp_path / "pairs", stretched)
     trainer = Trainer(paths, RECIPE)
     epochs = list(trainer.run())
-    check_worth(epochs)
     net = trainer.result()
-    path = save_npnet(net, tmp_path / "own.safetensors", {**trainer.facts, **report(epochs, trainer.pairs)})
+    path = save_npnet(net, tmp_path / "own.safetensors", {**trainer.facts, **report(trainer, epochs[-1])})
     loaded = load_npnet(path)
     x, text = torch.randn(2, 4, SIDE, SIDE), torch.randn(2, 2, WIDTH)
     assert torch.equal(loaded.net(x, text), net(x, text)) and loaded.net.config == net.config
@@ -124,10 +124,11 @@ def test_a_trained_network_comes_back_from_its_file_with_its_report(tmp_path):
 def test_what_cannot_be_learned_is_not_saved(tmp_path):
     generator = torch.Generator().manual_seed(5)
     paths = write(tmp_path, lambda n, t: n + torch.randn(n.shape, generator=generator), shards=1)
-    epochs = [epoch for epoch in Trainer(paths, replace(RECIPE, epochs=1)).run() if epoch.number]
-    if epochs[0].explained <= 0:
-        with pytest.raises(ValueError, match="it would only do harm, and is not saved"):
-            check_worth(epochs)
+    trainer = Trainer(paths, replace(RECIPE, epochs=1))
+    *_, last = trainer.run()
+    trainer.best_error = last.error_identity
+    with pytest.raises(ValueError, match=r"explains 0\.0 % .*it would only do harm, and is not saved"):
+        report(trainer, last)
     with pytest.raises(ValueError, match="there is nothing to learn"):
         list(Trainer(write(tmp_path / "same", lambda n, t: n), RECIPE).run())
 

@@ -76,6 +76,10 @@ def test_a_trained_network_is_used_at_once_and_listed(host, demo, encode, collec
     npnet, said = host.call(
         "AttuneTrainNPNet", pairs="test", name="mine", epochs=6, batch_size=16, learning_rate=3e-3, size="small"
     )
+    _, again = host.call(
+        "AttuneTrainNPNet", pairs="test", name="mine", epochs=6, batch_size=16, learning_rate=3e-3, size="small"
+    )
+    assert again == said  # finished already: nothing is trained
     assert "val_explained: 0." in said and "strong_cfg: 4.0" in said and "base_model: AttuneDemo" in said
     (loaded, info) = host.call("AttuneLoadNPNet", npnet_name="mine.safetensors")
     assert "val_explained" in info
