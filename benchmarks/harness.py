@@ -30,7 +30,7 @@ CACHE = ROOT / ".host" / "bench"
 WEIGHTS = {"unet": "attune_demo.safetensors", "flow": "attune_demo_flow.safetensors"}
 BATCH = 16
 ANY = -1
-LOADERS = {"profile": ("AttuneLoadProfile", "profile_name")}
+LOADERS = {"profile": ("AttuneLoadProfile", "profile_name"), "npnet": ("AttuneLoadNPNet", "npnet_name")}
 FORMAT = 2  # raise it when the way of sampling below changes
 
 
@@ -74,11 +74,12 @@ class Cell:
     """One setting: which demo model, which sampler, which noise levels, which MODEL -> MODEL nodes before them.
 
     A node is (node id, its inputs as (name, value) pairs without the MODEL): (("RescaleCFG", (("multiplier", 0.7),)),).
-    An input "profile" is given by the name under which it can be loaded.
+    An input "profile" or "npnet" is given by the name under which it can be loaded. A sampler that is no name of the
+    stock list is such a pair, too.
     """
 
     model: str  # "unet" or "flow"
-    sampler: str
+    sampler: str | tuple[str, tuple]
     sigmas: tuple[float, ...]
     cfg: float = 3.0
     nodes: tuple[tuple[str, tuple], ...] = ()
@@ -164,7 +165,10 @@ class Lab:
         if cell.side != 128:
             facts.append(cell.side)
         if cell.nodes:
-            facts += [cell.nodes, code_digest() if any(node.startswith("Attune") for node, _ in cell.nodes) else ""]
+            facts.append(cell.nodes)
+        names = [node for node, _ in cell.nodes] + ([] if isinstance(cell.sampler, str) else [cell.sampler[0]])
+        if names:
+            facts.append(code_digest() if any(name.startswith("Attune") for name in names) else "")
         return self.cache / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]}.safetensors"
 
     def patched(self, model: str, nodes: tuple[tuple[str, tuple], ...], part: Sequence[Task] = ()):
@@ -176,7 +180,7 @@ class Lab:
         return patched
 
     def given(self, name: str, value, part: Sequence[Task]):
-        """What a node gets for an input: a profile is named in the cell; a benchmark may name other things, too."""
+        """What a node gets for an input: files are named in the cell; a benchmark may name other things, too."""
         if name in LOADERS and isinstance(value, str):
             node, key = LOADERS[name]
             return self.host.call(node, **{key: value})[0]
@@ -185,7 +189,8 @@ class Lab:
     def _draw(self, cell: Cell, part: list[Task]) -> Drawn:
         call, model = self.host.call, self.patched(cell.model, cell.nodes, part)
         channels = model.get_model_object("latent_format").latent_channels
-        (solver,) = call("KSamplerSelect", sampler_name=cell.sampler)
+        node = ("KSamplerSelect", (("sampler_name", cell.sampler),)) if isinstance(cell.sampler, str) else cell.sampler
+        (solver,) = call(node[0], **dict(node[1]))
         (guider,) = call(
             "CFGGuider",
             model=model,
@@ -225,6 +230,7 @@ class Lab:
 def code_digest() -> str:
     """Changes with every line of the pack that a node of ours could run."""
     files = sorted(path for layer in ("kernels", "models", "nodes") for path in (ROOT / layer).rglob("*.py"))
+    files += sorted((ROOT / "models" / "golden_noise").glob("*.safetensors"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-from . import compare, encoder_propagation, noise_shift, one_more_step, profiles, schedules, tune_schedule
+from . import (
+    compare,
+    encoder_propagation,
+    golden_noise,
+    noise_shift,
+    one_more_step,
+    profiles,
+    redenoise,
+    schedules,
+    train_npnet,
+    tune_schedule,
+)
 from ._host.api import ComfyExtension
 from ._host.demo_model import register_demo_model
 from ._host.folders import register_folders
@@ -11,8 +22,11 @@ NODES = [
     *schedules.NODES,
     *tune_schedule.NODES,
     *noise_shift.NODES,
-    *encoder_propagation.NODES,
     *one_more_step.NODES,
+    *golden_noise.NODES,
+    *redenoise.NODES,
+    *train_npnet.NODES,
+    *encoder_propagation.NODES,
     *profiles.NODES,
     *compare.NODES,
 ]

@@ -7,16 +7,19 @@ from pathlib import Path
 
 import folder_paths
 
+from ...models.npnet_files import PICKLED, SAFE
 from ...models.profiles import SUFFIX, Profile, load_profile, save_profile, shipped_profiles
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "models" / "weights"
+OWN_NPNETS = Path(__file__).resolve().parents[2] / "models" / "golden_noise"
+NPNETS = "npnet"  # models/npnet
 FOLDER = "attune"  # models/attune, or wherever extra_model_paths.yaml sends it
 MODULES = "one_more_step"  # likewise: networks of One More Step
 SHIPPED_MODULES = WEIGHTS.with_name(MODULES)
 
 
 def register_folders() -> None:
-    """List the demo checkpoints in the stock loader, after the user's own folders, and models/attune for profiles."""
+    """List the demo checkpoints in the stock loader, after the user's own folders; models/attune and models/npnet."""
     folder_paths.add_model_folder_path("checkpoints", str(WEIGHTS))
     configured, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
     own = os.path.join(folder_paths.models_dir, FOLDER)
@@ -25,6 +28,10 @@ def register_folders() -> None:
     configured, _ = folder_paths.folder_names_and_paths.get(MODULES, ([], set()))
     paths = [*configured, os.path.join(folder_paths.models_dir, MODULES), str(SHIPPED_MODULES)]
     folder_paths.folder_names_and_paths[MODULES] = (list(dict.fromkeys(paths)), {".safetensors"})
+    found, kinds = folder_paths.folder_names_and_paths.get(NPNETS, ([], set()))
+    ours = [os.path.join(folder_paths.models_dir, name) for name in (NPNETS, "npnets")]
+    paths = [*found, *(path for path in [*ours, str(OWN_NPNETS)] if path not in found)]
+    folder_paths.folder_names_and_paths[NPNETS] = (paths, {*kinds, *SAFE, *PICKLED})
 
 
 def user_profile_names() -> list[str]:
@@ -99,6 +106,23 @@ def find_folder(name: str) -> Path:
             "a whole path."
         )
     return found
+
+
+def npnet_names() -> list[str]:
+    return folder_paths.get_filename_list(NPNETS)
+
+
+def npnet_path(name: str) -> Path:
+    """The file of an NPNet; ValueError with the folder when there is none."""
+    path = folder_paths.get_full_path(NPNETS, name)
+    if path is None:
+        raise ValueError(f"There is no NPNet '{name}'. Put the file into {npnet_folder()} and press R to refresh.")
+    return Path(path)
+
+
+def npnet_folder() -> Path:
+    """Where an NPNet of the user's goes."""
+    return Path(folder_paths.get_folder_paths(NPNETS)[0])
 
 
 def _folder() -> Path:

@@ -223,13 +223,22 @@ def empty_latent(model, latent: dict) -> Tensor:
     """Empty latents of the size of a LATENT, [b c h w] or with frames; ValueError for pictures with sound."""
     samples = latent["samples"]
     if getattr(samples, "is_nested", False):
-        raise ValueError("'latent' holds a video with its sound: schedules are fitted to one picture or video only.")
+        raise ValueError("The latent holds a video with its sound: this works on one picture or video only.")
     return torch.zeros_like(comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples).float()))
 
 
 def draw_noises(latent: Tensor, seed: int, n: int) -> list[Tensor]:
     """The host's own noise of the seeds `seed`, `seed` + 1, …; each of the latent's shape."""
     return [comfy.sample.prepare_noise(latent, (seed + i) % 2**64) for i in range(n)]
+
+
+def stop_if_asked() -> None:
+    """Raise the host's interruption if the user pressed stop."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def training_device() -> torch.device:
+    return comfy.model_management.get_torch_device()
 
 
 class ProgressBar:

@@ -25,6 +25,7 @@ SMOKE = {
     "encoder_propagation": ["--runs", "unet:euler:10:12", "flow:euler:10:12", "--only", *REUSES],
     "step_kinds": ["--models", "SD1.5", "--pixels", "64"],
     "one_more_step": ["--tasks", "12", "--seeds", "12", "--steps", "4", "--cfg", "1"],
+    "golden_noise": ["--tasks", "12", "--models", "unet", "--steps", "4", "--converged", "10"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "4"],
     "peers": ["--tasks", "12", "--steps", "10"],
@@ -110,6 +111,14 @@ def test_the_caches_save_evaluations_and_the_mends_do_not(tmp_path):
     for model, label in (("unet", "EasyCache 0.2"), ("unet", "LazyCache 0.2"), ("flow", "LazyCache 0.2")):
         assert rows[model, label]["calls"] < 10 and rows[model, label]["summary"]["psnr"][0] < 100
     assert min(Image.open(tmp_path / "peers.png").size) > 100
+
+
+@pytest.mark.host
+def test_golden_noise_stands_beside_plain_runs_of_equal_cost(tmp_path):
+    run("golden_noise", tmp_path, *SMOKE["golden_noise"])
+    rows = {r["label"]: r for r in json.loads((tmp_path / "results" / "golden_noise.json").read_text())["data"]}
+    assert rows["plain"]["calls"] == 4
+    assert rows["redenoise"]["calls"] == rows["zigzag, 1 steps"]["calls"] == rows["plain, 6 steps"]["calls"] == 6
 
 
 @pytest.mark.host

@@ -1,0 +1,104 @@
+"""Golden noise from an NPNet: what it needs of a prompt and a latent, checked, and the samples one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.golden_noise import mix, refine_in_windows
+from .npnet import NPNet, NPNetConfig
+
+OTHER_SIZES = ("windows", "refuse")
+LONG_PROMPTS = ("first part", "average")
+INSTEAD = "Use an NPNet trained for this model, or Attune Redenoise, which needs no weights."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """strength: 0 the plain noise, 1 the network's. other_sizes, long_prompt: see above. svd_on_cpu: the same picture
+    on every machine, for libraries differ in the signs of singular vectors."""
+
+    strength: float = 1.0
+    other_sizes: str = "windows"
+    long_prompt: str = "first part"
+    svd_on_cpu: bool = True
+
+
+def prompt_texts(config: NPNetConfig, tokens: Tensor | None, pooled: Tensor | None, long_prompt: str) -> list[Tensor]:
+    """What the network reads of an encoded prompt, tokens [b t d] and pooled [b p]: [b text_size], one for each part.
+
+    Only "average" gives more than one, for a prompt of several parts as long as the network's.
+    """
+    if config.text == "pooled":
+        if pooled is None:
+            raise ValueError("This NPNet needs the pooled embedding; the conditioning has none.")
+        if pooled.shape[-1] != config.width:
+            raise ValueError(
+                f"This NPNet expects pooled embeddings of {config.width} numbers; the conditioning has "
+                f"{pooled.shape[-1]}. {INSTEAD}"
+            )
+        return [pooled]
+    if tokens is None or tokens.ndim != 3 or 0 in tokens.shape:
+        raise ValueError("Golden Noise needs a text conditioning.")
+    n, width = tokens.shape[1:]
+    if width != config.width:
+        size = f"{config.tokens} x {config.width}" if config.text == "flat" else f"n x {config.width}"
+        family = " (SDXL family)" if (config.tokens, config.width) == (77, 2048) else ""
+        raise ValueError(
+            f"This NPNet expects {size} prompt embeddings{family}; the conditioning has {n} x {width}. {INSTEAD}"
+        )
+    if config.text == "mean":
+        return [tokens.mean(dim=1)]
+    if n < config.tokens:
+        raise ValueError(
+            f"This NPNet reads {config.tokens} tokens of a prompt; the conditioning has {n} tokens, {config.tokens} "
+            f"are needed. {INSTEAD}"
+        )
+    parts = n // config.tokens if long_prompt == "average" else 1
+    return [part.flatten(1) for part in tokens[:, : parts * config.tokens].split(config.tokens, dim=1)]
+
+
+def check_size(config: NPNetConfig, shape: tuple[int, ...], other_sizes: str) -> None:
+    """ValueError unless the network can make noise of this shape [b c h w], or [b c 1 h w]."""
+    if len(shape) not in (4, 5) or (len(shape) == 5 and shape[2] != 1):
+        raise ValueError(f"Golden Noise is for image latents only; got {tuple(shape)}. {INSTEAD}")
+    if shape[1] != config.channels:
+        raise ValueError(
+            f"This NPNet works on {config.channels}-channel latents; this model's latent has {shape[1]}. {INSTEAD}"
+        )
+    if other_sizes == "refuse" and shape[-2:] != (config.side, config.side):
+        raise ValueError(
+            f"This NPNet is trained for {config.side} x {config.side} latents ({8 * config.side} x {8 * config.side} "
+            f"px); got {shape[-2]} x {shape[-1]}. Set other_sizes to 'windows'."
+        )
+
+
+def golden_noise(
+    net: NPNet, noise: Tensor, texts: list[Tensor], settings: Settings, before_each: Callable[[], None] = lambda: None
+) -> Tensor:
+    """Golden noise of the shape, dtype and device of `noise`; each sample with its own prompt, one after the other.
+
+    One prompt serves the whole batch. A sample gives the same bits alone and in a batch. `before_each` may interrupt.
+    """
+    check_size(net.config, noise.shape, settings.other_sizes)
+    if settings.strength == 0 or not noise.any():
+        return noise
+    flat = noise.squeeze(2) if noise.ndim == 5 else noise
+    device = net.alpha.device
+    svd_device = torch.device("cpu") if settings.svd_on_cpu else None
+    found = []
+    for i, sample in enumerate(flat.split(1)):
+        before_each()
+        prompts = [text[i % len(text)][None].to(device) for text in texts]
+
+        def refine(x: Tensor, prompts: list[Tensor] = prompts) -> Tensor:
+            return torch.stack([net(x, prompt, svd_device) for prompt in prompts]).mean(dim=0)
+
+        golden = refine_in_windows(sample.to(device, torch.float32), net.config.side, refine)
+        if not golden.isfinite().all():
+            raise ValueError("NPNet produced non-finite noise (file damaged?). Get the file again.")
+        found.append(golden.to(noise))
+    return mix(noise, torch.cat(found).reshape(noise.shape), settings.strength)

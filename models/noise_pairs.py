@@ -1,0 +1,160 @@
+"""Pairs of noise and golden noise on disk: safetensors shards, whole or absent, so that work can stop and go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+LARGEST_SHARD = 4 << 30  # bytes
+FORMAT = "1"
+TENSORS = ("noise", "golden", "which")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One pair to make."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """n pairs: noise and golden [n c h w]; which [n]: the row of their prompt in tokens [p t d] and pooled [p d].
+
+    jobs say what was drawn, facts with which model and guidance.
+    """
+
+    noise: Tensor
+    golden: Tensor
+    which: Tensor
+    tokens: Tensor
+    pooled: Tensor | None
+    jobs: tuple[Job, ...]
+    facts: Mapping[str, Any]
+
+
+def plan(prompts: list[str], seeds_per_prompt: int, first_seed: int, size: int) -> list[list[Job]]:
+    """All jobs in shards of `size`; every pair has a seed of its own, the same whichever machine makes it."""
+    jobs = [
+        Job(prompt, (first_seed + i * seeds_per_prompt + j) % 2**64)
+        for i, prompt in enumerate(prompts)
+        for j in range(seeds_per_prompt)
+    ]
+    return [jobs[start : start + size] for start in range(0, len(jobs), size)]
+
+
+def part_of(shards: int, part: str) -> list[int]:
+    """The shards of a part "2/4": the second machine of four; ValueError for anything else."""
+    number, _, parts = part.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise ValueError(f"'part' is {part!r}; expected such as 1/1, or 2/4 for the second of four machines.")
+    return list(range(int(number) - 1, shards, int(parts)))
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"pairs-{index:05d}.safetensors"
+
+
+def shard_paths(folder: Path) -> list[Path]:
+    """The finished shards in order; ValueError when there is none."""
+    found = sorted(folder.glob("pairs-*.safetensors")) if folder.is_dir() else []
+    if not found:
+        raise ValueError(f"There are no noise pairs in {folder}. Collect some with Attune Collect Noise Pairs.")
+    return found
+
+
+def save_shard(path: Path, shard: Shard) -> None:
+    """Latents and embeddings as float16, what they are as metadata."""
+    tensors = {"noise": shard.noise.half(), "golden": shard.golden.half(), "which": shard.which.int()}
+    tensors["tokens"] = shard.tokens.half()
+    if shard.pooled is not None:
+        tensors["pooled"] = shard.pooled.half()
+    metadata = {
+        "pairs_format": FORMAT, "facts": json.dumps(dict(shard.facts), sort_keys=True),
+        "jobs": json.dumps([[job.prompt, job.seed] for job in shard.jobs]),
+    }  # fmt: skip
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_shard(path: Path) -> Shard:
+    """A shard, float32; ValueError names the file and what is wrong with it."""
+    if path.stat().st_size > LARGEST_SHARD:
+        raise ValueError(f"{path.name} is larger than {LARGEST_SHARD:,} bytes. Collect smaller shards.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        jobs = tuple(Job(str(prompt), int(seed)) for prompt, seed in json.loads(facts["jobs"]))
+        told = json.loads(facts["facts"])
+    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path.name} holds no noise pairs ({error}). Delete it and collect again.") from error
+    _check(path.name, tensors, len(jobs))
+    noise, golden, which, tokens = (tensors[name] for name in (*TENSORS, "tokens"))
+    pooled = tensors.get("pooled")
+    return Shard(
+        noise.float(),
+        golden.float(),
+        which.long(),
+        tokens.float(),
+        None if pooled is None else pooled.float(),
+        jobs,
+        told,
+    )
+
+
+def _check(name: str, tensors: dict[str, Tensor], n: int) -> None:
+    shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+    fits = (
+        {*TENSORS, "tokens"} <= set(shapes)
+        and len(shapes["noise"]) == 4
+        and shapes["noise"] == shapes["golden"]
+        and shapes["which"] == (n,) == shapes["noise"][:1]
+        and len(shapes["tokens"]) == 3
+        and n > 0
+        and 0 <= int(tensors["which"].min()) <= int(tensors["which"].max()) < shapes["tokens"][0]
+        and ("pooled" not in shapes or (len(shapes["pooled"]) == 2 and shapes["pooled"][0] == shapes["tokens"][0]))
+        and all(bool(value.isfinite().all()) for value in tensors.values())
+    )
+    if not fits:
+        raise ValueError(f"{name} holds no noise pairs: its tensors are {shapes}. Delete it and collect again.")
+
+
+def remaining(folder: Path, shards: list[list[Job]], part: str, facts: Mapping[str, Any]) -> Iterator[int]:
+    """The shards of a part that are not there yet; ValueError if the folder holds pairs of other settings."""
+    for index in part_of(len(shards), part):
+        path = shard_path(folder, index)
+        if not path.exists():
+            yield index
+            continue
+        found = load_shard(path)
+        if dict(found.facts) != json.loads(json.dumps(dict(facts))) or list(found.jobs) != shards[index]:
+            raise ValueError(
+                f"{path} was made with other prompts or settings. Choose another 'name', or delete that folder."
+            )
+
+
+def is_validation(job: Job) -> bool:
+    """A tenth of the prompts, whatever the seeds: no prompt is in both parts."""
+    return int(hashlib.sha256(job.prompt.encode()).hexdigest(), 16) % 10 == 0
+
+
+def rows(shard: Shard, validation: bool) -> Tensor:
+    """The row numbers of a shard's pairs in one of the two parts."""
+    kept = [i for i, job in enumerate(shard.jobs) if is_validation(job) == validation]
+    return torch.tensor(kept, dtype=torch.long)

@@ -1,0 +1,136 @@
+"""Golden noise from an NPNet: as a NOISE for the custom samplers, and on a MODEL for the stock KSampler."""
+
+from __future__ import annotations
+
+from ..models.golden_noise import LONG_PROMPTS, OTHER_SIZES, Settings
+from ._host.api import io, schema
+from ._host.folders import npnet_names, npnet_path
+from ._host.golden_noise import GoldenNoise, HostNPNet, NPNetType, check_prompt, with_golden_noise
+
+CATEGORY = "attune/noise"
+SVD = ("cpu", "model device")
+
+
+def _npnet():
+    return NPNetType.Input("npnet", tooltip="From Attune Load NPNet or Attune Train NPNet, made for this model's kind.")
+
+
+def _choices() -> list:
+    return [
+        io.Float.Input(
+            "strength", default=1.0, min=0.0, max=2.0, step=0.05,
+            tooltip="How much of the correction: 0 is the plain noise to the bit, 1 what the network was trained for.",
+        ),
+        io.Combo.Input(
+            "other_sizes", options=list(OTHER_SIZES), default="windows",
+            tooltip="For latents of another size than the network's. windows: its own size, side by side, blended. "
+            "refuse: stop with an error.",
+        ),
+        io.Combo.Input(
+            "long_prompt", options=list(LONG_PROMPTS), default="first part",
+            tooltip="The network reads as many tokens as one part of a prompt has (77 for SDXL). first part: leave the "
+            "rest out. average: the mean of the noises for all parts.",
+        ),
+        io.Combo.Input(
+            "svd_on", options=list(SVD), default="cpu",
+            tooltip="Where singular values are computed. cpu: the same picture on every machine. model device: faster "
+            "for large latents.",
+        ),
+    ]  # fmt: skip
+
+
+def _settings(strength: float, other_sizes: str, long_prompt: str, svd_on: str) -> Settings:
+    return Settings(strength, other_sizes, long_prompt, svd_on == SVD[0])
+
+
+class AttuneLoadNPNet(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneLoadNPNet",
+            display_name="Attune Load NPNet",
+            category=CATEGORY,
+            description="The weights of a noise prompt network: the published files, or one you trained.",
+            search_aliases=["golden noise", "NPNet", "noise prompt network", "load npnet"],
+            inputs=[
+                io.Combo.Input(
+                    "npnet_name", options=npnet_names(),
+                    tooltip="Files in models/npnet (.safetensors, .pth), then the demo model's. Press R after copying "
+                    "one there.",
+                )
+            ],
+            outputs=[
+                NPNetType.Output(display_name="npnet", tooltip="For Attune Golden Noise or Attune Golden Noise Model."),
+                io.String.Output(display_name="info", tooltip="What it was made for, as the file says."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, npnet_name):
+        path = npnet_path(npnet_name)
+        return str(path), path.stat().st_mtime_ns, path.stat().st_size
+
+    @classmethod
+    def execute(cls, npnet_name) -> io.NodeOutput:
+        npnet = HostNPNet.load(npnet_path(npnet_name))
+        return io.NodeOutput(npnet, npnet.file.describe())
+
+
+class AttuneGoldenNoise(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneGoldenNoise",
+            display_name="Attune Golden Noise",
+            category=CATEGORY,
+            description="Noise that a network has fitted to the prompt, for SamplerCustomAdvanced.",
+            search_aliases=["golden noise", "NPNet", "noise prompt"],
+            inputs=[
+                io.Noise.Input("noise", tooltip="The noise to start from, as from RandomNoise."),
+                _npnet(),
+                io.Conditioning.Input("positive", tooltip="The prompt to fit the noise to, as the sampler gets it."),
+                *_choices(),
+            ],
+            outputs=[io.Noise.Output(display_name="noise", tooltip="For SamplerCustomAdvanced.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, noise, npnet, positive, strength=1.0, other_sizes="windows", long_prompt="first part", svd_on="cpu"
+    ) -> io.NodeOutput:
+        settings = _settings(strength, other_sizes, long_prompt, svd_on)
+        check_prompt(npnet, positive, settings)
+        return io.NodeOutput(GoldenNoise(noise, npnet, positive, settings))
+
+
+class AttuneGoldenNoiseModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneGoldenNoiseModel",
+            display_name="Attune Golden Noise Model",
+            category=CATEGORY,
+            description="A MODEL whose samplers, the stock KSampler too, start from noise fitted to their prompt.",
+            search_aliases=["golden noise", "NPNet", "noise prompt", "KSampler"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be sampled."),
+                _npnet(),
+                *_choices(),
+                io.Combo.Input(
+                    "partial_denoise", options=["skip", "apply"], default="skip",
+                    tooltip="Runs that start from a picture (img2img, a second pass): skip keeps their noise.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="For any sampler.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, npnet, strength=1.0, other_sizes="windows", long_prompt="first part", svd_on="cpu",
+        partial_denoise="skip",
+    ) -> io.NodeOutput:  # fmt: skip
+        settings = _settings(strength, other_sizes, long_prompt, svd_on)
+        return io.NodeOutput(with_golden_noise(model, npnet, settings, partial_denoise == "apply"))
+
+
+NODES = [AttuneLoadNPNet, AttuneGoldenNoise, AttuneGoldenNoiseModel]

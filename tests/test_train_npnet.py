@@ -1,0 +1,200 @@
+"""Pairs on disk and the trainer: known targets are learned, prompts matter, and a resumed training is the same one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from pack.models.noise_pairs import (
+    Job,
+    Shard,
+    is_validation,
+    load_shard,
+    part_of,
+    plan,
+    remaining,
+    save_shard,
+    shard_path,
+    shard_paths,
+)
+from pack.models.npnet import decompose
+from pack.models.npnet_files import load_npnet, save_npnet
+from pack.models.train_npnet import Recipe, Trainer, config_for, identity_npnet, report
+
+SIDE, WIDTH = 8, 6
+RECIPE = Recipe(epochs=4, batch=32, lr=3e-3, size="small")
+PROMPTS = [f"prompt {i}" for i in range(24)]
+
+
+def shard(target, first: int = 0, count: int = 96) -> Shard:
+    """Pairs whose golden noise is target(noise, tokens of their prompt)."""
+    generator = torch.Generator().manual_seed(first)
+    noise = torch.randn(count, 4, SIDE, SIDE, generator=generator)
+    tokens = torch.randn(len(PROMPTS), 2, WIDTH, generator=torch.Generator().manual_seed(99))
+    which = torch.arange(count) % len(PROMPTS)
+    jobs = tuple(Job(PROMPTS[int(w)], first + i) for i, w in enumerate(which))
+    noise = noise.half().float()
+    return Shard(noise, target(noise, tokens[which]), which, tokens, None, jobs, {"weak": 1.0})
+
+
+def stretched(noise, tokens):
+    """The toy target: all singular values become 1.1 s + 0.5."""
+    config = config_for(shard(lambda n, t: n, count=24), RECIPE)
+    u, s, vh = decompose(noise, config)
+    m = (u * (1.1 * s + 0.5)[:, None]) @ vh
+    rows = m.split(SIDE, dim=1)
+    return torch.cat([torch.stack(row.split(SIDE, dim=2), dim=1) for row in rows], dim=1)
+
+
+def write(folder, target, shards: int = 2, count: int = 96):
+    folder.mkdir(exist_ok=True)
+    for i in range(shards):
+        save_shard(shard_path(folder, i), shard(target, 1000 * i, count))
+    return shard_paths(folder)
+
+
+def test_an_untrained_network_is_the_identity_and_its_error_the_noises_own(tmp_path):
+    paths = write(tmp_path, stretched)
+    trainer = Trainer(paths, RECIPE)
+    start = next(trainer.run())
+    assert start.number == 0 and start.error == pytest.approx(start.error_identity, rel=1e-4)
+    assert start.explained == pytest.approx(0, abs=1e-4)
+
+
+def test_a_known_change_of_the_singular_values_is_learned(tmp_path):
+    paths = write(tmp_path, stretched, shards=4, count=120)
+    *_, end = Trainer(paths, replace(RECIPE, epochs=6)).run()
+    assert end.explained > 0.98
+
+
+def test_each_sample_is_trained_with_its_own_prompt(tmp_path):
+    trainer, pairs = Trainer(write(tmp_path, stretched, shards=1), RECIPE), shard(stretched)
+    with torch.no_grad():
+        trainer.net.alpha.fill_(1.0)
+        together = trainer._golden(pairs, torch.tensor([3, 40, 7]))
+        for row, i in zip(together, (3, 40, 7), strict=True):
+            own = trainer.net(pairs.noise[i][None], pairs.tokens[pairs.which[i]][None])[0]
+            torch.testing.assert_close(row, own, rtol=0, atol=1e-2)  # the shard rounds prompts to float16
+            other = trainer.net(pairs.noise[i][None], pairs.tokens[(pairs.which[i] + 1) % 24][None])[0]
+            assert (row - other).abs().max() > 0.05
+
+
+def test_a_resumed_training_is_the_same_to_the_bit(tmp_path):
+    paths = write(tmp_path / "pairs", stretched)
+    whole = Trainer(paths, RECIPE)
+    list(whole.run())
+    first = Trainer(paths, RECIPE)
+    run = first.run()
+    for _ in range(3):  # epochs 0, 1, 2
+        next(run)
+    first.save(tmp_path / "state.safetensors")
+    second = Trainer(paths, RECIPE)
+    assert second.resume(tmp_path / "state.safetensors") and second.epoch == 2
+    assert [epoch.number for epoch in second.run()] == [2, 3, 4]
+    assert second.best_epoch == whole.best_epoch and second.best_error == whole.best_error
+    for name, value in whole.result().state_dict().items():
+        assert torch.equal(value, second.result().state_dict()[name])
+    other = Trainer(paths, replace(RECIPE, lr=1e-3))
+    assert not other.resume(tmp_path / "state.safetensors") and other.epoch == 0
+    (tmp_path / "state.safetensors").write_bytes(b"broken")
+    assert not second.resume(tmp_path / "state.safetensors")
+
+
+def test_training_leaves_the_global_random_numbers_alone(tmp_path):
+    paths, before = write(tmp_path, stretched), torch.get_rng_state()
+    list(Trainer(paths, replace(RECIPE, epochs=1)).run())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_trained_network_comes_back_from_its_file_with_its_report(tmp_path):
+    paths = write(tmp_path / "pairs", stretched)
+    trainer = Trainer(paths, RECIPE)
+    epochs = list(trainer.run())
+    net = trainer.result()
+    path = save_npnet(net, tmp_path / "own.safetensors", {**trainer.facts, **report(trainer, epochs[-1])})
+    loaded = load_npnet(path)
+    x, text = torch.randn(2, 4, SIDE, SIDE), torch.randn(2, 2, WIDTH)
+    assert torch.equal(loaded.net(x, text), net(x, text)) and loaded.net.config == net.config
+    assert float(loaded.facts["val_explained"]) > 0 and loaded.facts["pairs"] == "192" and loaded.facts["weak"] == "1.0"
+
+
+def test_what_cannot_be_learned_is_not_saved(tmp_path):
+    generator = torch.Generator().manual_seed(5)
+    paths = write(tmp_path, lambda n, t: n + torch.randn(n.shape, generator=generator), shards=1)
+    trainer = Trainer(paths, replace(RECIPE, epochs=1))
+    *_, last = trainer.run()
+    trainer.best_error = last.error_identity
+    with pytest.raises(ValueError, match=r"explains 0\.0 % .*it would only do harm, and is not saved"):
+        report(trainer, last)
+    with pytest.raises(ValueError, match="there is nothing to learn"):
+        list(Trainer(write(tmp_path / "same", lambda n, t: n), RECIPE).run())
+
+
+def test_too_few_prompts_are_said(tmp_path):
+    one = shard(stretched)
+    same = replace(one, jobs=tuple(Job("prompt 0", i) for i in range(len(one.jobs))))
+    save_shard(shard_path(tmp_path, 0), same)
+    with pytest.raises(ValueError, match="too few different prompts"):
+        list(Trainer(shard_paths(tmp_path), RECIPE).run())
+
+
+def test_the_identity_of_the_published_size_starts_at_the_noise():
+    config = config_for(shard(lambda n, t: n, count=24), replace(RECIPE, size="small", text="mean"))
+    net = identity_npnet(config, 0)
+    x = torch.randn(2, 4, SIDE, SIDE)
+    torch.testing.assert_close(net(x, torch.randn(2, WIDTH)), x, rtol=0, atol=1e-5)
+    assert config.signs == "canonical" and config.text == "mean"
+
+
+def test_pooled_pairs_need_pooled_embeddings_and_square_latents():
+    with pytest.raises(ValueError, match="no pooled embeddings"):
+        config_for(shard(lambda n, t: n, count=24), replace(RECIPE, text="pooled"))
+    wide = shard(lambda n, t: n, count=24)
+    with pytest.raises(ValueError, match="the pairs are 8 x 4 latents"):
+        config_for(replace(wide, noise=wide.noise[..., :4]), RECIPE)
+
+
+def test_the_plan_gives_every_pair_a_seed_and_every_machine_its_shards():
+    shards = plan(["a", "b", "c"], 2, 10, 4)
+    assert [[job.seed for job in jobs] for jobs in shards] == [[10, 11, 12, 13], [14, 15]]
+    assert [job.prompt for job in shards[0]] == ["a", "a", "b", "b"]
+    assert sorted(part_of(7, "1/3") + part_of(7, "2/3") + part_of(7, "3/3")) == list(range(7))
+    for bad in ("", "0/2", "3/2", "1", "a/b", "-1/2"):
+        with pytest.raises(ValueError, match="expected such as 1/1"):
+            part_of(7, bad)
+
+
+def test_what_is_there_is_not_made_again_and_other_settings_are_refused(tmp_path):
+    one = shard(stretched)
+    save_shard(shard_path(tmp_path, 0), one)
+    shards = [list(one.jobs), [Job("x", 1)]]
+    assert list(remaining(tmp_path, shards, "1/1", {"weak": 1.0})) == [1]
+    for facts, jobs in (({"weak": 2.0}, shards), ({"weak": 1.0}, [[Job("y", 2)]])):
+        with pytest.raises(ValueError, match="other prompts or settings"):
+            list(remaining(tmp_path, jobs, "1/1", facts))
+
+
+def test_a_shard_comes_back_and_a_broken_one_is_named(tmp_path):
+    one, path = shard(stretched), shard_path(tmp_path, 0)
+    save_shard(path, one)
+    back = load_shard(path)
+    assert torch.equal(back.noise, one.noise) and back.jobs == one.jobs and back.facts == one.facts
+    whole = path.read_bytes()
+    for content in (whole[:100], b"", b"{}" * 50):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"pairs-00000.safetensors holds no noise pairs"):
+            load_shard(path)
+    save_file({"noise": torch.zeros(1)}, path, {"jobs": '[["a", 1]]', "facts": "{}"})
+    with pytest.raises(ValueError, match="its tensors are"):
+        load_shard(path)
+    with pytest.raises(ValueError, match="no noise pairs in"):
+        shard_paths(tmp_path / "none")
+
+
+def test_a_tenth_of_the_prompts_is_held_out():
+    share = sum(is_validation(Job(f"p{i}", 0)) for i in range(1000)) / 1000
+    assert 0.07 < share < 0.13 and any(is_validation(Job(p, 0)) for p in PROMPTS)
+    assert is_validation(Job("p5", 1)) == is_validation(Job("p5", 2))
