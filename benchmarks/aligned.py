@@ -372,10 +372,10 @@ def deviation_plot(rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def picture(lab: FittedLab, work: list[Task], steps: int, path: Path) -> None:
+def picture(lab: FittedLab, work: list[Task], models: list[str], steps: int, path: Path) -> None:
     """Euler, a row each: `normal`, the tuned profile, converged. The same prompts and seeds; unet left, flow right."""
     rows: list[list[torch.Tensor]] = [[], [], []]
-    for model in lab.models:
+    for model in models:
         found = cells(lab, model, "euler", steps, ["tuned"])
         drawn = [Cell(model, "euler", lab.sigmas(model, "normal", steps)), found.get("tuned"), converged(lab, model)]
         for row, cell in zip(rows, drawn, strict=True):
@@ -414,7 +414,8 @@ def main() -> None:
         if "aligned" in args.rows and "euler" in args.samplers:
             tables.append(mended(lab, args.models, [n for n in args.steps if n in FITTED_AT]))
         bound = [rest(lab, model) for model in args.models if "klub" in args.rows]
-        picture(lab, work, min(args.steps, key=lambda n: abs(n - 8)), args.out / "tuned_pictures.jpg")
+        near_8 = min(args.steps, key=lambda n: abs(n - 8))
+        picture(lab, work, args.models, near_8, args.out / "tuned_pictures.jpg")
     rows = [row for block in blocks for row in block]
     short = tables[: len(args.models)]
     for model in args.models:
