@@ -30,7 +30,7 @@ SMOKE = {
         "top level fresh, every 3",
         "calibrated",
     ],
-    "one_more_step": ["--tasks", "12", "--seeds", "12", "--steps", "4", "--cfg", "1"],
+    "one_more_step": ["--tasks", "12", "--seeds", "12", "--steps", "4", "--cfg", "1", "--starts", "SD's"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "peers": ["--tasks", "12", "--steps", "10"],
 }
@@ -151,7 +151,7 @@ def test_one_more_step_repairs_a_start_that_lacks_the_picture(tmp_path):
     printed = run("one_more_step", tmp_path, *SMOKE["one_more_step"])
     rows = json.loads((tmp_path / "results" / "one_more_step.json").read_text())["data"]
     found = {(row["start"], row["label"]): row["summary"]["brightness"][0] for row in rows}
-    assert len(rows) == 4 + 3
-    assert found["SD's", "One More Step"] < 0.4 * found["SD's", "plain"] > 20
+    assert len(rows) == 3
+    assert found["SD's", "plain"] > 10 and found["SD's", "One More Step"] < 0.4 * found["SD's", "plain"]
     assert "| data: every background once |" in printed
     assert min(Image.open(tmp_path / "one_more_step.png").size) > 100
