@@ -56,7 +56,7 @@ def with_noise_shift(model, profile: Profile, strength: float):
     """A clone of MODEL that hears the shift of the size it samples; MODEL itself where no size has any."""
     maps = [shift_for(profile, one.resolution, strength)[0] for one in profile.alignments]
     changing = next((one for one in maps if not one.is_identity), maps[0])
-    return with_conditioning(model, SizedRemap(profile.name, changing, "", profile, strength))
+    return with_conditioning(model, SizedRemap(profile.name, changing, profile=profile, strength=strength))
 
 
 def limits(model) -> Limits:

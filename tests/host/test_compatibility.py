@@ -19,8 +19,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from graphs import GRAPHS, STEPS, Kit
 
+from graphs import GRAPHS, STEPS, Kit
 from pack.models.profiles import Alignment, Profile
 
 ROOT = Path(__file__).resolve().parents[2]
