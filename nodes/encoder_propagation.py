@@ -190,7 +190,7 @@ class AttuneFitEncoderPropagation(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The usual negative prompt."),
                 io.Latent.Input("latent_image", tooltip="An empty latent of the usual size."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
                     tooltip="The seed of the picture that is measured.",
                 ),
                 io.Int.Input("steps", default=25, min=8, max=200, tooltip="Steps of the run to be made faster."),

@@ -76,7 +76,10 @@ class AttuneFitNoiseShift(io.ComfyNode):
                     tooltip="joint: one smooth curve, kept only if it proves itself on held-out pictures. per level: "
                     "as published, the best candidate of every level, without proof.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=2**64 - 1, tooltip="Of the noise put on the pictures."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=2**64 - 1, control_after_generate=False,
+                    tooltip="Of the noise put on the pictures.",
+                ),
                 io.String.Input(
                     "save_as", default="",
                     tooltip="A file in models/attune that is written after every size; the same run continues it "

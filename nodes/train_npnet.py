@@ -40,7 +40,7 @@ class AttuneCollectNoisePairs(io.ComfyNode):
                 io.String.Input("name", default="pairs", tooltip=NAME_TIP),
                 io.Int.Input("seeds_per_prompt", default=4, min=1, max=10000, tooltip="Pairs for each prompt."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
                     tooltip="Of the first pair; every pair has the next.",
                 ),
                 io.Float.Input(
@@ -116,7 +116,7 @@ class AttuneTrainNPNet(io.ComfyNode):
                     "vector, else the mean token.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=True,
+                    "seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False,
                     tooltip="Of the weights it starts from and of the order of the pairs.",
                 ),
             ],

@@ -52,7 +52,7 @@ def _run_inputs():
 
 def _seed():
     return io.Int.Input(
-        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF,
+        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
         tooltip="The first of the noises that are fitted on and held out; the others follow it.",
     )  # fmt: skip
 

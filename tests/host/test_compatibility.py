@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from graphs import GRAPHS, STEPS, Kit
-from pack.models.profiles import Alignment, Profile
+from pack.models.profiles import Alignment, Profile, shipped_profiles
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/compatibility.md"
@@ -57,6 +57,17 @@ def aligned(space: str, prediction: str, sigma: tuple, told: tuple) -> Profile:
     )
 
 
+def module(kit: Kit) -> dict:
+    """The demo model's module of One More Step, and a prompt for it."""
+    (loaded,) = kit.host.call("AttuneLoadOneMoreStep", oms_name="attune_demo.safetensors")
+    return {"oms_model": loaded, "positive": kit.positive}
+
+
+def npnet(kit: Kit) -> dict:
+    return {"npnet": kit.host.call("AttuneLoadNPNet", npnet_name="attune_demo_npnet.safetensors")[0]}
+
+
+FROM_A_PICTURE = "The run begins from a picture, not from noise: the method stands aside."
 APPLY = {"steps": 0, "denoise": 1.0, "denoise_mode": "exact", "resolution_policy": "ignore", "strength": 1.0}
 REUSE = {
     "mode": "uniform", "interval": 2, "speed": 1.5, "forecast": True, "keep_last": 1, "start_percent": 0.0,
@@ -80,6 +91,25 @@ METHODS = {
     ),
     "block propagation": Method(
         "flow", "AttuneBlockPropagation", {**REUSE, "reuse": "first block fresh"}, {"interval": 1}
+    ),
+    "noise shift": Method(
+        "flow", "AttuneNoiseShift", {"profile": next(p for p in shipped_profiles().values() if p.kind == "noise_shift"),
+                                     "strength": 1.0}, {"strength": 0.0},
+    ),
+    "one more step": Method(
+        "unet", "AttuneOneMoreStep", {"strength": 1.0, "diversity": 1.0}, {"strength": 0.0}, module,
+        {"img2img": FROM_A_PICTURE},
+    ),
+    "golden noise": Method(
+        "unet", "AttuneGoldenNoiseModel",
+        {"strength": 1.0, "other_sizes": "windows", "long_prompt": "first part", "svd_on": "cpu",
+         "partial_denoise": "skip"}, {"strength": 0.0}, npnet, {"img2img": FROM_A_PICTURE},
+    ),
+    "re-denoise": Method(
+        "flow", "AttuneRedenoise",
+        {"strong_cfg": 5.5, "weak_cfg": 1.0, "rounds": 1, "strength": 1.0, "mode": "two-step", "depth": 0.39,
+         "evaluate_at": "next level", "renormalize": False, "partial_denoise": "skip"},
+        {"strength": 0.0}, where={"img2img": FROM_A_PICTURE},
     ),
 }  # fmt: skip
 SAME = lambda model: model
