@@ -389,7 +389,7 @@ def test(host: Host, words: list[str]) -> int:
             if subprocess.run([host.python, "-m", *check], cwd=where, env=environment).returncode:
                 return 1
         # Two workers, file by file; with one thread each they take half the time of one with two.
-        words = ["-n", "2", "--dist", "loadfile"]
+        words = ["-n", "2", "--dist", "loadgroup"]
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 2) // 2, 1)))
     return subprocess.run([host.python, "-m", "pytest", *words], cwd=ROOT, env=environment).returncode
 

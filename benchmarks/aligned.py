@@ -65,7 +65,7 @@ class Row:
 class FittedLab(Lab):
     """A Lab whose cells can be told other levels than the true ones, and which fits what it compares."""
 
-    def patched(self, model: str, nodes: tuple[tuple[str, tuple], ...]):
+    def patched(self, model: str, nodes: tuple[tuple[str, tuple], ...], part: Sequence[Task] = ()):
         patched = self.models[model]
         for name, inputs in nodes:
             facts = dict(inputs)

@@ -24,6 +24,10 @@ def pytest_collection_modifyitems(config, items):
     items.sort(
         key=lambda item: max([0, *(1 + i for i, mark in enumerate(HOST_MARKS) if item.get_closest_marker(mark))])
     )
+    if config.pluginmanager.hasplugin("xdist"):  # a file stays on one worker; benchmarks are files of their own
+        for item in items:
+            own = item.path.name == "test_benchmarks.py"
+            item.add_marker(pytest.mark.xdist_group(item.nodeid if own else str(item.path)))
     missing = {}
     if not os.environ.get("COMFYUI_PATH"):
         missing = dict.fromkeys(HOST_MARKS, "COMFYUI_PATH is not set: run `python dev.py test`")

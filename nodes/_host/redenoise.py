@@ -101,6 +101,8 @@ def with_redenoise(model: Any, settings: Redenoise, partial: bool) -> Any:
 
     def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args):
         why = why_not(guider.model_patcher, noise, latent_image, sigmas, partial)
+        if extra_args["model_options"].get("context_handler") is not None:
+            why = "context windows know the run's own noise levels only"
         if why is None:
             full = executor.class_obj.max_denoise(guider, sigmas)
             golden = redenoised(guider, sigmas, extra_args, noise, latent_image, full, settings)

@@ -80,9 +80,11 @@ def test_the_page_queues_it_and_shows_the_pictures(page, dev, server, name, tmp_
     assert new, "the queued workflow did not complete"
     (entry,) = new.values()
     assert entry["status"]["status_str"] == "success"
+    page.evaluate(
+        "() => app.extensionManager.command.execute('Comfy.Canvas.FitView')"
+    )  # a node out of sight loads no pictures
     savers = "app.graph._nodes.filter(n => n.type === 'SaveImage')"
     page.wait_for_function(f"() => {savers}.every(n => n.imgs?.length && n.imgs[0].complete)", timeout=30_000)
-    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     page.wait_for_timeout(1500)
     picture = Path(os.environ.get("ATTUNE_SCREENSHOTS", tmp_path)) / f"{name}.png"
     page.screenshot(path=picture)

@@ -37,6 +37,7 @@ class Method:
     off: dict
     needs: Callable[[Kit], dict] = lambda kit: {}
     where: dict | None = None  # graph -> why the method rightly changes nothing there
+    refused: dict | None = None  # graph -> part of the sentence with which the method refuses it
 
     def on(self, kit: Kit) -> Callable:
         return self._put(kit, self.inputs)
@@ -109,7 +110,10 @@ METHODS = {
         "flow", "AttuneRedenoise",
         {"strong_cfg": 5.5, "weak_cfg": 1.0, "rounds": 1, "strength": 1.0, "mode": "two-step", "depth": 0.39,
          "evaluate_at": "next level", "renormalize": False, "partial_denoise": "skip"},
-        {"strength": 0.0}, where={"img2img": FROM_A_PICTURE},
+        {"strength": 0.0},
+        where={"img2img": FROM_A_PICTURE,
+               "context windows": "Context windows know the run's own noise levels only: the method stands aside."},
+        refused={"SamplerCustomAdvanced, BasicGuider": "no negative conditioning"},
     ),
 }  # fmt: skip
 SAME = lambda model: model
@@ -135,6 +139,12 @@ def test_the_method_in_the_graph(kits, method, name):
     stock, state = drawn(graph, kit, SAME)
     assert stock.isfinite().all()
     assert torch.equal(drawn(graph, kit, chosen.idle(kit))[0], stock)
+    if name in (chosen.refused or {}):
+        with pytest.raises(ValueError, match=chosen.refused[name]):
+            graph(kit, chosen.on(kit))
+        assert torch.equal(drawn(graph, kit, SAME)[0], stock)
+        PASSED.add((method, name))
+        return
     ours, ours_state = drawn(graph, kit, chosen.on(kit))
     assert ours.isfinite().all() and torch.equal(ours, stock) == (name in (chosen.where or {}))
     assert torch.equal(ours_state, state)
@@ -266,10 +276,12 @@ def table(passed: set[tuple[str, str]]) -> str:
             if (label, name) not in passed:
                 cells.append("✗")
                 continue
-            reason = (method.where or {}).get(name)
+            sentence = (method.refused or {}).get(name)
+            reason = f"Refused before the first step: “… {sentence} …”." if sentence else (method.where or {}).get(name)
             if reason and reason not in notes:
                 notes.append(reason)
-            cells.append(f"same as without [{notes.index(reason) + 1}]" if reason else "✓")
+            said = "refused" if sentence else "same as without"
+            cells.append(f"{said} [{notes.index(reason) + 1}]" if reason else "✓")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     pairs = [f"| {a} | {b} |" for a, b in PAIRS]
     return "\n".join([

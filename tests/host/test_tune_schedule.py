@@ -89,9 +89,13 @@ def test_the_error_on_the_report_is_what_the_stock_sampler_shows(host, demo, enc
         (guider,) = host.call(
             "CFGGuider", model=model, positive=inputs["positive"], negative=inputs["negative"], cfg=3.0
         )
-        latent = {"samples": inputs["latent"]["samples"][:1]}
         out = host.call(
-            "SamplerCustomAdvanced", noise=noise, guider=guider, sampler=solver, sigmas=sigmas, latent_image=latent
+            "SamplerCustomAdvanced",
+            noise=noise,
+            guider=guider,
+            sampler=solver,
+            sigmas=sigmas,
+            latent_image=inputs["latent"],
         )
         return out[0]["samples"]
 
