@@ -70,8 +70,15 @@ class Training:
         ):
             raise ValueError(
                 "The unfinished training is of a network of another size: finish it with the settings it was started "
-                "with, or train under another name."
+                "with, or train under another name"
             )
+        step, losses = state["step"], state["losses"]
+        numbers = [value for name, value in state.items() if name != "step"]
+        whole = step.shape == () and not step.is_floating_point() and losses.shape == (int(step),)
+        if not whole or not all(n.is_floating_point() and bool(n.float().isfinite().all()) for n in numbers):
+            raise ValueError("The unfinished training is damaged")
+        if int(step) > self.steps:
+            raise ValueError(f"The unfinished training is at step {int(step)} of only {self.steps}: set more steps")
         average = dict(self.average.named_parameters())
         self.step, self.losses = int(state["step"]), state["losses"].tolist()
         with torch.no_grad():

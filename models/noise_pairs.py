@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from .files import is_finite, load_tensors, save_tensors, shortened
 
 LARGEST_SHARD = 4 << 30  # bytes
 FORMAT = "1"
@@ -84,12 +83,7 @@ def save_shard(path: Path, shard: Shard) -> None:
         "pairs_format": FORMAT, "facts": json.dumps(dict(shard.facts), sort_keys=True),
         "jobs": json.dumps([[job.prompt, job.seed] for job in shard.jobs]),
     }  # fmt: skip
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_tensors(path, tensors, metadata)
 
 
 def load_shard(path: Path) -> Shard:
@@ -97,13 +91,13 @@ def load_shard(path: Path) -> Shard:
     if path.stat().st_size > LARGEST_SHARD:
         raise ValueError(f"{path.name} is larger than {LARGEST_SHARD:,} bytes. Collect smaller shards.")
     try:
-        with safe_open(path, framework="pt") as file:
-            facts = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors, facts = load_tensors(path)
         jobs = tuple(Job(str(prompt), int(seed)) for prompt, seed in json.loads(facts["jobs"]))
-        told = json.loads(facts["facts"])
-    except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path.name} holds no noise pairs ({error}). Delete it and collect again.") from error
+        told = dict(json.loads(facts["facts"]))
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise ValueError(
+            f"{path.name} holds no noise pairs ({shortened(error)}). Delete it and collect again."
+        ) from error
     _check(path.name, tensors, len(jobs))
     noise, golden, which, tokens = (tensors[name] for name in (*TENSORS, "tokens"))
     pooled = tensors.get("pooled")
@@ -126,13 +120,16 @@ def _check(name: str, tensors: dict[str, Tensor], n: int) -> None:
         and shapes["noise"] == shapes["golden"]
         and shapes["which"] == (n,) == shapes["noise"][:1]
         and len(shapes["tokens"]) == 3
-        and n > 0
+        and all(all(shape) for shape in shapes.values())
+        and not tensors["which"].is_floating_point()
         and 0 <= int(tensors["which"].min()) <= int(tensors["which"].max()) < shapes["tokens"][0]
         and ("pooled" not in shapes or (len(shapes["pooled"]) == 2 and shapes["pooled"][0] == shapes["tokens"][0]))
-        and all(bool(value.isfinite().all()) for value in tensors.values())
+        and all(is_finite(value) for key, value in tensors.items() if key != "which")
     )
     if not fits:
-        raise ValueError(f"{name} holds no noise pairs: its tensors are {shapes}. Delete it and collect again.")
+        raise ValueError(
+            f"{name} holds no noise pairs: its tensors are {shortened(shapes, 500)}. Delete it and collect again."
+        )
 
 
 def remaining(folder: Path, shards: list[list[Job]], part: str, facts: Mapping[str, Any]) -> Iterator[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import pickle
 import re
 import zipfile
@@ -14,9 +14,9 @@ from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import save_tensors, shortened
 from .npnet import NPNet, NPNetConfig, grid
 
 SAFE, PICKLED = (".safetensors", ".sft"), (".pth", ".pt")
@@ -46,7 +46,7 @@ class NPNetFile:
         c = self.net.config
         text = f"{c.tokens} x {c.width}" if c.text == "flat" else f"{c.text}, {c.width}"
         head = f"{self.name}: golden noise for {c.channels} x {c.side} x {c.side} latents, prompts {text}"
-        return "\n".join([head, *(f"{key}: {value}" for key, value in self.facts.items())])
+        return "\n".join([head, *(f"{key}: {shortened(value, 500)}" for key, value in self.facts.items())])
 
 
 def load_npnet(path: Path) -> NPNetFile:
@@ -72,13 +72,8 @@ def save_npnet(net: NPNet, path: Path, facts: Mapping[str, Any]) -> Path:
         "resolution": config.side, "text_mode": config.text, "text_tokens": config.tokens, "text_dim": config.width,
         "svd": config.signs, **facts,
     }  # fmt: skip
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    weights = {name: value.detach().float().cpu().contiguous() for name, value in net.state_dict().items()}
-    try:
-        save_file(weights, temporary, metadata={key: str(value) for key, value in said.items()})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    weights = {name: value.float() for name, value in net.state_dict().items()}
+    save_tensors(path, weights, {key: str(value) for key, value in said.items()})
     return path
 
 
@@ -88,7 +83,7 @@ def _from_safetensors(path: Path) -> NPNetFile:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             return _build(path.name, shapes, file.get_tensor, file.metadata() or {})
     except SafetensorError as error:
-        raise ValueError(f"{path.name} is damaged or no safetensors file: {error}. Get it again.") from error
+        raise ValueError(f"{path.name} is damaged or no safetensors file: {shortened(error)}. Get it again.") from error
 
 
 def _from_pickle(path: Path) -> NPNetFile:
@@ -97,25 +92,47 @@ def _from_pickle(path: Path) -> NPNetFile:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
+        what = shortened(found[1], 80) if found else "more than weights"
         raise ValueError(
-            f"{path.name}: refused by the safe loader (it contains {found[1] if found else 'more than weights'}). "
+            f"{path.name}: refused by the safe loader (it contains {what}). "
             "Convert it to safetensors in a place you trust."
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path.name} is damaged: {str(error).splitlines()[0]}. Get it again.") from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{path.name} is damaged: {shortened(error)}. Get it again.") from error
     weights = _flat(path.name, loaded)
+    _check_memory(path, weights)
     return _build(path.name, {name: tuple(w.shape) for name, w in weights.items()}, weights.__getitem__, {})
 
 
 def _check_archive(path: Path) -> None:
-    """A .pth is a zip archive of uncompressed parts: nothing in it can be larger than the file."""
+    """A .pth is a zip archive of uncompressed parts: nothing in it can be larger than the file.
+
+    Its first bytes say so, too: for others torch tries formats that it unpacks into a folder.
+    """
     try:
+        with path.open("rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                raise zipfile.BadZipFile("it does not begin as a zip archive")
         with zipfile.ZipFile(path) as archive:
             packed = any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist())
     except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path.name} is damaged or no file of torch.save: {error}. Get it again.") from error
+        raise ValueError(
+            f"{path.name} is damaged or no file of torch.save: {shortened(error)}. Get it again."
+        ) from error
     if packed:
         raise ValueError(f"{path.name} is compressed inside, as torch.save never does. Get it from a place you trust.")
+
+
+def _check_memory(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Every weight has numbers of its own in the file: torch can also save a huge tensor that repeats a single one."""
+    for name, weight in weights.items():
+        plain = weight.layout == torch.strided and not weight.is_nested and not weight.is_quantized
+        if not plain or weight.device.type != "cpu":
+            raise ValueError(f"{path.name} is damaged: {shortened(name, 80)} is no plain tensor. Get it again.")
+    if sum(math.prod(weight.shape) * weight.element_size() for weight in weights.values()) > path.stat().st_size:
+        raise ValueError(f"{path.name} is damaged: its weights are larger than the file. Get it again.")
 
 
 def _flat(name: str, loaded: Any) -> dict[str, Tensor]:
@@ -161,9 +178,15 @@ def _build(name: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], 
         if shapes[ours] != shape:
             raise ValueError(f"{name} is damaged: {ours} is {_size(shapes[ours])}, expected {_size(shape)}.")
     # A copy: tensors that point into a file lie where it put them, and the place in memory moves the last bit.
-    weights = {ours: read(names[ours]).to(torch.float32, copy=True).contiguous() for ours in wanted}
+    weights = {ours: _numbers(name, ours, read(names[ours])) for ours in wanted}
     net.load_state_dict(weights, assign=True)
     return NPNetFile(net.eval().requires_grad_(False), name, facts)
+
+
+def _numbers(name: str, weight: str, read: Tensor) -> Tensor:
+    if not read.is_floating_point():
+        raise ValueError(f"{name} is damaged: {weight} holds {read.dtype}, expected numbers with a fraction.")
+    return read.to(torch.float32, copy=True).contiguous()
 
 
 def _config(name: str, shapes: dict[str, tuple[int, ...]], facts: dict) -> NPNetConfig:
@@ -179,14 +202,16 @@ def _config(name: str, shapes: dict[str, tuple[int, ...]], facts: dict) -> NPNet
     stages = stages[: stages.index((0, 0))] if (0, 0) in stages else stages
     text_size, version = shapes["text_embedding.linear.weight"][1], facts.get("npnet_version", "")
     if version not in ("", str(VERSION)) or "false" in facts.get("arch", ""):
-        raise ValueError(f"{name} needs NPNet format {version or 'without attention'}. Update ComfyUI-Attune.")
+        raise ValueError(
+            f"{name} needs NPNet format {shortened(version, 20) or 'without attention'}. Update ComfyUI-Attune."
+        )
     text = facts.get("text_mode", "flat").replace("flat77", "flat")
     tokens = int(facts["text_tokens"]) if re.fullmatch(r"[1-9]\d{0,4}", facts.get("text_tokens", "")) else 77
     signs = "canonical" if facts.get("svd") in ("canonical", "sign-augmented") else "raw"
     if text not in ("flat", "mean", "pooled") or (text == "flat" and text_size % tokens):
         raise ValueError(
             f"{name} is damaged: its text layer takes {text_size} numbers, which are not {tokens} tokens "
-            f"(text mode '{text}')."
+            f"(text mode '{shortened(text, 20)}')."
         )
     if not stages or any(heads < 1 or depth > 64 for depth, heads in stages) or side < 1:
         raise ValueError(f"{name} is damaged: no Swin transformer of the published kind can be found in it.")
@@ -209,7 +234,7 @@ def _stage(shapes: dict[str, tuple[int, ...]], i: int) -> tuple[int, int]:
 
 def _some(names: list[str]) -> str:
     more = f" ({len(names) - 5} more)" if len(names) > 5 else ""
-    return f"{', '.join(names[:5])}{more}"
+    return f"{', '.join(shortened(name, 80) for name in names[:5])}{more}"
 
 
 def _size(shape: tuple[int, ...]) -> str:

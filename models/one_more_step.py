@@ -7,7 +7,6 @@ authors published their three modules; ours have their facts in the metadata.
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..kernels.one_more_step import SignalLeak
+from .files import is_finite, save_tensors, shortened
 
 LATENT_SPACES = {"SD1.x, SD2.x": "SD15", "SDXL": "SDXL"}  # as users know them -> the host's class
 PREDICTIONS = ("v", "x0")
@@ -35,6 +34,8 @@ ENCODERS = {
     4096: "T5",
 }
 LEAK = "signal_leak."  # in our own files: how examples differ from the prediction
+DTYPES = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")  # of weights
+MOST_NAMES = 10_000  # weights in a file; the published ones have 299
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -75,11 +76,15 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """Names and shapes in a safetensors file; ValueError for anything else. Reads no tensor."""
+    """Names and shapes in a safetensors file of weights; ValueError for anything else. Reads no tensor."""
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return Header(path, shapes, file.metadata() or {})
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            foreign = [name for name, part in parts.items() if part.get_dtype() not in DTYPES]
+            if foreign or len(parts) > MOST_NAMES:
+                what = f"{shortened(foreign[0], 80)} is no weight" if foreign else f"it holds {len(parts)} tensors"
+                raise ValueError(f"'{path.name}' is not a One More Step module: {what}. Get the file again.")
+            return Header(path, {name: tuple(part.get_shape()) for name, part in parts.items()}, file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"'{path.name}' is not a whole safetensors file. Get it again; .bin, .pt and .ckpt files are not read."
@@ -152,7 +157,8 @@ def check_shapes(header: Header, expected: Shapes) -> None:
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ValueError(
-                f"'{header.path.name}' is not a One More Step module: it {what} {min(keys)}{more}. Get the file again."
+                f"'{header.path.name}' is not a One More Step module: it {what} {shortened(min(keys), 80)}{more}. Get "
+                "the file again."
             )
 
 
@@ -180,7 +186,9 @@ def prediction_of(header: Header, chosen: str = "") -> str:
     """ "v" or "x0"."""
     found = chosen or header.metadata.get("oms.prediction", "v")
     if found not in PREDICTIONS:
-        raise ValueError(f"'{header.path.name}' predicts '{found}', which is neither v nor x0: get it again.")
+        raise ValueError(
+            f"'{header.path.name}' predicts '{shortened(found, 20)}', which is neither v nor x0: get it again."
+        )
     return found
 
 
@@ -202,15 +210,10 @@ def read_leak(header: Header) -> SignalLeak | None:
     if not 0 < d <= 4096 or [header.shapes.get(n) for n in names] != [(mean[0], mean[1], mean[1]), (d, d), mean[:1]]:
         raise ValueError(f"The signal leak in '{header.path.name}' is damaged: get the file again.")
     with safe_open(header.path, framework="pt") as file:
-        return SignalLeak(*(file.get_tensor(name).float() for name in names))
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a small file; ValueError for one that is not whole."""
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"'{path.name}' is not a whole safetensors file: make it anew or take it away.") from error
+        parts = [file.get_tensor(name).float() for name in names]
+    if not all(map(is_finite, parts)):
+        raise ValueError(f"The signal leak in '{header.path.name}' is damaged: get the file again.")
+    return SignalLeak(*parts)
 
 
 def save_module(
@@ -218,15 +221,6 @@ def save_module(
 ) -> None:  # fmt: skip
     """Write a module: half-precision tensors by their diffusers names, the leak, the metadata; whole or not at all."""
     parts = {} if leak is None else {LEAK + "mean": leak.mean, LEAK + "root": leak.root, LEAK + "rest": leak.rest}
-    whole = {name: tensor.detach().half().contiguous() for name, tensor in tensors.items()}
-    whole |= {name: tensor.float().contiguous() for name, tensor in parts.items()}
-    write_tensors(path, whole, {"format": "pt", "oms.version": "1", **facts})
-
-
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file that replaces an older one only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata=dict(metadata))
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    whole = {name: tensor.half() for name, tensor in tensors.items()}
+    whole |= {name: tensor.float() for name, tensor in parts.items()}
+    save_tensors(path, whole, {"format": "pt", "oms.version": "1", **facts})

@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
-import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -19,6 +17,7 @@ from ..kernels.conditioning import ConditioningMap
 from ..kernels.encoder_propagation import Reuse
 from ..kernels.space import NoiseSpace
 from .encoder_propagation import Calibration, Point
+from .files import written_whole
 
 SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = 1
@@ -144,16 +143,8 @@ def save_profile(profile: Profile, folder: Path, name: str = "", replace: bool =
         raise ValueError(f"The profile '{profile.name}' cannot be saved: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
     path = _free_path(folder, stem, profile.id, replace)
-    temporary = folder / f".{secrets.token_hex(8)}.part"
-    try:
-        with temporary.open("x", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with written_whole(path) as temporary:
+        temporary.write_text(text + "\n", "utf-8")
     return path
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import is_finite, load_tensors, save_tensors
 from .golden_noise import prompt_texts
 from .noise_pairs import Shard, load_shard, rows
 from .npnet import NPNet, NPNetConfig
@@ -172,24 +171,18 @@ class Trainer:
             "epoch": str(self.epoch), "best_epoch": str(self.best_epoch), "best_error": self.best_error.hex(),
             "made": self._made(),
         }  # fmt: skip
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        save_tensors(path, tensors, metadata)
 
     def resume(self, path: Path) -> bool:
-        """Continue from `path` if it is the state of this very training; else start anew."""
-        if not path.exists():
-            return False
+        """Continue from `path` if it is the state of this very training, whole; else start anew."""
         try:
-            with safe_open(path, framework="pt") as file:
-                facts = file.metadata() or {}
-                if facts.get("made") != self._made():
-                    return False
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError:
+            tensors, facts = load_tensors(path)
+            epoch, best_epoch = int(facts["epoch"]), int(facts["best_epoch"])
+            best_error = float.fromhex(facts["best_error"])
+        except (ValueError, KeyError, OverflowError):
+            return False
+        counted = 0 <= best_epoch <= epoch <= self.recipe.epochs and 0 <= best_error < math.inf
+        if facts.get("made") != self._made() or not counted or not self._fits(tensors, epoch):
             return False
         parts: dict[str, dict[str, Any]] = {"net": {}, "best": {}, "adam": {}}
         for name, value in tensors.items():
@@ -202,9 +195,18 @@ class Trainer:
             i, _, key = name.partition(".")
             adam.setdefault(int(i), {})[key] = value
         self.optimizer.load_state_dict({"state": adam, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        self.epoch, self.best_epoch = int(facts["epoch"]), int(facts["best_epoch"])
-        self.best_error = float.fromhex(facts["best_error"])
+        self.epoch, self.best_epoch, self.best_error = epoch, best_epoch, best_error
         return True
+
+    def _fits(self, tensors: dict[str, Tensor], epoch: int) -> bool:
+        """Whether tensors are the weights and, after an epoch, the moments of this network, all of them numbers."""
+        shapes = {f"{part}.{name}": v.shape for part in ("net", "best") for name, v in self.net.state_dict().items()}
+        for i, weight in enumerate(self.net.parameters() if epoch else ()):
+            shapes |= {f"adam.{i}.step": torch.Size(), f"adam.{i}.exp_avg": weight.shape}
+            shapes |= {f"adam.{i}.exp_avg_sq": weight.shape}
+        return {name: value.shape for name, value in tensors.items()} == shapes and all(
+            map(is_finite, tensors.values())
+        )
 
     def _made(self) -> str:
         """What a training is, for `resume`."""

@@ -19,6 +19,10 @@ pack.__path__ = [str(ROOT)]
 sys.modules["pack"] = pack  # from here on: from pack.kernels.schedules import check_sigmas
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz", type=int, default=100, metavar="N", help="mutated files for each kind of file we read")
+
+
 def pytest_collection_modifyitems(config, items):
     """Kernels first, the browser last; without a ComfyUI the tests that need one are skipped, except in CI."""
     items.sort(
@@ -39,6 +43,12 @@ def pytest_collection_modifyitems(config, items):
         for mark, reason in missing.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def cases(pytestconfig) -> int:
+    """How many mutations of each kind of file."""
+    return pytestconfig.getoption("--fuzz")
 
 
 @pytest.fixture(scope="session")

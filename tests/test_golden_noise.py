@@ -272,7 +272,30 @@ def test_a_tensor_larger_than_its_file_is_refused(net, tmp_path):
     weights = dict(small.state_dict()) | {"unet_svd.mlp4.2.weight": torch.zeros(1).expand(10**6, 10**6)}
     path = write(tmp_path, "huge.pth", weights)
     assert path.stat().st_size < 10**6
-    with pytest.raises(ValueError, match=r"huge.pth is damaged: unet_svd.mlp4.2.weight is 1000000 x 1000000"):
+    with pytest.raises(ValueError, match=r"huge.pth is damaged: its weights are larger than the file"):
+        load_npnet(path)
+
+
+@pytest.mark.parametrize("name", ["unet_embedding.downconv.weight", "unet_svd.mlp4.0.weight"])
+def test_a_small_file_of_a_huge_but_consistent_network_is_refused_at_once(tmp_path, name):
+    """Every number of a network 10^8 wide, once: no layer of it fits another layer badly."""
+    small = npnets.seeded(replace(npnets.TINY, tokens=77, width=4))
+    wide = small.state_dict()[name].shape[1 if name.endswith("downconv.weight") else 0]
+    grown = (
+        lambda value: value.flatten()[:1]
+        .view([1] * value.ndim)
+        .expand([10**8 if n == wide else n for n in value.shape])
+    )
+    weights = {key: grown(value) if wide in value.shape else value for key, value in small.state_dict().items()}
+    with pytest.raises(ValueError, match=r"wide.pth is damaged: its weights are larger than the file"):
+        load_npnet(write(tmp_path, "wide.pth", weights))
+
+
+def test_an_archive_that_begins_as_another_format_is_not_unpacked(net, tmp_path):
+    """torch would take the file for one of its first versions', and unpack it into a folder."""
+    path = write(tmp_path, "old.pth", npnets.layouts(net)["asagi4"])
+    path.write_bytes(b"\x80\x02tar" + path.read_bytes())
+    with pytest.raises(ValueError, match=r"old.pth is damaged or no file of torch.save: it does not begin as a zip"):
         load_npnet(path)
 
 

@@ -28,7 +28,8 @@ from train_diffusion import PLACEMENTS, batches, conditions, latents  # noqa: E4
 from pack.kernels.one_more_step import SignalLeak, clean_of_v  # noqa: E402
 from pack.kernels.one_more_step_training import Training  # noqa: E402
 from pack.models.demo import TEXT_WIDTH  # noqa: E402
-from pack.models.one_more_step import Architecture, save_module, write_tensors  # noqa: E402
+from pack.models.files import save_tensors  # noqa: E402
+from pack.models.one_more_step import Architecture, save_module  # noqa: E402
 from pack.nodes._host.timeless_unet import TimelessUNet, diffusers_names, initialise  # noqa: E402
 
 FOLDER = Path(os.environ.get("ATTUNE_ONE_MORE_STEP", ROOT / "models" / "one_more_step"))
@@ -90,8 +91,8 @@ def main() -> None:
         if training.step % 100 == 0 or training.step == args.steps:
             last = sum(training.losses[-100:]) / len(training.losses[-100:])
             print(training.step, f"{last:.4f}", f"{time.monotonic() - began:.0f} s", flush=True)
-            write_tensors(path, training.state(), {})
-    write_tensors(path, training.state(), {})
+            save_tensors(path, training.state(), {})
+    save_tensors(path, training.state(), {})
     if training.step < args.steps:
         print("stopped; run it again to go on")
         return

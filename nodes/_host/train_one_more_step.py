@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ...kernels.one_more_step import SignalLeak, clean_of_v
 from ...kernels.one_more_step_training import Training
-from ...models.one_more_step import Architecture, read_tensors, save_module, write_tensors
+from ...models.files import is_finite, load_tensors, save_tensors
+from ...models.one_more_step import Architecture, save_module
 from .folders import find_folder, module_folder
 from .one_more_step import Module, check_model, load_module
 from .timeless_unet import TimelessUNet, diffusers_names, initialise
@@ -89,9 +90,9 @@ def encoded(examples: list[tuple[Tensor, str]], clip) -> tuple[list[Examples], T
 
 def _latents(path: Path, model) -> Tensor:
     """The latents of a file in the model's scale, [n c h w]."""
-    held = read_tensors(path)
+    held, _ = load_tensors(path)
     latents = held.get("latent_tensor")
-    if latents is None or latents.ndim != 4 or not bool(torch.isfinite(latents).all()):
+    if latents is None or latents.ndim != 4 or not all(latents.shape) or not is_finite(latents):
         raise ValueError(
             f"'{path.name}' does not hold finite latents of pictures [n channels height width]: take it away."
         )
@@ -146,7 +147,7 @@ def train(
         comfy.model_management.free_memory(24 * weights, device)  # weights, average, gradients, two moments, batch
         training = Training(network.to(device), steps, learning_rate, min(500, max(1, steps // 20)), seed)
         if unfinished.exists():
-            training.go_on(read_tensors(unfinished))
+            _go_on(training, unfinished)
             LOG.info("Attune Train One More Step: goes on after step %d of %d.", training.step, steps)
         empty = empty.clone()
         _run(training, groups, empty, batch, dropped, unfinished, model)
@@ -160,6 +161,13 @@ def train(
     save_module(path, {theirs: own[ours] for theirs, ours in diffusers_names(architecture).items()}, leak, facts)
     unfinished.unlink(missing_ok=True)
     return load_module(path, "", "", "", 0), f"{path}\n{report}"
+
+
+def _go_on(training: Training, path: Path) -> None:
+    try:
+        training.go_on(load_tensors(path)[0])
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}. Or delete it, to begin anew.") from error
 
 
 def _run(
@@ -181,10 +189,10 @@ def _run(
                 shown = previewer.decode_latent_to_preview_image("JPEG", clean_of_v(v))
             bar.update_absolute(training.step, training.steps, shown)
             if training.step % KEPT_EVERY == 0:
-                write_tensors(unfinished, training.state(), {})
+                save_tensors(unfinished, training.state(), {})
     finally:
         if 0 < training.step < training.steps:
-            write_tensors(unfinished, training.state(), {})
+            save_tensors(unfinished, training.state(), {})
 
 
 @torch.no_grad()

@@ -1,0 +1,329 @@
+"""Every file the pack reads, mutated: one clear sentence or a use that is right; no code runs, nothing is written, and no
+memory is taken beyond the file's own size.
+
+A short run here; `python dev.py test tests/test_hostile_files.py --fuzz 2000 -s` is the long one, and counts.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+import hostile
+import npnets
+from pack.kernels.encoder_propagation import Reuse
+from pack.kernels.one_more_step_training import Training
+from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
+from pack.models.encoder_propagation import Calibration, Point
+from pack.models.files import load_tensors
+from pack.models.noise_pairs import Job, Shard, load_shard, rows, save_shard, shard_path
+from pack.models.npnet_files import load_npnet, save_npnet
+from pack.models.one_more_step import (
+    architecture_of,
+    latent_space_of,
+    prediction_of,
+    read_header,
+    read_leak,
+    save_module,
+)
+from pack.models.profiles import Alignment, Profile, alignment_map, load_profile, save_profile
+from pack.models.train_npnet import Recipe, Trainer
+
+ROOT = Path(__file__).resolve().parents[1]
+SPARE = 48 << 20  # bytes of address space that a reader may take beyond eight times its file
+SMALL = replace(npnets.TINY, tokens=77, width=4)
+
+
+# --- the files, and what is done with one that is accepted ---
+
+
+def profile() -> Profile:
+    knots = Alignment("euler", (512, 512), (0.5, 2.0, 9.0), (0.4, 1.8, 8.0))
+    levels = (14.0, 5.0, 1.0, 0.0)
+    reuse = Calibration(12, "euler", levels, (Point(Reuse(2, 3, True), (0, 2), 1.4, 30.0),))
+    return Profile(
+        "mine", "by hand", "ve", ("SD15",), (512, 512), levels, "a test", "encoder_propagation", "euler", "eps", 7.0, "ab",
+        (knots,), reuse, {"gain": 0.1}, {"seed": 3},
+    )  # fmt: skip
+
+
+def use_profile(path: Path) -> None:
+    got = load_profile(path)
+    with hostile.unwatched():
+        assert load_profile(save_profile(got, path.parent / "again", replace=True)) == got
+    for one in got.alignments:
+        assert torch.isfinite(alignment_map(got, one)(torch.linspace(0, 1, 20))).all()
+
+
+def use_npnet(path: Path) -> None:
+    net = load_npnet(path).net
+    c = net.config
+    assert all(weight.dtype == torch.float32 and not weight.is_meta for weight in net.parameters())
+    if c.side <= 32 and c.text_size <= 4096 and all(bool(weight.isfinite().all()) for weight in net.parameters()):
+        out = net(torch.randn(1, c.channels, c.side, c.side), torch.randn(1, c.text_size))
+        assert out.shape == (1, c.channels, c.side, c.side)
+
+
+def use_module(path: Path) -> None:
+    header = read_header(path)
+    found = architecture_of(header)
+    assert latent_space_of(header, found.context_dim) and prediction_of(header) in ("v", "x0")
+    leak = read_leak(header)
+    if leak is not None:
+        assert all(bool(part.isfinite().all()) for part in (leak.mean, leak.root, leak.rest))
+
+
+def shard() -> Shard:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(40, 4, 4, 4, generator=generator)
+    jobs = tuple(Job(f"prompt {i % 20}", i) for i in range(40))
+    tokens, pooled = torch.randn(20, 2, 6, generator=generator), torch.randn(20, 3, generator=generator)
+    return Shard(noise, 1.1 * noise, torch.arange(40) % 20, tokens, pooled, jobs, {"weak_cfg": 1.0})
+
+
+def use_shard(path: Path) -> None:
+    got = load_shard(path)
+    assert len(got.jobs) == len(got.noise) == len(rows(got, True)) + len(rows(got, False))
+    assert bool(got.tokens[got.which].isfinite().all()) and min(got.noise.shape) > 0 and dict(got.facts) is not None
+
+
+RECIPE = Recipe(epochs=1, batch=40, size="small", text="flat")
+
+
+def state(folder: Path) -> Path:
+    """A resumable training, and the pairs that it belongs to."""
+    save_shard(shard_path(folder, 0), shard())
+    trainer = Trainer([shard_path(folder, 0)], RECIPE)
+    list(trainer.run())
+    trainer.save(folder / "good.safetensors")
+    return folder / "good.safetensors"
+
+
+def use_state(path: Path) -> None:
+    """A state that is not this training's is no error: the training starts anew, from nothing of the file."""
+    trainer = Trainer([shard_path(path.parent, 0)], RECIPE)
+    fresh = {name: value.clone() for name, value in trainer.net.state_dict().items()}
+    if not trainer.resume(path):
+        assert trainer.epoch == 0 and not trainer.optimizer.state_dict()["state"]
+        assert all(torch.equal(value, fresh[name]) for name, value in trainer.net.state_dict().items())
+        raise ValueError(f"{path.name} is not resumed")
+    assert 0 <= trainer.best_epoch <= trainer.epoch <= RECIPE.epochs
+    assert all(bool(value.isfinite().all()) for value in trainer.result().state_dict().values())
+
+
+def use_unfinished(path: Path) -> None:
+    training = Training(nn.Linear(3, 3), 10)
+    try:
+        training.go_on(load_tensors(path)[0])
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from error  # as the node does
+    assert 0 <= training.step <= training.steps and len(training.losses) == training.step
+    assert all(bool(value.isfinite().all()) for value in training.network.state_dict().values())
+
+
+def use_vocabulary(path: Path) -> None:
+    held, _ = load_tensors(path)
+    if VOCABULARY_KEY not in held:
+        raise ValueError(f"{path.name} has no vocabulary")
+    try:
+        words = unpack_vocabulary(held[VOCABULARY_KEY])
+    except ValueError as error:
+        if "The checkpoint's vocabulary" not in str(error):
+            raise AssertionError(error) from error
+        raise ValueError(f"{path.name}: {error}") from error
+    assert len(words) == len(set(words)) >= 3 and all(words)
+
+
+def make_profile(folder: Path) -> Path:
+    return save_profile(profile(), folder, "good")
+
+
+def make_npnet(folder: Path) -> Path:
+    return save_npnet(npnets.seeded(SMALL), folder / "good.safetensors", {"pairs": 3})
+
+
+def make_pth(folder: Path) -> Path:
+    torch.save(npnets.layouts(npnets.seeded(SMALL))["official"], folder / "good.pth")
+    return folder / "good.pth"
+
+
+def make_module(folder: Path) -> Path:
+    """The demo's module with an eighth of its widths."""
+    with safe_open(ROOT / "models/one_more_step/attune_demo.safetensors", framework="pt") as file:
+        small = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        facts = {**file.metadata(), "oms.head_dim": "4"}
+    for name, tensor in small.items():
+        if not name.startswith("signal_leak.") and name not in ("conv_in.weight", "conv_out.bias"):
+            sides = [max(n // 8, 1) if n >= 32 else n for n in tensor.shape]
+            small[name] = tensor[tuple(slice(side) for side in sides)].contiguous()
+    small["conv_in.weight"] = small["conv_in.weight"][:4].contiguous()
+    save_file(small, folder / "good.safetensors", facts)
+    return folder / "good.safetensors"
+
+
+def make_shard(folder: Path) -> Path:
+    save_shard(folder / "good.safetensors", shard())
+    return folder / "good.safetensors"
+
+
+def make_unfinished(folder: Path) -> Path:
+    training = Training(nn.Linear(3, 3), 10)
+    for parameter in training._parameters.values():
+        training._optimizer.state[parameter] = {
+            "exp_avg": torch.ones_like(parameter),
+            "exp_avg_sq": torch.ones_like(parameter),
+        }
+    save_file(
+        {name: tensor.detach().contiguous() for name, tensor in training.state().items()}, folder / "good.safetensors"
+    )
+    return folder / "good.safetensors"
+
+
+def make_vocabulary(folder: Path) -> Path:
+    packed = pack_vocabulary(["<start>", "<end>", "<unknown>", "cat"])
+    save_file({VOCABULARY_KEY: packed, "other": torch.ones(3)}, folder / "good.safetensors")
+    return folder / "good.safetensors"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A good file, how it is mutated, and its use."""
+
+    make: Callable[[Path], Path]
+    use: Callable[[Path], None]
+    mutate: Callable = hostile.hostile_safetensors
+
+
+READERS = {
+    "profile": Reader(make_profile, use_profile, hostile.hostile_json),
+    "NPNet": Reader(make_npnet, use_npnet),
+    "NPNet, .pth": Reader(make_pth, use_npnet, hostile.hostile_pickle),
+    "One More Step": Reader(make_module, use_module),
+    "noise pairs": Reader(make_shard, use_shard),
+    "NPNet training": Reader(state, use_state),
+    "One More Step training": Reader(make_unfinished, use_unfinished),
+    "vocabulary": Reader(make_vocabulary, use_vocabulary),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_mutated_file_is_refused_in_a_sentence_or_used_rightly(tmp_path, cases, name):
+    reader, canary = READERS[name], tmp_path / "canary"
+    good = reader.make(tmp_path)
+    content = good.read_bytes()
+    path = tmp_path / f"hostile{good.suffix}"
+    accepted, slowest = 0, 0.0
+    path.write_bytes(content)
+    reader.use(path)  # also imports what is imported at the first use
+    for i in range(cases):
+        rng = random.Random(f"{name} {i}")
+        mutated = reader.mutate(rng, content, canary) if good.suffix == ".pth" else reader.mutate(rng, content)
+        path.write_bytes(mutated)
+        began = time.perf_counter()
+        try:
+            with hostile.watched(8 * len(mutated) + SPARE) if name != "profile" else hostile.watched(SPARE):
+                reader.use(path)
+            accepted += 1
+        except ValueError as refusal:
+            said = str(refusal)
+            assert path.name in said and len(said) < 1000 and "\n" not in said and "allocate" not in said, (i, said)
+        except BaseException as error:
+            raise AssertionError(f"case {i} of {name}: {type(error).__name__}: {error}") from error
+        slowest = max(slowest, time.perf_counter() - began)
+        assert not canary.exists(), i
+    print(f"\n{name}: {cases} files, {cases - accepted} refused, {accepted} used, the slowest in {slowest:.2f} s")
+    assert accepted < cases
+
+
+# --- saving ---
+
+
+def saved_profile(folder: Path, again: bool) -> Path:
+    return save_profile(profile().with_facts({"again": again}), folder, "x", replace=True)
+
+
+def saved_npnet(folder: Path, again: bool) -> Path:
+    return save_npnet(npnets.seeded(SMALL), folder / "x.safetensors", {"again": again})
+
+
+def saved_module(folder: Path, again: bool) -> Path:
+    save_module(folder / "x.safetensors", {"conv_in.weight": torch.full((2, 4, 3, 3), again)}, None, {})
+    return folder / "x.safetensors"
+
+
+def saved_pairs(folder: Path, again: bool) -> Path:
+    save_shard(folder / "x.safetensors", replace(shard(), facts={"again": again}))
+    return folder / "x.safetensors"
+
+
+def saved_state(folder: Path, again: bool) -> Path:
+    if not again:
+        save_shard(shard_path(folder.parent, 0), shard())
+    trainer = Trainer([shard_path(folder.parent, 0)], replace(RECIPE, seed=int(again)))
+    trainer.save(folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+WRITERS = [saved_profile, saved_npnet, saved_module, saved_pairs, saved_state]
+
+
+@pytest.mark.parametrize("fails", ["open", "fsync", "replace"])
+@pytest.mark.parametrize("save", WRITERS)
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, save, fails):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    path = save(folder, False)
+    before = path.read_bytes()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    if fails == "open":
+        monkeypatch.setattr("pack.models.files.save_file", full)
+        monkeypatch.setattr(Path, "write_text", full)
+    else:
+        monkeypatch.setattr(f"os.{fails}", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(folder, True)
+    monkeypatch.undo()
+    assert path.read_bytes() == before and list(folder.iterdir()) == [path]
+    assert save(folder, True) == path and path.read_bytes() != before and list(folder.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process that can be copied")
+@pytest.mark.parametrize("when", ["fsync", "replace"])
+@pytest.mark.parametrize("save", WRITERS)
+def test_a_process_that_dies_while_it_saves_leaves_the_old_file(tmp_path, monkeypatch, save, when):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    path = save(folder, False)
+    before = path.read_bytes()
+    child = os.fork()
+    if not child:
+        try:
+            setattr(os, when, lambda *_: os._exit(42))
+            save(folder, True)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 42
+    assert path.read_bytes() == before
+    assert [file.suffix for file in folder.iterdir() if file != path] == [".part"]  # which no loader lists
+
+
+@pytest.mark.skipif(os.name == "nt", reason="other permissions")
+@pytest.mark.parametrize("save", WRITERS)
+def test_files_have_the_permissions_that_the_user_gives_to_new_ones(tmp_path, save):
+    (tmp_path / "files").mkdir()
+    (tmp_path / "plain").touch()
+    assert save(tmp_path / "files", False).stat().st_mode == (tmp_path / "plain").stat().st_mode
