@@ -262,8 +262,8 @@ def link_pack() -> Path:
     return config
 
 
-def server_command(host: Host, port: int, run: Path) -> list[str]:
-    command = [host.python, str(host.folder / "main.py"), "--port", str(port), "--disable-auto-launch"]
+def server_command(host: Host, port: int, run: Path, *flags: str) -> list[str]:
+    command = [host.python, str(host.folder / "main.py"), "--port", str(port), "--disable-auto-launch", *flags]
     installed = (host.folder / "custom_nodes").resolve()
     if ROOT.parent != installed:
         command += ["--extra-model-paths-config", str(link_pack())]
@@ -290,13 +290,13 @@ def ask(url: str, body: dict | None = None) -> dict:
 
 
 @contextlib.contextmanager
-def server(host: Host, run: Path) -> Iterator[str]:
+def server(host: Host, run: Path, *flags: str) -> Iterator[str]:
     """A running ComfyUI with the pack; yields its address and ends it afterwards."""
     port, log_path = free_port(), run / "server.log"
     run.mkdir(parents=True, exist_ok=True)
     with log_path.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(
-            server_command(host, port, run),
+            server_command(host, port, run, *flags),
             cwd=host.folder,
             env=host.environment(),
             stdout=log,

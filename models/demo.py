@@ -88,5 +88,10 @@ def unpack_vocabulary(packed: Tensor) -> list[str]:
             f"The checkpoint's vocabulary must be a uint8 list of at most {VOCABULARY_LIMIT} bytes, but it is "
             f"{packed.dtype} {list(packed.shape)}: get the demo checkpoint again from the pack's models/weights folder."
         )
-    text = bytes(packed.tolist()).decode("ascii", errors="replace")
-    return text.split("\n")
+    words = bytes(packed.tolist()).decode("ascii", errors="replace").split("\n")
+    if len(words) <= UNKNOWN or len(set(words)) < len(words):
+        raise ValueError(
+            "The checkpoint's vocabulary is damaged: a word is in it twice, or it has none. Get the demo checkpoint "
+            "again from the pack's models/weights folder."
+        )
+    return words

@@ -167,8 +167,8 @@ def latent_space_of(header: Header, context_dim: int, chosen: str = "") -> str:
     stem = header.path.stem.lower()
     if chosen:
         return LATENT_SPACES[chosen]
-    if "oms.latent_format" in header.metadata:
-        return header.metadata["oms.latent_format"]
+    if said := header.metadata.get("oms.latent_format"):
+        return said
     if context_dim == 2048:
         return "SDXL"
     if header.path.stat().st_size == PUBLISHED_BYTES and (space := PUBLISHED.get(_sha256(header.path))):

@@ -28,6 +28,7 @@ SMOKE = {
     "golden_noise": ["--tasks", "12", "--models", "unet", "--steps", "4", "--converged", "10"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "4"],
+    "long_run": ["--prompts", "20", "--caches", "none", "--control", "0"],
     "peers": ["--tasks", "12", "--steps", "10"],
 }
 
@@ -204,3 +205,14 @@ def test_one_more_step_repairs_a_start_that_lacks_the_picture(tmp_path):
     assert found["SD's", "plain"] > 10 and found["SD's", "One More Step"] < 0.4 * found["SD's", "plain"]
     assert "| data: every background once |" in printed
     assert min(Image.open(tmp_path / "one_more_step.png").size) > 100
+
+
+@pytest.mark.host
+def test_twenty_prompts_leave_nothing_and_repeat_themselves(tmp_path):
+    printed = run("long_run", tmp_path, *SMOKE["long_run"])
+    counted = json.loads((tmp_path / "results" / "long_run.json").read_text())["data"]["all methods"]["counted"]
+    prompts, memory, objects, tensors, own, patchers = zip(*counted, strict=True)
+    assert prompts == tuple(range(2, 21, 2)) and min(memory) > 100
+    assert set(patchers) == {0} and len(set(tensors[1:])) == len(set(own[1:])) == 1  # the first use of each method
+    assert max(objects[1:]) < 1.02 * objects[1]
+    assert "| --cache-none | 5 |" in printed and min(Image.open(tmp_path / "long_run.png").size) > 100
