@@ -33,8 +33,11 @@ class NoiseSpace:
         return c * torch.sin(theta) / (c * torch.sin(theta) + torch.cos(theta))
 
     def log_ratio(self, sigma: Sigma) -> Sigma:
-        """ln(sigma / alpha), minus half the log-SNR: ln(sigma) on VE, logit(sigma) on flow; -inf without noise."""
-        return sigma.log() if self.kind == "ve" else torch.logit(sigma)
+        """ln(sigma / alpha), minus half the log-SNR: ln(sigma) on VE, logit(sigma) on flow; -inf without noise.
+
+        inf for a flow's 1, where there is no signal, and for levels above, which only a hand-made schedule has.
+        """
+        return sigma.log() if self.kind == "ve" else torch.logit(sigma.clamp(max=1))
 
     def at_log_ratio(self, log_ratio: Sigma) -> Sigma:
         """The sigma whose ln(sigma / alpha) is `log_ratio`; the inverse of `log_ratio`."""

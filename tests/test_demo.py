@@ -32,5 +32,5 @@ def test_punctuation_and_other_scripts_do_not_disturb():
                pack_vocabulary(["a", "b", "a", "c"]), pack_vocabulary(["a", "b"])]
 )  # fmt: skip
 def test_a_damaged_vocabulary_is_refused_with_the_remedy(packed):
-    with pytest.raises(ValueError, match="[gG]et the demo checkpoint again"):
+    with pytest.raises(ValueError, match=r"[gG]et the demo checkpoint again"):
         unpack_vocabulary(packed)

@@ -240,9 +240,12 @@ def why_not(sigmas: Tensor, noise: Tensor, latent: Tensor, top: bool) -> str | N
 
 
 def check_latent(plan: Plan, noise: Tensor) -> None:
-    channels = plan.module.architecture.in_channels if plan.module else noise.shape[1]
-    if noise.ndim != 4 or noise.shape[1] != channels:
-        raise ValueError(f"One More Step expects {channels}-channel latents of pictures, but got {list(noise.shape)}.")
+    channels = plan.module.architecture.in_channels if plan.module else len(plan.leak.mean) if plan.leak else None
+    if noise.ndim != 4 or channels not in (None, noise.shape[1]) or noise.shape[2] * noise.shape[3] < 2:
+        kind = f"{channels}-channel latents" if channels else "latents"
+        raise ValueError(
+            f"One More Step expects {kind} of pictures, of more than one pixel, but got {list(noise.shape)}."
+        )
 
 
 def predict(plan: Plan, noise: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -129,7 +129,8 @@ def redenoised(
     settings: Redenoise,
     quiet: bool = False,
 ) -> Tensor:
-    """Golden noise for a run of this guider from `sigmas`; `full` as in the host's noise_scaling."""
+    """Golden noise for a run of this guider from `sigmas`, float32; `full` as in the host's noise_scaling."""
+    noise = noise.float()  # a difference of two denoised latents is more than half precision holds
     sampling = guider.inner_model.model_sampling
     sigma = sigmas[0]
     gap = guidance_gap("Attune Redenoise", guider, settings.strong_cfg, settings.weak_cfg)

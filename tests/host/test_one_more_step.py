@@ -320,7 +320,7 @@ def test_values_that_are_no_numbers_and_latents_of_other_kinds_are_said(host, ki
     with pytest.raises(ValueError, match="Choose weight_dtype fp32"):
         sample(host, apply(host, kit.toy(), kit.module(MU * torch.nan)), batch=1, steps=1, side=16)
     plan = kit.oms.Plan(kit.module(), text(), None)
-    with pytest.raises(ValueError, match=r"expects 4-channel latents of pictures, but got \[1, 16, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"expects 4-channel latents of pictures, .* but got \[1, 16, 8, 8\]"):
         kit.oms.check_latent(plan, torch.zeros(1, 16, 8, 8))
 
 

@@ -1,0 +1,110 @@
+"""Our MODEL -> MODEL nodes on the demo models, each with settings that do something and settings that do nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from graphs import Kit
+from pack.models.profiles import Alignment, Profile, shipped_profiles
+
+
+@dataclass(frozen=True)
+class Method:
+    """A MODEL -> MODEL node on a demo model, with settings that do something and settings that do nothing."""
+
+    model: str
+    node: str
+    inputs: dict
+    off: dict
+    needs: Callable[[Kit], dict] = lambda kit: {}
+    where: dict | None = None  # graph -> why the method rightly changes nothing there
+    refused: dict | None = None  # graph -> part of the sentence with which the method refuses it
+
+    def on(self, kit: Kit) -> Callable:
+        return self._put(kit, self.inputs)
+
+    def idle(self, kit: Kit) -> Callable:
+        return self._put(kit, {**self.inputs, **self.off})
+
+    def _put(self, kit: Kit, inputs: dict) -> Callable:
+        return lambda model: kit.host.call(self.node, model=model, **inputs, **self.needs(kit))[0]
+
+
+def aligned(space: str, prediction: str, sigma: tuple, told: tuple) -> Profile:
+    knots = Alignment("", (128, 128), sigma, told)
+    levels = (*reversed(sigma), 0.0)
+    family = {"ve": "AttuneDemo", "flow": "SD3"}[space]
+    return Profile(
+        "test", "by hand", space, (family,), (128, 128), levels, "a test", prediction=prediction, alignments=(knots,)
+    )
+
+
+def module(kit: Kit) -> dict:
+    """The demo model's module of One More Step, and a prompt for it."""
+    (loaded,) = kit.host.call("AttuneLoadOneMoreStep", oms_name="attune_demo.safetensors")
+    return {"oms_model": loaded, "positive": kit.positive}
+
+
+def npnet(kit: Kit) -> dict:
+    return {"npnet": kit.host.call("AttuneLoadNPNet", npnet_name="attune_demo_npnet.safetensors")[0]}
+
+
+def examples(kit: Kit) -> dict:
+    """Latents to take brightness and colours from."""
+    return {"examples": {"samples": 0.3 + 0.2 * kit.picture(32)["samples"]}}
+
+
+FROM_A_PICTURE = "The run begins from a picture, not from noise: the method stands aside."
+APPLY = {"steps": 0, "denoise": 1.0, "denoise_mode": "exact", "resolution_policy": "ignore", "strength": 1.0}
+REUSE = {
+    "mode": "uniform", "interval": 2, "speed": 1.5, "forecast": True, "keep_last": 1, "start_percent": 0.0,
+    "end_percent": 1.0, "prior_noise": 0.0, "cache_dtype": "as computed", "cache_device": "as computed",
+    "memory_limit": 0,
+}  # fmt: skip
+METHODS = {
+    "aligned timesteps": Method(
+        "unet", "AttuneApplyProfile",
+        {**APPLY, "profile": aligned("ve", "v", (0.4, 1.4, 4.0, 14.0), (0.33, 1.1, 3.3, 13.0))}, {"strength": 0.0},
+    ),
+    "aligned timesteps, flow": Method(
+        "flow", "AttuneApplyProfile",
+        {**APPLY, "profile": aligned("flow", "flow", (0.4, 0.7, 0.9), (0.35, 0.62, 0.88))}, {"strength": 0.0},
+    ),
+    "encoder propagation": Method(
+        "unet", "AttuneEncoderPropagation", {**REUSE, "reuse": "encoder reused", "parallel": "auto"}, {"interval": 1}
+    ),
+    "top level fresh": Method(
+        "unet", "AttuneEncoderPropagation", {**REUSE, "reuse": "top level fresh", "parallel": "off"}, {"interval": 1}
+    ),
+    "block propagation": Method(
+        "flow", "AttuneBlockPropagation", {**REUSE, "reuse": "first block fresh"}, {"interval": 1}
+    ),
+    "noise shift": Method(
+        "flow", "AttuneNoiseShift", {"profile": next(p for p in shipped_profiles().values() if p.kind == "noise_shift"),
+                                     "strength": 1.0}, {"strength": 0.0},
+    ),
+    "one more step": Method(
+        "unet", "AttuneOneMoreStep", {"strength": 1.0, "diversity": 1.0}, {"strength": 0.0}, module,
+        {"img2img": FROM_A_PICTURE},
+    ),
+    "signal leak": Method(
+        "unet", "AttuneSignalLeak",
+        {"frequencies": 3, "strength": 1.0, "diversity": 1.0, "noise_level": "exact"}, {"strength": 0.0}, examples,
+        {"img2img": FROM_A_PICTURE},
+    ),
+    "golden noise": Method(
+        "unet", "AttuneGoldenNoiseModel",
+        {"strength": 1.0, "other_sizes": "windows", "long_prompt": "first part", "svd_on": "cpu",
+         "partial_denoise": "skip"}, {"strength": 0.0}, npnet, {"img2img": FROM_A_PICTURE},
+    ),
+    "re-denoise": Method(
+        "flow", "AttuneRedenoise",
+        {"strong_cfg": 5.5, "weak_cfg": 1.0, "rounds": 1, "strength": 1.0, "mode": "two-step", "depth": 0.39,
+         "evaluate_at": "next level", "renormalize": False, "partial_denoise": "skip"},
+        {"strength": 0.0},
+        where={"img2img": FROM_A_PICTURE,
+               "context windows": "Context windows know the run's own noise levels only: the method stands aside."},
+        refused={"SamplerCustomAdvanced, BasicGuider": "no negative conditioning"},
+    ),
+}  # fmt: skip
