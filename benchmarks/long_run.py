@@ -18,11 +18,11 @@ import random
 import shutil
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from PIL import Image
@@ -67,7 +67,6 @@ def small(prompt: dict, seed: int, on: bool) -> dict:
 class Server:
     """A running ComfyUI, and what every prompt drew in it: name -> digest of its pictures."""
 
-    dev: ModuleType
     url: str
     output: Path
     drawn: dict[str, str] = field(default_factory=dict)
@@ -76,12 +75,12 @@ class Server:
 
     def run(self, named: list[tuple[str, dict]]) -> list[dict]:
         """All prompts in the queue at once; every picture is compared with those drawn before under its name."""
-        queued = [self.dev.ask(f"{self.url}/prompt", {"prompt": prompt})["prompt_id"] for _, prompt in named]
+        queued = [ask(f"{self.url}/prompt", {"prompt": prompt})["prompt_id"] for _, prompt in named]
         return [self._wait(name, id) for (name, _), id in zip(named, queued, strict=True)]
 
     def _wait(self, name: str, id: str) -> dict:
-        until = time.time() + 300
-        while not (entry := self.dev.ask(f"{self.url}/history/{id}").get(id)):
+        until = time.time() + 900
+        while not (entry := ask(f"{self.url}/history/{id}").get(id)):
             assert time.time() < until, f"{name} did not end"
             time.sleep(0.01)
         assert entry["status"]["status_str"] == "success", (name, entry["status"]["messages"][-1])
@@ -104,7 +103,7 @@ class Server:
 
     def tidy(self) -> None:
         """The server keeps every prompt and its outputs for the page, and the disk every picture."""
-        post(f"{self.url}/history", {"clear": True})
+        ask(f"{self.url}/history", {"clear": True})
         for file in self.output.rglob("*.png"):
             file.unlink()
 
@@ -115,11 +114,12 @@ class Server:
         return [memory / 1e6, *map(float, objects)]
 
 
-def post(url: str, body: dict) -> None:
-    import urllib.request
-
-    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=30).close()
+def ask(url: str, body: dict | None = None) -> dict:
+    """As dev.ask, with the patience that a busy machine needs."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=300) as answer:
+        return json.loads(answer.read() or b"{}")
 
 
 @contextmanager
@@ -133,7 +133,7 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
     shutil.copy(Path(__file__).with_name("count_objects.py"), folder / "custom_nodes")
     host = dev.Host(os.environ["COMFYUI_PATH"])
     with dev.server(host, folder, "--base-directory", str(folder), *flags) as url:
-        yield Server(dev, url, folder / "output")
+        yield Server(url, folder / "output")
 
 
 def stream(names: list[str], count: int) -> Iterator[tuple[str, dict]]:

@@ -182,12 +182,14 @@ def with_first_state(model, plan: Plan):
     return clone
 
 
-def _begin(plan: Plan, executor, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest):
+def _begin(
+    plan: Plan, executor, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest, **newer
+):
     """SAMPLER_SAMPLE: another noise, all else as it came."""
     sampling = guider.inner_model.model_sampling
     top = _from_the_top(executor.class_obj, guider, sampling, sigmas)
     noise = begin(plan, sampling, sigmas, noise, latent_image, denoise_mask, top)
-    return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest)
+    return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest, **newer)
 
 
 def _from_the_top(sampler: Any, guider: Any, sampling: Any, sigmas: Tensor) -> bool:

@@ -99,7 +99,9 @@ def with_redenoise(model: Any, settings: Redenoise, partial: bool) -> Any:
     if settings.strength == 0:
         return model
 
-    def sampler_sample(executor, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args):
+    def sampler_sample(
+        executor, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs
+    ):
         why = why_not(guider.model_patcher, noise, latent_image, sigmas, partial)
         if extra_args["model_options"].get("context_handler") is not None:
             why = "context windows know the run's own noise levels only"
@@ -111,7 +113,7 @@ def with_redenoise(model: Any, settings: Redenoise, partial: bool) -> Any:
             noise = golden
         else:
             LOG.info("Attune Redenoise: stands aside, %s.", why)
-        return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args)
+        return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
 
     clone = model.clone()
     clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
