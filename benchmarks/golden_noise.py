@@ -152,7 +152,8 @@ def main() -> None:
         "object that was asked for, the scorer of the two columns after it; it chose neither noises nor weights. "
         "Preferred: the share of pictures that it scores higher than plain Euler's from the same noise, with as many "
         "steps and with as many calls; 50 is no gain. nearer the data: the share that is nearer to the training "
-        "pictures of the prompt, in the judge's features. variety: mean distance between the pictures of a prompt, plain is 100.",
+        "pictures of the prompt, in the judge's features. variety: mean distance between the pictures of a prompt, "
+        "plain is 100.",
     ]
     record("golden_noise", "Golden noise without and with a network", tables, began, [], notes, args.out, found)
     print("\r" + "\n".join(map(markdown, tables)))
