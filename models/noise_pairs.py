@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import lzma
+import math
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +19,9 @@ from torch import Tensor
 from .files import is_finite, load_tensors, save_tensors, shortened
 
 LARGEST_SHARD = 4 << 30  # bytes
+LARGEST_PAIR = 64 << 20  # bytes; a published one has 262,000
 FORMAT = "1"
+BAD_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 TENSORS = ("noise", "golden", "which")
 
 
@@ -144,6 +150,64 @@ def remaining(folder: Path, shards: list[list[Job]], part: str, facts: Mapping[s
             raise ValueError(
                 f"{path} was made with other prompts or settings. Choose another 'name', or delete that folder."
             )
+
+
+def published_pairs(folder: Path) -> Iterator[tuple[Job, Tensor, Tensor]]:
+    """Prompt, noise and golden noise [1 c h w] of a folder in the authors' format: INDEX_SEED.npz and JSON lines.
+
+    Only pairs whose picture scored higher with the golden noise, in the order of the lines. Lines without a file are
+    passed over. Nothing is unpickled or evaluated; ValueError names a line or a file that is damaged.
+    """
+    lines = [(path, line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    if not lines:
+        raise ValueError(f"There are no published pairs in {folder}: expected a .jsonl file and .npz files beside it.")
+    for path, line in lines:
+        if not line.strip():
+            continue
+        try:
+            told = json.loads(line)
+            name = f"{int(told['index'])}_{int(told['seed'])}.npz"
+            better = float(told["original_score_list"][0]) < float(told["optimized_score_list"][0])
+            job = Job(str(told["caption"]), int(told["seed"]))
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
+            said = f"({shortened(error)}): {shortened(line, 80)}"
+            raise ValueError(f"{path.name} holds a line that describes no pair {said}") from error
+        if better and (folder / name).exists():
+            yield job, *_published(folder / name)
+
+
+def _published(path: Path) -> tuple[Tensor, Tensor]:
+    import numpy as np
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+            if size > LARGEST_PAIR:
+                raise ValueError(f"{size:,} bytes unpacked")
+            for name in ("arr_0.npy", "arr_1.npy"):
+                with archive.open(name) as file:
+                    np.lib.format.read_magic(file)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+                if dtype.kind != "f" or math.prod(shape) * dtype.itemsize > archive.getinfo(name).file_size:
+                    raise ValueError(f"{dtype} numbers in the shape {shape}")
+        with np.load(path, allow_pickle=False) as arrays:
+            noise, golden = (torch.from_numpy(np.asarray(arrays[key], dtype=np.float32)) for key in ("arr_0", "arr_1"))
+        if noise.ndim != 4 or noise.shape != golden.shape or len(noise) != 1:
+            raise ValueError(f"arrays of {tuple(noise.shape)} and {tuple(golden.shape)}")
+        if not (noise.isfinite().all() and golden.isfinite().all()):
+            raise ValueError("numbers that are not finite")
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        EOFError,
+        ArithmeticError,
+        RuntimeError,
+        *BAD_ARCHIVE,
+    ) as error:
+        raise ValueError(f"{path.name} holds no pair of noises ({shortened(error)}). Delete it or its line.") from error
+    return noise, golden
 
 
 def is_validation(job: Job) -> bool:

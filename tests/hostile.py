@@ -305,6 +305,45 @@ def _other_object(rng: random.Random, weights: dict) -> Any:
     return nested
 
 
+def hostile_npz(rng: random.Random, content: bytes, canary: Path) -> bytes:
+    """Of the bytes, of the archive's parts, or of an array's header."""
+    kind = rng.choice(["bytes", "parts", "header", "header"])
+    if kind == "bytes":
+        return broken_bytes(rng, content)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        parts = {info.filename: archive.read(info) for info in archive.infolist()}
+    name = rng.choice(list(parts))
+    if kind == "parts":
+        other = rng.choice([f"../../{canary.name}", str(canary), "arr_0", "arr_1.npy", "x.pkl"])
+        changes = [{other: parts[name]}, {name: broken_bytes(rng, parts[name])}, {name: bytes(70 << 20)}, {name: b""}]
+        parts |= rng.choice(changes)
+        if rng.random() < 0.3:
+            del parts[name]
+    else:
+        shapes = [
+            "()",
+            "(0,)",
+            "(1, 4, 4)",
+            "(1, 4, 4, 4)",
+            "(10**12,)",
+            "(1000000000000,)",
+            "(-1,)",
+            "x",
+            "(1e9,)",
+            "(True,)",
+        ]
+        types = ["<f4", "<f8", "<f2", "|O", "<i8", "<c8", "|S9", "|b1", "<f16", "x", "[('a', '<f4')]", "<M8[s]", ">f4"]
+        header = f"{{'descr': '{rng.choice(types)}', 'fortran_order': {rng.choice(['False', 'True', '0'])}, "
+        header = (header + f"'shape': {rng.choice(shapes)}, }}").encode() + b"\n"
+        body = rng.choice([bytes(256), pickle.dumps(Code(canary, rng.randrange(8))), b"", b"\xff" * 256])
+        parts[name] = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + body
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])) as archive:
+        for key, data in parts.items():
+            archive.writestr(key, data)
+    return out.getvalue()
+
+
 # --- the watch ---
 
 FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.spawn", "os.posix_spawn", "subprocess.", "socket.", "shutil.", "os.remove",

@@ -6,6 +6,7 @@ A short run here; `python dev.py test tests/test_hostile_files.py --fuzz 2000 -s
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -26,7 +28,7 @@ from pack.kernels.one_more_step_training import Training
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
 from pack.models.encoder_propagation import Calibration, Point
 from pack.models.files import load_tensors
-from pack.models.noise_pairs import Job, Shard, load_shard, rows, save_shard, shard_path
+from pack.models.noise_pairs import Job, Shard, load_shard, published_pairs, rows, save_shard, shard_path
 from pack.models.npnet_files import load_npnet, save_npnet
 from pack.models.one_more_step import (
     architecture_of,
@@ -195,13 +197,35 @@ def make_vocabulary(folder: Path) -> Path:
     return folder / "good.safetensors"
 
 
+LINE = {"index": 7, "seed": 8, "caption": "a cat", "original_score_list": [0.1], "optimized_score_list": [0.2]}
+
+
+def make_lines(folder: Path) -> Path:
+    make_npz(folder)
+    return folder / "lines.jsonl"
+
+
+def make_npz(folder: Path) -> Path:
+    np.savez(folder / "7_8.npz", np.ones((1, 4, 4, 4), "float32"), np.zeros((1, 4, 4, 4), "float32"))
+    (folder / "lines.jsonl").write_text(json.dumps(LINE))
+    return folder / "7_8.npz"
+
+
+def use_published(path: Path) -> None:
+    """Lines that tell of no pair we want are passed over."""
+    for job, noise, golden in published_pairs(path.parent):
+        assert isinstance(job.prompt, str) and noise.shape == golden.shape and noise.ndim == 4
+        assert bool(noise.isfinite().all()) and bool(golden.isfinite().all())
+
+
 @dataclass(frozen=True)
 class Reader:
-    """A good file, how it is mutated, and its use."""
+    """A good file, how it is mutated, its use, and whether its name counts."""
 
     make: Callable[[Path], Path]
     use: Callable[[Path], None]
     mutate: Callable = hostile.hostile_safetensors
+    named: bool = False
 
 
 READERS = {
@@ -210,6 +234,8 @@ READERS = {
     "NPNet, .pth": Reader(make_pth, use_npnet, hostile.hostile_pickle),
     "One More Step": Reader(make_module, use_module),
     "noise pairs": Reader(make_shard, use_shard),
+    "published pairs, lines": Reader(make_lines, use_published, hostile.hostile_json, named=True),
+    "published pairs, arrays": Reader(make_npz, use_published, hostile.hostile_npz, named=True),
     "NPNet training": Reader(state, use_state),
     "One More Step training": Reader(make_unfinished, use_unfinished),
     "vocabulary": Reader(make_vocabulary, use_vocabulary),
@@ -221,17 +247,19 @@ def test_a_mutated_file_is_refused_in_a_sentence_or_used_rightly(tmp_path, cases
     reader, canary = READERS[name], tmp_path / "canary"
     good = reader.make(tmp_path)
     content = good.read_bytes()
-    path = tmp_path / f"hostile{good.suffix}"
+    path = good if reader.named else tmp_path / f"hostile{good.suffix}"
     accepted, slowest = 0, 0.0
     path.write_bytes(content)
     reader.use(path)  # also imports what is imported at the first use
     for i in range(cases):
         rng = random.Random(f"{name} {i}")
-        mutated = reader.mutate(rng, content, canary) if good.suffix == ".pth" else reader.mutate(rng, content)
+        mutated = (
+            reader.mutate(rng, content, canary) if good.suffix in (".pth", ".npz") else reader.mutate(rng, content)
+        )
         path.write_bytes(mutated)
         began = time.perf_counter()
         try:
-            with hostile.watched(8 * len(mutated) + SPARE) if name != "profile" else hostile.watched(SPARE):
+            with hostile.watched(8 * len(mutated) + SPARE):
                 reader.use(path)
             accepted += 1
         except ValueError as refusal:
