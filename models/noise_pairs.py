@@ -21,7 +21,10 @@ from .files import is_finite, load_tensors, save_tensors, shortened
 LARGEST_SHARD = 4 << 30  # bytes
 LARGEST_PAIR = 64 << 20  # bytes; a published one has 262,000
 FORMAT = "1"
-BAD_ARCHIVE = (zipfile.BadZipFile, zlib.error, lzma.LZMAError)
+BAD_PAIR = (  # what reading a damaged archive of arrays can end in
+    OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, zipfile.BadZipFile,
+    zlib.error, lzma.LZMAError,
+)  # fmt: skip
 TENSORS = ("noise", "golden", "which")
 
 
@@ -158,7 +161,11 @@ def published_pairs(folder: Path) -> Iterator[tuple[Job, Tensor, Tensor]]:
     Only pairs whose picture scored higher with the golden noise, in the order of the lines. Lines without a file are
     passed over. Nothing is unpickled or evaluated; ValueError names a line or a file that is damaged.
     """
-    lines = [(path, line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    lines = [
+        (path, line)
+        for path in sorted(folder.glob("*.jsonl"))
+        for line in path.read_text("utf-8", "replace").splitlines()
+    ]
     if not lines:
         raise ValueError(f"There are no published pairs in {folder}: expected a .jsonl file and .npz files beside it.")
     for path, line in lines:
@@ -196,16 +203,7 @@ def _published(path: Path) -> tuple[Tensor, Tensor]:
             raise ValueError(f"arrays of {tuple(noise.shape)} and {tuple(golden.shape)}")
         if not (noise.isfinite().all() and golden.isfinite().all()):
             raise ValueError("numbers that are not finite")
-    except (
-        OSError,
-        ValueError,
-        LookupError,
-        TypeError,
-        EOFError,
-        ArithmeticError,
-        RuntimeError,
-        *BAD_ARCHIVE,
-    ) as error:
+    except BAD_PAIR as error:
         raise ValueError(f"{path.name} holds no pair of noises ({shortened(error)}). Delete it or its line.") from error
     return noise, golden
 
