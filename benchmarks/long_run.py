@@ -13,6 +13,7 @@ import copy
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -145,10 +146,13 @@ def stream(names: list[str], count: int) -> Iterator[tuple[str, dict]]:
         yield f"{name}, seed {seed}, {'on' if on else 'off'}", small(prompts[name], seed, on)
 
 
-def day(server: Server, names: list[str], count: int, say: Callable) -> list[list[float]]:
-    """Run `count` prompts, two at a time; [prompts so far, *MEASURED] every now and then."""
+def day(server: Server, names: list[str], count: int, minutes: float, say: Callable) -> list[list[float]]:
+    """Run `count` prompts, two at a time, or as many as `minutes` allow; [prompts so far, *MEASURED] now and then."""
+    until = time.time() + 60 * minutes
     prompts, counted, every = list(stream(names, count)), [], max(count // SAMPLES // 2 * 2, 2)
     for start in range(0, count, 2):
+        if time.time() > until:
+            break
         server.run(prompts[start : start + 2])
         if start % every == 0:
             server.tidy()
@@ -216,6 +220,7 @@ def main() -> None:
     began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop each server's prompts after so long")
     parser.add_argument(
         "--caches", nargs="*", default=["none", "lru 1", "lru 100"], help="ComfyUI's --cache-… to compare"
     )
@@ -224,12 +229,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=DOCS)
     args = parser.parse_args()
     say = lambda text: print(text, flush=True)
-    short = max(args.prompts // 20, 4)
+    short = min(max(args.prompts // 20, 4), 50)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with serving(folder) as server:
             saved_profile(server, save=True)
-            counted = np.array(day(server, WORKFLOWS, args.prompts, say))
+            counted = np.array(day(server, WORKFLOWS, args.prompts, args.minutes, say))
             drawn, seconds, compared = server.drawn, server.seconds[2:], server.compared
         caches = []
         for cache in args.caches:
@@ -243,12 +248,12 @@ def main() -> None:
         results = {"all methods": (counted, seconds)}
         if args.control:
             with serving(folder) as server:
-                stock = np.array(day(server, STOCK, args.control, say))
+                stock = np.array(day(server, STOCK, args.control, args.minutes, say))
                 results["stock nodes alone"] = stock, server.seconds
     plot(results, args.out / "long_run.png")
     tables = [
         Table(
-            f"Growth over {args.prompts} prompts ({len(drawn)} different ones)",
+            f"Growth over {len(seconds)} prompts ({len(drawn)} different ones)",
             ["server", "what", "median", "per 1,000 prompts", "standard error", "per cent"],
             [row for label, (counts, times) in results.items() for row in rows(label, counts, times)],
             f"Without the first {100 * WARM_UP:.0f} %. The error allows for the correlation of neighbouring samples.",
@@ -263,7 +268,7 @@ def main() -> None:
     ]
     notes = [" ".join(part.split()) for part in __doc__.split("\n\n")[1:]]
     data = {label: {"counted": counts.tolist(), "seconds": times} for label, (counts, times) in results.items()}
-    record("long_run", "A thousand prompts", tables, began, ["long_run.png"], notes, args.out, data)
+    record("long_run", "Many prompts on one server", tables, began, ["long_run.png"], notes, args.out, data)
     print("\n".join(map(markdown, tables)))
 
 
