@@ -20,6 +20,11 @@ class Method:
     needs: Callable[[Kit], dict] = lambda kit: {}
     where: dict | None = None  # graph -> why the method rightly changes nothing there
     refused: dict | None = None  # graph -> part of the sentence with which the method refuses it
+    place: str = ""  # what a MODEL has one of: of two methods in one place the later counts
+
+    def beside(self, other: Method) -> bool:
+        """Whether both can be on one MODEL."""
+        return (self.place or self.node) != (other.place or other.node)
 
     def on(self, kit: Kit) -> Callable:
         return self._put(kit, self.inputs)
@@ -86,12 +91,12 @@ METHODS = {
     ),
     "one more step": Method(
         "unet", "AttuneOneMoreStep", {"strength": 1.0, "diversity": 1.0}, {"strength": 0.0}, module,
-        {"img2img": FROM_A_PICTURE},
+        {"img2img": FROM_A_PICTURE}, place="first state",
     ),
     "signal leak": Method(
         "unet", "AttuneSignalLeak",
         {"frequencies": 3, "strength": 1.0, "diversity": 1.0, "noise_level": "exact"}, {"strength": 0.0}, examples,
-        {"img2img": FROM_A_PICTURE},
+        {"img2img": FROM_A_PICTURE}, place="first state",
     ),
     "golden noise": Method(
         "unet", "AttuneGoldenNoiseModel",
