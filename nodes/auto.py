@@ -70,7 +70,7 @@ class AttuneAuto(io.ComfyNode):
         return schema(
             node_id="AttuneAuto",
             display_name="Attune Auto",
-            category="attune",
+            category="attune/auto",
             description="Looks at the run and at what is installed, uses what suits it, and says what and why.",
             search_aliases=["automatic", "align your steps", "sigmas", "one node", "preset", "faster", "better"],
             hidden=[io.Hidden.unique_id],
@@ -225,6 +225,7 @@ def _with_speed(model, facts: Facts, name: str, wish: str) -> io.NodeOutput:
         reuse, interval = found
         return node.execute(model, UNIFORM, interval=interval, reuse=reuse)
     profile = find_profile(name)
+    assert profile.calibration is not None
     fastest = max(point.speed for point in profile.calibration.points)
     return node.execute(model, TARGET if wish == FAST else CALIBRATED, profile, speed=fastest)
 
