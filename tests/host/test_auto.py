@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -189,3 +190,31 @@ def test_the_report_is_shown_on_the_node_without_being_taken_for_html(host, monk
     assert shown == [(report, "7")]
     ours(host, "api").say_on_node(SimpleNamespace(hidden=SimpleNamespace(unique_id="7")), "<b>&'x'")
     assert shown[1] == ("&lt;b&gt;&amp;'x'", "7")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "subgraphs").glob("*.json")), ids=lambda p: p.stem)
+def test_a_blueprint_holds_one_node_made_of_known_nodes_with_valid_values(host, path):
+    blueprint = json.loads(path.read_text("utf-8"))
+    (node,) = blueprint["nodes"]
+    (graph,) = blueprint["definitions"]["subgraphs"]
+    assert node["type"] == graph["id"] and graph["name"] == path.stem and blueprint["extra"]["BlueprintDescription"]
+    assert [one["name"] for one in node["inputs"]] == [one["name"] for one in graph["inputs"]]
+    for inner in graph["nodes"]:
+        known = host.nodes.NODE_CLASS_MAPPINGS[inner["type"]].INPUT_TYPES()
+        options = {**known["required"], **known.get("optional", {})}
+        assert [one["name"] for one in inner["inputs"]] and {one["name"] for one in inner["inputs"]} <= set(options)
+
+
+def test_one_dial_of_the_blueprint_drives_the_sampler_and_attune_auto(host):
+    graph = json.loads((ROOT / "subgraphs/Attune Auto Sampler.json").read_text("utf-8"))["definitions"]["subgraphs"][0]
+    types = {node["id"]: node for node in graph["nodes"]}
+    ends = {one["name"]: set() for one in graph["inputs"]}
+    for link in graph["links"]:
+        if link["origin_id"] == -10 and link["target_id"] in types:
+            node = types[link["target_id"]]
+            slot = (node["type"], node["inputs"][link["target_slot"]]["name"])
+            ends[graph["inputs"][link["origin_slot"]]["name"]].add(slot)
+    assert ends["cfg"] == {("AttuneAuto", "cfg"), ("SamplerCustom", "cfg")}
+    assert ends["sampler"] == {("AttuneAuto", "sampler_name"), ("KSamplerSelect", "sampler_name")}
+    assert ends["latent"] == {("AttuneAuto", "latent"), ("SamplerCustom", "latent_image")}
+    assert ends["positive"] == {("AttuneAuto", "positive"), ("SamplerCustom", "positive")}
