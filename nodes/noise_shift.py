@@ -10,6 +10,7 @@ import torch
 
 from ..kernels.noise_shift import FEWEST, FITS, PRESETS, Preset, Shift
 from ..kernels.space import NoiseSpace
+from ..models.axes import to_image
 from ..models.noise_shift import (
     check_noise_shift,
     continues,
@@ -19,7 +20,6 @@ from ..models.noise_shift import (
     shift_for,
     shift_report,
 )
-from ..models.plots import to_image
 from ..models.profiles import SUFFIX, file_stem
 from ..models.profiles import Profile as Calibration
 from ..models.shift_plot import draw_shift

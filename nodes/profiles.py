@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 
 from ..models.apply import DENOISE_MODES, POLICIES, apply_profile
-from ..models.plots import Curve, draw_schedules, profile_curve, to_image
+from ..models.axes import to_image
+from ..models.plots import Curve, draw_schedules, profile_curve
 from ._host.api import Profile, io, schema
 from ._host.conditioning import Remap, with_conditioning
 from ._host.folders import find_profile, keep_profile, profile_names, profile_path
