@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
+from .apply import Applied
 from .axes import COLOURS, HEIGHT, INK, LEFT, Axes, font, sheet
 from .profiles import Profile, alignment_map
 from .schedules import resample_profile
@@ -36,6 +37,13 @@ def profile_curve(profile: Profile) -> Curve:
     if aligned is not None:
         told = tuple(alignment_map(profile, aligned)(torch.tensor(sigmas, dtype=torch.float64)).tolist())
     return Curve(profile.name, sigmas, told)
+
+
+def applied_curve(applied: Applied) -> Curve:
+    """The levels that will be run, and what the network is told at each."""
+    told = applied.conditioning
+    heard = None if told is None else tuple(told(applied.sigmas.double()).tolist())
+    return Curve("this profile", tuple(applied.sigmas.tolist()), heard)
 
 
 def draw_schedules(curves: Sequence[Curve], title: str = "Noise levels") -> Image.Image:

@@ -6,6 +6,7 @@ import dataclasses
 import html
 
 from server import PromptServer
+from torch import Tensor
 
 try:
     from comfy_api.v0_0_2 import ComfyExtension, io, ui
@@ -28,4 +29,9 @@ def say_on_node(node: type[io.ComfyNode], text: str) -> None:
         PromptServer.instance.send_progress_text(html.escape(text, quote=False), node.hidden.unique_id)
 
 
-__all__ = ["ComfyExtension", "Profile", "io", "say_on_node", "schema", "ui"]
+def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
+    """A preview of an IMAGE on the node that is running; None where another node calls it."""
+    return None if node.hidden is None else ui.PreviewImage(image)
+
+
+__all__ = ["ComfyExtension", "Profile", "io", "say_on_node", "schema", "shown_on", "ui"]
