@@ -60,8 +60,6 @@ def cells(lab: Lab, model: str, steps: int) -> dict[str, tuple[Cell, int]]:
     found = {
         "plain": (plain(steps), steps),
         "re-denoise": (node("AttuneRedenoise"), steps + 2),
-        "re-denoise, direct": (node("AttuneRedenoise", mode="direct"), steps + 2),
-        "re-denoise, strong cfg 6": (node("AttuneRedenoise", strong_cfg=6.0), steps + 2),
         f"zigzag, {zigzags} steps": (
             replace(plain(steps), sampler=("AttuneZigzagSampler", (("zigzag_steps", zigzags),))),
             steps + 2 * zigzags,
