@@ -131,7 +131,7 @@ class AttuneAuto(io.ComfyNode):
         cls, model, latent, steps, sampler_name, cfg, denoise, scheduler, schedule, one_more_step, noise_shift,
         golden_noise, speed, positive=None, sigmas=None,
     ) -> io.NodeOutput:  # fmt: skip
-        width = None if positive is None else positive[0][0].shape[-1]
+        width = positive[0][0].shape[-1] if positive and positive[0][0] is not None else None
         stock = scheduler if sigmas is None else "sigmas"
         run = Run(steps, sampler_name.removesuffix("_gpu"), cfg, denoise, width, stock)
         wishes = Wishes(schedule, one_more_step, noise_shift, golden_noise, speed)
