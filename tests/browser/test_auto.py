@@ -84,13 +84,8 @@ def test_the_blueprint_is_found_by_search_and_takes_a_ksamplers_place(page, dev,
     page.mouse.dblclick(900, 600)
     page.wait_for_selector(".invisible-dialog-root, .comfy-vue-node-search-container", timeout=10_000)
     page.keyboard.type("Attune Auto Sampler", delay=20)
-    page.wait_for_function(
-        "() => [...document.querySelectorAll('li')].some(item => item.textContent.includes('Attune Auto Sampler'))"
-    )
-    page.keyboard.press("Enter")
-    found = "() => app.graph._nodes.some(node => node.title === 'Attune Auto Sampler')"
-    page.mouse.click(900, 600)
-    page.wait_for_function(found, timeout=10_000)
+    page.locator("li", has_text="Attune Auto Sampler").first.click()
+    page.wait_for_function("() => app.graph._nodes.some(node => node.title === 'Attune Auto Sampler')")
     page.evaluate(
         """() => {
             const old = app.graph._nodes.find(node => node.type === 'KSampler')
