@@ -6,6 +6,7 @@ import hashlib
 import json
 import lzma
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,7 @@ LARGEST_PAIR = 64 << 20  # bytes; a published one has 262,000
 FORMAT = "1"
 BAD_PAIR = (  # what reading a damaged archive of arrays can end in
     OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, zipfile.BadZipFile,
-    zlib.error, lzma.LZMAError,
+    zlib.error, lzma.LZMAError, SyntaxError, tokenize.TokenError,
 )  # fmt: skip
 TENSORS = ("noise", "golden", "which")
 
@@ -173,9 +174,12 @@ def published_pairs(folder: Path) -> Iterator[tuple[Job, Tensor, Tensor]]:
             continue
         try:
             told = json.loads(line)
-            name = f"{int(told['index'])}_{int(told['seed'])}.npz"
+            index, seed = int(told["index"]), int(told["seed"])
+            if not (0 <= index < 2**64 and 0 <= seed < 2**64):
+                raise ValueError("index and seed are numbers of 64 bits")
+            name = f"{index}_{seed}.npz"
             better = float(told["original_score_list"][0]) < float(told["optimized_score_list"][0])
-            job = Job(str(told["caption"]), int(told["seed"]))
+            job = Job(str(told["caption"]), seed)
         except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
             said = f"({shortened(error)}): {shortened(line, 80)}"
             raise ValueError(f"{path.name} holds a line that describes no pair {said}") from error
