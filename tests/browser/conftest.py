@@ -1,0 +1,24 @@
+"""One browser and one page for all browser tests of a worker."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from browsing import FLAGS, open_page
+
+
+@pytest.fixture(scope="session")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM_PATH"], args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="session")
+def page(browser, server):
+    return open_page(browser, server.url)
