@@ -6,9 +6,10 @@ import logging
 
 from ..models.apply import DENOISE_MODES, POLICIES, apply_profile
 from ..models.plots import Curve, draw_schedules, profile_curve, to_image
+from ..models.profiles import shipped_profiles
 from ._host.api import Profile, io, schema
 from ._host.conditioning import Remap, with_conditioning
-from ._host.folders import find_profile, keep_profile, profile_names, profile_path
+from ._host.folders import find_profile, has_profile, keep_profile, missing_profile, profile_names, profile_path
 from ._host.models import noise_range, pixels
 
 LOG = logging.getLogger(__name__)
@@ -38,9 +39,17 @@ class AttuneLoadProfile(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, profile_name):
+        if profile_name is None or profile_name in shipped_profiles() or has_profile(profile_name):
+            return True  # None: linked, not known yet
+        return missing_profile(profile_name)
+
+    @classmethod
     def fingerprint_inputs(cls, profile_name):
         path = profile_path(profile_name)
-        return profile_name if path is None else (str(path), path.stat().st_mtime_ns, path.stat().st_size)
+        if path is None:
+            return find_profile(profile_name).id
+        return str(path), path.stat().st_mtime_ns, path.stat().st_size
 
     @classmethod
     def execute(cls, profile_name) -> io.NodeOutput:

@@ -84,6 +84,13 @@ def run(page, dev, url: str) -> dict:
     return entry
 
 
+def saved_picture(server, entry: dict) -> bytes:
+    """The first file that a run saved."""
+    images = (image for output in entry["outputs"].values() for image in output.get("images", []))
+    image = next(image for image in images if image["type"] == "output")
+    return (server.output / image["subfolder"] / image["filename"]).read_bytes()
+
+
 def fit_view(page) -> None:
     """Bring every node into sight: one that is out of sight loads no pictures."""
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import secrets
 from pathlib import Path
 
 import pytest
 
-from browsing import READY, alerts, drop, load, open_page, screenshot
+from browsing import READY, alerts, drop, load, open_page, run, saved_picture, screenshot
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,6 +61,26 @@ def test_widgets_keep_their_values_through_saving_and_a_reload(page):
     page.wait_for_function(READY, timeout=120_000)
     drop(page, "saved.json", saved.encode())
     assert values(page) == before and alerts(page) == []
+
+
+def test_a_picture_brings_its_profile_along(page, dev, server):
+    """Saved with a profile of the user's, its file deleted, dropped again: it runs and saves the profile again."""
+    path = Path(os.environ["COMFYUI_PATH"]) / "models/attune" / f"test {secrets.token_hex(8)}.json"
+    published = json.loads((ROOT / "models/profiles/ays_sd15.json").read_text("utf-8"))
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({**published, "name": "mine"}), "utf-8")
+    graph = workflow("apply_profile")
+    (loader,) = (node for node in graph["nodes"] if node["type"] == "AttuneLoadProfile")
+    loader["widgets_values"] = [path.name]
+    try:
+        load(page, graph)
+        picture = saved_picture(server, run(page, dev, server.url))
+    finally:
+        path.unlink()
+    for _ in range(2):
+        drop(page, "picture.png", picture)
+        assert alerts(page) == []
+        picture = saved_picture(server, run(page, dev, server.url))
 
 
 def test_the_info_button_of_a_node_shows_our_help(page, tmp_path):

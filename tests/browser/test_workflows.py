@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from browsing import alerts, drop, fit_view, load, missing_nodes, prompt, run, screenshot
+from browsing import alerts, drop, fit_view, load, missing_nodes, prompt, run, saved_picture, screenshot
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,9 +38,6 @@ def test_the_picture_it_saves_opens_as_the_workflow_that_made_it(page, dev, serv
     load(page, WORKFLOWS[name])
     entry = run(page, dev, server.url)
     made = {key: {k: v for k, v in node.items() if k != "_meta"} for key, node in entry["prompt"][2].items()}
-    (saved, *_) = (
-        image for output in entry["outputs"].values() for image in output["images"] if image["type"] == "output"
-    )
-    drop(page, saved["filename"], (server.output / saved["subfolder"] / saved["filename"]).read_bytes())
+    drop(page, "picture.png", saved_picture(server, entry))
     assert missing_nodes(page) == [] and alerts(page) == []
     assert prompt(page) == made

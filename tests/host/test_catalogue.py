@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
 from pathlib import Path
 
@@ -63,6 +65,26 @@ def test_every_node_has_help_a_readme_row_and_a_workflow(node):
     assert len((ROOT / "web/docs" / f"{node}.md").read_text("utf-8")) > 300
     assert f"| `{node}`" in (ROOT / "README.md").read_text("utf-8")
     assert [path for path in WORKFLOWS if f'"type": "{node}"' in path.read_text("utf-8")]
+
+
+def test_every_node_is_found_by_other_words():
+    """Read from the source: older hosts have no search aliases and drop them."""
+    calls = [
+        {word.arg: word.value for word in call.keywords}
+        for path in (ROOT / "nodes").glob("*.py")
+        for call in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "schema"
+    ]
+    aliases = {ast.literal_eval(call["node_id"]): ast.literal_eval(call["search_aliases"]) for call in calls}
+    assert set(aliases) == set(IDS)
+    for node, words in aliases.items():
+        assert len(set(words)) == len(words) >= 2 and all(word.strip() == word for word in words), node
+
+
+def test_the_menu_lists_each_category_once_in_the_order_of_the_list(schemas, host):
+    registered = [name for name in host.nodes.NODE_CLASS_MAPPINGS if name in schemas]
+    groups = [category for category, _ in itertools.groupby(schemas[name].category for name in registered)]
+    assert len(groups) == len(set(groups)), groups
 
 
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
