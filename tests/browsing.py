@@ -53,6 +53,17 @@ def missing_nodes(page) -> list[str]:
     return page.evaluate("() => app.graph._nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])")
 
 
+def overlaps(page) -> list[list[str]]:
+    """Pairs of nodes that lie on each other, at the sizes that the page gives them; titles are above a position."""
+    return page.evaluate(
+        """() => { const boxes = app.graph._nodes.filter(n => !n.flags.collapsed).map(n => ({name: n.title,
+                left: n.pos[0], right: n.pos[0] + n.size[0],
+                top: n.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, bottom: n.pos[1] + n.size[1]}))
+            return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right && b.left < a.right &&
+                a.top < b.bottom && b.top < a.bottom).map(b => [a.name, b.name])) }"""
+    )
+
+
 def alerts(page) -> list[str]:
     """What the page complains of in its corner, such as a workflow file that breaks its schema."""
     return page.locator(".p-toast-message").all_inner_texts()

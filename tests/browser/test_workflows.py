@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from browsing import alerts, drop, fit_view, load, missing_nodes, prompt, run, saved_picture, screenshot
+from browsing import alerts, drop, fit_view, load, missing_nodes, overlaps, prompt, run, saved_picture, screenshot
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,7 +18,7 @@ SHOWN = "app.graph._nodes.filter(n => ['SaveImage', 'PreviewImage'].includes(n.t
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_dropped_on_the_page_it_lacks_no_node_and_makes_the_prompt_we_test(page, name):
     drop(page, f"{name}.json", (ROOT / "workflows" / f"{name}.json").read_bytes())
-    assert missing_nodes(page) == [] and alerts(page) == []
+    assert missing_nodes(page) == [] and alerts(page) == [] and overlaps(page) == []
     assert prompt(page) == json.loads((ROOT / "tests/prompts" / f"{name}.json").read_text("utf-8"))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,28 @@ def test_every_workflow_is_in_ui_format_with_thumbnail_and_tested_prompt(path):
     assert workflow["version"] == 0.4 and workflow["nodes"] and workflow["links"]
     assert path.with_suffix(".jpg").stat().st_size > 1000
     assert (ROOT / "tests/prompts" / path.name).exists()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_every_workflow_opens_with_its_note_in_sight(path):
+    """On a screen of 1600 x 900, below the bars; as a whole where its names stay readable. ATTUNE_WRITE=1 sets the view."""
+    workflow = json.loads(path.read_text("utf-8"))
+    view = json.loads(json.dumps(view_of(workflow)))
+    if os.environ.get("ATTUNE_WRITE"):
+        workflow["extra"]["ds"] = view
+        path.write_text(json.dumps(workflow, indent=1) + "\n", "utf-8")
+    assert [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    assert workflow["extra"].get("ds") == view
+
+
+def view_of(workflow: dict) -> dict:
+    """The page's zoom and offset (screen = (graph + offset) * scale) that put a workflow below the bars."""
+    title = 30  # above a node's position
+    boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
+    left, top = min(x for x, *_ in boxes), min(y for _, y, *_ in boxes) - title
+    right, bottom = max(x + w for x, _, w, _ in boxes), max(y + h for _, y, _, h in boxes)
+    scale = round(min(max(min(1440 / (right - left), 700 / (bottom - top)), 0.6), 1), 2)  # below 0.6 names vanish
+    return {"scale": scale, "offset": [round(100 / scale - left), round(120 / scale - top)]}
 
 
 def test_every_help_page_belongs_to_a_node():
