@@ -10,6 +10,7 @@ are cached. Writes docs/results/golden_noise.json and docs/results.md.
 from __future__ import annotations
 
 import argparse
+import statistics
 import tempfile
 import time
 from dataclasses import replace
@@ -24,6 +25,7 @@ from harness import CACHE, Cell, Lab, Task, tasks
 from judge import load_judge, nearest_colour
 from looks import Look, data, look
 from metrics import frechet, jackknife
+from real_size import FAMILIES, build, count, forward_flops, time_parts
 from results import DOCS, Table, markdown, record
 from schedules import number, progress
 
@@ -60,8 +62,6 @@ def cells(lab: Lab, model: str, steps: int) -> dict[str, tuple[Cell, int]]:
     found = {
         "plain": (plain(steps), steps),
         "re-denoise": (node("AttuneRedenoise"), steps + 2),
-        "re-denoise, direct": (node("AttuneRedenoise", mode="direct"), steps + 2),
-        "re-denoise, strong cfg 6": (node("AttuneRedenoise", strong_cfg=6.0), steps + 2),
         f"zigzag, {zigzags} steps": (
             replace(plain(steps), sampler=("AttuneZigzagSampler", (("zigzag_steps", zigzags),))),
             steps + 2 * zigzags,
@@ -119,12 +119,40 @@ def summary(seen: Look, plain: Look, fair: Look, work: list[Task], seeds: int) -
     return {name: jackknife(measure, len(work), seeds) for name, measure in measures.items()}
 
 
+def cost(host: Host, steps: int = 20) -> Table:
+    """What the published network adds to a run of SDXL at its own size, with guidance."""
+    npnet = host.module("models.npnet")
+    net, family = npnet.NPNet(npnet.NPNetConfig()).eval(), FAMILIES["SDXL"]
+    noise, text = torch.randn(1, 4, 128, 128), torch.randn(1, 77, 2048)
+    with torch.inference_mode():
+        (flops, _), seconds = count(lambda: net(noise, text), {}), []
+        for _ in range(5):
+            began = time.process_time()
+            net(noise, text)
+            seconds.append(time.process_time() - began)
+    forward_flop = sum(forward_flops("SDXL")[0].values())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = build("SDXL", device, torch.bfloat16)
+    forward = statistics.median(sum(one.values()) for one in time_parts(host, model, family, family.pixels, 1))
+    megabytes = sum(p.numel() * p.element_size() for p in net.parameters()) / 1e6
+    shares = [100 * sum(flops.values()) / forward_flop, 100 * statistics.median(seconds) / forward]
+    rows = [["one forward of SDXL's UNet", *shares], [f"a run of {steps} steps", *(s / (2 * steps) for s in shares)]]
+    return Table(
+        "What NPNet costs: the published size beside SDXL at 1024 px",
+        ["share of", "FLOPs %", "processor time %"],
+        [[name, *(f"{value:.2g}" for value in values)] for name, *values in rows],
+        f"The network with its singular value decomposition in float32, SDXL in bfloat16; two forwards a step. "
+        f"Weights: {megabytes:.0f} MB. The decomposition's FLOPs are not counted, its time is.",
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["unet", "flow"], default=["unet", "flow"])
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10])
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=4, help="noises of each prompt, three or more")
+    parser.add_argument("--cost", action="store_true", help="time NPNet beside an SDXL of random weights, too: 6 GB")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=DOCS)
     args = parser.parse_args()
@@ -145,6 +173,8 @@ def main() -> None:
                     rows.append([label, calls, *(_cell(label, key, measured[key]) for key in COLUMNS)])
                     found.append({"model": model, "steps": steps, "label": label, "calls": calls, "summary": measured})
                 tables.append(Table(f"{model}, Euler, {steps} steps", ["noise", "calls", *COLUMNS.values()], rows))
+        if args.cost:
+            tables.append(cost(lab.host))
     notes = [
         f"{len(work)} pictures a row ({args.prompts} prompts that the demo's NPNet was not trained on, {args.seeds} "
         f"noises each), cfg 3, schedule {SCHEDULE}; standard errors over the {args.seeds} groups of seeds. calls: "
