@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import (
+    auto,
     compare,
     encoder_propagation,
     golden_noise,
@@ -20,6 +21,7 @@ from ._host.demo_model import register_demo_model
 from ._host.folders import register_folders
 
 NODES = [
+    *auto.NODES,
     *schedules.NODES,
     *tune_schedule.NODES,
     *noise_shift.NODES,

@@ -10,7 +10,8 @@ import torch
 from ..kernels.schedules import check_sigmas
 from ..kernels.timestep_aligner import CANDIDATES, align, block_norm
 from ..kernels.tuner import GATE, PRESETS, Runner, check_candidates, reference_levels, tune, tune_by_bound
-from ..models.plots import Curve, draw_schedules, to_image
+from ..models.axes import to_image
+from ..models.plots import Curve, draw_schedules
 from ..models.tuning import METHODS, Setting, affordable, aligned_profile, tuned_profile, tuning_report
 from ._host.api import Profile, io, schema
 from ._host.candidates import known_schedules

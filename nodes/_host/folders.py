@@ -109,6 +109,16 @@ def module_folder() -> Path:
     return Path(folder_paths.get_folder_paths(MODULES)[0])
 
 
+def installed_files() -> tuple:
+    """Every profile, module and NPNet of the user's with its time and size: another value once one of them changes."""
+    found = [
+        Path(folder_paths.get_full_path_or_raise(kind, name))
+        for kind in (FOLDER, MODULES, NPNETS)
+        for name in folder_paths.get_filename_list(kind)
+    ]
+    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in found)
+
+
 def find_folder(name: str) -> Path:
     """A folder by its path, or by its name inside the host's input or output; ValueError when there is none."""
     places = [Path(name), *(Path(get()) / name for get in

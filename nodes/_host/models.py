@@ -10,6 +10,8 @@ import comfy.model_sampling
 
 from ...models.schedules import NoiseRange
 
+DISTILLED = {"LCM", "ModelSamplingDiscreteDistilled"}
+
 
 def noise_range(model) -> NoiseRange:
     """Family, noise space and levels of a MODEL, with every patch of its chain applied (ModelSampling… nodes too)."""
@@ -24,6 +26,11 @@ def noise_range(model) -> NoiseRange:
         config_hash=config_hash(model.model.model_config.unet_config),
         shift=getattr(sampling, "shift", None),
     )
+
+
+def is_distilled(sampling) -> bool:
+    """Whether a model_sampling is one for models that were distilled for a few timesteps of their own."""
+    return any(one.__name__ in DISTILLED for one in type(sampling).__mro__)
 
 
 def prediction(sampling) -> str:
