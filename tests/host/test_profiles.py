@@ -389,10 +389,11 @@ def test_the_host_calls_the_exchange_with_every_prompt(exchange):
     assert exchange in server.PromptServer.instance.on_prompt_handlers
 
 
-def test_a_profile_travels_inside_the_workflow_to_a_machine_without_its_file(host, folder, exchange):
+def test_a_profile_travels_inside_the_workflow_to_a_machine_without_its_file(host, folder, exchange, caplog):
     path = save_profile(VE, folder, "mine")
     sent = json.loads(json.dumps(carried_by(exchange(queued("mine.json", "AYS SDXL")))))
     assert list(sent) == ["mine.json"]
+    assert carried_by(exchange(queued("mine.json", **sent))) == sent and "carries another" not in caplog.text
     path.unlink()
     node = host.nodes.NODE_CLASS_MAPPINGS["AttuneLoadProfile"]
     assert "There is no profile 'mine.json'" in node.validate_inputs(profile_name="mine.json")
