@@ -26,7 +26,7 @@ SMOKE = {
     "encoder_propagation": ["--runs", "unet:euler:10:12", "flow:euler:10:12", "--only", *REUSES],
     "step_kinds": ["--models", "SD1.5", "--pixels", "64"],
     "one_more_step": ["--tasks", "12", "--seeds", "12", "--steps", "4", "--cfg", "1", "--starts", "SD's"],
-    "golden_noise": ["--prompts", "4", "--seeds", "3", "--models", "unet", "--steps", "4"],
+    "golden_noise": ["--prompts", "4", "--seeds", "3", "--models", "unet", "--steps", "4", "--cfg", "1"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "4"],
     "peers": ["--tasks", "12", "--steps", "10"],
