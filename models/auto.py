@@ -46,6 +46,7 @@ REUSE = {  # network, solver -> (steps at least, one key step in so many, dB to 
 }
 EVERY = ", every "
 FEWEST_BLOCKS = 8  # of a transformer: with fewer the first block costs more than it saves
+FITS = 6  # conditions of a fit
 TUNE = "Attune Tune Schedule fits one for this model and sampler; keep it with Attune Save Profile"
 
 
@@ -148,14 +149,12 @@ def decide_schedule(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision
         return Decision(SCHEDULE, "", "Switched off.")
     if run.solver in FREE:
         return Decision(SCHEDULE, "", f"{run.solver} chooses its own levels.")
-    fits = {name: one for name, one in shelf.profiles.items() if one.kind == SCHEDULE and one.is_fitted}
-    reasons = {name: misfit(one, facts, run) for name, one in fits.items()}
-    fitting = [name for name, reason in reasons.items() if not reason]
-    if fitting:
-        name = min(fitting, key=lambda name: abs(math.log(fits[name].steps / run.steps)))
+    fits = {name: one for name, one in shelf.profiles.items() if one.kind == "schedule" and one.is_fitted}
+    ranked = [(*misfit(one, facts, run), abs(math.log(one.steps / run.steps)), name) for name, one in fits.items()]
+    stage, reason, _, name = min(ranked, default=(0, "", 0.0, ""), key=lambda rank: (-rank[0], rank[2]))
+    if stage == FITS:
         return Decision(SCHEDULE, name, f"Fitted to this network with {run.solver}.{_measured(fits[name])}")
-    nearly = [f"'{name}' is {reason}" for name, reason in reasons.items() if reason and reason != OTHER]
-    near = f" Nearest of your fits: {nearly[0]}." if nearly else ""
+    near = f" The nearest fit, '{name}', is {reason}." if stage else ""
     if looks_distilled(facts, run):
         why = "Run like a distilled model, which has timesteps of its own: take the scheduler that its makers give."
         return Decision(SCHEDULE, "", why + near)
@@ -163,7 +162,7 @@ def decide_schedule(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision
 
 
 def _table(facts: Facts, run: Run, wish: str, shelf: Shelf, near: str) -> Decision | None:
-    tables = {one.name: name for name, one in shelf.profiles.items() if one.kind == SCHEDULE and not one.is_fitted}
+    tables = {one.name: name for name, one in shelf.profiles.items() if one.kind == "schedule" and not one.is_fitted}
     model = facts.model
     table = pick_profile([shelf.profiles[name] for name in tables.values()], model.families, facts.size)
     if table is None or table.space != model.space or not 0.9 < table.sigmas[0] / model.sigma_max < 1.01:
@@ -185,26 +184,26 @@ def _closed_form(facts: Facts, run: Run, wish: str, near: str) -> Decision:
     return Decision(SCHEDULE, "", f"No gain is shown for such models with this solver and steps.{near}", TUNE)
 
 
-OTHER = "for another network"
+def misfit(profile: Profile, facts: Facts, run: Run) -> tuple[int, str]:
+    """How many conditions a fitted schedule meets in a row, and what the next one says; FITS when it meets all.
 
-
-def misfit(profile: Profile, facts: Facts, run: Run) -> str:
-    """Why a fitted schedule does not hold for this run, "" when it does, OTHER when it is for another network."""
+    The first is that it was made for this network: 0 means another one.
+    """
     model = facts.model
     same = profile.config_hash == model.config_hash if profile.config_hash else facts.family in profile.families
-    if not same or profile.space != model.space or profile.prediction not in ("", model.prediction):
-        return OTHER
-    if profile.sigmas[0] > model.sigma_max * 1.01:
-        return f"for noise up to {profile.sigmas[0]:.3g}"
-    if profile.solver not in ("", run.solver):
-        return f"for {profile.solver}"
-    if facts.size is None or not same_resolution(facts.size, profile.resolution):
-        return f"for {_text(profile.resolution)}"
-    if not 1 / NEAR_STEPS <= run.steps / profile.steps <= NEAR_STEPS:
-        return f"for {profile.steps} steps"
-    if profile.cfg and not 1 / NEAR_CFG <= run.cfg / profile.cfg <= NEAR_CFG:
-        return f"for cfg {profile.cfg:g}"
-    return ""
+    same = same and bool({*profile.families} & {*model.families}) and profile.space == model.space
+    conditions = (
+        (same and profile.prediction in ("", model.prediction), "for another network"),
+        (profile.sigmas[0] <= model.sigma_max * 1.01, f"for noise up to {profile.sigmas[0]:.3g}"),
+        (profile.solver in ("", run.solver), f"for {profile.solver}"),
+        (
+            facts.size is not None and same_resolution(facts.size, profile.resolution),
+            f"for {_text(profile.resolution)}",
+        ),
+        (1 / NEAR_STEPS <= run.steps / profile.steps <= NEAR_STEPS, f"for {profile.steps} steps"),
+        (not profile.cfg or 1 / NEAR_CFG <= run.cfg / profile.cfg <= NEAR_CFG, f"for cfg {profile.cfg or 0:g}"),
+    )
+    return next(((i, said) for i, (met, said) in enumerate(conditions) if not met), (FITS, ""))
 
 
 def _measured(profile: Profile) -> str:

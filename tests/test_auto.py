@@ -136,10 +136,10 @@ def test_a_fit_for_this_very_run_comes_before_the_published_table():
 @pytest.mark.parametrize(
     ("run", "facts", "profile", "said"),
     [
-        (replace(EULER, solver="dpmpp_2m"), SD15, fit(), "'mine' is for euler"),
-        (replace(EULER, steps=7), SD15, fit(), "'mine' is for 5 steps"),
-        (replace(EULER, cfg=13.0), SD15, fit(), "'mine' is for cfg 6"),
-        (EULER, replace(SD15, size=(512, 768)), fit(), "'mine' is for 512x512"),
+        (replace(EULER, solver="dpmpp_2m"), SD15, fit(), "'mine', is for euler"),
+        (replace(EULER, steps=7), SD15, fit(), "'mine', is for 5 steps"),
+        (replace(EULER, cfg=13.0), SD15, fit(), "'mine', is for cfg 6"),
+        (EULER, replace(SD15, size=(512, 768)), fit(), "'mine', is for 512x512"),
     ],
 )
 def test_a_fit_that_just_misses_is_named_with_the_reason_and_the_table_is_used(run, facts, profile, said):
@@ -156,6 +156,11 @@ def test_a_fit_for_another_network_is_not_even_mentioned(changes):
 def test_of_fits_the_nearest_in_steps_is_taken():
     longer = replace(fit(), sigmas=(14.6, 9.0, 4.0, 1.0, 0.4, 0.1, 0.0))
     assert picks(SD15, replace(EULER, steps=6), shelf=with_fits(mine=fit(), longer=longer))[SCHEDULE] == "longer"
+
+
+def test_of_fits_that_miss_the_one_that_misses_last_is_named():
+    shelf = with_fits(solver=fit(solver="heun"), steps=replace(fit(), sigmas=(14.6, 1.0, 0.0)), cfg=fit(cfg=1.0))
+    assert "'cfg', is for cfg 1" in decide(SD15, EULER, Wishes(), shelf)[0].why
 
 
 def test_a_table_is_left_out_where_it_was_not_shown_or_does_not_fit_the_noise():
