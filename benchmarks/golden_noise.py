@@ -187,12 +187,12 @@ def main() -> None:
     notes = [
         f"{len(work)} pictures a row ({args.prompts} prompts that the demo's NPNet was not trained on, {args.seeds} "
         f"noises each), schedule {SCHEDULE}; re-denoising with guidance {STRONG:g} and 1; standard errors over the "
-        f"{args.seeds} groups of seeds. calls: evaluations of the network for a picture. log p(object): the judge's logarithm of the probability of the "
-        "object that was asked for, the scorer of the two columns after it; it chose neither noises nor weights. "
-        "Preferred: the share of pictures that it scores higher than plain Euler's from the same noise, with as many "
-        "steps and with as many calls; 50 is no gain. nearer the data: the share that is nearer to the training "
-        "pictures of the prompt, in the judge's features. variety: mean distance between the pictures of a prompt, "
-        "plain is 100.",
+        f"{args.seeds} groups of seeds. calls: evaluations of the network for a picture. log p(object): the judge's "
+        "logarithm of the probability of the object that was asked for, the scorer of the two columns 'preferred' and "
+        "'as many calls'; it chose neither noises nor weights. Preferred: the share of pictures that it scores higher "
+        "than plain Euler's from the same noise, with as many steps and with as many calls; 50 is no gain. nearer the "
+        "data: the share that is nearer to the training pictures of the prompt, in the judge's features. variety: mean "
+        "distance between the pictures of a prompt, plain is 100.",
     ]
     record("golden_noise", "Golden noise without and with a network", tables, began, [], notes, args.out, found)
     print("\r" + "\n".join(map(markdown, tables)))
