@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import time
 from pathlib import Path
 
+WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -24,6 +26,10 @@ def open_page(browser, url: str, **settings):
     page.goto(url)
     page.wait_for_function(READY, timeout=120_000)
     return page
+
+
+def shipped(name: str) -> dict:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
 
 
 def load(page, workflow: dict) -> None:
@@ -76,12 +82,16 @@ def prompt(page) -> dict:
 
 
 def run(page, dev, url: str) -> dict:
-    """Press Run with seeds not used before, and return the history's entry when it has succeeded."""
-    # A fresh seed where the page would draw one, so that the executor's cache cannot answer for the sampler.
+    """Queue what is open with fresh seeds where the page would draw them, so that no cache answers for the sampler."""
     page.evaluate(
         """() => { for (const node of app.graph._nodes) for (const widget of node.widgets ?? [])
             if (widget.linkedWidgets?.some(w => w.name === 'control_after_generate')) widget.value += 1000 }"""
     )
+    return queue(page, dev, url)
+
+
+def queue(page, dev, url: str) -> dict:
+    """Press Run, and return the history's entry when it has succeeded."""
     before = set(dev.ask(f"{url}/history"))
     page.evaluate("() => app.queuePrompt(0, 1)")
     until = time.time() + 240

@@ -10,16 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from browsing import READY, alerts, drop, load, open_page, run, saved_picture, screenshot
+from browsing import READY, alerts, drop, load, open_page, run, saved_picture, screenshot, shipped
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
-WORKFLOWS = ROOT / "workflows"
 PHRASES = {path.stem: json.loads(path.read_text("utf-8")) for path in (ROOT / "locales").glob("*.json")}
-
-
-def workflow(name: str) -> dict:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
 
 
 def values(page) -> dict[str, dict]:
@@ -69,7 +64,7 @@ def test_a_picture_brings_its_profile_along(page, dev, server):
     published = json.loads((ROOT / "models/profiles/ays_sd15.json").read_text("utf-8"))
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({**published, "name": "mine"}), "utf-8")
-    graph = workflow("apply_profile")
+    graph = shipped("apply_profile")
     (loader,) = (node for node in graph["nodes"] if node["type"] == "AttuneLoadProfile")
     loader["widgets_values"] = [path.name]
     try:
@@ -84,7 +79,7 @@ def test_a_picture_brings_its_profile_along(page, dev, server):
 
 
 def test_the_info_button_of_a_node_shows_our_help(page, tmp_path):
-    load(page, workflow("apply_profile"))
+    load(page, shipped("apply_profile"))
     help_page = (ROOT / "web/docs/AttuneApplyProfile.md").read_text("utf-8")
     page.evaluate(
         """() => { const node = app.graph._nodes.find(n => n.type === 'AttuneApplyProfile')
@@ -106,7 +101,7 @@ def test_the_info_button_of_a_node_shows_our_help(page, tmp_path):
 
 
 def test_an_error_of_ours_is_shown_as_a_sentence(page, tmp_path):
-    graph = workflow("aligned_ksampler")
+    graph = shipped("aligned_ksampler")
     (node,) = (node for node in graph["nodes"] if node["type"] == "AttuneKSampler")
     node["widgets_values"] = ["AYS SVD" if value == "auto" else value for value in node["widgets_values"]]
     load(page, graph)
@@ -119,7 +114,7 @@ def test_an_error_of_ours_is_shown_as_a_sentence(page, tmp_path):
 def test_a_german_browser_sees_german_nodes(browser, server, tmp_path):
     """German, because this frontend overwrites what packs say in the languages that it brings itself (its issue 6748)."""
     page, german = open_page(browser, server.url, locale="de-DE"), PHRASES["de"]
-    load(page, workflow("apply_profile"))
+    load(page, shipped("apply_profile"))
     node = page.evaluate(
         """() => { const {title, inputs, outputs, widgets, constructor} =
                 app.graph._nodes.find(n => n.type === 'AttuneApplyProfile')
