@@ -112,11 +112,12 @@ def module_folder() -> Path:
 def installed_files() -> tuple:
     """Every profile, module and NPNet of the user's with its time and size: another value once one of them changes."""
     found = [
-        Path(folder_paths.get_full_path_or_raise(kind, name))
+        folder_paths.get_full_path(kind, name)
         for kind in (FOLDER, MODULES, NPNETS)
         for name in folder_paths.get_filename_list(kind)
     ]
-    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in found)
+    paths = [Path(path) for path in found if path is not None]  # None: a link that leads nowhere
+    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
 def find_folder(name: str) -> Path:
