@@ -16,6 +16,7 @@ from . import (
     tune_schedule,
 )
 from ._host.api import ComfyExtension
+from ._host.carried import register_exchange
 from ._host.demo_model import register_demo_model
 from ._host.folders import register_folders
 
@@ -35,6 +36,7 @@ NODES = [
 
 register_folders()
 register_demo_model()
+register_exchange()
 
 
 class AttuneExtension(ComfyExtension):

@@ -7,9 +7,10 @@ import logging
 from ..models.apply import DENOISE_MODES, POLICIES, Applied, apply_profile
 from ..models.axes import to_image
 from ..models.plots import Curve, applied_curve, draw_schedules, profile_curve
+from ..models.profiles import shipped_profiles
 from ._host.api import Profile, io, schema, shown_on
 from ._host.conditioning import Remap, with_conditioning
-from ._host.folders import find_profile, keep_profile, profile_names, profile_path
+from ._host.folders import find_profile, has_profile, keep_profile, missing_profile, profile_names, profile_path
 from ._host.models import noise_range, pixels
 from ._host.sampling import run_stock_node
 
@@ -40,9 +41,17 @@ class AttuneLoadProfile(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, profile_name):
+        if profile_name is None or profile_name in shipped_profiles() or has_profile(profile_name):
+            return True  # None: linked, not known yet
+        return missing_profile(profile_name)
+
+    @classmethod
     def fingerprint_inputs(cls, profile_name):
         path = profile_path(profile_name)
-        return profile_name if path is None else (str(path), path.stat().st_mtime_ns, path.stat().st_size)
+        if path is None:
+            return find_profile(profile_name).id
+        return str(path), path.stat().st_mtime_ns, path.stat().st_size
 
     @classmethod
     def execute(cls, profile_name) -> io.NodeOutput:

@@ -3,52 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from pathlib import Path
 
 import pytest
 
+from browsing import load, queue, shipped
+
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.['AttuneAuto']"
-
-
-@pytest.fixture(scope="module")
-def page(server):
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=os.environ["CHROMIUM_PATH"], args=FLAGS)
-        page = browser.new_page(viewport={"width": 1600, "height": 900})
-        page.goto(server.url)
-        page.wait_for_function(READY, timeout=120_000)
-        yield page
-        browser.close()
-
-
-def load(page, name: str) -> None:
-    workflow = json.loads((ROOT / f"workflows/{name}.json").read_text("utf-8"))
-    page.evaluate("async workflow => { await app.loadGraphData(workflow, true, true, null) }", workflow)
-
-
-def queue(page, dev, server) -> None:
-    """Run what is open, to its end."""
-    before = set(dev.ask(f"{server.url}/history"))
-    page.evaluate("() => app.queuePrompt(0, 1)")
-    until = time.time() + 120
-    while time.time() < until:
-        new = [entry for key, entry in dev.ask(f"{server.url}/history").items() if key not in before]
-        if new:
-            assert new[0]["status"]["status_str"] == "success"
-            return
-        time.sleep(0.2)
-    raise AssertionError("the workflow did not end")
 
 
 def test_bypassed_it_hands_the_loaders_model_and_the_graphs_own_schedule_through(page):
-    load(page, "few_step")
+    load(page, shipped("few_step"))
     sampler, scheduler = page.evaluate(
         """async () => {
             const auto = app.graph._nodes.find(node => node.type === 'AttuneAuto')
@@ -65,8 +31,8 @@ def test_bypassed_it_hands_the_loaders_model_and_the_graphs_own_schedule_through
 
 
 def test_the_report_stands_on_the_node_and_in_no_saved_value_that_counts(page, dev, server):
-    load(page, "few_step")
-    queue(page, dev, server)
+    load(page, shipped("few_step"))
+    queue(page, dev, server.url)
     said = "() => app.graph._nodes.find(n => n.type === 'AttuneAuto').widgets.find(w => w.name.startsWith('$$'))?.value"
     page.wait_for_function(said, timeout=30_000)
     assert page.evaluate(said).startswith("SD3, flow; 128x128; 5 steps of dpmpp_2m")
@@ -79,7 +45,7 @@ def test_the_report_stands_on_the_node_and_in_no_saved_value_that_counts(page, d
 
 
 def test_the_blueprint_is_found_by_search_and_takes_a_ksamplers_place(page, dev, server):
-    load(page, "first_picture")
+    load(page, shipped("first_picture"))
     page.evaluate("() => { app.canvas.ds.scale = 0.4; app.canvas.ds.offset = [0, 0]; app.canvas.setDirty(true, true) }")
     page.mouse.dblclick(900, 600)
     page.wait_for_selector(".invisible-dialog-root, .comfy-vue-node-search-container", timeout=10_000)
@@ -104,4 +70,4 @@ def test_the_blueprint_is_found_by_search_and_takes_a_ksamplers_place(page, dev,
     inner = page.evaluate("async () => Object.values((await app.graphToPrompt()).output)")
     both = [node["inputs"] for node in inner if node["class_type"] in ("AttuneAuto", "SamplerCustom")]
     assert [inputs["cfg"] for inputs in both] == [3, 3]
-    queue(page, dev, server)
+    queue(page, dev, server.url)
