@@ -8,8 +8,8 @@ import time
 import torch
 
 from ..kernels.schedules import check_sigmas
-from ..kernels.timestep_aligner import CANDIDATES, align, block_norm
-from ..kernels.tuner import GATE, PRESETS, Runner, check_candidates, reference_levels, tune, tune_by_bound
+from ..kernels.timestep_aligner import CANDIDATES, align, block_norm, block_norms
+from ..kernels.tuner import PRESETS, Runner, check_candidates, is_gain, mean, reference_levels, tune, tune_by_bound
 from ..models.plots import Curve, draw_schedules, to_image
 from ..models.tuning import METHODS, Setting, affordable, aligned_profile, tuned_profile, tuning_report
 from ._host.api import Profile, io, schema
@@ -188,12 +188,11 @@ class AttuneAlignTimesteps(io.ComfyNode):
                 "it worse. Connect a KSamplerSelect with 'euler', or tune the levels with Attune Tune Schedule."
             )
         levels = _own(sigmas, len(sigmas) - 1)
-        metrics, fitted = run_session(
+        metrics, fitted, kept = run_session(
             model, positive, negative, cfg, solver, levels, empty, seed, setting.space,
             lambda solves: _align(solves, solver, setting, levels, draw_noises(empty, seed, noises + 1)),
         )  # fmt: skip
         before, after = metrics["held_out"]["start"], metrics["held_out"]["aligned"]
-        kept = after <= (1 - GATE) * before
         said = "kept" if kept else "not kept: the profile tells the network the true levels"
         report = "\n".join(
             [
@@ -265,7 +264,7 @@ def _watched(fit):
 
 
 def _align(solves: Solves, solver: Solver, setting: Setting, levels: torch.Tensor, draws: list[torch.Tensor]):
-    """Metrics and the fit on all `draws` but the last, which is held out."""
+    """Metrics, the fit on all `draws` but the last, which is held out, and whether it gains there."""
     *fitted_on, held = draws
     reference = reference_levels(
         PRESETS["standard"].reference_steps, setting.space, setting.model.sigma_min, float(levels[0])
@@ -281,17 +280,17 @@ def _align(solves: Solves, solver: Solver, setting: Setting, levels: torch.Tenso
         fitted = end.value
     exact = paths[-1].end
 
-    def error(a_map) -> float:
-        return block_norm(solves.solve(levels, held, a_map) - exact) / block_norm(exact)
+    def errors(a_map) -> torch.Tensor:
+        return block_norms(solves.solve(levels, held, a_map) - exact) / block_norm(exact)
 
-    before = error(None)
-    after = error(fitted.through(setting.space)) if fitted.changes else before
+    before = errors(None)
+    after = errors(fitted.through(setting.space)) if fitted.changes else before
     metrics = {
-        "held_out": {"start": before, "aligned": after},
+        "held_out": {"start": mean(before), "aligned": mean(after)},
         "gain_per_step": list(fitted.gain),
         "evaluations": solves.evaluations,
     }
-    return metrics, fitted
+    return metrics, fitted, is_gain(before, after)
 
 
 NODES = [AttuneTuneSchedule, AttuneAlignTimesteps]

@@ -27,7 +27,13 @@ def kit(host):
 
 
 @pytest.fixture
-def tiny(kit, monkeypatch):
+def lenient(kit, monkeypatch):
+    """A gate that keeps every gain: pictures this small have too few blocks to be sure of one (tests/test_tuner.py)."""
+    monkeypatch.setattr(sys.modules[kit.tune.__module__], "SURE", 0.0)
+
+
+@pytest.fixture
+def tiny(kit, monkeypatch, lenient):
     """A preset for tests: a few dozen evaluations."""
     monkeypatch.setitem(kit.PRESETS, "mini", type(kit.PRESETS["mini"])(1, 1, 12, 3, 2))
 
@@ -61,7 +67,7 @@ def tuned(host, demo, encode, sampler="euler", **more):
     return host.call("AttuneTuneSchedule", **setting(host, demo, encode, sampler, **options))
 
 
-def test_mini_needs_at_most_400_evaluations_at_eight_steps(host, demo, encode, counted):
+def test_mini_needs_at_most_400_evaluations_at_eight_steps(host, demo, encode, counted, lenient):
     (profile, sigmas, plot, report), calls = counted(demo[0], lambda: tuned(host, demo, encode, steps=8))
     assert 300 < calls <= 400
     assert profile.provenance["evaluations"] <= calls <= profile.provenance["evaluations"] + 2  # two measure the time
@@ -148,7 +154,7 @@ def test_a_flow_model_and_a_schedule_of_the_users(host, flow, encode, tiny):
     assert next(iter(profile.metrics["known_schedules"])) == "your sigmas"
 
 
-def test_alignment_alone_keeps_the_levels(host, demo, encode, counted):
+def test_alignment_alone_keeps_the_levels(host, demo, encode, counted, lenient):
     own = host.call("BasicScheduler", model=demo[0], scheduler="karras", steps=4, denoise=1.0)[0]
     run = lambda: host.call("AttuneAlignTimesteps", **setting(host, demo, encode, sigmas=own, noises=1))
     (profile, _, report), calls = counted(demo[0], run)
