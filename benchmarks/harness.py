@@ -94,7 +94,7 @@ class Drawn:
     calls: int  # evaluations of the network per batch; cond and uncond together are one
 
 
-class _Noise:
+class Noise:
     """A NOISE with one seed per item of the batch: item i equals RandomNoise(seed i) alone."""
 
     def __init__(self, seeds: list[int]):
@@ -199,7 +199,7 @@ class Lab:
             cfg=cell.cfg,
         )
         latent = {"samples": torch.zeros(len(part), channels, cell.side // 8, cell.side // 8)}
-        noise, sigmas = _Noise([t.seed for t in part]), torch.tensor(cell.sigmas)
+        noise, sigmas = Noise([t.seed for t in part]), torch.tensor(cell.sigmas)
         given = {"noise": noise, "guider": guider, "sampler": solver, "sigmas": sigmas, "latent_image": latent}
         with counting(model) as calls:
             out, _ = call("SamplerCustomAdvanced", **given)
