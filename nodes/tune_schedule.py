@@ -216,7 +216,7 @@ def _setting(model, cfg: float, sampler, latent: dict, seed: int):
     """Solver, Setting and an empty latent; everything that can be refused is refused here."""
     solver = solver_of(sampler, model)
     empty = empty_latent(model, latent)
-    about = noise_range(model)
+    about = noise_range(model, weights=True)
     size = pixels(model, {"samples": empty})
     assert size is not None  # only nested latents have none
     return solver, Setting(about, solver.name, solver.runs, cfg, size, seed), empty
