@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from ..kernels.space import NoiseSpace
 from ..kernels.timestep_aligner import Alignment as Fitted
-from ..kernels.tuner import PRESETS, Preset, Tuned
+from ..kernels.tuner import PRESETS, Preset, Progress, Tuned
 from .profiles import Alignment, Profile
 from .schedules import NoiseRange
 
@@ -77,6 +77,14 @@ def tuned_profile(tuned: Tuned, setting: Setting, method: str, preset: str, seco
         METHODS[method], setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
         preset=preset, evaluations=tuned.evaluations, seconds=round(seconds, 1),
     )  # fmt: skip
+
+
+def stopped_profile(now: Progress, setting: Setting, method: str) -> Profile:
+    """The best levels of a search that was stopped, which no held-out noise has seen."""
+    assert now.best is not None
+    metrics = {"fitted": now.error, "refused": [f"Stopped while {now.stage}: not proved on held-out noises."]}
+    profile = _profile(METHODS[method], setting, now.best.tolist(), None, metrics, evaluations=now.evaluations)
+    return replace(profile, name=f"{profile.name}, stopped")
 
 
 def aligned_profile(alignment: Fitted | None, sigmas: list[float], setting: Setting, metrics: dict, **how) -> Profile:

@@ -9,11 +9,30 @@ import torch
 
 from ..kernels.schedules import check_sigmas
 from ..kernels.timestep_aligner import CANDIDATES, align, block_norm, block_norms
-from ..kernels.tuner import PRESETS, Runner, check_candidates, is_gain, mean, reference_levels, tune, tune_by_bound
+from ..kernels.tuner import (
+    PRESETS,
+    Progress,
+    Runner,
+    check_candidates,
+    is_gain,
+    mean,
+    reference_levels,
+    tune,
+    tune_by_bound,
+)
 from ..models.plots import Curve, draw_schedules, to_image
-from ..models.tuning import METHODS, Setting, affordable, aligned_profile, tuned_profile, tuning_report
+from ..models.tuning import (
+    METHODS,
+    Setting,
+    affordable,
+    aligned_profile,
+    stopped_profile,
+    tuned_profile,
+    tuning_report,
+)
 from ._host.api import Profile, io, schema
 from ._host.candidates import known_schedules
+from ._host.folders import keep_profile
 from ._host.models import noise_range, pixels
 from ._host.session import ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 
@@ -139,7 +158,7 @@ class AttuneTuneSchedule(io.ComfyNode):
                 fit = tune_by_bound(
                     runner, known, reference, draws, chosen, setting.space, setting.model.sigma_min, generator, in_time
                 )
-            return _watched(fit), plan
+            return _watched(fit, lambda now: _stopped(now, known, setting, method)), plan
 
         whole = torch.tensor([setting.model.sigma_max, 0.0])
         tuned, plan = run_session(model, positive, negative, cfg, solver, whole, empty, seed, setting.space, work)
@@ -241,8 +260,8 @@ def _runner(solves: Solves, solver: Solver, setting: Setting) -> Runner:
     return Runner(solves.solve, solves.record, denoise, solver.order, setting.model.sigma_max, solves.denoise_at)
 
 
-def _watched(fit):
-    """The result of `tune`, with the node's bar and its best curve while it runs."""
+def _watched(fit, stopped):
+    """The result of `tune`, with the node's bar and its best curve while it runs; `stopped`: told how far it came."""
     bar, shown, picture, best = None, None, None, None
     try:
         while True:
@@ -258,9 +277,20 @@ def _watched(fit):
         return end.value
     except BaseException:
         if best is not None and best.best is not None:
-            levels = ", ".join(f"{s:.4f}" for s in best.best.tolist())
-            LOG.warning("Attune Tune Schedule stopped while %s. Best levels so far: %s", best.stage, levels)
+            stopped(best)
         raise
+
+
+def _stopped(now: Progress, known: dict[str, torch.Tensor], setting: Setting, method: str) -> None:
+    """Keep what the search has found so far; a known schedule needs no keeping."""
+    levels = ", ".join(f"{s:.4f}" for s in now.best.tolist())
+    where = "a known schedule"
+    if not any(torch.equal(now.best, one) for one in known.values()):
+        try:
+            where = f"kept as {keep_profile(stopped_profile(now, setting, method)).name}, not proved on held-out noises"
+        except ValueError as error:
+            where = str(error)
+    LOG.warning("Attune Tune Schedule stopped while %s. Best levels so far: %s; %s", now.stage, levels, where)
 
 
 def _align(solves: Solves, solver: Solver, setting: Setting, levels: torch.Tensor, draws: list[torch.Tensor]):

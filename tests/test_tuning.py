@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pack.kernels.timestep_aligner import Alignment
-from pack.kernels.tuner import PRESETS, Tuned
+from pack.kernels.tuner import PRESETS, Progress, Tuned
 from pack.models.profiles import load_profile, save_profile
 from pack.models.schedules import NoiseRange
-from pack.models.tuning import Setting, affordable, aligned_profile, tuned_profile, tuning_report
+from pack.models.tuning import Setting, affordable, aligned_profile, stopped_profile, tuned_profile, tuning_report
 
 RANGE = NoiseRange(("SDXL", "BASE"), "ve", 0.0292, 14.6146, "eps", "0123456789abcdef")
 SETTING = Setting(RANGE, "euler", "euler", 6.0, (1024, 768), 3)
@@ -72,3 +72,10 @@ def test_a_sampler_with_noise_names_the_one_that_was_run():
 def test_an_alignment_that_was_not_kept_leaves_the_levels_alone():
     profile = aligned_profile(None, LEVELS.tolist(), SETTING, {"held_out": {"start": 0.3}})
     assert profile.alignments == () and profile.method == "aligned timesteps"
+
+
+def test_a_stopped_search_leaves_a_profile_that_says_so(tmp_path):
+    now = Progress("refining", 200, 392, LEVELS, 0.2)
+    profile = load_profile(save_profile(stopped_profile(now, SETTING, "tuner"), tmp_path))
+    assert profile.name.endswith(", tuned schedule, stopped") and list(profile.sigmas) == LEVELS.tolist()
+    assert "held_out" not in profile.metrics and "Stopped while refining: not proved" in profile.describe()

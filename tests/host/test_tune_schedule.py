@@ -165,8 +165,12 @@ def test_alignment_alone_keeps_the_levels(host, demo, encode, counted, lenient):
 
 
 @pytest.mark.parametrize("at", [1, 20, 60])
-def test_stopping_anywhere_leaves_nothing_behind(host, demo, encode, tiny, at, caplog):
+def test_stopping_anywhere_leaves_nothing_behind_but_the_best_so_far(host, demo, encode, tiny, at, caplog):
     import comfy.model_management
+    import folder_paths
+
+    folder = Path(folder_paths.get_folder_paths("attune")[0])
+    files = set(folder.glob("*"))
 
     before = {key: id(value) for key, value in vars(demo[0].model).items()}
     options, calls = str(sorted(demo[0].model_options["transformer_options"])), []
@@ -187,6 +191,29 @@ def test_stopping_anywhere_leaves_nothing_behind(host, demo, encode, tiny, at, c
     assert {key: id(value) for key, value in vars(demo[0].model).items()}.keys() == before.keys()
     assert str(sorted(demo[0].model_options["transformer_options"])) == options
     assert ("Best levels so far" in caplog.text) == (at == 60)
+    kept = set(folder.glob("*")) - files
+    assert bool(kept) == ("not proved on held-out noises" in caplog.text)
+    for path in kept:
+        profile, _ = host.call("AttuneLoadProfile", profile_name=path.name)
+        assert path.stem.endswith("stopped") and f"{profile.sigmas[1]:.4f}" in caplog.text
+        path.unlink()
+
+
+def test_the_best_of_a_stopped_search_is_kept(kit, demo, host, caplog):
+    """A known schedule needs no keeping."""
+    import folder_paths
+
+    stopped = lambda: list(Path(folder_paths.get_folder_paths("attune")[0]).glob("*stopped.json"))
+    known = kit.known_schedules(demo[0], 4)
+    about = kit.Setting(kit.noise_range(demo[0], weights=True), "euler", "euler", 3.0, (128, 128), 3)
+    found = torch.tensor([14.6146, 5.0, 2.0, 0.5, 0.0])
+    kit._stopped(kit.Progress("refining", 90, 392, found, 0.1), known, about, "tuner")
+    (path,) = stopped()
+    profile, _ = host.call("AttuneLoadProfile", profile_name=path.name)
+    path.unlink()
+    assert torch.equal(torch.tensor(profile.sigmas), found) and f"kept as {path.name}" in caplog.text
+    kit._stopped(kit.Progress("known schedules", 90, 392, known["karras"], 0.1), known, about, "tuner")
+    assert "a known schedule" in caplog.text and not stopped()
 
 
 def test_the_budget_shrinks_the_preset_or_refuses(host, demo, encode, kit, tiny, monkeypatch, counted):
