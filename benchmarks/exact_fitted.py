@@ -27,6 +27,7 @@ from comfy_process import Host
 from exact import (
     GROUPS,
     SCHEDULES,
+    SIDE,
     TITLES,
     AnalyticNetwork,
     analytic_model,
@@ -90,7 +91,8 @@ class Problem:
         return self.target.sample(n, torch.Generator().manual_seed(SEED)).double()
 
     def latent(self) -> dict:
-        return {"samples": torch.zeros_like(self.noise[:1]) if self.name == "mixture" else torch.zeros(4, 1, 16, 16)}
+        """What is fitted on: 1024 points of the mixture, or four pictures of the field."""
+        return {"samples": torch.zeros(1, 1, 32, 32) if self.name == "mixture" else torch.zeros(4, 1, SIDE, SIDE)}
 
     def run(self, solver: str) -> dict:
         """The inputs of a tuning node."""

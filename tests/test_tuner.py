@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from itertools import pairwise
 
 import pytest
@@ -96,16 +97,22 @@ def ratio_to_the_best_known(data, solver, steps, preset="quick"):
     return bench.error(tuned.sigmas, truth, a_map) / best
 
 
+LONG = bool(os.environ.get("ATTUNE_LONG_TESTS"))  # every number of steps in place of the two that differ most
+STEPS = (5, 8, 10, 20) if LONG else (5, 10)
+
+
 def test_euler_is_at_least_a_third_nearer_than_the_best_known_schedule():
-    ratios = [ratio_to_the_best_known(data, "euler", steps) for data in DATA for steps in (5, 10)]
+    ratios = [ratio_to_the_best_known(data, "euler", steps) for data in DATA for steps in STEPS]
     assert max(ratios) <= 0.70, ratios
     assert math.prod(ratios) ** (1 / len(ratios)) <= 0.50, ratios
 
 
 def test_dpmpp_2m_is_never_much_worse_and_mostly_better():
-    ratios = [ratio_to_the_best_known(data, "dpmpp_2m", steps) for data in DATA for steps in (5, 10)]
-    assert max(ratios) <= 1.15, ratios
-    assert math.prod(ratios) ** (1 / len(ratios)) <= 0.90, ratios
+    found = {data: [ratio_to_the_best_known(data, "dpmpp_2m", steps) for steps in STEPS] for data in DATA}
+    ratios = [ratio for of_data in found.values() for ratio in of_data]
+    assert max(ratios) <= 1.15, found
+    assert math.prod(ratios) ** (1 / len(ratios)) <= 0.90, found
+    assert math.prod(found["2d"]) ** (1 / len(found["2d"])) <= 0.85, found
 
 
 def test_euler_on_a_flow_model():

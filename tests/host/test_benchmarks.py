@@ -20,6 +20,7 @@ SMOKE = {
     ],
     "demo_model": ["--pictures", "6", "--per-word", "2"],
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
+    "exact_fitted": ["--spaces", "ve", "--solvers", "euler", "--steps", "5", "--samples", "256"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
     "schedules": ["--tasks", "12", "--samplers", "dpmpp_2m", "euler_ancestral", "--steps", "5", "--converged", "20"],
     "encoder_propagation": ["--runs", "unet:euler:10:12", "flow:euler:10:12", "--only", *REUSES],
@@ -146,6 +147,20 @@ def test_exact_answers_of_schedules_and_solvers(tmp_path):
         assert all(row["kl"] > 0 and row["w2"] > 0 for row in rows)
         assert all((row["field_error"] is None) == (row["solver"] == "euler_ancestral") for row in rows)
     assert "| euler | normal |" in printed and "Wasserstein-2" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.host
+def test_fits_on_exact_targets_are_weighed_against_the_best_free_schedule(tmp_path):
+    run("exact_fitted", tmp_path, *SMOKE["exact_fitted"])
+    result = json.loads((tmp_path / "results" / "exact_fitted.json").read_text())
+    for target in ("mixture", "1/f field"):
+        error = {row["row"]: row["error"] for row in result["data"] if row["target"] == target}
+        assert error["tuned"] <= 0.7 * error["best free"] and error["beta, aligned"] < error["best free"]
+        assert error["KLUB minimised"] == max(error[name] for name in error if "published" not in name)
+        assert (
+            error["KLUB minimised"] > 2 * error["best free"] and error["KLUB stopped early"] < error["KLUB minimised"]
+        )
+    assert len(result["tables"]) == 3 and result["tables"][1]["rows"][1][0] == "its name"
 
 
 @pytest.mark.host
