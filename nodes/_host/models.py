@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import comfy.model_sampling
 from torch import Tensor
+from torch.nn import Parameter
 
 from ...models.schedules import NoiseRange
 
@@ -57,14 +58,18 @@ def weights_hash(model) -> str:
     network whose weights are packed in another form (GGUF).
     """
     network = model.model.diffusion_model
-    matrices = sorted(name for name, one in network.named_parameters() if one.ndim > 1 and one.is_floating_point())
-    if not matrices:
+    parameters = {name: one for name, one in network.named_parameters() if _is_plain_matrix(one)}
+    if not parameters:
         return ""
-    parameters, digest = dict(network.named_parameters()), hashlib.sha256()
+    matrices, digest = sorted(parameters), hashlib.sha256()
     for name in matrices[:: -(-len(matrices) // SAMPLED_TENSORS)]:
         signs = _sampled(_own_weight(model, f"diffusion_model.{name}", parameters[name])) > 0
         digest.update(bytes(signs.tolist()))
     return digest.hexdigest()[:16]
+
+
+def _is_plain_matrix(weight: Tensor) -> bool:
+    return type(weight) is Parameter and weight.ndim > 1 and weight.is_floating_point() and not weight.is_meta
 
 
 def _own_weight(model, key: str, weight: Tensor) -> Tensor:

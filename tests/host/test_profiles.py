@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -358,7 +357,8 @@ def test_the_shipped_prompt_runs_in_the_hosts_executor(host, folder):
 
 
 def test_the_weights_have_a_name_that_precision_and_loras_do_not_change(host, demo, flow, encode):
-    models = sys.modules["pack.nodes._host.models"]
+    from pack.nodes._host import models
+
     name = models.weights_hash(demo[0])
     assert len(name) == 16 and name != models.weights_hash(flow[0])
     network = demo[0].model.diffusion_model
@@ -392,14 +392,16 @@ def test_the_weights_have_a_name_that_precision_and_loras_do_not_change(host, de
 
 
 def test_the_shipped_fits_are_of_the_shipped_weights(demo, flow):
-    models = sys.modules["pack.nodes._host.models"]
+    from pack.nodes._host import models
+
     known = {models.weights_hash(model[0]) for model in (demo, flow)}
     fits = [one for one in shipped_profiles().values() if one.is_fitted and one.solver]
     assert len(fits) == 30 and {one.weights_hash for one in fits} == known
 
 
 def test_other_weights_of_the_same_architecture_are_noted(host, demo):
-    models = sys.modules["pack.nodes._host.models"]
+    from pack.nodes._host import models
+
     for made, noted in ((models.weights_hash(demo[0]), False), ("0" * 16, True)):
         profile = replace(VE, weights_hash=made, config_hash=models.noise_range(demo[0]).config_hash)
         _, _, report = host.call("AttuneApplyProfile", model=demo[0], profile=profile)

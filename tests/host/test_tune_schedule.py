@@ -68,8 +68,13 @@ def tuned(host, demo, encode, sampler="euler", **more):
 
 
 def test_mini_needs_at_most_400_evaluations_at_eight_steps(host, demo, encode, counted, lenient):
+    seen = set()
+    network = demo[0].model.diffusion_model
+    hook = network.register_forward_pre_hook(lambda _, args: seen.add((len(args[0]), torch.is_grad_enabled())))
     (profile, sigmas, plot, report), calls = counted(demo[0], lambda: tuned(host, demo, encode, steps=8))
+    hook.remove()
     assert 300 < calls <= 400
+    assert seen == {(4, False)}  # two pictures with and without the prompt, one noise at a time, no gradients
     assert profile.provenance["evaluations"] <= calls <= profile.provenance["evaluations"] + 2  # two measure the time
     assert len(sigmas) == 9 and float(sigmas[-1]) == 0 and bool((sigmas.diff() < 0).all())
     assert plot.shape == (1, 600, 960, 3) and float(plot.min()) >= 0 and float(plot.max()) <= 1
@@ -145,10 +150,12 @@ def test_a_batch_of_latents_is_fitted_together_with_a_prompt_each(host, demo, en
     assert other.metrics["known_schedules"] != profile.metrics["known_schedules"]
 
 
-def test_a_flow_model_and_a_schedule_of_the_users(host, flow, encode, tiny):
+@pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
+def test_a_flow_model_and_a_schedule_of_the_users(host, flow, encode, tiny, sampler):
+    """uni_pc writes into the levels that it is given: those of the user stay as they are."""
     own = torch.tensor([1.0, 0.93, 0.8, 0.5, 0.0])
     before = own.clone()
-    profile, sigmas, _, report = tuned(host, flow, encode, sigmas=own)
+    profile, sigmas, _, report = tuned(host, flow, encode, sampler, sigmas=own)
     assert profile.space == "flow" and float(sigmas[0]) == 1.0 and "your sigmas" in report
     assert torch.equal(own, before)
     assert next(iter(profile.metrics["known_schedules"])) == "your sigmas"
