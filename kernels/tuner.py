@@ -1,9 +1,10 @@
 """Tune a schedule to one model, solver, guidance, size and number of steps, and prove the gain on other noises.
 
 Every candidate runs through the very solver it is for and is measured by how far its pictures are from those of many
-small steps with the same noise. Known schedules are screened, the best is refined by a pattern search, a first-order
-solver's timesteps are aligned to the exact paths. What does not help on noises that no stage has seen, by more than
-chance, is dropped, so the answer can be the best known schedule, unchanged. No gradients, one noise at a time.
+small steps with the same noise. Known schedules are screened, a first-order solver's timesteps are aligned to the exact
+paths on the best of them, and its levels are refined by a pattern search, told the aligned timesteps. What does not help
+on noises that no stage has seen, by more than chance, is dropped, so the answer can be the best known schedule,
+unchanged. No gradients, one noise at a time.
 
 In place of the search and the alignment the bound of Align Your Steps can be minimised, under the same gate.
 """
@@ -55,7 +56,7 @@ class Preset:
         reference = self.reference_steps * seeds + self.reference_steps // 2
         search = (min(candidates, self.candidates) + self.trials) * run * self.fit
         gates = (FINALISTS + (2 if aligned else 1)) * run * self.held_out
-        return reference + search + gates + (CANDIDATES * steps * self.fit if aligned else 0)
+        return reference + search + gates + ((CANDIDATES * steps + run) * self.fit if aligned else 0)
 
     def bound_evaluations(self, steps: int, candidates: int, order: int = 1) -> int:
         """The most calls of the guided model that `tune_by_bound` makes."""
@@ -67,7 +68,7 @@ class Preset:
 
 
 PRESETS = {
-    "mini": Preset(1, 1, 32, 9, 11),
+    "mini": Preset(1, 1, 32, 9, 10),
     "quick": Preset(2, 2, 48, 14, 24),
     "standard": Preset(4, 2, 48, 14, 40),
 }
@@ -107,7 +108,7 @@ class Tuned:
     """The schedule, its alignment or None, and the evidence.
 
     start: name of the best known schedule, of all noises. candidates: name -> error on the fitted noises. held_out:
-    error on the others, of "start" and of "refined" and "aligned" where kept. reference_error: of the reference itself,
+    error on the others, of "start" and of "aligned" and "refined" where kept. reference_error: of the reference itself,
     estimated from half its steps. refused: one sentence for each stage that was left out.
     """
 
@@ -140,7 +141,7 @@ def tune(
     space: NoiseSpace,
     has_time: Callable[[], bool] = lambda: True,
 ) -> Generator[Progress, None, Tuned]:
-    """Screen the first `preset.candidates` of the schedules, refine, align, keep what helps on held-out noises.
+    """Screen the first `preset.candidates` of the schedules, align, refine, keep what helps on held-out noises.
 
     All candidates have the same number of steps. `noises`: fit + held_out of them. `reference`: the levels of its run.
     Once `has_time` says no, what is left of the search is skipped and its best goes to the gate.
@@ -161,26 +162,27 @@ def tune(
             f"No search: the reference's own error {work.reference_error:.3g} is not small against the error of "
             f"{start}, {held_out['start']:.3g}."
         )
-    else:
-        yield from work.refine(has_time)
-        if not torch.equal(work.best, kept):
-            after = work.held_out(work.best)
-            yield work.progress("held-out noises")
-            if is_gain(before, after):
-                kept, before, held_out["refined"] = work.best, after, mean(after)
-            else:
-                refused.append(_refusal("refined levels", before, after, start))
     if exact and runner.denoise is not None and has_time():
         fitted = yield from work.align(kept)
         a_map = fitted.through(space)
         after = before if a_map is None else work.held_out(kept, a_map)
         yield work.progress("held-out noises")
         if is_gain(before, after):
-            alignment, held_out["aligned"] = fitted, mean(after)
+            alignment, before, held_out["aligned"] = fitted, after, mean(after)
+            work.tell(a_map)
         elif a_map is None:
             refused.append("The aligned timesteps were not kept: no step gains from another than the true one.")
         else:
             refused.append(_refusal("aligned timesteps", before, after, "the true ones"))
+    if exact:
+        yield from work.refine(has_time)
+        if not torch.equal(work.best, kept):
+            after = work.held_out(work.best, work.a_map)
+            yield work.progress("held-out noises")
+            if is_gain(before, after):
+                kept, held_out["refined"] = work.best, mean(after)
+            else:
+                refused.append(_refusal("refined levels", before, after, start))
     return Tuned(
         kept, alignment, start, work.errors, held_out, work.reference_error, work.evaluations, refused
     )  # fmt: skip
@@ -298,6 +300,7 @@ class _Work:
         self.ends: list[Latent] = []
         self.errors: dict[str, float] = {}
         self.best: Sigmas = next(iter(candidates.values()))
+        self.a_map: ConditioningMap | None = None
         self.error = math.inf
         self.start = ""
         self.reference_error = math.inf
@@ -418,8 +421,13 @@ class _Work:
                 return end.value
             yield self.progress("aligning")
 
+    def tell(self, a_map: ConditioningMap | None) -> None:
+        """The map with which levels are tried from now on."""
+        self.a_map = a_map
+        self.error = self.fitted_error(self.best)
+
     def fitted_error(self, sigmas: Sigmas) -> float:
-        return mean(self._errors(sigmas, range(self.preset.fit), None))
+        return mean(self._errors(sigmas, range(self.preset.fit), self.a_map))
 
     def held_out(self, sigmas: Sigmas, a_map: ConditioningMap | None = None) -> Tensor:
         return self._errors(sigmas, range(self.preset.fit, len(self.noises)), a_map)

@@ -104,10 +104,10 @@ def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> 
     ]
     if setting.runs != setting.solver:
         lines.append(f"Fitted with {setting.runs}, which {setting.solver} follows but for the noise that it adds.")
-    if "refined" in held:
-        lines.append(f"Refined levels: {held['refined']:.4f} on held-out noises, kept.")
     if "aligned" in held:
         lines.append(f"Aligned timesteps: {held['aligned']:.4f} on held-out noises, kept.")
+    if "refined" in held:
+        lines.append(f"Refined levels: {held['refined']:.4f} on held-out noises, kept.")
     lines += tuned.refused
     if not tuned.changed:
         lines.append(f"No better schedule found: the profile is '{tuned.start}', unchanged.")
