@@ -1,10 +1,10 @@
 """Tune a schedule to one model, solver, guidance, size and number of steps, and prove the gain on other noises.
 
 Every candidate runs through the very solver it is for and is measured by how far its pictures are from those of many
-small steps with the same noise. Known schedules are screened, a first-order solver's timesteps are aligned to the exact
-paths on the best of them, and its levels are refined by a pattern search, told the aligned timesteps. What does not help
-on noises that no stage has seen, by more than chance, is dropped, so the answer can be the best known schedule,
-unchanged. No gradients, one noise at a time.
+small steps with the same noise. Known schedules are screened. On the best of them the timesteps of a first-order solver
+are aligned to the exact paths; told those, its levels are refined by a pattern search. What does not help on noises
+that no stage has seen, by more than chance, is dropped, so the answer can be the best known schedule, unchanged. No
+gradients, one noise at a time.
 
 In place of the search and the alignment the bound of Align Your Steps can be minimised, under the same gate.
 """
