@@ -8,7 +8,8 @@ published loss of the timestep aligner, sequential and parallel, and ours, all o
 tuned profiles. Fitted on four prompts and seeds that no row draws. Measured as in `schedules`, over six disjoint groups
 of seeds; results are cached. What no schedule can win is measured, too: the converged pictures' own Fréchet distance,
 and a long search for levels and told timesteps by the deviation of the very pictures that are then measured. Writes
-docs/results/aligned.json, docs/results.md, the tables in docs/schedules.md and two pictures.
+docs/results/aligned.json, docs/results.md, the tables in docs/schedules.md and two pictures. Hours, once: in parts with
+--draw-only, then --drawn for a page of what is there, with dashes for the rest.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ import torch
 from PIL import Image
 
 from comfy_process import ROOT, Host
-from harness import CACHE, Cell, Lab, Noise, Task, prompt, tasks
+from harness import BATCH, CACHE, Cell, Lab, Noise, Task, prompt, tasks
 from looks import CONVERGED, GROUPS, Look, converged, data, look, to_data
 from metrics import frechet, jackknife
 from results import DOCS, Table, markdown, record
@@ -70,8 +72,14 @@ class Row:
         return jackknife(lambda kept: 1000 * float(roots[kept].mean()), len(roots), GROUPS)
 
 
+class NotDrawn(Exception):
+    """Raised in place of computing, where only what is cached is wanted."""
+
+
 class FittedLab(Lab):
     """A Lab whose cells can be told other levels than the true ones, and which fits what it compares."""
+
+    drawn_only = False
 
     def patched(self, model: str, nodes: tuple[tuple[str, tuple], ...], part: Sequence[Task] = ()):
         patched = self.models[model]
@@ -101,9 +109,14 @@ class FittedLab(Lab):
         text = json.dumps([key, FORMAT, shipped.PROMPTS, shipped.SEED, self.digests])
         path = self.cache / f"fit-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
         if not path.exists():
+            if self.drawn_only:
+                raise NotDrawn
             found = json.dumps(fit())
             path.write_text(found, "utf-8")
         return json.loads(path.read_text("utf-8"))
+
+    def is_drawn(self, cell: Cell, work: list[Task]) -> bool:
+        return all(self.path(cell, work[i : i + BATCH]).exists() for i in range(0, len(work), BATCH))
 
     def session(
         self, model: str, sampler: str, batch: int, work: Callable[[Any, list, Any], dict], of: Sequence[Task] = ()
@@ -278,30 +291,29 @@ def searched(lab: FittedLab, model: str, steps: int, part: list[Task], most: int
 
 def cells(lab: FittedLab, model: str, sampler: str, steps: int, groups: list[str]) -> dict[str, Cell]:
     """Name -> Cell of everything that is compared in one block."""
+    plain = lambda sigmas: Cell(model, sampler, tuple(sigmas))
     found: dict[str, Cell] = {}
     if "free" in groups:
-        found |= {name: Cell(model, sampler, lab.sigmas(model, name, steps)) for name in FREE[model]}
-    if "klub" in groups:
-        chosen = {
-            "KLUB minimised": klub(lab, model, "closed form")["sweeps"][-1],
-            "KLUB stopped early": stopped_early(lab, model, sampler),
-        }
-        for name, ratio in chosen.items():
-            found[name] = Cell(model, sampler, klub_schedule(lab, model, ratio, steps))
-    if "aligned" in groups and sampler == "euler":
-        plain = Cell(model, sampler, lab.sigmas(model, BASE, steps))
-        for name, loss in ALIGNERS.items():
-            fit = aligned(lab, model, steps, loss)
-            changed = fit["sigma"] != fit["sigma_hat"]
-            found[name] = replace(plain, nodes=lab.told(fit["sigma"], fit["sigma_hat"])) if changed else plain
+        found |= {name: plain(lab.sigmas(model, name, steps)) for name in FREE[model]}
     profile = shipped_profile(lab, model, sampler, steps)
     if "tuned" in groups and profile is not None:
-        plain = Cell(model, sampler, profile.sigmas)
+        found["tuned"] = plain(profile.sigmas)
         if profile.alignments:
-            found["tuned, levels alone"] = plain
             one = profile.alignments[0]
-            plain = replace(plain, nodes=lab.told(one.sigma, one.sigma_hat))
-        found["tuned"] = plain
+            found["tuned, levels alone"] = found["tuned"]
+            found["tuned"] = replace(found["tuned"], nodes=lab.told(one.sigma, one.sigma_hat))
+    if "klub" in groups:
+        with suppress(NotDrawn):
+            ratio = klub(lab, model, "closed form")["sweeps"][-1]
+            found["KLUB minimised"] = plain(klub_schedule(lab, model, ratio, steps))
+        with suppress(NotDrawn):
+            found["KLUB stopped early"] = plain(klub_schedule(lab, model, stopped_early(lab, model, sampler), steps))
+    if "aligned" in groups and sampler == "euler":
+        for name, loss in ALIGNERS.items():
+            with suppress(NotDrawn):
+                fit, base = aligned(lab, model, steps, loss), plain(lab.sigmas(model, BASE, steps))
+                changed = fit["sigma"] != fit["sigma_hat"]
+                found[name] = replace(base, nodes=lab.told(fit["sigma"], fit["sigma_hat"])) if changed else base
     return found
 
 
@@ -314,6 +326,8 @@ def shipped_profile(lab: FittedLab, model: str, sampler: str, steps: int) -> Any
 def measure(lab: FittedLab, work: list[Task], model: str, sampler: str, steps: int, groups: list[str]) -> list[Row]:
     rows = []
     for name, cell in cells(lab, model, sampler, steps, groups).items():
+        if lab.drawn_only and not lab.is_drawn(cell, work):
+            continue
         seen = look(lab, cell, work, progress(f"{model} {sampler} {steps} {name}"))
         distance = jackknife(lambda kept, seen=seen: to_data(frechet, seen.features, kept), len(work), GROUPS)
         right = seen.objects == torch.tensor([task.obj for task in work])
@@ -398,9 +412,14 @@ def held_out(lab: FittedLab, models: list[str], samplers: list[str], steps: list
 
 def mended(lab: FittedLab, models: list[str], steps: list[int]) -> Table:
     """How much of a step's deviation another timestep can remove, mean over the steps."""
-    body = [
-        [model, *(f"{100 * mean(aligned(lab, model, n, 'ours')['gain']):.0f} %" for n in steps)] for model in models
-    ]
+    body: list[list] = []
+    for model in models:
+        body.append([model])
+        for n in steps:
+            shown = None
+            with suppress(NotDrawn):
+                shown = f"{100 * mean(aligned(lab, model, n, 'ours')['gain']):.0f} %"
+            body[-1].append(shown)
     note = (
         f"Euler on the levels of {BASE}, on the pictures that were fitted. With the exact denoiser of a Gaussian every "
         "step gains more than half (tests/test_timestep_aligner.py): a trained network also reads the noise level from "
@@ -420,7 +439,10 @@ def limit(lab: FittedLab, rows: list[Row], models: list[str], work: list[Task], 
         best, tuned = (pick(rows, "euler", steps, names, model) for names in (FREE[model], ["tuned"]))
         if best is None or tuned is None:
             continue
-        fit = searched(lab, model, steps, work[own], trials)
+        try:
+            fit = searched(lab, model, steps, work[own], trials)
+        except NotDrawn:
+            continue
         cell = Cell(model, "euler", tuple(fit["sigmas"]), nodes=lab.told(fit["sigma"], fit["sigma_hat"]))
         seen = look(lab, cell, work, progress(f"{model} searched"))
         share = lambda one, part, best=best: mean_root(one.errors[part]) / mean_root(best.seen.errors[part])
@@ -530,12 +552,14 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=DOCS)
     parser.add_argument("--draw-only", action="store_true", help="fill the cache, write nothing")
+    parser.add_argument("--drawn", action="store_true", help="leave out what is not in the cache yet")
     args = parser.parse_args()
     if args.tasks < 2 * GROUPS:
         parser.error(f"--tasks must be at least {2 * GROUPS}: the spread is over {GROUPS} groups of seeds")
     began, blocks = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
         lab, work = FittedLab(Host(Path(folder)), args.cache, args.converged), tasks(args.tasks)
+        lab.drawn_only = args.drawn
         for steps in args.steps:
             for model in args.models:
                 lab.run(converged(lab, model), work, progress(f"{model} converged"))
@@ -545,9 +569,10 @@ def main() -> None:
         tables = [gain([row for row in rows if row.model == model], model) for model in args.models]
         if "limit" in args.rows and "euler" in args.samplers:
             near_10 = min(args.steps, key=lambda n: abs(n - LIMIT_STEPS))
-            tables += [
+            bounds = [
                 ideal(lab, rows, args.models, work), limit(lab, rows, args.models, work, near_10, args.trials),
             ]  # fmt: skip
+            tables += [table for table in bounds if table.rows]
         if args.draw_only:
             return
         short = list(tables)
