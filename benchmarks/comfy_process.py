@@ -53,6 +53,10 @@ class Host:
                 return node.execute(**inputs).result
             return getattr(node(), node.FUNCTION)(**inputs)
 
+    def module(self, name: str):
+        """A module of the pack as the host loaded it: "nodes.train_npnet"."""
+        return sys.modules[f"{ROOT}.{name}"]
+
     def run(self, prompt: dict) -> dict:
         """Validate and execute an API-format prompt; the history's outputs, or an AssertionError with its messages."""
         messages = []

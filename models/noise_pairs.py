@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 LARGEST_SHARD = 4 << 30  # bytes
+LARGEST_PAIR = 64 << 20  # bytes; a published one has 262,000
 FORMAT = "1"
 TENSORS = ("noise", "golden", "which")
 
@@ -147,6 +149,48 @@ def remaining(folder: Path, shards: list[list[Job]], part: str, facts: Mapping[s
             raise ValueError(
                 f"{path} was made with other prompts or settings. Choose another 'name', or delete that folder."
             )
+
+
+def published_pairs(folder: Path) -> Iterator[tuple[Job, Tensor, Tensor]]:
+    """Prompt, noise and golden noise [1 c h w] of a folder in the authors' format: INDEX_SEED.npz and JSON lines.
+
+    Only pairs whose picture scored higher with the golden noise, in the order of the lines. Lines without a file are
+    passed over. Nothing is unpickled or evaluated; ValueError names a line or a file that is damaged.
+    """
+    lines = [(path, line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text("utf-8").splitlines()]
+    if not lines:
+        raise ValueError(f"There are no published pairs in {folder}: expected a .jsonl file and .npz files beside it.")
+    for path, line in lines:
+        if not line.strip():
+            continue
+        try:
+            told = json.loads(line)
+            name = f"{int(told['index'])}_{int(told['seed'])}.npz"
+            better = float(told["original_score_list"][0]) < float(told["optimized_score_list"][0])
+            job = Job(str(told["caption"]), int(told["seed"]))
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path.name} holds a line that describes no pair ({error}): {line[:80]}") from error
+        if better and (folder / name).exists():
+            yield job, *_published(folder / name)
+
+
+def _published(path: Path) -> tuple[Tensor, Tensor]:
+    import numpy as np
+
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > LARGEST_PAIR:
+            raise ValueError(f"{size:,} bytes unpacked")
+        with np.load(path, allow_pickle=False) as arrays:
+            noise, golden = (torch.from_numpy(np.asarray(arrays[key], dtype=np.float32)) for key in ("arr_0", "arr_1"))
+        if noise.ndim != 4 or noise.shape != golden.shape or len(noise) != 1:
+            raise ValueError(f"arrays of {tuple(noise.shape)} and {tuple(golden.shape)}")
+        if not (noise.isfinite().all() and golden.isfinite().all()):
+            raise ValueError("numbers that are not finite")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path.name} holds no pair of noises ({error}). Delete it or its line.") from error
+    return noise, golden
 
 
 def is_validation(job: Job) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,24 @@ class Recipe:
     seed: int = 0
     size: str = "published"
     text: str = "auto"
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of one process, the `rank`-th of `count`, in a training that several share.
+
+    total: the sum of a tensor over all processes, the same in each; what `accelerate` calls reduce.
+    """
+
+    rank: int = 0
+    count: int = 1
+    total: Callable[[Tensor], Tensor] = lambda tensor: tensor
+
+    def of(self, batch: Tensor) -> Tensor:
+        return batch[self.rank :: self.count]
+
+
+ALONE = Share()
 
 
 @dataclass
@@ -85,10 +103,13 @@ def identity_npnet(config: NPNetConfig, seed: int) -> NPNet:
 
 
 class Trainer:
-    """The state of a training: network, optimiser, best weights. Resumed from a file it continues bit for bit."""
+    """The state of a training: network, optimiser, best weights. Resumed from a file it continues bit for bit.
 
-    def __init__(self, paths: list[Path], recipe: Recipe, device: torch.device | None = None):
-        self.paths, self.recipe, self.device = paths, recipe, device or torch.device("cpu")
+    Processes that share a training see the same batches, each computes its rows, and all take the same steps.
+    """
+
+    def __init__(self, paths: list[Path], recipe: Recipe, device: torch.device | None = None, share: Share = ALONE):
+        self.paths, self.recipe, self.device, self.share = paths, recipe, device or torch.device("cpu"), share
         first = load_shard(paths[0])
         self.net = identity_npnet(config_for(first, recipe), recipe.seed).to(self.device)
         self.facts = dict(first.facts)
@@ -119,11 +140,22 @@ class Trainer:
             self._set_lr(self.epoch + n / len(order))
             train = rows(shard, validation=False)
             for batch in _batches(train[torch.randperm(len(train), generator=generator)], self.recipe.batch):
-                golden = self._golden(shard, batch)
-                loss = F.mse_loss(golden, shard.golden[batch].to(self.device))
-                self.optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                self.optimizer.step()
+                self._step(shard, batch)
+
+    def _step(self, shard: Shard, batch: Tensor) -> None:
+        """One step of the optimiser with the gradient of the whole batch."""
+        self.optimizer.zero_grad(set_to_none=True)
+        own = self.share.of(batch)
+        if len(own):
+            loss = F.mse_loss(self._golden(shard, own), shard.golden[own].to(self.device))
+            (loss * (len(own) / len(batch))).backward()
+        if self.share.count > 1:
+            parameters = [p for p in self.net.parameters() if p.requires_grad]
+            grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            whole = self.share.total(torch.cat([grad.flatten() for grad in grads]))
+            for p, grad in zip(parameters, whole.split([p.numel() for p in parameters]), strict=True):
+                p.grad = grad.view_as(p)
+        self.optimizer.step()
 
     def _set_lr(self, epoch: float) -> None:
         share = torch.tensor(torch.pi * epoch / self.recipe.epochs)
@@ -139,16 +171,17 @@ class Trainer:
     @torch.no_grad()
     def _measure(self) -> Epoch:
         self.net.eval()
-        error, identity, count, self.pairs = 0.0, 0.0, 0, 0
+        errors, count, self.pairs = torch.zeros(2, dtype=torch.float64), 0, 0
         for path in self.paths:
             shard = load_shard(path)
             held_out = rows(shard, validation=True)
             self.pairs += len(shard.jobs)
             count += len(held_out)
-            for batch in _batches(held_out, self.recipe.batch):
+            for batch in _batches(self.share.of(held_out), self.recipe.batch):
                 target = shard.golden[batch].to(self.device)
-                error += float(F.mse_loss(self._golden(shard, batch), target)) * len(batch)
-                identity += float(F.mse_loss(shard.noise[batch].to(self.device), target)) * len(batch)
+                errors[0] += float(F.mse_loss(self._golden(shard, batch), target)) * len(batch)
+                errors[1] += float(F.mse_loss(shard.noise[batch].to(self.device), target)) * len(batch)
+        error, identity = self.share.total(errors.to(self.device)).tolist()
         if not 0 < count < self.pairs:
             raise ValueError(
                 f"The pairs have too few different prompts ({self.pairs} pairs, {count} of them held out): a tenth of "

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..models.noise_pairs import plan, shard_paths
+from ..models.npnet import NPNet
 from ..models.npnet_files import NPNetFile, save_npnet
-from ..models.train_npnet import SIZES, Recipe, Trainer, report
+from ..models.train_npnet import ALONE, SIZES, Recipe, Share, Trainer, report
 from ._host.api import io, schema
 from ._host.folders import npnet_folder
 from ._host.golden_noise import HostNPNet, NPNetType
@@ -131,24 +134,34 @@ class AttuneTrainNPNet(io.ComfyNode):
         cls, pairs="pairs", name="my_npnet", epochs=30, batch_size=64, learning_rate=1e-4, size="published",
         text_mode="auto", seed=0,
     ) -> io.NodeOutput:  # fmt: skip
-        folder, recipe = pairs_folder(pairs), Recipe(epochs, batch_size, learning_rate, seed, size, text_mode)
-        file = npnet_folder() / f"{pairs_folder(name).name}.safetensors"
-        state, bar = folder / "training.safetensors", ProgressBar(epochs)
+        recipe = Recipe(epochs, batch_size, learning_rate, seed, size, text_mode)
         with torch.inference_mode(False), torch.enable_grad():  # the host runs nodes without gradients
-            trainer = Trainer(shard_paths(folder), recipe, training_device())
-            trainer.resume(state)
-            for epoch in trainer.run():
-                stop_if_asked()
-                trainer.save(state)
-                bar.update(epoch.number)
-                LOG.info("Attune Train NPNet: epoch %d explains %.2f %%.", epoch.number, 100 * epoch.explained)
-        measured = {**trainer.facts, **report(trainer, epoch)}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        net = trainer.result()
-        save_npnet(net, file, measured)
+            file, net, measured = trained(pairs, name, recipe)
         said = "\n".join(f"{key}: {value}" for key, value in {"file": file.name, **measured}.items())
         facts = {key: str(value) for key, value in measured.items()}
         return io.NodeOutput(HostNPNet.of(NPNetFile(net.cpu(), file.name, facts)), said)
+
+
+def trained(pairs: str, name: str, recipe: Recipe, share: Share = ALONE) -> tuple[Path, NPNet, dict[str, Any]]:
+    """Train on the pairs of that name, resumed where it stopped: the network's file, the network, what was measured.
+
+    Processes that share the training share the folders too; the first one writes.
+    """
+    folder, file = pairs_folder(pairs), npnet_folder() / f"{pairs_folder(name).name}.safetensors"
+    state, bar = folder / "training.safetensors", ProgressBar(recipe.epochs)
+    trainer = Trainer(shard_paths(folder), recipe, training_device(), share)
+    trainer.resume(state)
+    for epoch in trainer.run():
+        stop_if_asked()
+        if share.rank == 0:
+            trainer.save(state)
+            LOG.info("Attune Train NPNet: epoch %d explains %.2f %%.", epoch.number, 100 * epoch.explained)
+        bar.update(epoch.number)
+    measured, net = {**trainer.facts, **report(trainer, epoch)}, trainer.result()
+    if share.rank == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_npnet(net, file, measured)
+    return file, net, measured
 
 
 NODES = [AttuneCollectNoisePairs, AttuneTrainNPNet]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +19,7 @@ from pack.models.noise_pairs import (
     load_shard,
     part_of,
     plan,
+    published_pairs,
     remaining,
     save_shard,
     shard_path,
@@ -22,7 +27,7 @@ from pack.models.noise_pairs import (
 )
 from pack.models.npnet import decompose
 from pack.models.npnet_files import load_npnet, save_npnet
-from pack.models.train_npnet import Recipe, Trainer, config_for, identity_npnet, report
+from pack.models.train_npnet import Recipe, Share, Trainer, config_for, identity_npnet, report
 
 SIDE, WIDTH = 8, 6
 RECIPE = Recipe(epochs=4, batch=32, lr=3e-3, size="small")
@@ -101,6 +106,32 @@ def test_a_resumed_training_is_the_same_to_the_bit(tmp_path):
     assert not other.resume(tmp_path / "state.safetensors") and other.epoch == 0
     (tmp_path / "state.safetensors").write_bytes(b"broken")
     assert not second.resume(tmp_path / "state.safetensors")
+
+
+def test_processes_that_share_a_training_take_the_steps_of_one(tmp_path):
+    paths = write(tmp_path, stretched)
+    alone = Trainer(paths, replace(RECIPE, epochs=2))
+    single = list(alone.run())
+    barrier, slots = threading.Barrier(3), {}
+
+    def total(rank):
+        def add(tensor):
+            slots[rank] = tensor
+            barrier.wait()
+            found = slots[0] + slots[1] + slots[2]
+            barrier.wait()
+            return found
+
+        return add
+
+    trainers = [Trainer(paths, replace(RECIPE, epochs=2), share=Share(rank, 3, total(rank))) for rank in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        runs = list(pool.map(lambda trainer: list(trainer.run()), trainers))
+    assert runs[0] == runs[1] == runs[2]
+    assert [epoch.error for epoch in runs[0]] == pytest.approx([epoch.error for epoch in single], rel=1e-3)
+    for name, value in alone.net.state_dict().items():
+        assert torch.equal(trainers[0].net.state_dict()[name], trainers[2].net.state_dict()[name])
+        torch.testing.assert_close(trainers[1].net.state_dict()[name], value, rtol=0, atol=2e-3)
 
 
 def test_training_leaves_the_global_random_numbers_alone(tmp_path):
@@ -198,3 +229,51 @@ def test_a_tenth_of_the_prompts_is_held_out():
     share = sum(is_validation(Job(f"p{i}", 0)) for i in range(1000)) / 1000
     assert 0.07 < share < 0.13 and any(is_validation(Job(p, 0)) for p in PROMPTS)
     assert is_validation(Job("p5", 1)) == is_validation(Job("p5", 2))
+
+
+def publish(folder, lines, pairs):
+    """A folder in the format of the NPNet authors."""
+    folder.mkdir(exist_ok=True)
+    (folder / "pairs.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n\n", "utf-8")
+    for (index, seed), (noise, golden) in pairs.items():
+        np.savez(folder / f"{index}_{seed}.npz", noise, golden, np.array(index))
+
+
+def line(index, seed, before, after):
+    scores = {"original_score_list": [before, 9.0], "optimized_score_list": [after, 0.0]}
+    return {"index": index, "seed": seed, "caption": f"picture {index}", **scores}
+
+
+def test_published_pairs_are_those_that_scored_higher_and_exist(tmp_path):
+    noise = np.random.default_rng(0).standard_normal((4, 1, 4, 8, 8)).astype(np.float16)
+    lines = [line(0, 7, 0.2, 0.3), line(1, 8, 0.3, 0.2), line(2, 9, 0.1, 0.4), line(5, 10, 0.1, 0.1), line(6, 11, 1, 2)]
+    publish(tmp_path, lines, {(0, 7): noise[:2], (1, 8): noise[1:3], (5, 10): noise[:2], (6, 11): noise[2:]})
+    found = list(published_pairs(tmp_path))
+    assert [job for job, _, _ in found] == [Job("picture 0", 7), Job("picture 6", 11)]
+    assert torch.equal(found[1][1], torch.from_numpy(noise[2]).float())
+    assert torch.equal(found[1][2], torch.from_numpy(noise[3]).float())
+
+
+@pytest.mark.parametrize(
+    "text", ["__import__('os').system('touch ran')", '{"index": 0}', "[" * 100000, '{"index": []}']
+)
+def test_a_published_line_is_never_evaluated(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=r"pairs\.jsonl holds a line that describes no pair"):
+        list(published_pairs(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_published_pairs_are_named(tmp_path):
+    with pytest.raises(ValueError, match="There are no published pairs in"):
+        list(published_pairs(tmp_path))
+    flat, nan = np.zeros((4, 8, 8)), np.full((1, 4, 8, 8), np.nan)
+    for noise, golden in ((flat, flat), (nan, nan), (np.array([{}]), nan), (np.zeros((1, 4, 8, 8)), nan[:, :2])):
+        publish(tmp_path, [line(0, 7, 0, 1)], {(0, 7): (noise, golden)})
+        with pytest.raises(ValueError, match=r"0_7\.npz holds no pair of noises"):
+            list(published_pairs(tmp_path))
+    for content in (b"", b"PK\x03\x04 broken", (tmp_path / "0_7.npz").read_bytes()[:-30]):
+        (tmp_path / "0_7.npz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"0_7\.npz holds no pair of noises"):
+            list(published_pairs(tmp_path))

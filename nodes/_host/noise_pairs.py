@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...models.noise_pairs import Job, Shard, remaining, save_shard, shard_path
+from ...models.noise_pairs import Job, Shard, published_pairs, remaining, save_shard, shard_path
 from ...models.profiles import file_stem
 from .models import config_hash
 from .redenoise import Redenoise, redenoised
@@ -71,6 +72,27 @@ def collect(
             shard_path(folder, index),
             Shard(noise, torch.cat(golden), which, *_stack(encoded), tuple(jobs), facts),
         )
+
+
+def import_published(clip: Any, source: Path, folder: Path, shard_size: int) -> int:
+    """Write the pairs of a folder in the authors' format as shards, with their prompts' embeddings; their number.
+
+    Shards that are there already are kept, so that an interrupted import goes on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    pairs, index, count = published_pairs(source), 0, 0
+    while some := list(itertools.islice(pairs, shard_size)):
+        path = shard_path(folder, index)
+        if not path.exists():
+            prompts = list(dict.fromkeys(job.prompt for job, _, _ in some))
+            which = torch.tensor([prompts.index(job.prompt) for job, _, _ in some])
+            noise = torch.cat([noise for _, noise, _ in some])
+            golden = torch.cat([golden for _, _, golden in some])
+            jobs = tuple(job for job, _, _ in some)
+            encoded = _stack([_encode(clip, prompt) for prompt in prompts])
+            save_shard(path, Shard(noise, golden, which, *encoded, jobs, {"source": source.name}))
+        index, count = index + 1, count + len(some)
+    return count
 
 
 def _encode(clip: Any, prompt: str) -> tuple[Tensor, dict]:

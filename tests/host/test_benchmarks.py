@@ -26,7 +26,7 @@ SMOKE = {
     "encoder_propagation": ["--runs", "unet:euler:10:12", "flow:euler:10:12", "--only", *REUSES],
     "step_kinds": ["--models", "SD1.5", "--pixels", "64"],
     "one_more_step": ["--tasks", "12", "--seeds", "12", "--steps", "4", "--cfg", "1", "--starts", "SD's"],
-    "golden_noise": ["--tasks", "12", "--models", "unet", "--steps", "4", "--converged", "10"],
+    "golden_noise": ["--prompts", "4", "--seeds", "3", "--models", "unet", "--steps", "4"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "4"],
     "peers": ["--tasks", "12", "--steps", "10"],
@@ -126,8 +126,11 @@ def test_the_caches_save_evaluations_and_the_mends_do_not(tmp_path):
 def test_golden_noise_stands_beside_plain_runs_of_equal_cost(tmp_path):
     run("golden_noise", tmp_path, *SMOKE["golden_noise"])
     rows = {r["label"]: r for r in json.loads((tmp_path / "results" / "golden_noise.json").read_text())["data"]}
-    assert rows["plain"]["calls"] == 4
-    assert rows["redenoise"]["calls"] == rows["zigzag, 1 steps"]["calls"] == rows["plain, 6 steps"]["calls"] == 6
+    assert rows["plain"]["calls"] == rows["NPNet"]["calls"] == 4
+    assert rows["re-denoise"]["calls"] == rows["zigzag, 1 steps"]["calls"] == rows["plain, 6 steps"]["calls"] == 6
+    assert rows["best of 2 by inversion"]["calls"] == rows["plain, 8 steps"]["calls"] == 8
+    assert all(0 <= row["summary"]["preferred"][0] <= 100 for row in rows.values())
+    assert rows["plain"]["summary"]["variety"][0] == 100 and rows["plain"]["summary"]["psnr"][0] == 100
 
 
 @pytest.mark.host

@@ -34,6 +34,8 @@ def folder(host):
     import folder_paths
 
     path = Path(folder_paths.get_folder_paths("attune")[0])
+    for file in path.glob("*"):
+        file.unlink()
     path.mkdir(parents=True, exist_ok=True)
     yield path
     for file in path.iterdir():

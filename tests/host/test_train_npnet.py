@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from pack.models.noise_pairs import load_shard, shard_paths
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = "\n".join(f"a {word} on a {colour} background" for word in ("cat", "star", "apple", "heart", "panda", "tree") for colour in ("black", "white", "green", "blue"))  # fmt: skip
 
 
@@ -90,3 +97,33 @@ def test_a_trained_network_is_used_at_once_and_listed(host, demo, encode, collec
         for n in (npnet, loaded)
     ]
     assert torch.equal(*made) and not torch.equal(made[0], noise.generate_noise(latent))
+
+
+def test_two_processes_collect_and_train_one_network_from_the_command_line(tmp_path):
+    """As `accelerate launch` starts them."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = ["--prompts", "24", "--name", "shared", "--batch-size", "16", "--shard-size", "24", "--work", str(tmp_path)]
+    done = subprocess.run(
+        [*launch, str(ROOT / "training" / "train_npnet.py"), *words],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("48 new pairs of 24 prompts") == 2
+    assert "epochs: 6" in done.stdout and "pairs: 96" in done.stdout and done.stdout.count("val_explained") == 1
+    assert (tmp_path / "models" / "npnet" / "shared.safetensors").exists()
+
+
+def test_published_pairs_become_shards_that_the_trainer_reads(host, demo, tmp_path):
+    noise_pairs = host.module("nodes._host.noise_pairs")
+    random = np.random.default_rng(0)
+    lines = []
+    for i in range(5):
+        lines.append(f'{{"index": {i}, "seed": {7 + i}, "caption": "a cat", "original_score_list": [0.1], "optimized_score_list": [{0.0 if i == 2 else 0.2}]}}')  # fmt: skip
+        np.savez(tmp_path / f"{i}_{7 + i}.npz", *random.standard_normal((2, 1, 4, 16, 16)).astype(np.float16), i)
+    (tmp_path / "npd.jsonl").write_text("\n".join(lines))
+    assert noise_pairs.import_published(demo[1], tmp_path, tmp_path / "shards", 3) == 4
+    first, second = map(load_shard, shard_paths(tmp_path / "shards"))
+    assert [job.seed for job in (*first.jobs, *second.jobs)] == [7, 8, 10, 11]
+    assert (
+        second.noise.shape == (1, 4, 16, 16) and first.tokens.shape[0] == 1 and first.facts == {"source": tmp_path.name}
+    )
