@@ -158,7 +158,7 @@ class AttuneTuneSchedule(io.ComfyNode):
                 fit = tune_by_bound(
                     runner, known, reference, draws, chosen, setting.space, setting.model.sigma_min, generator, in_time
                 )
-            return _watched(fit, lambda now: _stopped(now, known, setting, method)), plan
+            return _watched(fit, lambda now, levels: _stopped(now, levels, known, setting, method)), plan
 
         whole = torch.tensor([setting.model.sigma_max, 0.0])
         tuned, plan = run_session(model, positive, negative, cfg, solver, whole, empty, seed, setting.space, work)
@@ -277,15 +277,15 @@ def _watched(fit, stopped):
         return end.value
     except BaseException:
         if best is not None and best.best is not None:
-            stopped(best)
+            stopped(best, best.best)
         raise
 
 
-def _stopped(now: Progress, known: dict[str, torch.Tensor], setting: Setting, method: str) -> None:
+def _stopped(now: Progress, best: torch.Tensor, known: dict[str, torch.Tensor], setting: Setting, method: str) -> None:
     """Keep what the search has found so far; a known schedule needs no keeping."""
-    levels = ", ".join(f"{s:.4f}" for s in now.best.tolist())
+    levels = ", ".join(f"{s:.4f}" for s in best.tolist())
     where = "a known schedule"
-    if not any(torch.equal(now.best, one) for one in known.values()):
+    if not any(torch.equal(best, one) for one in known.values()):
         try:
             where = f"kept as {keep_profile(stopped_profile(now, setting, method)).name}, not proved on held-out noises"
         except ValueError as error:

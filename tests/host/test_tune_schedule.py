@@ -214,12 +214,12 @@ def test_the_best_of_a_stopped_search_is_kept(kit, demo, host, caplog):
     known = kit.known_schedules(demo[0], 4)
     about = kit.Setting(kit.noise_range(demo[0], weights=True), "euler", "euler", 3.0, (128, 128), 3)
     found = torch.tensor([14.6146, 5.0, 2.0, 0.5, 0.0])
-    kit._stopped(kit.Progress("refining", 90, 392, found, 0.1), known, about, "tuner")
+    kit._stopped(kit.Progress("refining", 90, 392, found, 0.1), found, known, about, "tuner")
     (path,) = stopped()
     profile, _ = host.call("AttuneLoadProfile", profile_name=path.name)
     path.unlink()
     assert torch.equal(torch.tensor(profile.sigmas), found) and f"kept as {path.name}" in caplog.text
-    kit._stopped(kit.Progress("known schedules", 90, 392, known["karras"], 0.1), known, about, "tuner")
+    kit._stopped(kit.Progress("known schedules", 90, 392, known["karras"], 0.1), known["karras"], known, about, "tuner")
     assert "a known schedule" in caplog.text and not stopped()
 
 
