@@ -9,7 +9,8 @@ tuned profiles. Fitted on four prompts and seeds that no row draws. Measured as 
 of seeds; results are cached. What no schedule can win is measured, too: the converged pictures' own Fréchet distance,
 and a long search for levels and told timesteps by the deviation of the very pictures that are then measured. Writes
 docs/results/aligned.json, docs/results.md, the tables in docs/schedules.md and two pictures. Hours, once: in parts with
---draw-only, then --drawn for a page of what is there, with dashes for the rest.
+--draw-only, then --drawn for a page of what is there, by the last record where the cache has lost it, with dashes for
+the rest.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ GROUPS_OF_ROWS = ["free", "tuned", "aligned", "klub", "limit"]
 PLOTTED = ["normal", "KLUB minimised", f"{BASE}, published aligner, sequential", f"{BASE}, aligned", "tuned"]
 LIMIT_STEPS = 10  # of the search for what no schedule can win, or the nearest number measured
 BEGIN, END = "<!-- measured: python dev.py bench aligned -->", "<!-- end -->"
+TASKS = 48
 FORMAT = 1  # raise it when the way of fitting changes
 
 
@@ -61,15 +63,10 @@ class Row:
     sampler: str
     steps: int
     schedule: str
-    seen: Look
+    deviation: tuple[float, float]  # of the latents from the converged ones, rms, mean over pictures, in thousandths
     frechet: tuple[float, float]
     objects: float  # percentage of pictures that show theirs
-
-    @property
-    def deviation(self) -> tuple[float, float]:
-        """Root mean square distance of the latents from the converged ones, mean over pictures, in thousandths."""
-        roots = self.seen.errors.double().sqrt()
-        return jackknife(lambda kept: 1000 * float(roots[kept].mean()), len(roots), GROUPS)
+    errors: torch.Tensor | None = None  # mean squares per picture; None for a row of an earlier record
 
 
 class NotDrawn(Exception):
@@ -323,16 +320,39 @@ def shipped_profile(lab: FittedLab, model: str, sampler: str, steps: int) -> Any
     return profiles.load_profile(path) if path.exists() else None
 
 
-def measure(lab: FittedLab, work: list[Task], model: str, sampler: str, steps: int, groups: list[str]) -> list[Row]:
+def measure(
+    lab: FittedLab, work: list[Task], model: str, sampler: str, steps: int, groups: list[str], known: dict
+) -> list[Row]:
+    """The rows of one block; what must not be drawn now is taken from an earlier record, by (…, schedule)."""
     rows = []
-    for name, cell in cells(lab, model, sampler, steps, groups).items():
-        if lab.drawn_only and not lab.is_drawn(cell, work):
-            continue
-        seen = look(lab, cell, work, progress(f"{model} {sampler} {steps} {name}"))
-        distance = jackknife(lambda kept, seen=seen: to_data(frechet, seen.features, kept), len(work), GROUPS)
-        right = seen.objects == torch.tensor([task.obj for task in work])
-        rows.append(Row(model, sampler, steps, name, seen, distance, 100 * float(right.double().mean())))
+    drawn = cells(lab, model, sampler, steps, groups)
+    for name in dict.fromkeys([*drawn, *(key[3] for key in known if key[:3] == (model, sampler, steps))]):
+        if name in drawn and (lab.is_drawn(drawn[name], work) or not lab.drawn_only):
+            seen = look(lab, drawn[name], work, progress(f"{model} {sampler} {steps} {name}"))
+            rows.append(seen_row(model, sampler, steps, name, seen, work))
+        elif (row := known.get((model, sampler, steps, name))) is not None:
+            rows.append(row)
     return rows
+
+
+def seen_row(model: str, sampler: str, steps: int, name: str, seen: Look, work: list[Task]) -> Row:
+    roots = seen.errors.double().sqrt()
+    deviation = jackknife(lambda kept: 1000 * float(roots[kept].mean()), len(work), GROUPS)
+    distance = jackknife(lambda kept: to_data(frechet, seen.features, kept), len(work), GROUPS)
+    right = seen.objects == torch.tensor([task.obj for task in work])
+    return Row(model, sampler, steps, name, deviation, distance, 100 * float(right.double().mean()), seen.errors)
+
+
+def recorded(out: Path, tasks_drawn: int) -> dict[tuple, Row]:
+    """The rows of the last record that no fit of ours has changed since, by (model, sampler, steps, schedule)."""
+    path = out / "results" / "aligned.json"
+    if not path.exists() or tasks_drawn != TASKS:
+        return {}
+    rows = [
+        Row(r["model"], r["sampler"], r["steps"], r["schedule"], (*r["deviation"],), (*r["frechet"],), r["objects"])
+        for r in json.loads(path.read_text("utf-8"))["data"] if not r["schedule"].startswith("tuned")
+    ]  # fmt: skip
+    return {(row.model, row.sampler, row.steps, row.schedule): row for row in rows}
 
 
 def text(measured: tuple[float, float]) -> str:
@@ -367,12 +387,12 @@ def gain(rows: list[Row], model: str) -> Table:
     for sampler, steps in dict.fromkeys((row.sampler, row.steps) for row in mine):
         tuned = pick(mine, sampler, steps, ["tuned"])
         best, normal = pick(mine, sampler, steps, FREE[model]), pick(mine, sampler, steps, ["normal"])
-        if tuned is None or best is None or normal is None:
+        if any(row is None or row.errors is None for row in (tuned, best, normal)):
             continue
         at_20 = [pick(mine, sampler, 20, names) for names in (["normal"], FREE[model])]
         body.append(
             [sampler, steps, best.schedule, text(ratio(tuned, best)), text(ratio(tuned, normal)),
-             *(None if one is None or steps >= 20 else text(ratio(tuned, one)) for one in at_20),
+             *(None if one is None or one.errors is None or steps >= 20 else text(ratio(tuned, one)) for one in at_20),
              f"{100 * (tuned.frechet[0] / normal.frechet[0] - 1):+.0f} %"]
         )  # fmt: skip
     columns = ["solver", "steps", "best free", "tuned / best free", "tuned / normal", "tuned / normal at 20"]
@@ -385,7 +405,8 @@ def gain(rows: list[Row], model: str) -> Table:
 
 
 def ratio(one: Row, other: Row) -> tuple[float, float]:
-    a, b = one.seen.errors.double().sqrt(), other.seen.errors.double().sqrt()
+    assert one.errors is not None and other.errors is not None
+    a, b = one.errors.double().sqrt(), other.errors.double().sqrt()
     return jackknife(lambda kept: float(a[kept].mean() / b[kept].mean()), len(a), GROUPS)
 
 
@@ -437,7 +458,7 @@ def limit(lab: FittedLab, rows: list[Row], models: list[str], work: list[Task], 
     own, others = slice(0, third), slice(third, None)
     for model in models:
         best, tuned = (pick(rows, "euler", steps, names, model) for names in (FREE[model], ["tuned"]))
-        if best is None or tuned is None:
+        if any(row is None or row.errors is None for row in (best, tuned)):
             continue
         try:
             fit = searched(lab, model, steps, work[own], trials)
@@ -445,9 +466,9 @@ def limit(lab: FittedLab, rows: list[Row], models: list[str], work: list[Task], 
             continue
         cell = Cell(model, "euler", tuple(fit["sigmas"]), nodes=lab.told(fit["sigma"], fit["sigma_hat"]))
         seen = look(lab, cell, work, progress(f"{model} searched"))
-        share = lambda one, part, best=best: mean_root(one.errors[part]) / mean_root(best.seen.errors[part])
+        share = lambda one, part, best=best: mean_root(one.errors[part]) / mean_root(best.errors[part])
         body.append(
-            [model, best.schedule, share(tuned.seen, own), share(seen, own), share(tuned.seen, others),
+            [model, best.schedule, share(tuned, own), share(seen, own), share(tuned, others),
              share(seen, others), fit["trials"]]
         )  # fmt: skip
     columns = ["model", "best free", "tuned, first pictures", "searched for them", "tuned, the others"]
@@ -546,13 +567,13 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", default=shipped.SOLVERS)
     parser.add_argument("--steps", nargs="+", type=int, default=shipped.STEPS)
     parser.add_argument("--rows", nargs="+", choices=GROUPS_OF_ROWS, default=GROUPS_OF_ROWS)
-    parser.add_argument("--tasks", type=int, default=48)
+    parser.add_argument("--tasks", type=int, default=TASKS)
     parser.add_argument("--converged", type=int, default=200, help="steps of the pictures that count as converged")
     parser.add_argument("--trials", type=int, default=150, help="of the search for what no schedule can win")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=DOCS)
     parser.add_argument("--draw-only", action="store_true", help="fill the cache, write nothing")
-    parser.add_argument("--drawn", action="store_true", help="leave out what is not in the cache yet")
+    parser.add_argument("--drawn", action="store_true", help="draw nothing: what is cached, else as last recorded")
     args = parser.parse_args()
     if args.tasks < 2 * GROUPS:
         parser.error(f"--tasks must be at least {2 * GROUPS}: the spread is over {GROUPS} groups of seeds")
@@ -560,10 +581,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lab, work = FittedLab(Host(Path(folder)), args.cache, args.converged), tasks(args.tasks)
         lab.drawn_only = args.drawn
+        known = recorded(args.out, args.tasks) if args.drawn else {}
         for steps in args.steps:
             for model in args.models:
                 lab.run(converged(lab, model), work, progress(f"{model} converged"))
-                blocks += [measure(lab, work, model, sampler, steps, args.rows) for sampler in args.samplers]
+                blocks += [measure(lab, work, model, sampler, steps, args.rows, known) for sampler in args.samplers]
         print("\r" + " " * 70)
         rows = [row for block in blocks for row in block]
         tables = [gain([row for row in rows if row.model == model], model) for model in args.models]
@@ -579,7 +601,10 @@ def main() -> None:
         tables.append(held_out(lab, args.models, args.samplers, shipped.STEPS))
         if "aligned" in args.rows and "euler" in args.samplers:
             tables.append(mended(lab, args.models, args.steps))
-        bound = [rest(lab, model) for model in args.models if "klub" in args.rows]
+        bound = []
+        for model in args.models if "klub" in args.rows else []:
+            with suppress(NotDrawn):
+                bound.append(rest(lab, model))
         near_8 = min(args.steps, key=lambda n: abs(n - 8))
         picture(lab, work, args.models, near_8, args.out / "tuned_pictures.jpg")
     for model in args.models:
