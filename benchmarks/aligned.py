@@ -323,7 +323,10 @@ def shipped_profile(lab: FittedLab, model: str, sampler: str, steps: int) -> Any
 def measure(
     lab: FittedLab, work: list[Task], model: str, sampler: str, steps: int, groups: list[str], known: dict
 ) -> list[Row]:
-    """The rows of one block; what must not be drawn now is taken from an earlier record, by (…, schedule)."""
+    """The rows of one block; what must not be drawn now is taken from an earlier record, by (…, schedule).
+
+    None while a free schedule is missing.
+    """
     rows = []
     drawn = cells(lab, model, sampler, steps, groups)
     for name in dict.fromkeys([*drawn, *(key[3] for key in known if key[:3] == (model, sampler, steps))]):
@@ -332,7 +335,8 @@ def measure(
             rows.append(seen_row(model, sampler, steps, name, seen, work))
         elif (row := known.get((model, sampler, steps, name))) is not None:
             rows.append(row)
-    return rows
+    whole = {row.schedule for row in rows} >= set(FREE[model]) or "free" not in groups
+    return rows if whole else []  # half of the free schedules have no best one
 
 
 def seen_row(model: str, sampler: str, steps: int, name: str, seen: Look, work: list[Task]) -> Row:
