@@ -363,7 +363,8 @@ def demo(host: Host, _: list[str]) -> int:
     run = HOST / "demo"
     say("Starting ComfyUI ...")
     with server(host, run) as url:
-        for path in sorted((ROOT / "tests" / "prompts").glob("*.json")):
+        prompts = (ROOT / "tests" / "prompts").glob("*.json")
+        for path in sorted(prompts, key=lambda path: (path.stem != "first_picture", path.stem)):
             began = time.time()
             entry = run_prompt(url, json.loads(path.read_text("utf-8")))
             for output in entry["outputs"].values():

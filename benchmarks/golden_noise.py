@@ -1,6 +1,6 @@
 """Does golden noise help the demo models? Re-denoising, zigzags, selection and the trained network against plain runs.
 
-python dev.py bench golden_noise [--models unet flow] [--steps 5 10] [--prompts 128] [--seeds 4]
+python dev.py bench golden_noise [--models unet flow] [--steps 5 10] [--cfg 1 3] [--prompts 128] [--seeds 4] [--cost]
 
 The prompts are none of those that the demo's NPNet was trained on, each drawn from some noises that it never saw. Every
 setting stands beside plain Euler from the same noise with as many steps, and with as many calls of the model. Results
@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -30,9 +31,11 @@ from results import DOCS, Table, markdown, record
 from schedules import number, progress
 
 SCHEDULE = "beta"
+STRONG = 3.0  # guidance on the way down, the same whatever the run's own
 NPNET = "attune_demo_npnet.safetensors"
 TRAINED = 160  # the first prompts are those of training/train_npnet.py
 FIRST_SEED = 5000  # and this is far from its seeds
+ROWS = ["NPNet", "re-denoise", "best of 2", "zigzag"]
 COLUMNS = {
     "object": "object %", "background": "background %", "frechet": "Fréchet", "agreement": "log p(object)",
     "preferred": "preferred to plain %", "fair": "to as many calls %", "nearer": "nearer the data %",
@@ -48,11 +51,11 @@ def pairs(prompts: int, seeds: int) -> list[Task]:
     ]
 
 
-def cells(lab: Lab, model: str, steps: int) -> dict[str, tuple[Cell, int]]:
+def cells(lab: Lab, model: str, steps: int, cfg: float, wanted: list[str]) -> dict[str, tuple[Cell, int]]:
     """Label -> a setting, and the steps of the plain run that costs as much."""
 
     def plain(n: int) -> Cell:
-        return Cell(model, "euler", lab.sigmas(model, SCHEDULE, n))
+        return Cell(model, "euler", lab.sigmas(model, SCHEDULE, n), cfg)
 
     def node(name: str, **inputs: object) -> Cell:
         return replace(plain(steps), nodes=((name, tuple(inputs.items())),))
@@ -61,7 +64,7 @@ def cells(lab: Lab, model: str, steps: int) -> dict[str, tuple[Cell, int]]:
     select = ("AttuneSelectNoise", (("candidates", 2), ("steps", downs)))
     found = {
         "plain": (plain(steps), steps),
-        "re-denoise": (node("AttuneRedenoise"), steps + 2),
+        "re-denoise": (node("AttuneRedenoise", strong_cfg=STRONG), steps + 2),
         f"zigzag, {zigzags} steps": (
             replace(plain(steps), sampler=("AttuneZigzagSampler", (("zigzag_steps", zigzags),))),
             steps + 2 * zigzags,
@@ -70,6 +73,7 @@ def cells(lab: Lab, model: str, steps: int) -> dict[str, tuple[Cell, int]]:
     }
     if model == "unet":
         found["NPNet"] = (node("AttuneGoldenNoiseModel", npnet=NPNET), steps)
+    found = {label: one for label, one in found.items() if any(label.startswith(row) for row in ("plain", *wanted))}
     fair = sorted({cost for _, cost in found.values()} - {steps})
     return found | {f"plain, {n} steps": (plain(n), n) for n in fair}
 
@@ -150,6 +154,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["unet", "flow"], default=["unet", "flow"])
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10])
+    parser.add_argument("--cfg", type=float, nargs="+", default=[1.0, 3.0])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="beside plain runs")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=4, help="noises of each prompt, three or more")
     parser.add_argument("--cost", action="store_true", help="time NPNet beside an SDXL of random weights, too: 6 GB")
@@ -160,30 +166,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lab = Lab(Host(Path(folder)), args.cache)
         for model in args.models:
-            for steps in args.steps:
-                every = cells(lab, model, steps)
+            for steps, cfg in product(args.steps, args.cfg):
+                every = cells(lab, model, steps, cfg, args.rows)
                 plain, looks = every["plain"][0], {}
                 for label, (cell, _) in every.items():
-                    looks[label] = look(lab, cell, work, progress(f"{model} {steps} {label}"), goal=plain)
+                    looks[label] = look(lab, cell, work, progress(f"{model} {steps} {cfg:g} {label}"), goal=plain)
                 rows = []
                 for label, (cell, cost) in every.items():
                     fair = looks["plain" if cost == steps else f"plain, {cost} steps"]
                     measured = summary(looks[label], looks["plain"], fair, work, args.seeds)
                     calls = lab.run(cell, work).calls
                     rows.append([label, calls, *(_cell(label, key, measured[key]) for key in COLUMNS)])
-                    found.append({"model": model, "steps": steps, "label": label, "calls": calls, "summary": measured})
-                tables.append(Table(f"{model}, Euler, {steps} steps", ["noise", "calls", *COLUMNS.values()], rows))
+                    found.append({"model": model, "steps": steps, "cfg": cfg, "label": label, "calls": calls})
+                    found[-1]["summary"] = measured
+                tables.append(
+                    Table(f"{model}, Euler, {steps} steps, cfg {cfg:g}", ["noise", "calls", *COLUMNS.values()], rows)
+                )
         if args.cost:
             tables.append(cost(lab.host))
     notes = [
         f"{len(work)} pictures a row ({args.prompts} prompts that the demo's NPNet was not trained on, {args.seeds} "
-        f"noises each), cfg 3, schedule {SCHEDULE}; standard errors over the {args.seeds} groups of seeds. calls: "
-        "evaluations of the network for a picture. log p(object): the judge's logarithm of the probability of the "
-        "object that was asked for, the scorer of the two columns after it; it chose neither noises nor weights. "
-        "Preferred: the share of pictures that it scores higher than plain Euler's from the same noise, with as many "
-        "steps and with as many calls; 50 is no gain. nearer the data: the share that is nearer to the training "
-        "pictures of the prompt, in the judge's features. variety: mean distance between the pictures of a prompt, "
-        "plain is 100.",
+        f"noises each), schedule {SCHEDULE}; re-denoising with guidance {STRONG:g} and 1; standard errors over the "
+        f"{args.seeds} groups of seeds. calls: evaluations of the network for a picture. log p(object): the judge's "
+        "logarithm of the probability of the object that was asked for, the scorer of the two columns 'preferred' and "
+        "'as many calls'; it chose neither noises nor weights. Preferred: the share of pictures that it scores higher "
+        "than plain Euler's from the same noise, with as many steps and with as many calls; 50 is no gain. nearer the "
+        "data: the share that is nearer to the training pictures of the prompt, in the judge's features. variety: mean "
+        "distance between the pictures of a prompt, plain is 100.",
     ]
     record("golden_noise", "Golden noise without and with a network", tables, began, [], notes, args.out, found)
     print("\r" + "\n".join(map(markdown, tables)))

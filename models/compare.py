@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .plots import COLOURS, FAINT, INK, PAPER, font
+from .axes import COLOURS, FAINT, INK, PAPER, font
 
 GAP, HEAD = 8, 52  # pixels between pictures, and above each column
 BINS = 64  # of the brightness histogram

@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -190,6 +191,15 @@ def _sha256(path: Path) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def colour_map(x0: Tensor, factors: Sequence[Sequence[float]], bias: Sequence[float] | None) -> Tensor:
+    """A rough picture of clean latents [b c h w], in the model's scale: IMAGE [b 8h 8w 3], by the live preview's
+    linear map from channels to colours, with the latent's own pixels as squares."""
+    rgb = torch.nn.functional.linear(
+        x0.float().movedim(1, -1), torch.tensor(factors).T, None if bias is None else torch.tensor(bias)
+    )
+    return ((rgb + 1) / 2).clamp(0, 1).repeat_interleave(8, 1).repeat_interleave(8, 2)
 
 
 def read_leak(header: Header) -> SignalLeak | None:

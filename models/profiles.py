@@ -127,7 +127,17 @@ def load_profile(path: Path) -> Profile:
         )
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} is not a profile: {error}. Get the file again, or fit it again.") from error
-    return _check(path.name, fields)
+    return read_profile(path.name, fields)
+
+
+def read_profile(label: str, fields: Any) -> Profile:
+    """The profile that parsed JSON stands for; ValueError names it `label`, with the field and what was expected."""
+    return _check(label, fields)
+
+
+def spell_profile(profile: Profile) -> dict[str, Any]:
+    """The JSON object of a profile, as its file holds it."""
+    return {**_fields(profile), "id": profile.id}
 
 
 def save_profile(profile: Profile, folder: Path, name: str = "", replace: bool = False) -> Path:
@@ -139,7 +149,7 @@ def save_profile(profile: Profile, folder: Path, name: str = "", replace: bool =
     """
     stem = file_stem(name or profile.name)
     try:
-        text = json.dumps({**_fields(profile), "id": profile.id}, indent=1, allow_nan=False)
+        text = json.dumps(spell_profile(profile), indent=1, allow_nan=False)
         _check(stem + SUFFIX, json.loads(text))
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"The profile '{profile.name}' cannot be saved: {error}") from error

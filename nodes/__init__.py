@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import (
+    auto,
     compare,
     encoder_propagation,
     golden_noise,
@@ -15,10 +16,12 @@ from . import (
     tune_schedule,
 )
 from ._host.api import ComfyExtension
+from ._host.carried import register_exchange
 from ._host.demo_model import register_demo_model
 from ._host.folders import register_folders
 
 NODES = [
+    *auto.NODES,
     *schedules.NODES,
     *tune_schedule.NODES,
     *noise_shift.NODES,
@@ -33,6 +36,7 @@ NODES = [
 
 register_folders()
 register_demo_model()
+register_exchange()
 
 
 class AttuneExtension(ComfyExtension):

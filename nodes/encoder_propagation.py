@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from ..models.axes import to_image
 from ..models.encoder_propagation import (
     BLOCK_REUSES,
     CALIBRATED,
@@ -20,13 +21,13 @@ from ..models.encoder_propagation import (
     needs_profile,
 )
 from ..models.profiles import Profile
+from ..models.propagation_plot import draw_calibration
 from ._host.api import io, schema
 from ._host.block_propagation import add_block_propagation, blocks_of
 from ._host.encoder_propagation import add_encoder_propagation, unet_of
 from ._host.fit_propagation import BEST, fit_profile
 from ._host.propagation import DEVICES, DTYPES
 from ._host.sampling import sampler_names, scheduler_names
-from .propagation_plot import picture
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/speed"
@@ -229,7 +230,8 @@ class AttuneFitEncoderPropagation(io.ComfyNode):
         chosen = calibrated_point(fit)
         report = report_of(profile.name, fit, chosen)
         LOG.info("Attune Fit Encoder Propagation: %s", report.replace("\n", "; "))
-        return io.NodeOutput(profile, picture(changes, len(fit.sigmas) - 1, fit.points, chosen), report)
+        plot = draw_calibration(changes, len(fit.sigmas) - 1, fit.points, chosen)
+        return io.NodeOutput(profile, to_image(plot), report)
 
 
 def report_of(name: str, fit: Calibration, chosen: Point) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from ..kernels.noise_shift import FEWEST, FITS, PRESETS, Preset, Shift
 from ..kernels.space import NoiseSpace
+from ..models.axes import to_image
 from ..models.noise_shift import (
     check_noise_shift,
     continues,
@@ -19,11 +20,10 @@ from ..models.noise_shift import (
     shift_for,
     shift_report,
 )
-from ..models.plots import to_image
 from ..models.profiles import SUFFIX, file_stem
 from ..models.profiles import Profile as Calibration
 from ..models.shift_plot import draw_shift
-from ._host.api import Profile, io, schema
+from ._host.api import Profile, io, schema, shown_on
 from ._host.folders import find_profile, keep_profile, profile_path
 from ._host.models import noise_range, pixels
 from ._host.noise_shift import (
@@ -203,7 +203,9 @@ class AttuneNoiseShift(io.ComfyNode):
         if profile.config_hash and about.config_hash and profile.config_hash != about.config_hash:
             lines.append("Note: same family, but another network configuration than the profile was fitted on.")
         LOG.info("Attune Noise Shift: %s", " ".join(lines))
-        return io.NodeOutput(with_noise_shift(model, profile, strength), "\n".join(lines))
+        shifted = with_noise_shift(model, profile, strength)
+        plot = None if cls.hidden is None else shown_on(cls, to_image(draw_shift(profile)))
+        return io.NodeOutput(shifted, "\n".join(lines), ui=plot)
 
 
 def _wanted(model, sizes: str, latent: dict | None, images, vae) -> list[tuple[int, int]]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from ..kernels.one_more_step import NOISE_LEVELS, SignalLeak
-from ..models.one_more_step import LATENT_SPACES, PREDICTIONS
-from ._host.api import io, schema
+from ..models.one_more_step import LATENT_SPACES, PREDICTIONS, colour_map
+from ._host.api import io, schema, shown_on
 from ._host.folders import module_names, module_path
 from ._host.one_more_step import DTYPES, SOLVERS, Noise, Plan, load_module, predicted_latent, with_first_state
 from ._host.train_one_more_step import SIZES, given_examples, read_examples, train
@@ -185,7 +185,13 @@ class AttuneOneMoreStepPredict(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, oms_model, positive, latent, cfg=1.0, seed=0, negative=None) -> io.NodeOutput:
-        return io.NodeOutput(predicted_latent(model, Plan(oms_model, positive, negative, cfg), latent, seed))
+        found = predicted_latent(model, Plan(oms_model, positive, negative, cfg), latent, seed)
+        latents = model.get_model_object("latent_format")
+        if not latents.latent_rgb_factors:
+            return io.NodeOutput(found)
+        x0 = latents.process_in(found["samples"])
+        colours = colour_map(x0, latents.latent_rgb_factors, latents.latent_rgb_factors_bias)
+        return io.NodeOutput(found, ui=shown_on(cls, colours))
 
 
 class AttuneOneMoreStepNoise(io.ComfyNode):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 
-from ..models.apply import DENOISE_MODES, POLICIES, apply_profile
-from ..models.plots import Curve, draw_schedules, profile_curve, to_image
-from ._host.api import Profile, io, schema
+from ..models.apply import DENOISE_MODES, POLICIES, Applied, apply_profile
+from ..models.axes import to_image
+from ..models.plots import Curve, applied_curve, draw_schedules, profile_curve
+from ..models.profiles import shipped_profiles
+from ._host.api import Profile, io, schema, shown_on
 from ._host.conditioning import Remap, with_conditioning
-from ._host.folders import find_profile, keep_profile, profile_names, profile_path
+from ._host.folders import find_profile, has_profile, keep_profile, missing_profile, profile_names, profile_path
 from ._host.models import noise_range, pixels
+from ._host.sampling import run_stock_node
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/profiles"
@@ -38,9 +41,17 @@ class AttuneLoadProfile(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    def validate_inputs(cls, profile_name):
+        if profile_name is None or profile_name in shipped_profiles() or has_profile(profile_name):
+            return True  # None: linked, not known yet
+        return missing_profile(profile_name)
+
+    @classmethod
     def fingerprint_inputs(cls, profile_name):
         path = profile_path(profile_name)
-        return profile_name if path is None else (str(path), path.stat().st_mtime_ns, path.stat().st_size)
+        if path is None:
+            return find_profile(profile_name).id
+        return str(path), path.stat().st_mtime_ns, path.stat().st_size
 
     @classmethod
     def execute(cls, profile_name) -> io.NodeOutput:
@@ -141,7 +152,17 @@ class AttuneApplyProfile(io.ComfyNode):
             said.append("Note: the latent has a mask; profiles are measured on whole pictures.")
         report = "\n".join(said)
         LOG.info("Attune Apply Profile: %s", " ".join(said))
-        return io.NodeOutput(model, applied.sigmas, report)
+        plot = None if cls.hidden is None else shown_on(cls, to_image(_against_stock(profile, applied, model, denoise)))
+        return io.NodeOutput(model, applied.sigmas, report, ui=plot)
+
+
+def _against_stock(profile, applied: Applied, model, denoise: float):
+    """The plot of what is applied, beside a stock schedule; of the profile itself where it gives no levels."""
+    steps = len(applied.sigmas) - 1
+    if steps < 1:
+        return draw_schedules([profile_curve(profile)], profile.name)
+    (stock,) = run_stock_node("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=denoise)
+    return draw_schedules([applied_curve(applied), Curve("stock 'simple'", tuple(stock.tolist()))], profile.name)
 
 
 class AttunePlotSigmas(io.ComfyNode):

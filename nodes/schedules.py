@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 
 from ..models.apply import apply_profile
+from ..models.profiles import SUFFIX
 from ..models.schedules import schedule, schedule_names
 from ._host.api import io, schema
-from ._host.folders import find_profile, profile_path, user_profile_names
+from ._host.folders import find_profile, has_profile, missing_profile, user_profile_names
 from ._host.models import noise_range, pixels
 from ._host.sampling import sample, sampler_names
 
@@ -49,7 +50,7 @@ def _schedule():
 def _levels(node: str, model, steps: int, denoise: float, name: str, latent: dict | None):
     """The SIGMAS, with one line in the log on what was chosen."""
     resolution = None if latent is None else pixels(model, latent)
-    if profile_path(name) is None:
+    if not has_profile(name):
         sigmas, said = schedule(name, noise_range(model), steps, denoise, resolution)
     else:
         applied = apply_profile(
@@ -66,6 +67,15 @@ def _levels(node: str, model, steps: int, denoise: float, name: str, latent: dic
     size = "" if resolution is None else f", picture {resolution[0]}x{resolution[1]}"
     LOG.info("%s: %s%s; %d steps: %s", node, said, size, max(len(sigmas) - 1, 0), levels or "none (denoise is 0)")
     return sigmas
+
+
+def _known(name: str | None) -> bool | str:
+    """True, or what to do about a schedule that is not in the list; None stands for a link."""
+    if name is None or name in schedule_names() or has_profile(name):
+        return True
+    if name.endswith(SUFFIX):
+        return missing_profile(name)
+    return f"There is no schedule '{name}'. Choose one of: {', '.join(schedule_names())}."
 
 
 class AttuneScheduler(io.ComfyNode):
@@ -92,6 +102,10 @@ class AttuneScheduler(io.ComfyNode):
                 io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 noise levels, from the first one to 0.")
             ],
         )
+
+    @classmethod
+    def validate_inputs(cls, schedule):
+        return _known(schedule)
 
     @classmethod
     def execute(cls, model, steps, denoise, schedule, latent=None) -> io.NodeOutput:
@@ -130,6 +144,10 @@ class AttuneKSampler(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent.")],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, schedule):
+        return _known(schedule)
 
     @classmethod
     def execute(

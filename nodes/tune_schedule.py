@@ -20,7 +20,8 @@ from ..kernels.tuner import (
     tune,
     tune_by_bound,
 )
-from ..models.plots import Curve, draw_schedules, to_image
+from ..models.axes import to_image
+from ..models.plots import Curve, draw_schedules
 from ..models.tuning import (
     METHODS,
     Setting,

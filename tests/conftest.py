@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import sys
 import types
@@ -13,6 +14,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 HOST_MARKS = ("host", "server", "browser")
+SETTINGS = {  # of the page, so that its screenshots show whole graphs with readable names
+    "Comfy.TutorialCompleted": True,  # else a first visit opens the templates over the canvas
+    "Comfy.Minimap.Visible": False,
+    "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+}
 
 pack = types.ModuleType("pack")
 pack.__path__ = [str(ROOT)]
@@ -69,6 +75,6 @@ def server(dev, tmp_path_factory):
     run = tmp_path_factory.mktemp("server")
     settings = run / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
-    settings.write_text('{"Comfy.TutorialCompleted": true}')  # else a first visit opens the templates over the canvas
+    settings.write_text(json.dumps(SETTINGS))
     with dev.server(dev.Host(os.environ["COMFYUI_PATH"]), run) as url:
         yield Server(url, run / "output", run / "server.log")

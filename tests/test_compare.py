@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pack.models.axes import COLOURS
 from pack.models.compare import (
     BINS,
     GAP,
@@ -20,7 +21,6 @@ from pack.models.compare import (
     histogram,
     psnr,
 )
-from pack.models.plots import COLOURS
 
 
 def grey(value: float, count: int = 1, size: int = 32) -> torch.Tensor:

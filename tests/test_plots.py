@@ -6,22 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from pack.models.plots import (
-    BOTTOM,
-    COLOURS,
-    HEIGHT,
-    INK,
-    LEFT,
-    PAPER,
-    RIGHT,
-    TOP,
-    WIDTH,
-    Curve,
-    draw_schedules,
-    profile_curve,
-    to_image,
-)
+from pack.kernels.encoder_propagation import Reuse
+from pack.models.axes import BOTTOM, COLOURS, HEIGHT, INK, LEFT, PAPER, RIGHT, TOP, WIDTH, Axes, sheet, to_image
+from pack.models.encoder_propagation import Point
+from pack.models.plots import Curve, draw_schedules, profile_curve
 from pack.models.profiles import Alignment, Profile, shipped_profiles
+from pack.models.propagation_plot import CURVE, KEY, draw_calibration
 
 
 def where(picture, colour, left=LEFT, right=WIDTH - RIGHT):
@@ -92,3 +82,29 @@ def test_a_noise_shift_shows_its_knots():
     aligned = Alignment("", (8, 8), (0.2, 0.5), (0.25, 0.6))
     profile = Profile("p", "m", "flow", ("SD3",), (8, 8), (), "s", kind="noise_shift", alignments=(aligned,))
     assert profile_curve(profile).sigmas == (0.5, 0.2)
+
+
+CHANGES = {"input 1": [0.5, 0.2, 0.1, 0.05], "middle": [0.3, 0.1, 0.05, 0.0]}
+POINTS = (Point(Reuse(1, 8, True), (0, 2, 4), 1.5, 52.0), Point(Reuse(1, 8, True), (0, 4), 2.5, 41.0))
+
+
+def test_a_calibration_marks_its_key_steps_and_rings_the_chosen_setting():
+    pictures = [draw_calibration(CHANGES, 5, POINTS, chosen) for chosen in POINTS]
+    three, two = (len(np.unique(where(one, KEY, 0, 700)[:, 1])) for one in pictures)
+    assert three > two > 0
+    rings = [where(one, INK, *CURVE[::2]) for one in pictures]
+    middles = [ring[(ring[:, 0] > 70) & (ring[:, 0] < 390) & (ring[:, 1] > 10)].mean(axis=0) for ring in rings]
+    assert middles[1][1] > middles[0][1] + 50 and middles[1][0] > middles[0][0] + 50  # faster, and lower
+
+
+@pytest.mark.parametrize("changes", [{}, {"one": []}, {"one": [0.0, 0.0]}, {"x" * 99: [1e-12, 1e9]}])
+@pytest.mark.parametrize("steps", [1, 2, 300])
+def test_any_calibration_is_drawn(changes, steps):
+    lonely = Point(Reuse(1, 8, True), (0,), 1.0, 0.0)
+    assert draw_calibration(changes, steps, (lonely,), lonely).size == (1280, 480)
+
+
+def test_points_beyond_the_axes_are_drawn_on_their_edge():
+    axes = Axes(sheet()[1], (0, 2), (-1, 1), (100, 50, 300, 150))
+    assert axes.at(1, 0) == (200, 100) and axes.at(0, -1) == (100, 150)
+    assert axes.at(9, float("inf")) == (300, 50)

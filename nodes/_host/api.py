@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import html
+
+from server import PromptServer
+from torch import Tensor
 
 try:
     from comfy_api.v0_0_2 import ComfyExtension, io, ui
@@ -19,4 +23,15 @@ def schema(**fields) -> io.Schema:
     return io.Schema(**{name: value for name, value in fields.items() if name in _FIELDS})
 
 
-__all__ = ["ComfyExtension", "Profile", "io", "schema", "ui"]
+def say_on_node(node: type[io.ComfyNode], text: str) -> None:
+    """Show `text` on the node that is running; the page takes it for HTML."""
+    if node.hidden is not None and PromptServer.instance is not None:
+        PromptServer.instance.send_progress_text(html.escape(text, quote=False), node.hidden.unique_id)
+
+
+def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
+    """A preview of an IMAGE on the node that is running; None where another node calls it."""
+    return None if node.hidden is None else ui.PreviewImage(image)
+
+
+__all__ = ["ComfyExtension", "Profile", "io", "say_on_node", "schema", "shown_on", "ui"]

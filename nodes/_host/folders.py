@@ -16,6 +16,7 @@ NPNETS = "npnet"  # models/npnet
 FOLDER = "attune"  # models/attune, or wherever extra_model_paths.yaml sends it
 MODULES = "one_more_step"  # likewise: networks of One More Step
 SHIPPED_MODULES = WEIGHTS.with_name(MODULES)
+CARRIED: dict[str, Profile] = {}  # by file name: what workflows brought along and models/attune lacks
 
 
 def register_folders() -> None:
@@ -50,17 +51,30 @@ def profile_path(name: str) -> Path | None:
     return None if path is None else Path(path)
 
 
+def has_profile(name: str) -> bool:
+    """Whether the user, or a workflow that the user opened, has a profile file of that name."""
+    return profile_path(name) is not None or name in CARRIED
+
+
 def find_profile(name: str) -> Profile:
     """The profile of that name; ValueError with the folder and the choices when there is none."""
     if name in shipped_profiles():
         return shipped_profiles()[name]
     path = profile_path(name)
-    if path is None:
-        raise ValueError(
-            f"There is no profile '{name}' in {_folder()}. Put the file there and press R to refresh, or choose "
-            f"one of: {', '.join(profile_names())}."
-        )
-    return load_profile(path)
+    if path is not None:
+        return load_profile(path)
+    if name in CARRIED:
+        return CARRIED[name]
+    raise ValueError(missing_profile(name))
+
+
+def missing_profile(name: str) -> str:
+    """What to do about a profile that is not there."""
+    return (
+        f"There is no profile '{name}' in {_folder()}. Ask the maker of the workflow for that file, or for a picture "
+        "saved by the workflow, which carries its profiles; put the file there and press R to refresh. Or choose one "
+        f"of: {', '.join(profile_names())}."
+    )
 
 
 def keep_profile(profile: Profile, name: str = "", replace: bool = False) -> Path:
@@ -93,6 +107,17 @@ def module_path(name: str) -> Path:
 def module_folder() -> Path:
     """Where new networks of One More Step are kept."""
     return Path(folder_paths.get_folder_paths(MODULES)[0])
+
+
+def installed_files() -> tuple:
+    """Every profile, module and NPNet of the user's with its time and size: another value once one of them changes."""
+    found = [
+        folder_paths.get_full_path(kind, name)
+        for kind in (FOLDER, MODULES, NPNETS)
+        for name in folder_paths.get_filename_list(kind)
+    ]
+    paths = [Path(path) for path in found if path is not None]  # None: a link that leads nowhere
+    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
 
 
 def find_folder(name: str) -> Path:

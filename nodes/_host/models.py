@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from ...models.schedules import NoiseRange
 
 SAMPLED_TENSORS, SAMPLED_NUMBERS = 16, 512  # of the weights, for their hash
+DISTILLED = {"LCM", "ModelSamplingDiscreteDistilled"}
 
 
 def noise_range(model, weights: bool = False) -> NoiseRange:
@@ -33,6 +34,11 @@ def noise_range(model, weights: bool = False) -> NoiseRange:
         weights_hash=weights_hash(model) if weights else "",
         patched=bool(model.patches),
     )
+
+
+def is_distilled(sampling) -> bool:
+    """Whether a model_sampling is one for models that were distilled for a few timesteps of their own."""
+    return any(one.__name__ in DISTILLED for one in type(sampling).__mro__)
 
 
 def prediction(sampling) -> str:

@@ -18,8 +18,9 @@ from torch import Tensor
 from ...kernels.conditioning import ConditioningMap
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
+from ...models.schedules import FREE
 from .conditioning import choose_for_solve, with_choice_per_solve
-from .models import pixels_of
+from .models import is_distilled, pixels_of
 from .sampling import solver_name
 
 LOG = logging.getLogger(__name__)
@@ -45,8 +46,6 @@ SIBLINGS = {  # a sampler that adds noise -> the one without, which walks the pa
     "res_multistep_ancestral_cfg_pp": "res_multistep_cfg_pp",
 }
 ORDERS = {"heun": 2, "heunpp2": 3, "dpm_2": 2}  # calls of the model in one step; 1 elsewhere
-DISTILLED = {"LCM", "ModelSamplingDiscreteDistilled"}
-FREE = {"dpm_fast", "dpm_adaptive"}
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ class Solver:
 def solver_of(sampler, model) -> Solver:
     """What to run for a SAMPLER; ValueError where a schedule cannot be fitted to it, or to a model like this."""
     name = solver_name(sampler)
-    kinds = {one.__name__ for one in type(model.get_model_object("model_sampling")).__mro__}
-    if name == "lcm" or kinds & DISTILLED:
+    if name == "lcm" or is_distilled(model.get_model_object("model_sampling")):
         raise ValueError(
             "LCM, Turbo and Lightning models jump to the picture: there is no path that more steps would follow more "
             "closely, and so nothing to fit. Use the steps and the scheduler that their makers give."

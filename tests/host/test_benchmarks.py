@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -26,10 +27,11 @@ SMOKE = {
     "encoder_propagation": ["--runs", "unet:euler:10:12", "flow:euler:10:12", "--only", *REUSES],
     "step_kinds": ["--models", "SD1.5", "--pixels", "64"],
     "one_more_step": ["--tasks", "12", "--seeds", "12", "--steps", "4", "--cfg", "1", "--starts", "SD's"],
-    "golden_noise": ["--prompts", "4", "--seeds", "3", "--models", "unet", "--steps", "4"],
+    "golden_noise": ["--prompts", "4", "--seeds", "3", "--models", "unet", "--steps", "4", "--cfg", "1"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "4"],
     "peers": ["--tasks", "12", "--steps", "10"],
+    "thumbnails": ["few_step", "first_picture"],
 }
 
 
@@ -58,6 +60,16 @@ def test_the_demo_models_numbers_and_pictures(tmp_path):
     assert card.startswith("before ") and card.endswith(" after") and " old " not in card and "M parameters" in card
     for picture in ("demo_model_samples.jpg", "demo_model_vocabulary.jpg", "demo_model_loss.png"):
         assert min(Image.open(tmp_path / picture).size) > 100
+
+
+@pytest.mark.host
+def test_thumbnails_have_a_row_for_each_batch_that_is_compared(tmp_path):
+    run("thumbnails", tmp_path, *SMOKE["thumbnails"])
+    compared, plain = (Image.open(tmp_path / f"{name}.jpg") for name in SMOKE["thumbnails"])
+    assert compared.size == (150 + 4 * 192, 3 * 192) and plain.size == (4 * 192, 192)
+    shipped = Image.open(ROOT / "workflows/few_step.jpg")
+    difference = np.abs(np.asarray(compared, np.float32) - np.asarray(shipped, np.float32))
+    assert difference.mean() < 4  # JPEG, and another machine's arithmetic
 
 
 @pytest.mark.host

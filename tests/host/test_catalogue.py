@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = [
+    "AttuneAuto",
     "AttuneScheduler",
     "AttuneKSampler",
     "AttuneTuneSchedule",
@@ -65,12 +69,54 @@ def test_every_node_has_help_a_readme_row_and_a_workflow(node):
     assert [path for path in WORKFLOWS if f'"type": "{node}"' in path.read_text("utf-8")]
 
 
+def test_every_node_is_found_by_other_words():
+    """Read from the source: older hosts have no search aliases and drop them."""
+    calls = [
+        {word.arg: word.value for word in call.keywords}
+        for path in (ROOT / "nodes").glob("*.py")
+        for call in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "schema"
+    ]
+    aliases = {ast.literal_eval(call["node_id"]): ast.literal_eval(call["search_aliases"]) for call in calls}
+    assert set(aliases) == set(IDS)
+    for node, words in aliases.items():
+        assert len(set(words)) == len(words) >= 2 and all(word.strip() == word for word in words), node
+
+
+def test_the_menu_lists_each_category_once_in_the_order_of_the_list(schemas, host):
+    registered = [name for name in host.nodes.NODE_CLASS_MAPPINGS if name in schemas]
+    groups = [category for category, _ in itertools.groupby(schemas[name].category for name in registered)]
+    assert len(groups) == len(set(groups)), groups
+
+
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
 def test_every_workflow_is_in_ui_format_with_thumbnail_and_tested_prompt(path):
     workflow = json.loads(path.read_text("utf-8"))
     assert workflow["version"] == 0.4 and workflow["nodes"] and workflow["links"]
     assert path.with_suffix(".jpg").stat().st_size > 1000
     assert (ROOT / "tests/prompts" / path.name).exists()
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
+def test_every_workflow_opens_with_its_note_in_sight(path):
+    """On a screen of 1600 x 900, below the bars; as a whole where its names stay readable. ATTUNE_WRITE=1 sets the view."""
+    workflow = json.loads(path.read_text("utf-8"))
+    view = json.loads(json.dumps(view_of(workflow)))
+    if os.environ.get("ATTUNE_WRITE"):
+        workflow["extra"]["ds"] = view
+        path.write_text(json.dumps(workflow, indent=1) + "\n", "utf-8")
+    assert [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    assert workflow["extra"].get("ds") == view
+
+
+def view_of(workflow: dict) -> dict:
+    """The page's zoom and offset (screen = (graph + offset) * scale) that put a workflow below the bars."""
+    title = 30  # above a node's position
+    boxes = [(*node["pos"], *node["size"]) for node in workflow["nodes"]]
+    left, top = min(x for x, *_ in boxes), min(y for _, y, *_ in boxes) - title
+    right, bottom = max(x + w for x, _, w, _ in boxes), max(y + h for _, y, _, h in boxes)
+    scale = round(min(max(min(1440 / (right - left), 700 / (bottom - top)), 0.6), 1), 2)  # below 0.6 names vanish
+    return {"scale": scale, "offset": [round(100 / scale - left), round(120 / scale - top)]}
 
 
 def test_every_help_page_belongs_to_a_node():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from pack.models.profiles import Alignment, Profile, save_profile, shipped_profiles
+from pack.models.profiles import Alignment, Profile, save_profile, shipped_profiles, spell_profile
 
 VE_KNOTS = Alignment("euler", (128, 128), (0.4, 1.4, 4.0, 14.0), (0.33, 1.1, 3.3, 13.0))
 VE = Profile(
@@ -114,7 +115,7 @@ def test_a_changed_file_is_loaded_again(host, folder):
     assert before == node.fingerprint_inputs(profile_name="demo 4 steps.json")
     save_profile(VE.with_facts({"after": 0.1}), folder)
     assert before != node.fingerprint_inputs(profile_name="demo 4 steps.json")
-    assert node.fingerprint_inputs(profile_name="AYS SDXL") == "AYS SDXL"
+    assert node.fingerprint_inputs(profile_name="AYS SDXL") == shipped_profiles()["AYS SDXL"].id
 
 
 @pytest.mark.parametrize("name", ["gone.json", "../../../etc/passwd", "../outside.json", "nonsense"])
@@ -355,7 +356,7 @@ def test_the_plot_shows_every_schedule_and_the_profile(host, demo):
 def test_the_shipped_prompt_runs_in_the_hosts_executor(host, folder):
     prompt = json.loads((host.root / "tests/prompts/apply_profile.json").read_text())
     outputs = host.run(prompt)
-    assert len([1 for out in outputs.values() if out.get("images")]) == 2
+    assert len([1 for out in outputs.values() if out.get("images")]) == 3  # the pictures, the plot, the node's own plot
 
 
 def test_the_weights_have_a_name_that_precision_and_loras_do_not_change(host, demo, flow, encode):
@@ -408,3 +409,100 @@ def test_other_weights_of_the_same_architecture_are_noted(host, demo):
         profile = replace(VE, weights_hash=made, config_hash=models.noise_range(demo[0]).config_hash)
         _, _, report = host.call("AttuneApplyProfile", model=demo[0], profile=profile)
         assert ("other weights than the profile was fitted on" in report) == noted
+
+
+def queued(*names, **carried):
+    """What the page queues: nodes that name profiles, and a workflow that carries some."""
+    prompt = {str(i): {"class_type": "AttuneLoadProfile", "inputs": {"profile_name": n}} for i, n in enumerate(names)}
+    return {"prompt": prompt, "extra_data": {"extra_pnginfo": {"workflow": {"extra": {"attune_profiles": carried}}}}}
+
+
+def carried_by(queue) -> dict:
+    return queue["extra_data"]["extra_pnginfo"]["workflow"]["extra"].get("attune_profiles", {})
+
+
+@pytest.fixture
+def carried(host, folder):
+    """The module that the host loaded, with nothing in memory."""
+    nodes = host.nodes.NODE_CLASS_MAPPINGS["AttuneLoadProfile"].__module__.removesuffix(".profiles")
+    module = sys.modules[f"{nodes}._host.carried"]
+    module.CARRIED.clear()
+    yield module
+    module.CARRIED.clear()
+
+
+@pytest.fixture
+def exchange(carried):
+    return carried.exchange
+
+
+def test_the_host_calls_the_exchange_with_every_prompt(exchange):
+    import server
+
+    assert exchange in server.PromptServer.instance.on_prompt_handlers
+
+
+def test_a_profile_travels_inside_the_workflow_to_a_machine_without_its_file(host, folder, exchange, caplog):
+    path = save_profile(VE, folder, "mine")
+    sent = json.loads(json.dumps(carried_by(exchange(queued("mine.json", "AYS SDXL")))))
+    assert list(sent) == ["mine.json"]
+    assert carried_by(exchange(queued("mine.json", **sent))) == sent and "carries another" not in caplog.text
+    path.unlink()
+    node = host.nodes.NODE_CLASS_MAPPINGS["AttuneLoadProfile"]
+    assert "There is no profile 'mine.json'" in node.validate_inputs(profile_name="mine.json")
+    assert carried_by(exchange(queued("mine.json", **sent))) == sent
+    assert node.validate_inputs(profile_name="mine.json") is True
+    profile, _ = host.call("AttuneLoadProfile", profile_name="mine.json")
+    assert profile.id == VE.id and node.fingerprint_inputs(profile_name="mine.json") == VE.id
+
+
+def test_a_workflow_holds_only_what_its_prompt_names(folder, exchange):
+    save_profile(VE, folder, "mine")
+    assert carried_by(exchange(queued("AYS SDXL", **{"mine.json": {}, "other.json": {}}))) == {}
+
+
+def test_the_file_in_the_folder_wins_over_a_carried_one_and_it_is_said(host, folder, exchange, caplog):
+    other = save_profile(replace(VE, cfg=5.0), folder, "mine")
+    sent = carried_by(exchange(queued("mine.json")))
+    other.unlink()
+    save_profile(VE, folder, "mine")
+    exchange(queued("mine.json", **sent))
+    assert "carries another 'mine.json' than the one in models/attune" in caplog.text
+    assert host.call("AttuneLoadProfile", profile_name="mine.json")[0].id == VE.id
+
+
+@pytest.mark.parametrize("bad", [[], "x", {"format": 1}, {"format": 99}, {"format": 1, "kind": "schedule", "name": {}}])
+def test_what_a_strangers_workflow_carries_is_checked_like_a_file(host, exchange, caplog, bad):
+    assert carried_by(exchange(queued("mine.json", **{"mine.json": bad}))) == {}
+    assert "'mine.json' in the workflow" in caplog.text
+    node = host.nodes.NODE_CLASS_MAPPINGS["AttuneLoadProfile"]
+    assert "There is no profile 'mine.json'" in node.validate_inputs(profile_name="mine.json")
+
+
+@pytest.mark.parametrize(
+    "odd", [{}, {"prompt": 3}, {"extra_data": []}, {"extra_data": {"extra_pnginfo": {"workflow": {"extra": 7}}}},
+            {"prompt": {"1": 5, "2": {"class_type": "AttuneLoadProfile"}}, "extra_data": {"extra_pnginfo": {"workflow": {"a": 1}}}}]
+)  # fmt: skip
+def test_prompts_of_any_shape_pass(exchange, odd):
+    assert exchange(json.loads(json.dumps(odd))).get("prompt") == odd.get("prompt")
+
+
+def test_a_long_profile_stays_out_of_the_pictures(folder, exchange, caplog):
+    save_profile(replace(VE, sigmas=tuple(14.0 - i / 717 for i in range(10_000)), alignments=()), folder, "long")
+    assert carried_by(exchange(queued("long.json"))) == {}
+    assert "'long.json' is too large to travel" in caplog.text
+
+
+def test_memory_of_carried_profiles_is_bounded(carried):
+    names = [f"{i}.json" for i in range(carried.MOST_CARRIED + 6)]
+    for name in names:
+        carried.exchange(queued(name, **{name: spell_profile(VE)}))
+    assert list(carried.CARRIED) == names[6:]
+
+
+@pytest.mark.parametrize("node", ["AttuneScheduler", "AttuneKSampler"])
+def test_a_schedule_that_is_not_there_is_said_before_the_run(host, node):
+    known = host.nodes.NODE_CLASS_MAPPINGS[node].validate_inputs
+    assert known(schedule="auto") is True and known(schedule=None) is True
+    assert "There is no profile 'gone.json' in" in known(schedule="gone.json")
+    assert "There is no schedule 'AYS 9'. Choose one of: auto" in known(schedule="AYS 9")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +64,47 @@ def test_an_unknown_family_reaches_the_user_as_the_dialogs_sentence(dev, server)
     prompt["5"]["inputs"]["schedule"] = "AYS SVD"
     with pytest.raises(SystemExit, match=r"starts at sigma 700, but this MODEL \(AttuneDemo\)"):
         dev.run_prompt(server.url, prompt)
+
+
+@pytest.fixture
+def profile_file(server):
+    """A name that is free in the models folder of this ComfyUI; the file is removed afterwards."""
+    path = Path(os.environ["COMFYUI_PATH"]) / "models/attune" / f"test {secrets.token_hex(8)}.json"
+    yield path
+    path.unlink(missing_ok=True)
+
+
+def listed_profiles(dev, server) -> list[str]:
+    """What the page offers after R."""
+    loader = dev.ask(f"{server.url}/object_info/AttuneLoadProfile")["AttuneLoadProfile"]
+    return loader["input"]["required"]["profile_name"][1]["options"]
+
+
+def load_and_save(profile: str, name: str) -> dict:
+    return {
+        "1": {"class_type": "AttuneLoadProfile", "inputs": {"profile_name": profile}},
+        "2": {"class_type": "AttuneSaveProfile", "inputs": {"profile": ["1", 0], "name": name}},
+    }
+
+
+def test_a_saved_profile_is_in_the_lists_without_a_restart(dev, server, profile_file):
+    assert profile_file.name not in listed_profiles(dev, server)
+    dev.run_prompt(server.url, load_and_save("AYS SD 1.5", profile_file.stem))
+    assert profile_file.exists() and profile_file.name in listed_profiles(dev, server)
+    dev.run_prompt(server.url, load_and_save(profile_file.name, profile_file.stem))
+
+
+def test_a_strangers_file_is_listed_at_once_and_checked_when_it_is_loaded(dev, server, profile_file):
+    profile_file.parent.mkdir(exist_ok=True)
+    profile_file.write_text('{"format": 1, "kind": "schedule"}')
+    assert profile_file.name in listed_profiles(dev, server)
+    with pytest.raises(SystemExit, match=r'is not a format-1 profile: .*\\"name\\" must be a short text'):
+        dev.run_prompt(server.url, load_and_save(profile_file.name, "copy"))
+
+
+def test_a_missing_profile_is_said_before_the_run(dev, server, profile_file):
+    with pytest.raises(SystemExit, match=r"There is no profile '.*' in .*Ask the maker of the workflow"):
+        dev.run_prompt(server.url, load_and_save(profile_file.name, "copy"))
 
 
 def test_templates_and_help_are_served(dev, server):

@@ -1,0 +1,70 @@
+"""Thumbnails of the workflow templates, from real runs: `python dev.py bench thumbnails few_step img2img`.
+
+A workflow that compares shows a labelled row for each of its batches, another one the pictures that it saves. Writes
+workflows/NAME.jpg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+import _pack  # noqa: F401 - makes the pack importable
+from comfy_process import ROOT, Host
+from pack.models.axes import INK, PAPER, font
+
+SIDE, MOST, LABEL = 192, 4, 150  # pixels of a picture, pictures in a row, pixels of the labels' column
+
+
+def rows_of(prompt: dict) -> list[tuple[str, list]]:
+    """(label, link to an IMAGE) for every row of the thumbnail."""
+    nodes = prompt.values()
+    compared = next((node["inputs"] for node in nodes if node["class_type"] == "AttuneCompare"), None)
+    if compared is None:
+        return [("", node["inputs"]["images"]) for node in nodes if node["class_type"] == "SaveImage"]
+    images = [compared[f"image_{i}"] for i in range(1, 7) if f"image_{i}" in compared]
+    labels = [label.strip() for label in compared["labels"].split(",")]
+    return list(zip(labels, images, strict=True))
+
+
+def draw(rows: list[tuple[str, list[Path]]]) -> Image.Image:
+    left = LABEL if any(label for label, _ in rows) else 0
+    picture = Image.new("RGB", (left + MOST * SIDE, len(rows) * SIDE), PAPER)
+    pen = ImageDraw.Draw(picture)
+    for r, (label, paths) in enumerate(rows):
+        middle = r * SIDE + SIDE // 2
+        pen.multiline_text((12, middle), label.replace(" ", "\n", 1), INK, font(18), anchor="lm", spacing=6)
+        for i, path in enumerate(paths[:MOST]):
+            scaled = Image.open(path).convert("RGB").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+            picture.paste(scaled, (left + i * SIDE, r * SIDE))
+    return picture
+
+
+def main() -> None:
+    names = sorted(path.stem for path in (ROOT / "tests/prompts").glob("*.json"))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help="of the workflows")
+    parser.add_argument("--out", type=Path, default=ROOT / "workflows")
+    parser.add_argument("--cache", type=Path, help="not used: nothing is kept")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        host = Host(Path(folder))
+        for name in options.names:
+            prompt = json.loads((ROOT / f"tests/prompts/{name}.json").read_text("utf-8"))
+            rows = rows_of(prompt)
+            for i, (_, link) in enumerate(rows):
+                prefix = f"{name}_row{i}"
+                prompt[f"row{i}"] = {"class_type": "SaveImage", "inputs": {"filename_prefix": prefix, "images": link}}
+            host.run(prompt)
+            output = Path(folder) / "output"
+            found = [(label, sorted(output.glob(f"{name}_row{i}_*.png"))) for i, (label, _) in enumerate(rows)]
+            draw(found).save(options.out / f"{name}.jpg", quality=88)
+            print(f"{options.out / name}.jpg: {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

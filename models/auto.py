@@ -1,0 +1,361 @@
+"""What of the pack suits a run, and why: the decisions of Attune Auto, without a host.
+
+Each function answers for one method: what to use, or why nothing and which file or switch would change that. "Shown to
+help" means a table of docs/results.md on the demo model of that kind, or a publication that measured this very family.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from .apply import same_resolution
+from .encoder_propagation import FIDELITY, FIRST, ONE, calibrated_point
+from .noise_shift import KIND as NOISE_SHIFT
+from .noise_shift import Size, check_noise_shift, shift_for
+from .npnet import NPNetConfig
+from .one_more_step import ENCODERS
+from .profiles import Profile, pick_profile
+from .schedules import FREE, NoiseRange
+
+SHOWN, ALWAYS, OFF = "where shown to help", "wherever it fits", "off"
+WISHES = [SHOWN, ALWAYS, OFF]
+FAITHFUL, FAST = "faithful", "fast"
+SPEEDS = [OFF, FAITHFUL, FAST]
+
+SCHEDULE, TOLD, SHIFT = "schedule", "aligned timesteps", "noise shift"
+START, NOISE, SPEED = "one more step", "golden noise", "propagation"
+METHODS = [SCHEDULE, TOLD, SHIFT, START, NOISE, SPEED]
+REDENOISE = "re-denoise"
+
+TABLE_SOLVERS = ("euler", "ddim", "dpmpp_2m", "dpmpp_2m_sde")  # those that Align Your Steps was published with
+TABLE_STEPS = range(5, 51)
+CLOSED_FORMS = {  # solver -> what beats every stock schedule on the demo model of these families, and at which steps
+    "dpmpp_2m": ("KL-optimal, c = 1.4", range(5, 9), ("SD3",)),
+    "uni_pc": ("KL-optimal", range(5, 11), ("SD3", "SD15", "AttuneDemo")),
+}
+NEAR_STEPS, NEAR_CFG = 1.3, 2.0  # a fit holds for runs whose steps and guidance differ by no more than these factors
+LEAK = 5.0  # of the missing trace to the noise of the mean: at 1.2 nothing was gained with guidance, at 19 it was
+PURE_NOISE = 500  # sigma_max of models that begin at pure noise
+REUSE = {  # network, solver -> (steps at least, one key step in so many, dB to the run without): docs/results.md
+    ("unet", "euler"): ((50, 5, 48.0), (25, 3, 46.7)),
+    ("unet", "dpmpp_2m"): ((20, 2, 42.4),),
+    ("unet", "euler_ancestral"): ((25, 2, 44.1),),
+    ("transformer", "euler"): ((20, 2, 47.6),),
+}
+EVERY = ", every "
+FEWEST_BLOCKS = 8  # of a transformer: with fewer the first block costs more than it saves
+FITS = 6  # conditions of a fit
+TUNE = "Attune Tune Schedule fits one for this model and sampler; keep it with Attune Save Profile"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a MODEL and a LATENT tell.
+
+    network: "unet", "transformer" or "" for others; blocks: of a transformer. latent_space: the class of the latents,
+    of so many channels; text_width: of the prompts that a UNet takes, None where unknown. size: of the picture in
+    pixels (width, height), None for what is no picture; area: latent pixels of one channel.
+    """
+
+    model: NoiseRange
+    network: str
+    latent_space: str
+    channels: int
+    size: Size | None
+    area: int
+    blocks: int = 0
+    text_width: int | None = None
+    distilled: bool = False  # as its noise says: ModelSamplingDiscrete with lcm
+
+    @property
+    def family(self) -> str:
+        return self.model.families[0]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be sampled. prompt_width: of the prompt connected for One More Step, None without one."""
+
+    steps: int
+    solver: str
+    cfg: float
+    denoise: float = 1.0
+    prompt_width: int | None = None
+    stock: str = "stock"  # the schedule that runs where none is chosen
+
+
+def looks_distilled(facts: Facts, run: Run) -> bool:
+    """Turbo and Lightning models have the network of their base: they are known by how they are run."""
+    few = facts.model.space == "ve" and run.steps <= 8 and run.cfg < 2
+    return facts.distilled or run.solver == "lcm" or few
+
+
+@dataclass(frozen=True)
+class Wishes:
+    schedule: str = SHOWN
+    one_more_step: str = SHOWN
+    noise_shift: str = SHOWN
+    golden_noise: str = SHOWN
+    speed: str = OFF
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """What is installed, by the names of the loader nodes.
+
+    profiles; modules of One More Step: the latents they are for, and the width of their prompts; networks for golden
+    noise with the latents they are for, "" where the file does not say.
+    """
+
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    modules: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    npnets: Mapping[str, tuple[NPNetConfig, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """pick: what is used, "" where the method is left out; enable: what would bring it in, "" where nothing does."""
+
+    method: str
+    pick: str
+    why: str
+    enable: str = ""
+
+    def __str__(self) -> str:
+        if self.pick:
+            return f"+ {self.method}: {self.pick}. {self.why}" + (f" Closer: {self.enable}." if self.enable else "")
+        return f"- {self.method}: left out. {self.why}" + (f" To have it: {self.enable}." if self.enable else "")
+
+
+def decide(facts: Facts, run: Run, wishes: Wishes, shelf: Shelf, start: float | None = None) -> list[Decision]:
+    """All decisions, one a method, in the order of METHODS; `start`: the stock schedule's first level, if known."""
+    schedule = decide_schedule(facts, run, wishes.schedule, shelf)
+    start = facts.model.sigma_max if schedule.pick or start is None else start
+    return [
+        schedule,
+        decide_told(schedule, shelf),
+        decide_shift(facts, wishes.noise_shift, shelf),
+        decide_start(facts, run, wishes.one_more_step, shelf, start),
+        decide_noise(facts, run, wishes.golden_noise, shelf),
+        decide_speed(facts, run, wishes.speed, shelf),
+    ]
+
+
+def decide_schedule(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
+    """The user's or a shipped fit for this very run, else a published table, else a closed form, else the stock one."""
+    if wish == OFF:
+        return Decision(SCHEDULE, "", "Switched off.")
+    if run.solver in FREE:
+        return Decision(SCHEDULE, "", f"{run.solver} chooses its own levels.")
+    fits = {name: one for name, one in shelf.profiles.items() if one.kind == "schedule" and one.is_fitted}
+    ranked = [(*misfit(one, facts, run), abs(math.log(one.steps / run.steps)), name) for name, one in fits.items()]
+    stage, reason, _, name = min(ranked, default=(0, "", 0.0, ""), key=lambda rank: (-rank[0], rank[2]))
+    if stage == FITS:
+        return Decision(SCHEDULE, name, f"Fitted to this network with {run.solver}.{_measured(fits[name])}")
+    near = f" The nearest fit, '{name}', is {reason}." if stage else ""
+    if looks_distilled(facts, run):
+        why = "Run like a distilled model, which has timesteps of its own: take the scheduler that its makers give."
+        return Decision(SCHEDULE, "", why + near)
+    return _table(facts, run, wish, shelf, near) or _closed_form(facts, run, wish, near)
+
+
+def _table(facts: Facts, run: Run, wish: str, shelf: Shelf, near: str) -> Decision | None:
+    tables = {one.name: name for name, one in shelf.profiles.items() if one.kind == "schedule" and not one.is_fitted}
+    model = facts.model
+    table = pick_profile([shelf.profiles[name] for name in tables.values()], model.families, facts.size)
+    if table is None or table.space != model.space or not 0.9 < table.sigmas[0] / model.sigma_max < 1.01:
+        return None
+    shown = run.solver in TABLE_SOLVERS and run.steps in TABLE_STEPS
+    if shown or wish == ALWAYS:
+        why = f"{table.method} for {table.families[0]}" + ("" if shown else f", not shown with {run.solver}")
+        return Decision(SCHEDULE, tables[table.name], why + f".{near}", "" if near else TUNE)
+    return None
+
+
+def _closed_form(facts: Facts, run: Run, wish: str, near: str) -> Decision:
+    name, steps, families = CLOSED_FORMS.get(run.solver, ("KL-optimal, c = 1.4", range(0), ()))
+    shown = run.steps in steps and bool({*families} & {*facts.model.families})
+    if shown:
+        return Decision(SCHEDULE, name, f"Nearer than stock schedules on the demo model of this kind.{near}", TUNE)
+    if wish == ALWAYS:
+        return Decision(SCHEDULE, name, f"Runs on every model; its gain here is not known.{near}", TUNE)
+    return Decision(SCHEDULE, "", f"No gain is shown for such models with this solver and steps.{near}", TUNE)
+
+
+def misfit(profile: Profile, facts: Facts, run: Run) -> tuple[int, str]:
+    """How many conditions a fitted schedule meets in a row, and what the next one says; FITS when it meets all.
+
+    The first is that it was made for this network: 0 means another one.
+    """
+    model = facts.model
+    same = profile.config_hash == model.config_hash if profile.config_hash else facts.family in profile.families
+    same = same and bool({*profile.families} & {*model.families}) and profile.space == model.space
+    conditions = (
+        (same and profile.prediction in ("", model.prediction), "for another network"),
+        (profile.sigmas[0] <= model.sigma_max * 1.01, f"for noise up to {profile.sigmas[0]:.3g}"),
+        (profile.solver in ("", run.solver), f"for {profile.solver}"),
+        (
+            facts.size is not None and same_resolution(facts.size, profile.resolution),
+            f"for {_text(profile.resolution)}",
+        ),
+        (1 / NEAR_STEPS <= run.steps / profile.steps <= NEAR_STEPS, f"for {profile.steps} steps"),
+        (not profile.cfg or 1 / NEAR_CFG <= run.cfg / profile.cfg <= NEAR_CFG, f"for cfg {profile.cfg or 0:g}"),
+    )
+    return next(((i, said) for i, (met, said) in enumerate(conditions) if not met), (FITS, ""))
+
+
+def _measured(profile: Profile) -> str:
+    """What fitting gained on noises that it had not seen: the last stage kept, against the best known schedule."""
+    held = profile.metrics.get("held_out")
+    errors = [error for error in held.values() if isinstance(error, float)] if isinstance(held, dict) else []
+    if len(errors) < 2 or errors[0] <= 0:
+        return ""
+    return f" Error on held-out noise {errors[-1] / errors[0]:.2f} of the best known schedule's."
+
+
+def decide_told(schedule: Decision, shelf: Shelf) -> Decision:
+    """The timesteps told to the network belong to the schedule that they were fitted with."""
+    profile = shelf.profiles.get(schedule.pick)
+    if profile is None or not profile.is_fitted:
+        return Decision(TOLD, "", "They come with a fitted schedule only.")
+    if not profile.alignments:
+        return Decision(TOLD, "", "The fit found none that help.")
+    return Decision(TOLD, schedule.pick, "Fitted together with the schedule.")
+
+
+def decide_shift(facts: Facts, wish: str, shelf: Shelf) -> Decision:
+    """The noise shift of the picture's size, from a profile of this network."""
+    if wish == OFF:
+        return Decision(SHIFT, "", "Switched off.")
+    if facts.size is None:
+        return Decision(SHIFT, "", "This latent is no picture.")
+    found = {name: one for name, one in shelf.profiles.items() if _shifts(one, facts.model)}
+    if not found:
+        return Decision(SHIFT, "", "No profile for this model.", "a profile of Attune Fit Noise Shift")
+    changing = [name for name, one in found.items() if not shift_for(one, facts.size)[0].is_identity]
+    if not changing:
+        return Decision(SHIFT, "", f"'{next(iter(found))}' changes nothing at {_text(facts.size)}.")
+    if wish == SHOWN:
+        why = f"'{changing[0]}' is there, but on the demo model no picture got better by it (docs/noise_shift.md)."
+        return Decision(SHIFT, "", why, f"set 'noise_shift' to '{ALWAYS}'")
+    return Decision(SHIFT, changing[0], shift_for(found[changing[0]], facts.size)[1])
+
+
+def _shifts(profile: Profile, model: NoiseRange) -> bool:
+    if profile.kind != NOISE_SHIFT or (profile.config_hash and profile.config_hash != model.config_hash):
+        return False
+    try:
+        check_noise_shift(profile, model)
+    except ValueError:
+        return False
+    return True
+
+
+def decide_start(facts: Facts, run: Run, wish: str, shelf: Shelf, start: float) -> Decision:
+    """One More Step, where at the first noise level `start` a trace of the picture is left that a run lacks."""
+    if wish == OFF:
+        return Decision(START, "", "Switched off.")
+    if facts.model.space != "ve" or facts.model.sigma_max > PURE_NOISE:
+        return Decision(START, "", "This model begins at pure noise: there is nothing to correct.")
+    if facts.size is None or run.denoise < 1:
+        return Decision(START, "", "The run does not begin from noise alone.")
+    for_latents = {name: width for name, (space, width) in shelf.modules.items() if space == facts.latent_space}
+    if not for_latents:
+        known = {"SD15": "oms_b_openclip_15_21", "SDXL": "oms_b_openclip_xl or oms_l_mixclip_xl"}
+        file = known.get(facts.latent_space)
+        enable = f"{file} in models/one_more_step" if file else "Attune Train One More Step makes a module"
+        return Decision(START, "", f"No module for {facts.latent_space} latents.", enable)
+    trace = facts.area / start**2
+    if wish == SHOWN and trace < LEAK:
+        why = f"Little leaks: the missing trace is {trace:.2g} of the noise (SD 1.5 at 512 px: 19)."
+        return Decision(START, "", why, f"set 'one_more_step' to '{ALWAYS}'")
+    if wish == SHOWN and looks_distilled(facts, run):
+        why = "Distilled models begin at pure noise; the step may overdo it."
+        return Decision(START, "", why, f"set 'one_more_step' to '{ALWAYS}'")
+    name = next((name for name, width in for_latents.items() if width == run.prompt_width), "")
+    if not name:
+        name, width = next(iter(for_latents.items()))
+        encoder = f" of {ENCODERS[width]}" if width in ENCODERS else ""
+        came = "none is connected" if run.prompt_width is None else f"'positive' is {run.prompt_width} wide"
+        why = f"'{name}' reads prompts {width} wide; {came}."
+        return Decision(START, "", why, f"connect a prompt{encoder} to 'positive'")
+    return Decision(START, name, f"The start lacks a trace of {trace:.3g} times the noise of a picture's mean.")
+
+
+def decide_noise(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
+    """Golden noise from a network that was made for these latents and prompts, else by re-denoising."""
+    if wish == OFF:
+        return Decision(NOISE, "", "Switched off.")
+    if facts.size is None or run.denoise < 1:
+        return Decision(NOISE, "", "The run does not begin from noise alone.")
+    if wish == SHOWN:
+        return Decision(NOISE, "", "No gain in pictures is shown.", f"set 'golden_noise' to '{ALWAYS}'")
+    fitting = [name for name, (config, space) in shelf.npnets.items() if _reads(config, space, facts)]
+    if fitting:
+        return Decision(NOISE, fitting[0], "Made for these latents and prompts; no gain in pictures is shown.")
+    enable = "an NPNet for SDXL in models/npnet" if facts.latent_space == "SDXL" else "Attune Train NPNet makes one"
+    if looks_distilled(facts, run) or (run.cfg <= 1 and "Flux" not in facts.model.families):
+        return Decision(NOISE, "", "No NPNet fits, and re-denoising needs a model with guidance.", enable)
+    return Decision(NOISE, REDENOISE, "No NPNet fits; 2 calls of the model. No gain in pictures is shown.", enable)
+
+
+def _reads(config: NPNetConfig, space: str, facts: Facts) -> bool:
+    return (
+        config.channels == facts.channels
+        and space in ("", facts.latent_space)
+        and config.text != "pooled"
+        and config.width == facts.text_width
+    )
+
+
+def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
+    """Encoder or block propagation: calibrated for this network, else as far as the demo model of its kind allows."""
+    if wish == OFF:
+        return Decision(SPEED, "", "Switched off.", f"set 'speed' to '{FAITHFUL}' or '{FAST}'")
+    if not facts.network:
+        return Decision(SPEED, "", "Neither a UNet nor a transformer that the pack knows.")
+    kind = "encoder_propagation" if facts.network == "unet" else "block_propagation"
+    for name, one in shelf.profiles.items():
+        ours = one.kind == kind and one.config_hash == facts.model.config_hash and one.calibration is not None
+        if ours and one.solver == run.solver and 1 / NEAR_STEPS <= run.steps / one.steps <= NEAR_STEPS:
+            assert one.calibration is not None
+            point = calibrated_point(one.calibration)
+            if wish == FAST:
+                point = max(one.calibration.points, key=lambda point: point.speed)
+            return Decision(SPEED, name, f"Calibrated on this network: {point.speed:.2f}x at {point.psnr:.1f} dB.")
+    enable = "Attune Fit Encoder Propagation measures this model; keep its profile with Attune Save Profile"
+    if facts.network == "transformer" and facts.blocks < FEWEST_BLOCKS:
+        return Decision(SPEED, "", f"With {facts.blocks} blocks fewer steps are better.", enable)
+    rows = [row for row in REUSE.get((facts.network, run.solver), ()) if run.steps >= row[0]]
+    rows = [row for row in rows if wish == FAST or row[2] >= FIDELITY]
+    if not rows:
+        least = "" if wish == FAST else f" to keep {FIDELITY:g} dB"
+        return Decision(SPEED, "", f"Nothing is shown{least} with this solver and so few steps.", enable)
+    _, interval, psnr = rows[0]
+    reuse = ONE if facts.network == "unet" else FIRST
+    why = f"{psnr:.1f} dB to the run without it on the demo model of this kind."
+    return Decision(SPEED, f"{reuse}{EVERY}{interval}", why, enable)
+
+
+def key_steps_of(pick: str) -> tuple[str, int] | None:
+    """What is reused and one key step in how many, None where a profile was picked."""
+    reuse, every, interval = pick.partition(EVERY)
+    return (reuse, int(interval)) if every else None
+
+
+def report(facts: Facts, run: Run, decisions: Collection[Decision], unread: Collection[str] = ()) -> str:
+    """What was seen, then one line a method, those in use first; then what could not be read."""
+    size = "no picture" if facts.size is None else _text(facts.size)
+    kind = {"ve": f"sigma up to {facts.model.sigma_max:.4g}", "flow": "flow"}[facts.model.space]
+    head = f"{facts.family}, {kind}; {size}; {run.steps} steps of {run.solver} at cfg {run.cfg:g}"
+    head += f", denoise {run.denoise:g}." if run.denoise < 1 else "."
+    if not any(one.pick for one in decisions if one.method == SCHEDULE):
+        head += f" The levels are those of '{run.stock}'."
+    used = sorted(decisions, key=lambda one: not one.pick)
+    return "\n".join([head, *map(str, used), *(f"! {line}" for line in unread)])
+
+
+def _text(size: Size) -> str:
+    return "x".join(map(str, size))

@@ -1,0 +1,233 @@
+"""One dial for the pack: look at the run, compose the single nodes that suit it, and say what was done and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from ..models.auto import (
+    ALWAYS,
+    FAST,
+    NOISE,
+    OFF,
+    REDENOISE,
+    SCHEDULE,
+    SHIFT,
+    SHOWN,
+    SPEED,
+    SPEEDS,
+    START,
+    TOLD,
+    WISHES,
+    Facts,
+    Run,
+    Shelf,
+    Wishes,
+    decide,
+    key_steps_of,
+    report,
+)
+from ..models.encoder_propagation import CALIBRATED, TARGET, UNIFORM
+from ..models.npnet_files import load_npnet
+from ..models.one_more_step import architecture_of, latent_space_of, read_header
+from ..models.profiles import shipped_profiles
+from ._host.api import io, say_on_node, schema, ui
+from ._host.block_propagation import blocks_of
+from ._host.encoder_propagation import unet_of
+from ._host.folders import (
+    find_profile,
+    installed_files,
+    module_names,
+    module_path,
+    npnet_names,
+    npnet_path,
+    profile_names,
+    profile_path,
+)
+from ._host.models import is_distilled, noise_range, pixels
+from ._host.sampling import run_stock_node, sampler_names, scheduler_names
+from .encoder_propagation import AttuneBlockPropagation, AttuneEncoderPropagation
+from .golden_noise import AttuneGoldenNoiseModel, AttuneLoadNPNet
+from .noise_shift import AttuneNoiseShift
+from .one_more_step import AttuneLoadOneMoreStep, AttuneOneMoreStep
+from .profiles import AttuneApplyProfile
+from .redenoise import AttuneRedenoise
+from .schedules import AttuneScheduler
+
+LOG = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def _switch(name: str, what: str) -> io.Combo.Input:
+    states = f"'{SHOWN}': where a gain is measured for such models. '{ALWAYS}': also where it is not. '{OFF}': never."
+    return io.Combo.Input(name, options=WISHES, default=SHOWN, tooltip=f"{what} {states}")
+
+
+class AttuneAuto(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttuneAuto",
+            display_name="Attune Auto",
+            category="attune/auto",
+            description="Looks at the run and at what is installed, uses what suits it, and says what and why.",
+            search_aliases=["automatic", "align your steps", "sigmas", "one node", "preset", "faster", "better"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that will be sampled, with its LoRAs and patches."),
+                io.Latent.Input("latent", tooltip="The latent to sample: tells the picture's size."),
+                io.Int.Input("steps", default=10, min=1, max=10000, tooltip="How many steps the sampler takes."),
+                io.Combo.Input(
+                    "sampler_name", options=sampler_names(), default="dpmpp_2m",
+                    tooltip="The solver of your sampler node: what is fitted belongs to one solver.",
+                ),
+                io.Float.Input(
+                    "cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="The guidance of your sampler or guider node; 1 and few steps mean a distilled model.",
+                ),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="1 starts from pure noise. Less keeps more of the input picture, as in the stock KSampler.",
+                ),
+                io.Combo.Input(
+                    "scheduler", options=scheduler_names(), default="simple",
+                    tooltip="The stock schedule to use where nothing better is known.",
+                ),
+                _switch("schedule", "Levels and timesteps that fit the model."),
+                _switch("one_more_step", "True darks and brights, where the start leaks."),
+                _switch("noise_shift", "Small pictures of large models, from a profile."),
+                _switch("golden_noise", "Noise fitted to the prompt, by a network or by re-denoising."),
+                io.Combo.Input(
+                    "speed", options=SPEEDS, default=OFF,
+                    tooltip="Reuse features between steps. faithful: hardly another picture (45 dB). fast: as far as "
+                    "was measured. off: every step whole.",
+                ),
+                io.Conditioning.Input(
+                    "positive", optional=True,
+                    tooltip="For One More Step: the prompt, from the text encoder that its module reads.",
+                ),
+                io.Sigmas.Input(
+                    "sigmas", optional=True,
+                    tooltip="Your graph's own schedule: used in place of 'scheduler', and handed through while this "
+                    "node is bypassed.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For the sampler or its guider."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="For SamplerCustom or SamplerCustomAdvanced."),
+                io.String.Output(
+                    display_name="report", tooltip="What was used and why, what was left out and what would enable it."
+                ),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def fingerprint_inputs(cls, **inputs):
+        return installed_files()
+
+    @classmethod
+    def execute(
+        cls, model, latent, steps, sampler_name, cfg, denoise, scheduler, schedule, one_more_step, noise_shift,
+        golden_noise, speed, positive=None, sigmas=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        width = positive[0][0].shape[-1] if positive and positive[0][0] is not None else None
+        stock = scheduler if sigmas is None else "sigmas"
+        run = Run(steps, sampler_name.removesuffix("_gpu"), cfg, denoise, width, stock)
+        wishes = Wishes(schedule, one_more_step, noise_shift, golden_noise, speed)
+        if sigmas is None:
+            (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=denoise)
+        facts = _facts(model, latent)
+        shelf, unread = _shelf(wishes)
+        decisions = decide(facts, run, wishes, shelf, float(sigmas[0]) if len(sigmas) else None)
+        picked = {one.method: one.pick for one in decisions if one.pick}
+        if SCHEDULE in picked:
+            model, sigmas = _with_schedule(model, latent, run, picked[SCHEDULE], TOLD in picked)
+        if SHIFT in picked:
+            model, _ = AttuneNoiseShift.execute(model, find_profile(picked[SHIFT])).result
+        if START in picked:
+            (module,) = AttuneLoadOneMoreStep.execute(picked[START]).result
+            (model,) = AttuneOneMoreStep.execute(model, module, positive).result
+        if NOISE in picked:
+            (model,) = _with_noise(model, picked[NOISE]).result
+        if SPEED in picked:
+            (model,) = _with_speed(model, facts, picked[SPEED], speed).result
+        said = report(facts, run, decisions, unread)
+        LOG.info("Attune Auto: %s", said)
+        say_on_node(cls, said)
+        return io.NodeOutput(model, sigmas, said, ui=ui.PreviewText(said))
+
+
+def _facts(model, latent: dict) -> Facts:
+    latent_format = model.get_model_object("latent_format")
+    blocks = blocks_of(model.get_model_object("diffusion_model"))
+    width = model.model.model_config.unet_config.get("context_dim")
+    return Facts(
+        noise_range(model),
+        "unet" if unet_of(model) is not None else "transformer" if blocks else "",
+        type(latent_format).__name__,
+        latent_format.latent_channels,
+        pixels(model, latent),
+        0 if latent["samples"].is_nested else latent["samples"].shape[-1] * latent["samples"].shape[-2],
+        len(blocks),
+        width if isinstance(width, int) else None,
+        is_distilled(model.get_model_object("model_sampling")),
+    )
+
+
+def _shelf(wishes: Wishes) -> tuple[Shelf, list[str]]:
+    """What is installed and could be wanted, and a sentence for each file that cannot be read."""
+    unread: list[str] = []
+
+    def read(names: Iterable[str], load: Callable[[str], T]) -> dict[str, T]:
+        found = {}
+        for name in names:
+            try:
+                found[name] = load(name)
+            except ValueError as error:
+                unread.append(str(error))
+        return found
+
+    modules = module_names() if wishes.one_more_step != OFF else ()
+    npnets = npnet_names() if wishes.golden_noise == ALWAYS else ()
+    return Shelf(read(profile_names(), find_profile), read(modules, _module), read(npnets, _npnet)), unread
+
+
+def _module(name: str) -> tuple[str, int]:
+    header = read_header(module_path(name))
+    width = architecture_of(header).context_dim
+    return latent_space_of(header, width), width
+
+
+def _npnet(name: str):
+    file = load_npnet(npnet_path(name))
+    return file.net.config, file.facts.get("latent_format", "")
+
+
+def _with_schedule(model, latent: dict, run: Run, name: str, told: bool) -> tuple:
+    if profile_path(name) is None and name not in shipped_profiles():
+        return model, *AttuneScheduler.execute(model, run.steps, run.denoise, name, latent).result
+    strength = 1.0 if told else 0.0
+    profile = find_profile(name)
+    applied = AttuneApplyProfile.execute(model, profile, run.steps, run.denoise, "comfy", strength=strength)
+    return applied.result[:2]
+
+
+def _with_noise(model, name: str) -> io.NodeOutput:
+    if name == REDENOISE:
+        return AttuneRedenoise.execute(model)
+    return AttuneGoldenNoiseModel.execute(model, AttuneLoadNPNet.execute(name).result[0])
+
+
+def _with_speed(model, facts: Facts, name: str, wish: str) -> io.NodeOutput:
+    node = AttuneEncoderPropagation if facts.network == "unet" else AttuneBlockPropagation
+    if found := key_steps_of(name):
+        reuse, interval = found
+        return node.execute(model, UNIFORM, interval=interval, reuse=reuse)
+    profile = find_profile(name)
+    assert profile.calibration is not None
+    fastest = max(point.speed for point in profile.calibration.points)
+    return node.execute(model, TARGET if wish == FAST else CALIBRATED, profile, speed=fastest)
+
+
+NODES = [AttuneAuto]

@@ -1,0 +1,73 @@
+"""Attune Auto in the page: bypassed it is not there, its report is on the node, its blueprint is a node that runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from browsing import load, queue, shipped
+
+pytestmark = pytest.mark.browser
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_bypassed_it_hands_the_loaders_model_and_the_graphs_own_schedule_through(page):
+    load(page, shipped("few_step"))
+    sampler, scheduler = page.evaluate(
+        """async () => {
+            const auto = app.graph._nodes.find(node => node.type === 'AttuneAuto')
+            const stock = LiteGraph.createNode('BasicScheduler')
+            app.graph.add(stock)
+            app.graph.getNodeById(1).connect(0, stock, 0)
+            stock.connect(0, auto, auto.inputs.findIndex(input => input.name === 'sigmas'))
+            auto.mode = 4
+            const prompt = (await app.graphToPrompt()).output
+            return [Object.values(prompt).find(node => node.class_type === 'SamplerCustom').inputs, String(stock.id)]
+        }"""
+    )
+    assert sampler["model"] == ["1", 0] and sampler["sigmas"] == [scheduler, 0]
+
+
+def test_the_report_stands_on_the_node_and_in_no_saved_value_that_counts(page, dev, server):
+    load(page, shipped("few_step"))
+    queue(page, dev, server.url)
+    said = "() => app.graph._nodes.find(n => n.type === 'AttuneAuto').widgets.find(w => w.name.startsWith('$$'))?.value"
+    page.wait_for_function(said, timeout=30_000)
+    assert page.evaluate(said).startswith("SD3, flow; 128x128; 5 steps of dpmpp_2m")
+    again = """async () => {
+        await app.loadGraphData(JSON.parse(JSON.stringify(app.graph.serialize())), true, true, null)
+        return (await app.graphToPrompt()).output
+    }"""
+    prompt = {key: {k: v for k, v in node.items() if k != "_meta"} for key, node in page.evaluate(again).items()}
+    assert prompt == json.loads((ROOT / "tests/prompts/few_step.json").read_text("utf-8"))
+
+
+def test_the_blueprint_is_found_by_search_and_takes_a_ksamplers_place(page, dev, server):
+    load(page, shipped("first_picture"))
+    page.evaluate("() => { app.canvas.ds.scale = 0.4; app.canvas.ds.offset = [0, 0]; app.canvas.setDirty(true, true) }")
+    page.mouse.dblclick(900, 600)
+    page.wait_for_selector(".invisible-dialog-root, .comfy-vue-node-search-container", timeout=10_000)
+    page.keyboard.type("Attune Auto Sampler", delay=20)
+    page.locator("li", has_text="Attune Auto Sampler").first.click()
+    page.wait_for_function("() => app.graph._nodes.some(node => node.title === 'Attune Auto Sampler')")
+    page.evaluate(
+        """() => {
+            const old = app.graph._nodes.find(node => node.type === 'KSampler')
+            const blueprint = app.graph._nodes.find(node => node.title === 'Attune Auto Sampler')
+            for (const name of ['model', 'positive', 'negative', 'latent']) {
+                const theirs = old.inputs.find(input => input.name === (name === 'latent' ? 'latent_image' : name))
+                const link = app.graph.getLink(theirs.link)
+                const mine = blueprint.inputs.findIndex(input => input.name === name)
+                app.graph.getNodeById(link.origin_id).connect(link.origin_slot, blueprint, mine)
+            }
+            blueprint.connect(0, app.graph._nodes.find(node => node.type === 'VAEDecode'), 0)
+            app.graph.remove(old)
+            blueprint.widgets.find(widget => widget.name === 'cfg').value = 3
+        }"""
+    )
+    inner = page.evaluate("async () => Object.values((await app.graphToPrompt()).output)")
+    both = [node["inputs"] for node in inner if node["class_type"] in ("AttuneAuto", "SamplerCustom")]
+    assert [inputs["cfg"] for inputs in both] == [3, 3]
+    queue(page, dev, server.url)

@@ -1,0 +1,125 @@
+"""What a user does in the page: drop a file on the canvas, press Run, look."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from pathlib import Path
+
+WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.['AttuneScheduler']"
+
+
+def open_page(browser, url: str, **settings):
+    page = browser.new_page(viewport={"width": 1600, "height": 900}, **settings)
+    page.goto(url)
+    page.wait_for_function(READY, timeout=120_000)
+    return page
+
+
+def shipped(name: str) -> dict:
+    return json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
+
+
+def load(page, workflow: dict) -> None:
+    """Open a workflow without a file."""
+    page.evaluate("workflow => app.loadGraphData(workflow, true, true, null)", workflow)
+
+
+def drop(page, name: str, content: bytes) -> None:
+    """Drop a file on the canvas, and wait until another graph has replaced the one that was there."""
+    page.evaluate(
+        """([name, content]) => {
+            app.graph.extra.wasHereBeforeTheDrop = true
+            const data = new DataTransfer()
+            data.items.add(new File([Uint8Array.from(atob(content), c => c.charCodeAt(0))], name,
+                {type: name.endsWith('.png') ? 'image/png' : 'application/json'}))
+            document.querySelector('#graph-canvas').dispatchEvent(
+                new DragEvent('drop', {bubbles: true, cancelable: true, dataTransfer: data}))
+        }""",
+        [name, base64.b64encode(content).decode()],
+    )
+    page.wait_for_function(
+        "() => !app.graph.extra.wasHereBeforeTheDrop && app.graph._nodes.length && !app.extensionManager.spinner"
+    )
+
+
+def missing_nodes(page) -> list[str]:
+    return page.evaluate("() => app.graph._nodes.map(n => n.type).filter(t => !LiteGraph.registered_node_types[t])")
+
+
+def overlaps(page) -> list[list[str]]:
+    """Pairs of nodes that lie on each other, at the sizes that the page gives them; titles are above a position."""
+    return page.evaluate(
+        """() => { const boxes = app.graph._nodes.filter(n => !n.flags.collapsed).map(n => ({name: n.title,
+                left: n.pos[0], right: n.pos[0] + n.size[0],
+                top: n.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, bottom: n.pos[1] + n.size[1]}))
+            return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right && b.left < a.right &&
+                a.top < b.bottom && b.top < a.bottom).map(b => [a.name, b.name])) }"""
+    )
+
+
+def alerts(page) -> list[str]:
+    """What the page complains of in its corner, such as a workflow file that breaks its schema."""
+    return page.locator(".p-toast-message").all_inner_texts()
+
+
+def prompt(page) -> dict:
+    """What the page would queue (API format), without the titles."""
+    nodes = page.evaluate("async () => (await app.graphToPrompt()).output")
+    return {key: {k: v for k, v in node.items() if k != "_meta"} for key, node in nodes.items()}
+
+
+def run(page, dev, url: str) -> dict:
+    """Queue what is open with fresh seeds where the page would draw them, so that no cache answers for the sampler."""
+    page.evaluate(
+        """() => { for (const node of app.graph._nodes) for (const widget of node.widgets ?? [])
+            if (widget.linkedWidgets?.some(w => w.name === 'control_after_generate')) widget.value += 1000 }"""
+    )
+    return queue(page, dev, url)
+
+
+def queue(page, dev, url: str) -> dict:
+    """Press Run, and return the history's entry when it has succeeded."""
+    before = set(dev.ask(f"{url}/history"))
+    page.evaluate("() => app.queuePrompt(0, 1)")
+    until = time.time() + 240
+    new = {}
+    while time.time() < until and not new:
+        new = {key: entry for key, entry in dev.ask(f"{url}/history").items() if key not in before}
+        time.sleep(0.2)
+    assert new, "the queued workflow did not end"
+    (entry,) = new.values()
+    assert entry["status"]["status_str"] == "success", entry["status"]["messages"]
+    return entry
+
+
+def saved_picture(server, entry: dict) -> bytes:
+    """The first file that a run saved."""
+    images = (image for output in entry["outputs"].values() for image in output.get("images", []))
+    image = next(image for image in images if image["type"] == "output")
+    return (server.output / image["subfolder"] / image["filename"]).read_bytes()
+
+
+def fit_view(page) -> None:
+    """Bring every node into sight: one that is out of sight loads no pictures."""
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+
+
+def screenshot(page, name: str, folder: Path) -> None:
+    """Keep what the page shows, in ATTUNE_SCREENSHOTS when that is set."""
+    page.wait_for_timeout(1500)
+    picture = Path(os.environ.get("ATTUNE_SCREENSHOTS", folder)) / f"{name}.png"
+    page.screenshot(path=picture)
+    assert picture.stat().st_size > 20_000

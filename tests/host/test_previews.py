@@ -1,0 +1,79 @@
+"""Plots on the nodes that apply something: there when the host runs them, not when another node calls them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pack.models.axes import COLOURS
+from pack.models.one_more_step import colour_map
+
+
+def N(class_type: str, **inputs) -> dict:
+    return {"class_type": class_type, "inputs": inputs}
+
+
+LOADER = N("CheckpointLoaderSimple", ckpt_name="attune_demo.safetensors")
+FLOW = N("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")
+LATENT = N("EmptyLatentImage", width=128, height=128, batch_size=2)
+APPLY = {"steps": 6, "denoise": 0.7, "denoise_mode": "exact", "resolution_policy": "ignore", "strength": 1.0}
+GRAPHS = {
+    "apply profile": {
+        "1": LOADER, "2": N("AttuneLoadProfile", profile_name="Attune demo unet, euler, 8 steps"),
+        "7": N("AttuneApplyProfile", model=["1", 0], profile=["2", 0], **APPLY), "8": N("PreviewAny", source=["7", 2]),
+    },
+    "noise shift": {
+        "1": FLOW, "2": N("AttuneLoadProfile", profile_name="Attune demo flow, noise shift"),
+        "7": N("AttuneNoiseShift", model=["1", 0], profile=["2", 0], strength=1.0), "8": N("PreviewAny", source=["7", 1]),
+    },
+    "one more step": {
+        "1": LOADER, "2": LATENT, "3": N("AttuneLoadOneMoreStep", oms_name="attune_demo.safetensors",
+                                         latent_space="auto", weight_dtype="default", prediction="auto", head_dim=0),
+        "4": N("CLIPTextEncode", clip=["1", 1], text="a cat on a blue background"),
+        "7": N("AttuneOneMoreStepPredict", model=["1", 0], oms_model=["3", 0], positive=["4", 0], cfg=1.0, seed=0,
+               latent=["2", 0]),
+        "8": N("VAEDecode", samples=["7", 0], vae=["1", 2]), "9": N("PreviewImage", images=["8", 0]),
+    },
+}  # fmt: skip
+
+
+def shown(host, name: str, node: str = "7") -> list[np.ndarray]:
+    outputs = host.run(GRAPHS[name])
+    assert {image["type"] for image in outputs[node]["images"]} == {"temp"}
+    folder = Path(host.folders) / "temp"
+    return [
+        np.asarray(Image.open(folder / image["subfolder"] / image["filename"])) for image in outputs[node]["images"]
+    ]
+
+
+@pytest.mark.parametrize(("name", "curves"), [("apply profile", 2), ("noise shift", 2)])
+def test_a_node_that_applies_a_profile_shows_its_curves(host, name, curves):
+    (plot,) = shown(host, name)
+    for colour in COLOURS[:curves]:
+        assert (plot == colour).all(-1).sum() > 200
+
+
+def test_the_predicted_colours_are_shown_as_the_live_preview_would(host):
+    maps, decoded = shown(host, "one more step"), shown(host, "one more step", "9")
+    assert len(maps) == 2 and maps[0].shape == (128, 128, 3)
+    red, _, blue = maps[0].reshape(-1, 3).mean(0)
+    assert blue > red + 40  # the background that the prompt names
+    assert np.abs(maps[0].mean((0, 1)) - decoded[0].mean((0, 1))).max() < 40
+
+
+def test_a_direct_call_writes_no_preview(host, demo):
+    node = host.nodes.NODE_CLASS_MAPPINGS["AttuneApplyProfile"]
+    (profile, _) = host.call("AttuneLoadProfile", profile_name="Attune demo unet, euler, 8 steps")
+    with torch.inference_mode():
+        assert node.execute(demo[0], profile, **APPLY).ui is None
+
+
+def test_the_colour_map_is_the_linear_map_with_square_pixels():
+    x0 = torch.arange(8.0).reshape(1, 2, 2, 2) / 8
+    picture = colour_map(x0, [[1.0, 0.0, 0.5], [0.0, 1.0, 0.5]], [0.0, -0.25, 9.0])
+    assert picture.shape == (1, 16, 16, 3)
+    torch.testing.assert_close(picture[0, 0, 15], torch.tensor([(0.125 + 1) / 2, (0.625 - 0.25 + 1) / 2, 1.0]))
