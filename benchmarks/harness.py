@@ -96,7 +96,7 @@ class Drawn:
     calls: int  # evaluations of the network per batch; cond and uncond together are one
 
 
-class _Noise:
+class Noise:
     """A NOISE with one seed per item of the batch: item i equals RandomNoise(seed i) alone."""
 
     def __init__(self, seeds: list[int]):
@@ -215,7 +215,7 @@ class Lab:
             cfg=cell.cfg,
         )
         latent = {"samples": torch.zeros(len(part), channels, cell.side // 8, cell.side // 8)}
-        noise, sigmas, found = _Noise([t.seed for t in part]), torch.tensor(cell.sigmas), [0]
+        noise, sigmas, found = Noise([t.seed for t in part]), torch.tensor(cell.sigmas), [0]
         if cell.noise:
             with counting(model) as found:
                 noise = _Found([self._find_noise(cell, model, t) for t in part])

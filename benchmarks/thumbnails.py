@@ -1,13 +1,14 @@
 """Thumbnails of the workflow templates, from real runs: `python dev.py bench thumbnails few_step img2img`.
 
 A workflow that compares shows a labelled row for each of its batches, another one the pictures that it saves. Writes
-workflows/NAME.jpg.
+workflows/NAME.jpg, and its copy for the help pages.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import _pack  # noqa: F401 - makes the pack importable
 from comfy_process import ROOT, Host
 from pack.models.axes import INK, PAPER, font
 
+WORKFLOWS = ROOT / "workflows"
 SIDE, MOST, LABEL = 192, 4, 150  # pixels of a picture, pictures in a row, pixels of the labels' column
 
 
@@ -48,7 +50,7 @@ def main() -> None:
     names = sorted(path.stem for path in (ROOT / "tests/prompts").glob("*.json"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help="of the workflows")
-    parser.add_argument("--out", type=Path, default=ROOT / "workflows")
+    parser.add_argument("--out", type=Path, default=WORKFLOWS)
     parser.add_argument("--cache", type=Path, help="not used: nothing is kept")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -63,6 +65,8 @@ def main() -> None:
             output = Path(folder) / "output"
             found = [(label, sorted(output.glob(f"{name}_row{i}_*.png"))) for i, (label, _) in enumerate(rows)]
             draw(found).save(options.out / f"{name}.jpg", quality=88)
+            if options.out == WORKFLOWS and (copy := ROOT / "web/docs" / f"{name}.jpg").exists():
+                shutil.copyfile(WORKFLOWS / f"{name}.jpg", copy)
             print(f"{options.out / name}.jpg: {len(rows)} rows")
 
 

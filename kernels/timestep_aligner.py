@@ -90,14 +90,20 @@ class Alignment:
 
 
 def block_norm(x: Latent) -> float:
-    """The mean 2-norm of the blocks of x: 8x8 latent pixels with all channels and frames, rows of a plain [b d].
+    """The mean 2-norm of the blocks of x.
 
     A mean of norms, not of squares: a few blocks that settle on another content would rule a mean square.
     """
+    return float(block_norms(x).mean())
+
+
+def block_norms(x: Latent) -> Tensor:
+    """The 2-norm of each block of x, [b blocks]: 8x8 latent pixels with all channels and frames; a row of a plain [b d]
+    is one block."""
     if x.ndim <= 2:
-        return float(x.reshape(len(x), -1).norm(dim=1).mean())
+        return x.reshape(len(x), -1).norm(dim=1, keepdim=True)
     squares = x.float().square().flatten(1, -3).sum(dim=1, keepdim=True)  # [b 1 h w]
-    return float(F.avg_pool2d(squares, BLOCK, ceil_mode=True, divisor_override=1).sqrt().mean())
+    return F.avg_pool2d(squares, BLOCK, ceil_mode=True, divisor_override=1).sqrt().flatten(1)
 
 
 def align(

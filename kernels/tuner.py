@@ -1,9 +1,10 @@
 """Tune a schedule to one model, solver, guidance, size and number of steps, and prove the gain on other noises.
 
 Every candidate runs through the very solver it is for and is measured by how far its pictures are from those of many
-small steps with the same noise. Known schedules are screened, the best is refined by a pattern search, a first-order
-solver's timesteps are aligned to the exact paths. What does not help on noises that no stage has seen is dropped, so
-the answer can be the best known schedule, unchanged. No gradients, one noise at a time.
+small steps with the same noise. Known schedules are screened. On the best of them the timesteps of a first-order solver
+are aligned to the exact paths; told those, its levels are refined by a pattern search. What does not help on noises
+that no stage has seen, by more than chance, is dropped, so the answer can be the best known schedule, unchanged. No
+gradients, one noise at a time.
 
 In place of the search and the alignment the bound of Align Your Steps can be minimised, under the same gate.
 """
@@ -16,18 +17,22 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
+from torch import Tensor
 
 from .ays import CANDIDATES as LEVEL_CANDIDATES
 from .ays import minimise_klub, ve_denoiser
 from .conditioning import ConditioningMap
 from .schedules import check_sigmas
 from .space import NoiseSpace
-from .timestep_aligner import CANDIDATES, Alignment, ToldDenoiser, Trajectory, align, block_norm
+from .timestep_aligner import CANDIDATES, Alignment, ToldDenoiser, Trajectory, align, block_norm, block_norms
 from .types import Denoiser, Latent, Sigma, Sigmas
 
 FIRST_MOVE, LAST_MOVE = 0.35, 0.04  # of the gap to the neighbouring level, in ln(sigma / alpha)
 ENOUGH = 0.001  # relative gain at which the search takes a move
 GATE = 0.01  # relative gain on held-out noises at which a stage is kept
+SURE = 2.0  # and by how many standard errors of the paired differences it must gain
+FEW_PICTURES = 4  # with fewer on held-out noises, their blocks are compared in place of the pictures
+FINALISTS = 2  # known schedules that also run on the held-out noises before one of them is the start
 BOUND_SWEEPS = 6  # over all levels, at most
 BOUND_DRAWS = 8  # of two noise levels, for each fitted noise and estimate
 BOUND_START = "normal"  # uniform in the timestep, where the authors start
@@ -50,8 +55,8 @@ class Preset:
         run, seeds = steps * order, self.fit + self.held_out
         reference = self.reference_steps * seeds + self.reference_steps // 2
         search = (min(candidates, self.candidates) + self.trials) * run * self.fit
-        gates = (3 if aligned else 2) * run * self.held_out
-        return reference + search + gates + (CANDIDATES * steps * self.fit if aligned else 0)
+        gates = (FINALISTS + (2 if aligned else 1)) * run * self.held_out
+        return reference + search + gates + ((CANDIDATES * steps + run) * self.fit if aligned else 0)
 
     def bound_evaluations(self, steps: int, candidates: int, order: int = 1) -> int:
         """The most calls of the guided model that `tune_by_bound` makes."""
@@ -59,11 +64,11 @@ class Preset:
         reference = self.reference_steps * seeds + self.reference_steps // 2
         sweep = 4 * LEVEL_CANDIDATES * BOUND_DRAWS * self.fit * (steps - 1) + run * self.fit
         screened = min(candidates, self.candidates) * run * self.fit
-        return reference + screened + BOUND_SWEEPS * sweep + run * self.fit + 2 * run * self.held_out
+        return reference + screened + BOUND_SWEEPS * sweep + run * self.fit + (FINALISTS + 1) * run * self.held_out
 
 
 PRESETS = {
-    "mini": Preset(1, 1, 32, 9, 12),
+    "mini": Preset(1, 1, 32, 9, 10),
     "quick": Preset(2, 2, 48, 14, 24),
     "standard": Preset(4, 2, 48, 14, 40),
 }
@@ -102,9 +107,9 @@ class Progress:
 class Tuned:
     """The schedule, its alignment or None, and the evidence.
 
-    start: name of the best known schedule. candidates: name -> error on the fitted noises. held_out: error on the
-    others, of "start" and of "refined" and "aligned" where kept. reference_error: of the reference itself, estimated
-    from half its steps. refused: one sentence for each stage that was left out.
+    start: name of the best known schedule, of all noises. candidates: name -> error on the fitted noises. held_out:
+    error on the others, of "start" and of "aligned" and "refined" where kept. reference_error: of the reference itself,
+    estimated from half its steps. refused: one sentence for each stage that was left out.
     """
 
     sigmas: Sigmas
@@ -136,7 +141,7 @@ def tune(
     space: NoiseSpace,
     has_time: Callable[[], bool] = lambda: True,
 ) -> Generator[Progress, None, Tuned]:
-    """Screen the first `preset.candidates` of the schedules, refine, align, keep what helps on held-out noises.
+    """Screen the first `preset.candidates` of the schedules, align, refine, keep what helps on held-out noises.
 
     All candidates have the same number of steps. `noises`: fit + held_out of them. `reference`: the levels of its run.
     Once `has_time` says no, what is left of the search is skipped and its best goes to the gate.
@@ -146,10 +151,10 @@ def tune(
     work = _Work(runner, preset, dict(list(candidates.items())[: preset.candidates]), space)
     yield from work.teach(reference, noises)
     yield from work.screen()
+    before = yield from work.choose_start()
     refused: list[str] = []
-    held_out = {"start": work.held_out_error(work.best)}
+    held_out = {"start": mean(before)}
     start, kept, alignment = work.start, work.best, None
-    yield work.progress("held-out noises")
 
     exact = work.reference_error <= EXACT_ENOUGH * held_out["start"]
     if not exact:
@@ -157,25 +162,27 @@ def tune(
             f"No search: the reference's own error {work.reference_error:.3g} is not small against the error of "
             f"{start}, {held_out['start']:.3g}."
         )
-    else:
-        yield from work.refine(has_time)
-        if not torch.equal(work.best, kept):
-            error = work.held_out_error(work.best)
-            yield work.progress("held-out noises")
-            if error <= (1 - GATE) * held_out["start"]:
-                kept, held_out["refined"] = work.best, error
-            else:
-                refused.append(_refusal("refined levels", error, start, held_out["start"]))
     if exact and runner.denoise is not None and has_time():
         fitted = yield from work.align(kept)
         a_map = fitted.through(space)
-        before = min(held_out.values())
-        error = math.inf if a_map is None else work.held_out_error(kept, a_map)
+        after = before if a_map is None else work.held_out(kept, a_map)
         yield work.progress("held-out noises")
-        if error <= (1 - GATE) * before:
-            alignment, held_out["aligned"] = fitted, error
+        if is_gain(before, after):
+            alignment, before, held_out["aligned"] = fitted, after, mean(after)
+            work.tell(a_map)
+        elif a_map is None:
+            refused.append("The aligned timesteps were not kept: no step gains from another than the true one.")
         else:
-            refused.append(_refusal("aligned timesteps", error, "the true ones", before))
+            refused.append(_refusal("aligned timesteps", before, after, "the true ones"))
+    if exact:
+        yield from work.refine(has_time)
+        if not torch.equal(work.best, kept):
+            after = work.held_out(work.best, work.a_map)
+            yield work.progress("held-out noises")
+            if is_gain(before, after):
+                kept, held_out["refined"] = work.best, mean(after)
+            else:
+                refused.append(_refusal("refined levels", before, after, start))
     return Tuned(
         kept, alignment, start, work.errors, held_out, work.reference_error, work.evaluations, refused
     )  # fmt: skip
@@ -202,17 +209,17 @@ def tune_by_bound(
     work = _Work(runner, preset, dict(list(candidates.items())[: preset.candidates]), space, bound=True)
     yield from work.teach(reference, noises)
     yield from work.screen()
+    before = yield from work.choose_start()
     start, kept = work.start, work.best
-    held_out, refused = {"start": work.held_out_error(kept)}, []
-    yield work.progress("held-out noises")
+    held_out, refused = {"start": mean(before)}, []
     found = yield from work.minimise_bound(candidates.get(BOUND_START, kept), sigma_min, generator, has_time)
     if found is not None:
-        error = work.held_out_error(found)
+        after = work.held_out(found)
         yield work.progress("held-out noises")
-        if error <= (1 - GATE) * held_out["start"]:
-            kept, held_out["refined"] = found, error
+        if is_gain(before, after):
+            kept, held_out["refined"] = found, mean(after)
         else:
-            refused.append(_refusal("levels of the bound", error, start, held_out["start"]))
+            refused.append(_refusal("levels of the bound", before, after, start))
     return Tuned(kept, None, start, work.errors, held_out, work.reference_error, work.evaluations, refused)
 
 
@@ -240,9 +247,37 @@ def check_candidates(candidates: Mapping[str, Sigmas]) -> None:
         raise ValueError(f"Schedules are compared at the end of the run, but '{open_ends[0]}' does not end in 0.")
 
 
-def _refusal(what: str, error: float, instead: str, before: float) -> str:
-    measured = "found no step to change" if math.isinf(error) else f"error {error:.3g} against {before:.3g}"
-    return f"The {what} were not kept: on held-out noises {measured} with {instead}."
+def is_gain(before: Tensor, after: Tensor) -> bool:
+    """Whether errors [pictures blocks] of the same held-out pictures fell by 1 % in the mean, and surely.
+
+    A mean alone is ruled by the worst picture, which a fit to few of them mends at the cost of the others.
+    """
+    return mean(after) <= (1 - GATE) * mean(before) and standard_errors(before, after) <= -SURE
+
+
+def standard_errors(before: Tensor, after: Tensor) -> float:
+    """The mean change from `before` to `after` [pictures blocks] in standard errors of the paired differences.
+
+    Over pictures, over all blocks where there are few pictures; without any spread to see, infinite.
+    """
+    change = (after - before).double()
+    change = change.mean(1) if len(change) >= FEW_PICTURES else change.flatten()
+    spread = float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
+    fall = float(change.mean())
+    return fall / spread if spread else math.copysign(math.inf, fall)
+
+
+def mean(errors: Tensor) -> float:
+    """inf where a run failed."""
+    value = float(errors.mean())
+    return value if math.isfinite(value) else math.inf
+
+
+def _refusal(what: str, before: Tensor, after: Tensor, instead: str) -> str:
+    errors = f"error {mean(after):.3g} against {mean(before):.3g}"
+    sure = abs(standard_errors(before, after))
+    chance = f", which is {sure:.1f} standard errors only" if mean(after) <= (1 - GATE) * mean(before) else ""
+    return f"The {what} were not kept: on held-out noises {errors} with {instead}{chance}."
 
 
 class _Work:
@@ -265,6 +300,7 @@ class _Work:
         self.ends: list[Latent] = []
         self.errors: dict[str, float] = {}
         self.best: Sigmas = next(iter(candidates.values()))
+        self.a_map: ConditioningMap | None = None
         self.error = math.inf
         self.start = ""
         self.reference_error = math.inf
@@ -298,6 +334,20 @@ class _Work:
             if error < self.error or not self.start:
                 self.best, self.error, self.start = sigmas, error, name
             yield self.progress("known schedules")
+
+    def choose_start(self) -> Generator[Progress, None, Tensor]:
+        """Let the best of the known schedules run on the held-out noises, too; the one that is best on all noises is
+        the start. Returns its held-out errors."""
+        finalists = sorted(self.errors, key=lambda name: self.errors[name])[:FINALISTS]
+        held_out, all_noises = {}, {}
+        for name in finalists:
+            held_out[name] = self.held_out(self.candidates[name])
+            share = self.preset.held_out / len(self.noises)
+            all_noises[name] = (1 - share) * self.errors[name] + share * mean(held_out[name])
+            yield self.progress("held-out noises")
+        self.start = min(finalists, key=lambda name: all_noises[name])
+        self.best, self.error = self.candidates[self.start], self.errors[self.start]
+        return held_out[self.start]
 
     def refine(self, has_time: Callable[[], bool]) -> Generator[Progress, None, None]:
         """Pattern search: one level at a time by a share of the gap to its neighbour, a smaller share once none helps.
@@ -371,21 +421,25 @@ class _Work:
                 return end.value
             yield self.progress("aligning")
 
+    def tell(self, a_map: ConditioningMap | None) -> None:
+        """The map with which levels are tried from now on."""
+        self.a_map = a_map
+        self.error = self.fitted_error(self.best)
+
     def fitted_error(self, sigmas: Sigmas) -> float:
-        return self._error(sigmas, range(self.preset.fit), None)
+        return mean(self._errors(sigmas, range(self.preset.fit), self.a_map))
 
-    def held_out_error(self, sigmas: Sigmas, a_map: ConditioningMap | None = None) -> float:
-        return self._error(sigmas, range(self.preset.fit, len(self.noises)), a_map)
+    def held_out(self, sigmas: Sigmas, a_map: ConditioningMap | None = None) -> Tensor:
+        return self._errors(sigmas, range(self.preset.fit, len(self.noises)), a_map)
 
-    def _error(self, sigmas: Sigmas, which: range, a_map: ConditioningMap | None) -> float:
-        """The mean over noises of the deviation from the exact ends, relative to their norm; inf where a run failed."""
+    def _errors(self, sigmas: Sigmas, which: range, a_map: ConditioningMap | None) -> Tensor:
+        """The deviation from the exact ends, relative to their noise's mean norm, [pictures blocks]."""
         errors = []
         for i in which:
             end = self.runner.solve(sigmas, self.noises[i], a_map)
             self.evaluations += self.steps * self.runner.order
-            errors.append(block_norm(end - self.ends[i]) / block_norm(self.ends[i]))
-        mean = sum(errors) / len(errors)
-        return mean if math.isfinite(mean) else math.inf
+            errors.append(block_norms(end - self.ends[i]) / block_norm(self.ends[i]))
+        return torch.cat(errors)
 
 
 def moved_level(sigmas: Sigmas, i: int, share: float, space: NoiseSpace) -> Sigmas:

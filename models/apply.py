@@ -154,6 +154,15 @@ def _doubts(profile: Profile, model: NoiseRange) -> list[str]:
         doubts.append(f"Note: published for {profile.families[0]}, this MODEL is {model.families[0]}.")
     if profile.config_hash and model.config_hash and profile.config_hash != model.config_hash:
         doubts.append("Note: same family, but another network configuration than the profile was fitted on.")
+    elif profile.weights_hash and model.weights_hash and profile.weights_hash != model.weights_hash:
+        doubts.append(
+            "Note: same architecture, but other weights than the profile was fitted on; its gain was not measured "
+            "with these."
+        )
+    patched = profile.provenance.get("patched")
+    if isinstance(patched, bool) and patched != model.patched:
+        had, has = ("with", "none") if patched else ("without", "some")
+        doubts.append(f"Note: fitted {had} LoRAs or other weight patches, this MODEL has {has}.")
     if not profile.alignments and profile.prediction and profile.prediction != model.prediction:
         doubts.append(f"Note: fitted on {profile.prediction} prediction, this MODEL has {model.prediction}.")
     shift = profile.provenance.get("shift")

@@ -54,9 +54,9 @@ class Profile:
     when it runs; a fitted schedule ends in its own 0; a noise shift has none. source: where it comes from.
 
     Of a fit also, "" or None where unknown: solver, prediction ("eps", "v", "edm", "flow"), cfg, config_hash (of the
-    network's configuration, never of a path or a file name), alignments, one per resolution; calibration, what encoder
-    or block propagation reuses on which of the `sigmas`. metrics and provenance
-    are free-form facts; prompts only as `text_hash`.
+    network's configuration, never of a path or a file name), weights_hash (of a sample of its weights), alignments, one
+    per resolution; calibration, what encoder or block propagation reuses on which of the `sigmas`. metrics and
+    provenance are free-form facts; prompts only as `text_hash`.
     """
 
     name: str
@@ -71,6 +71,7 @@ class Profile:
     prediction: str = ""
     cfg: float | None = None
     config_hash: str = ""
+    weights_hash: str = ""
     alignments: tuple[Alignment, ...] = ()
     calibration: Calibration | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -243,6 +244,7 @@ def _fields(profile: Profile) -> dict[str, Any]:
         "prediction": profile.prediction,
         "cfg": profile.cfg,
         "config_hash": profile.config_hash,
+        "weights_hash": profile.weights_hash,
         "alignments": [
             {
                 "solver": one.solver,
@@ -285,7 +287,7 @@ def _check(file: str, fields: Any) -> Profile:
     need(kind in KINDS, f'"kind" must be one of {", ".join(KINDS)}')
     for key in ("name", "method", "source"):
         need(_is_text(fields.get(key)) and bool(fields[key]), f'"{key}" must be a short text')
-    for key in ("solver", "prediction", "config_hash"):
+    for key in ("solver", "prediction", "config_hash", "weights_hash"):
         need(_is_text(fields.get(key, "")), f'"{key}" must be a short text')
     need(fields.get("space") in ("ve", "flow"), '"space" must be "ve" or "flow"')
     families = fields.get("families")
@@ -314,7 +316,7 @@ def _check(file: str, fields: Any) -> Profile:
     profile = Profile(
         fields["name"], fields["method"], fields["space"], tuple(families), tuple(resolution), _levels(sigmas),
         fields["source"], kind, fields.get("solver", ""), fields.get("prediction", ""),
-        None if cfg is None else float(cfg), fields.get("config_hash", ""),
+        None if cfg is None else float(cfg), fields.get("config_hash", ""), fields.get("weights_hash", ""),
         tuple(_alignment(one, i, need) for i, one in enumerate(alignments)),
         _calibration(fields, need) if kind in PROPAGATION else None,
         fields.get("metrics", {}), fields.get("provenance", {}),

@@ -30,8 +30,9 @@ class NoiseRange:
 
     families: its configuration class and that class's bases, by name, nearest first. space: "ve" or "flow". sigma_min
     and sigma_max: the model's own noise levels, in that space's units. prediction: what the network predicts, "eps",
-    "v", "edm", "flow". config_hash: names its architecture. Both "" where unknown. shift: of a flow model's own
-    schedulers, None where it has none.
+    "v", "edm", "flow". config_hash: names its architecture. weights_hash: names its weights, without LoRAs. All ""
+    where unknown. shift: of a flow model's own schedulers, None where it has none. patched: whether weights are changed
+    by LoRAs or their like.
     """
 
     families: tuple[str, ...]
@@ -41,6 +42,8 @@ class NoiseRange:
     prediction: str = ""
     config_hash: str = ""
     shift: float | None = None
+    weights_hash: str = ""
+    patched: bool = False
 
 
 def published_profiles() -> dict[str, Profile]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
 from ..kernels.space import NoiseSpace
 from ..kernels.timestep_aligner import Alignment as Fitted
-from ..kernels.tuner import PRESETS, Preset, Tuned
+from ..kernels.tuner import PRESETS, Preset, Progress, Tuned
 from .profiles import Alignment, Profile
 from .schedules import NoiseRange
 
@@ -79,6 +79,14 @@ def tuned_profile(tuned: Tuned, setting: Setting, method: str, preset: str, seco
     )  # fmt: skip
 
 
+def stopped_profile(now: Progress, setting: Setting, method: str) -> Profile:
+    """The best levels of a search that was stopped, which no held-out noise has seen."""
+    assert now.best is not None
+    metrics = {"fitted": now.error, "refused": [f"Stopped while {now.stage}: not proved on held-out noises."]}
+    profile = _profile(METHODS[method], setting, now.best.tolist(), None, metrics, evaluations=now.evaluations)
+    return replace(profile, name=f"{profile.name}, stopped")
+
+
 def aligned_profile(alignment: Fitted | None, sigmas: list[float], setting: Setting, metrics: dict, **how) -> Profile:
     """An alignment alone, on the levels it was fitted at."""
     return _profile("aligned timesteps", setting, sigmas, alignment, metrics, **how)
@@ -96,10 +104,10 @@ def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> 
     ]
     if setting.runs != setting.solver:
         lines.append(f"Fitted with {setting.runs}, which {setting.solver} follows but for the noise that it adds.")
-    if "refined" in held:
-        lines.append(f"Refined levels: {held['refined']:.4f} on held-out noises, kept.")
     if "aligned" in held:
         lines.append(f"Aligned timesteps: {held['aligned']:.4f} on held-out noises, kept.")
+    if "refined" in held:
+        lines.append(f"Refined levels: {held['refined']:.4f} on held-out noises, kept.")
     lines += tuned.refused
     if not tuned.changed:
         lines.append(f"No better schedule found: the profile is '{tuned.start}', unchanged.")
@@ -134,12 +142,14 @@ def _profile(
         prediction=model.prediction,
         cfg=setting.cfg,
         config_hash=model.config_hash,
+        weights_hash=model.weights_hash,
         alignments=alignments,
         metrics=metrics,
         provenance={
             "date": datetime.now(timezone.utc).date().isoformat(),
             "seed": setting.seed,
             "ran": setting.runs,
+            "patched": model.patched,
             **({} if model.shift is None else {"shift": round(model.shift, 6)}),
             **how,
         },

@@ -143,7 +143,7 @@ class AttuneApplyProfile(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         size = None if latent is None else pixels(model, latent)
         applied = apply_profile(
-            profile, noise_range(model), steps, denoise, denoise_mode, resolution_policy, size, strength
+            profile, noise_range(model, weights=True), steps, denoise, denoise_mode, resolution_policy, size, strength
         )
         if applied.conditioning is not None:
             model = with_conditioning(model, Remap(profile.name, applied.conditioning, applied.solver, profile.cfg))

@@ -54,7 +54,13 @@ def _levels(node: str, model, steps: int, denoise: float, name: str, latent: dic
         sigmas, said = schedule(name, noise_range(model), steps, denoise, resolution)
     else:
         applied = apply_profile(
-            find_profile(name), noise_range(model), steps, denoise, "comfy", resolution=resolution, strength=0.0
+            find_profile(name),
+            noise_range(model, weights=True),
+            steps,
+            denoise,
+            "comfy",
+            resolution=resolution,
+            strength=0.0,
         )
         sigmas, said = applied.sigmas, " ".join(applied.report)
     levels = " ".join(f"{float(s):.4g}" for s in (sigmas if len(sigmas) <= 24 else sigmas[[0, 1, -3, -2, -1]]))

@@ -8,13 +8,32 @@ import time
 import torch
 
 from ..kernels.schedules import check_sigmas
-from ..kernels.timestep_aligner import CANDIDATES, align, block_norm
-from ..kernels.tuner import GATE, PRESETS, Runner, check_candidates, reference_levels, tune, tune_by_bound
+from ..kernels.timestep_aligner import CANDIDATES, align, block_norm, block_norms
+from ..kernels.tuner import (
+    PRESETS,
+    Progress,
+    Runner,
+    check_candidates,
+    is_gain,
+    mean,
+    reference_levels,
+    tune,
+    tune_by_bound,
+)
 from ..models.axes import to_image
 from ..models.plots import Curve, draw_schedules
-from ..models.tuning import METHODS, Setting, affordable, aligned_profile, tuned_profile, tuning_report
+from ..models.tuning import (
+    METHODS,
+    Setting,
+    affordable,
+    aligned_profile,
+    stopped_profile,
+    tuned_profile,
+    tuning_report,
+)
 from ._host.api import Profile, io, schema
 from ._host.candidates import known_schedules
+from ._host.folders import keep_profile
 from ._host.models import noise_range, pixels
 from ._host.session import ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 
@@ -140,7 +159,7 @@ class AttuneTuneSchedule(io.ComfyNode):
                 fit = tune_by_bound(
                     runner, known, reference, draws, chosen, setting.space, setting.model.sigma_min, generator, in_time
                 )
-            return _watched(fit), plan
+            return _watched(fit, lambda now, levels: _stopped(now, levels, known, setting, method)), plan
 
         whole = torch.tensor([setting.model.sigma_max, 0.0])
         tuned, plan = run_session(model, positive, negative, cfg, solver, whole, empty, seed, setting.space, work)
@@ -189,12 +208,11 @@ class AttuneAlignTimesteps(io.ComfyNode):
                 "it worse. Connect a KSamplerSelect with 'euler', or tune the levels with Attune Tune Schedule."
             )
         levels = _own(sigmas, len(sigmas) - 1)
-        metrics, fitted = run_session(
+        metrics, fitted, kept = run_session(
             model, positive, negative, cfg, solver, levels, empty, seed, setting.space,
             lambda solves: _align(solves, solver, setting, levels, draw_noises(empty, seed, noises + 1)),
         )  # fmt: skip
         before, after = metrics["held_out"]["start"], metrics["held_out"]["aligned"]
-        kept = after <= (1 - GATE) * before
         said = "kept" if kept else "not kept: the profile tells the network the true levels"
         report = "\n".join(
             [
@@ -218,7 +236,7 @@ def _setting(model, cfg: float, sampler, latent: dict, seed: int):
     """Solver, Setting and an empty latent; everything that can be refused is refused here."""
     solver = solver_of(sampler, model)
     empty = empty_latent(model, latent)
-    about = noise_range(model)
+    about = noise_range(model, weights=True)
     size = pixels(model, {"samples": empty})
     assert size is not None  # only nested latents have none
     return solver, Setting(about, solver.name, solver.runs, cfg, size, seed), empty
@@ -243,8 +261,8 @@ def _runner(solves: Solves, solver: Solver, setting: Setting) -> Runner:
     return Runner(solves.solve, solves.record, denoise, solver.order, setting.model.sigma_max, solves.denoise_at)
 
 
-def _watched(fit):
-    """The result of `tune`, with the node's bar and its best curve while it runs."""
+def _watched(fit, stopped):
+    """The result of `tune`, with the node's bar and its best curve while it runs; `stopped`: told how far it came."""
     bar, shown, picture, best = None, None, None, None
     try:
         while True:
@@ -260,13 +278,24 @@ def _watched(fit):
         return end.value
     except BaseException:
         if best is not None and best.best is not None:
-            levels = ", ".join(f"{s:.4f}" for s in best.best.tolist())
-            LOG.warning("Attune Tune Schedule stopped while %s. Best levels so far: %s", best.stage, levels)
+            stopped(best, best.best)
         raise
 
 
+def _stopped(now: Progress, best: torch.Tensor, known: dict[str, torch.Tensor], setting: Setting, method: str) -> None:
+    """Keep what the search has found so far; a known schedule needs no keeping."""
+    levels = ", ".join(f"{s:.4f}" for s in best.tolist())
+    where = "a known schedule"
+    if not any(torch.equal(best, one) for one in known.values()):
+        try:
+            where = f"kept as {keep_profile(stopped_profile(now, setting, method)).name}, not proved on held-out noises"
+        except ValueError as error:
+            where = str(error)
+    LOG.warning("Attune Tune Schedule stopped while %s. Best levels so far: %s; %s", now.stage, levels, where)
+
+
 def _align(solves: Solves, solver: Solver, setting: Setting, levels: torch.Tensor, draws: list[torch.Tensor]):
-    """Metrics and the fit on all `draws` but the last, which is held out."""
+    """Metrics, the fit on all `draws` but the last, which is held out, and whether it gains there."""
     *fitted_on, held = draws
     reference = reference_levels(
         PRESETS["standard"].reference_steps, setting.space, setting.model.sigma_min, float(levels[0])
@@ -282,17 +311,17 @@ def _align(solves: Solves, solver: Solver, setting: Setting, levels: torch.Tenso
         fitted = end.value
     exact = paths[-1].end
 
-    def error(a_map) -> float:
-        return block_norm(solves.solve(levels, held, a_map) - exact) / block_norm(exact)
+    def errors(a_map) -> torch.Tensor:
+        return block_norms(solves.solve(levels, held, a_map) - exact) / block_norm(exact)
 
-    before = error(None)
-    after = error(fitted.through(setting.space)) if fitted.changes else before
+    before = errors(None)
+    after = errors(fitted.through(setting.space)) if fitted.changes else before
     metrics = {
-        "held_out": {"start": before, "aligned": after},
+        "held_out": {"start": mean(before), "aligned": mean(after)},
         "gain_per_step": list(fitted.gain),
         "evaluations": solves.evaluations,
     }
-    return metrics, fitted
+    return metrics, fitted, is_gain(before, after)
 
 
 NODES = [AttuneTuneSchedule, AttuneAlignTimesteps]

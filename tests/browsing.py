@@ -8,6 +8,8 @@ import os
 import time
 from pathlib import Path
 
+import pictures
+
 WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 FLAGS = [
     "--no-sandbox",
@@ -107,9 +109,7 @@ def queue(page, dev, url: str) -> dict:
 
 def saved_picture(server, entry: dict) -> bytes:
     """The first file that a run saved."""
-    images = (image for output in entry["outputs"].values() for image in output.get("images", []))
-    image = next(image for image in images if image["type"] == "output")
-    return (server.output / image["subfolder"] / image["filename"]).read_bytes()
+    return pictures.saved(server, entry)[0].read_bytes()
 
 
 def fit_view(page) -> None:

@@ -148,6 +148,13 @@ def test_a_profile_for_another_model_is_refused_with_both_names(profile, model, 
     ("changes", "model", "words"),
     [
         ({}, replace(SD15, config_hash="cccc"), "another network configuration"),
+        ({"weights_hash": "1"}, replace(SD15, weights_hash="2"), "same architecture, but other weights"),
+        (
+            {"provenance": {"patched": False}},
+            replace(SD15, patched=True),
+            "fitted without LoRAs or other weight patches",
+        ),
+        ({"provenance": {"patched": True}}, SD15, "fitted with LoRAs or other weight patches, this MODEL has none"),
         ({}, replace(SD15, sigma_max=4518.0), "starts at sigma 14.61, below this model's 4518"),
         ({"alignments": ()}, replace(SD15, prediction="v"), "fitted on eps prediction, this MODEL has v"),
         ({}, SD15, "Fitted for euler at cfg 7"),
@@ -155,6 +162,14 @@ def test_a_profile_for_another_model_is_refused_with_both_names(profile, model, 
 )
 def test_what_makes_the_gain_uncertain_is_said(changes, model, words):
     assert words in said(apply_profile(replace(FITTED, **changes), model))
+
+
+def test_the_weights_are_compared_where_both_are_known():
+    for made, found in (("", "2"), ("1", ""), ("1", "1")):
+        applied = apply_profile(replace(FITTED, weights_hash=made), replace(SD15, weights_hash=found))
+        assert "other weights" not in said(applied) and "LoRA" not in said(applied)
+    other = apply_profile(replace(FITTED, weights_hash="1"), replace(SD15, weights_hash="2", config_hash="cccc"))
+    assert "another network configuration" in said(other) and "other weights" not in said(other)
 
 
 def test_a_step_count_far_from_the_fitted_one_is_said():

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from pack.kernels.timestep_aligner import Alignment
-from pack.kernels.tuner import PRESETS, Tuned
+from pack.kernels.tuner import PRESETS, Progress, Tuned
 from pack.models.profiles import load_profile, save_profile
 from pack.models.schedules import NoiseRange
-from pack.models.tuning import Setting, affordable, aligned_profile, tuned_profile, tuning_report
+from pack.models.tuning import Setting, affordable, aligned_profile, stopped_profile, tuned_profile, tuning_report
 
 RANGE = NoiseRange(("SDXL", "BASE"), "ve", 0.0292, 14.6146, "eps", "0123456789abcdef")
 SETTING = Setting(RANGE, "euler", "euler", 6.0, (1024, 768), 3)
@@ -25,7 +25,7 @@ NOTHING = Tuned(
 
 @pytest.mark.parametrize(
     ("preset", "aligned", "calls"),
-    [("mini", True, 392), ("mini", False, 264), ("quick", True, 1112), ("standard", True, 2568)],
+    [("mini", True, 392), ("mini", False, 256), ("quick", True, 1144), ("standard", True, 2616)],
 )
 def test_the_presets_cost_what_the_help_page_says(preset, aligned, calls):
     assert PRESETS[preset].evaluations(8, 20, 1, aligned) == calls
@@ -34,13 +34,13 @@ def test_the_presets_cost_what_the_help_page_says(preset, aligned, calls):
 def test_a_preset_that_takes_too_long_becomes_a_smaller_one():
     assert affordable("standard", 8, 20, 1, True, 1.5, 0)[0] is PRESETS["standard"]
     preset, said = affordable("standard", 8, 20, 1, True, 1.5, 30)
-    assert preset is PRESETS["quick"] and "'standard' would take longer" in said and "27.8 minutes" in said
+    assert preset is PRESETS["quick"] and "'standard' would take longer" in said and "28.6 minutes" in said
     with pytest.raises(ValueError, match=r"smallest preset 'mini' needs 9\.8 minutes, but 'budget_minutes' is 5"):
         affordable("quick", 8, 20, 1, True, 1.5, 5)
 
 
 def test_the_bound_costs_twenty_times_as_much():
-    assert PRESETS["mini"].bound_evaluations(8, 20) == 80 + 9 * 8 + 6 * (44 * 8 * 7 + 8) + 8 + 16
+    assert PRESETS["mini"].bound_evaluations(8, 20) == 80 + 9 * 8 + 6 * (44 * 8 * 7 + 8) + 8 + 24
     with pytest.raises(ValueError, match="needs 375 minutes"):
         affordable("mini", 8, 20, 1, False, 1.5, 30, "ays_klub")
 
@@ -72,3 +72,10 @@ def test_a_sampler_with_noise_names_the_one_that_was_run():
 def test_an_alignment_that_was_not_kept_leaves_the_levels_alone():
     profile = aligned_profile(None, LEVELS.tolist(), SETTING, {"held_out": {"start": 0.3}})
     assert profile.alignments == () and profile.method == "aligned timesteps"
+
+
+def test_a_stopped_search_leaves_a_profile_that_says_so(tmp_path):
+    now = Progress("refining", 200, 392, LEVELS, 0.2)
+    profile = load_profile(save_profile(stopped_profile(now, SETTING, "tuner"), tmp_path))
+    assert profile.name.endswith(", tuned schedule, stopped") and list(profile.sigmas) == LEVELS.tolist()
+    assert "held_out" not in profile.metrics and "Stopped while refining: not proved" in profile.describe()

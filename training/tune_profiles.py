@@ -39,9 +39,9 @@ SEED = 1_000_000
 CFG = 3.0
 
 
-def preset(solver: str, steps: int) -> str:
-    """uni_pc follows the levels of dpmpp_2m, and many steps cost most and gain least: the smallest will do for them."""
-    return "mini" if solver == "uni_pc" or steps >= 20 else "quick"
+def preset(steps: int) -> str:
+    """Many steps cost most and gain least: the smallest will do for them."""
+    return "mini" if steps >= 20 else "quick"
 
 
 def facts(model: str, preset: str) -> dict[str, str]:
@@ -100,7 +100,7 @@ def main() -> None:
         for model in args.models:
             for solver in args.solvers:
                 for steps in args.steps:
-                    size = args.preset or preset(solver, steps)
+                    size = args.preset or preset(steps)
                     known = facts(model, size)
                     path = args.out / f"demo_{model}_{solver}_{steps:02}{SUFFIX}"
                     if is_done(path, known):

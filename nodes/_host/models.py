@@ -7,14 +7,20 @@ import json
 from collections.abc import Sequence
 
 import comfy.model_sampling
+from torch import Tensor
+from torch.nn import Parameter
 
 from ...models.schedules import NoiseRange
 
+SAMPLED_TENSORS, SAMPLED_NUMBERS = 16, 512  # of the weights, for their hash
 DISTILLED = {"LCM", "ModelSamplingDiscreteDistilled"}
 
 
-def noise_range(model) -> NoiseRange:
-    """Family, noise space and levels of a MODEL, with every patch of its chain applied (ModelSampling… nodes too)."""
+def noise_range(model, weights: bool = False) -> NoiseRange:
+    """Family, noise space and levels of a MODEL, with every patch of its chain applied (ModelSampling… nodes too).
+
+    weights: say also which weights these are, at the cost of reading some thousand of them.
+    """
     sampling = model.get_model_object("model_sampling")
     config = type(model.model.model_config)
     return NoiseRange(
@@ -25,6 +31,8 @@ def noise_range(model) -> NoiseRange:
         prediction=prediction(sampling),
         config_hash=config_hash(model.model.model_config.unet_config),
         shift=getattr(sampling, "shift", None),
+        weights_hash=weights_hash(model) if weights else "",
+        patched=bool(model.patches),
     )
 
 
@@ -47,6 +55,39 @@ def config_hash(unet_config: dict) -> str:
     plain = (str, int, float, list, tuple, type(None))
     facts = {key: value for key, value in unet_config.items() if isinstance(value, plain)}
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def weights_hash(model) -> str:
+    """Names the weights of a MODEL's network without its LoRAs, by the signs of 512 numbers in each of 16 tensors.
+
+    Signs do not change when weights are loaded in half precision; a fine-tune turns some of those near 0. "" for a
+    network whose weights are packed in another form (GGUF).
+    """
+    network = model.model.diffusion_model
+    parameters = {name: one for name, one in network.named_parameters() if _is_plain_matrix(one)}
+    if not parameters:
+        return ""
+    matrices, digest = sorted(parameters), hashlib.sha256()
+    for name in matrices[:: -(-len(matrices) // SAMPLED_TENSORS)]:
+        signs = _sampled(_own_weight(model, f"diffusion_model.{name}", parameters[name])) > 0
+        digest.update(bytes(signs.tolist()))
+    return digest.hexdigest()[:16]
+
+
+def _is_plain_matrix(weight: Tensor) -> bool:
+    return type(weight) is Parameter and weight.ndim > 1 and weight.is_floating_point() and not weight.is_meta
+
+
+def _own_weight(model, key: str, weight: Tensor) -> Tensor:
+    """A weight as it was before a LoRA was added to it in place; the host keeps that one aside."""
+    kept = model.backup.get(key)
+    return weight if kept is None else kept.weight
+
+
+def _sampled(weight: Tensor) -> Tensor:
+    """Numbers at equal distances through a tensor, on the CPU; a view is cut before anything is copied."""
+    flat = weight.detach().reshape(-1)
+    return flat[:: -(-len(flat) // SAMPLED_NUMBERS)].float().cpu()
 
 
 def pixels(model, latent: dict) -> tuple[int, int] | None:

@@ -96,6 +96,7 @@ def test_the_info_button_of_a_node_shows_our_help(page, tmp_path):
     for said in re.findall(r"\*\*([^*]+)\*\*", help_page):
         assert said.split("\n")[0] in shown
     assert content.locator("table").count() == help_page.count("|---|---|")
+    page.wait_for_function("() => document.querySelector('.node-help-content img')?.naturalWidth > 100")
     screenshot(page, "help", tmp_path)
     button.dispatch_event("click")  # closes the panel again
 

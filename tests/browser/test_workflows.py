@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import pictures
 from browsing import alerts, drop, fit_view, load, missing_nodes, overlaps, prompt, run, saved_picture, screenshot
 
 pytestmark = pytest.mark.browser
@@ -25,7 +26,8 @@ def test_dropped_on_the_page_it_lacks_no_node_and_makes_the_prompt_we_test(page,
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_the_page_queues_it_and_shows_the_pictures(page, dev, server, name, tmp_path):
     load(page, WORKFLOWS[name])
-    run(page, dev, server.url)
+    entry = run(page, dev, server.url)
+    pictures.check(pictures.saved(server, entry), entry["prompt"][2])
     fit_view(page)
     page.wait_for_function(f"() => {SHOWN}.every(n => n.imgs?.length && n.imgs[0].complete)", timeout=30_000)
     screenshot(page, name, tmp_path)

@@ -16,11 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 REUSES = ["plain, 8", "DeepCache 3", "top level fresh, every 3", "first block fresh, every 3", "calibrated"]
 SMOKE = {
     "aligned": [
-        *("--models", "unet", "--samplers", "euler", "--steps", "8", "--rows", "free", "tuned", "aligned"),
-        *("--tasks", "12", "--converged", "20"),
+        *("--models", "unet", "--samplers", "euler", "--steps", "5", "--rows", "free", "tuned", "aligned", "limit"),
+        *("--tasks", "12", "--converged", "20", "--trials", "3"),
     ],
     "demo_model": ["--pictures", "6", "--per-word", "2"],
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
+    "exact_fitted": ["--spaces", "ve", "--solvers", "euler", "--steps", "5", "--samples", "256"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
     "schedules": ["--tasks", "12", "--samplers", "dpmpp_2m", "euler_ancestral", "--steps", "5", "--converged", "20"],
     "encoder_propagation": ["--runs", "unet:euler:10:12", "flow:euler:10:12", "--only", *REUSES],
@@ -103,12 +104,20 @@ def test_the_schedules_are_ranked_and_ours_equal_the_builtin_ones(tmp_path):
 def test_fitted_schedules_are_weighed_against_the_free_ones(tmp_path):
     (tmp_path / "schedules.md").write_text("<!-- measured: python dev.py bench aligned --> old <!-- end --> after")
     run("aligned", tmp_path, *SMOKE["aligned"])
-    rows = {row["schedule"]: row for row in json.loads((tmp_path / "results" / "aligned.json").read_text())["data"]}
-    assert {"normal", "core AYS", "beta, published aligner", "beta, aligned", "tuned"} < set(rows)
+    result = json.loads((tmp_path / "results" / "aligned.json").read_text())
+    rows = {row["schedule"]: row for row in result["data"]}
+    aligners = {f"beta, {how}" for how in ("published aligner, sequential", "published aligner, parallel", "aligned")}
+    assert aligners | {"normal", "core AYS", "tuned"} < set(rows)
     assert all(row["deviation"][0] > 0 and row["frechet"][0] > 0 for row in rows.values())
     assert rows["tuned"]["objects"] > 50
     assert rows["tuned"]["deviation"][0] < rows["normal"]["deviation"][0]
-    assert len({rows[name]["deviation"][0] for name in ("beta", "beta, aligned", "beta, published aligner")}) == 3
+    assert len({rows[name]["deviation"][0] for name in ("beta", *aligners)}) == 4
+    tables = {table["title"]: table["rows"] for table in result["tables"]}
+    (searched,) = tables["How near a schedule can come"]
+    assert (
+        0 < searched[3] <= searched[2] and searched[-1] >= 3
+    )  # on its own pictures never worse than from where it began
+    assert len(tables["Fréchet distance without any error of the schedule"]) == 3
     page = (tmp_path / "schedules.md").read_text()
     assert page.endswith(" after") and " old " not in page and "unet: what tuning gains" in page
     for picture in ("tuned_deviation.png", "tuned_pictures.jpg"):
@@ -154,6 +163,20 @@ def test_exact_answers_of_schedules_and_solvers(tmp_path):
         assert all(row["kl"] > 0 and row["w2"] > 0 for row in rows)
         assert all((row["field_error"] is None) == (row["solver"] == "euler_ancestral") for row in rows)
     assert "| euler | normal |" in printed and "Wasserstein-2" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.host
+def test_fits_on_exact_targets_are_weighed_against_the_best_free_schedule(tmp_path):
+    run("exact_fitted", tmp_path, *SMOKE["exact_fitted"])
+    result = json.loads((tmp_path / "results" / "exact_fitted.json").read_text())
+    for target in ("mixture", "1/f field"):
+        error = {row["row"]: row["error"] for row in result["data"] if row["target"] == target}
+        assert error["tuned"] <= 0.7 * error["best free"] and error["beta, aligned"] < error["best free"]
+        assert error["KLUB minimised"] == max(error[name] for name in error if "published" not in name)
+        assert (
+            error["KLUB minimised"] > 2 * error["best free"] and error["KLUB stopped early"] < error["KLUB minimised"]
+        )
+    assert len(result["tables"]) == 3 and result["tables"][1]["rows"][1][0] == "its name"
 
 
 @pytest.mark.host

@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -64,9 +65,13 @@ def test_every_input_and_output_has_a_tooltip(schemas, node):
 
 @pytest.mark.parametrize("node", IDS)
 def test_every_node_has_help_a_readme_row_and_a_workflow(node):
-    assert len((ROOT / "web/docs" / f"{node}.md").read_text("utf-8")) > 300
-    assert f"| `{node}`" in (ROOT / "README.md").read_text("utf-8")
-    assert [path for path in WORKFLOWS if f'"type": "{node}"' in path.read_text("utf-8")]
+    page = (ROOT / "web/docs" / f"{node}.md").read_text("utf-8")
+    (name,) = re.findall(r"!\[[^]]+\]\((\w+)\.jpg\)", page)
+    assert (ROOT / f"web/docs/{name}.jpg").read_bytes() == (ROOT / f"workflows/{name}.jpg").read_bytes()
+    assert f'"type": "{node}"' in (ROOT / f"workflows/{name}.json").read_text("utf-8")
+    (docs,) = re.findall(r"\[docs/(\w+)\.md\]\(https://github\.com/[\w/-]+/blob/main/docs/\1\.md\)", page)
+    assert (ROOT / f"docs/{docs}.md").exists()
+    assert len(page) > 300 and f"| `{node}`" in (ROOT / "README.md").read_text("utf-8")
 
 
 def test_every_node_is_found_by_other_words():

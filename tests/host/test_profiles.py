@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -356,6 +357,58 @@ def test_the_shipped_prompt_runs_in_the_hosts_executor(host, folder):
     prompt = json.loads((host.root / "tests/prompts/apply_profile.json").read_text())
     outputs = host.run(prompt)
     assert len([1 for out in outputs.values() if out.get("images")]) == 3  # the pictures, the plot, the node's own plot
+
+
+def test_the_weights_have_a_name_that_precision_and_loras_do_not_change(host, demo, flow, encode):
+    from pack.nodes._host import models
+
+    name = models.weights_hash(demo[0])
+    assert len(name) == 16 and name != models.weights_hash(flow[0])
+    network = demo[0].model.diffusion_model
+    assert (
+        models.noise_range(demo[0]).weights_hash == ""
+        and models.noise_range(demo[0], weights=True).weights_hash == name
+    )
+
+    class Half:
+        backup, model = {}, type("Model", (), {"diffusion_model": copy.deepcopy(network).to(torch.bfloat16)})
+
+    assert models.weights_hash(Half) == name
+    tuned = copy.deepcopy(network)
+    for weight in tuned.parameters():
+        weight.data += 1e-3 * weight.detach().std() * torch.randn_like(weight) if weight.ndim > 1 else 0
+    Half.model.diffusion_model = tuned
+    assert models.weights_hash(Half) != name
+    Half.model.diffusion_model = torch.nn.Module()
+    assert models.weights_hash(Half) == ""
+
+    lora = demo[0].clone()
+    keys = [
+        key
+        for key, value in demo[0].model.state_dict().items()
+        if key.startswith("diffusion_model.") and value.ndim > 1
+    ]
+    lora.add_patches({key: ("diff", (torch.randn_like(demo[0].model.state_dict()[key]),)) for key in keys}, 1.0)
+    sample(host, encode, lora, torch.tensor([14.6, 1.0, 0.0]))  # its weights are now in the network
+    assert models.weights_hash(lora) == models.weights_hash(demo[0]) == name
+    assert models.noise_range(lora).patched and not models.noise_range(demo[0]).patched
+
+
+def test_the_shipped_fits_are_of_the_shipped_weights(demo, flow):
+    from pack.nodes._host import models
+
+    known = {models.weights_hash(model[0]) for model in (demo, flow)}
+    fits = [one for one in shipped_profiles().values() if one.is_fitted and one.solver]
+    assert len(fits) == 30 and {one.weights_hash for one in fits} == known
+
+
+def test_other_weights_of_the_same_architecture_are_noted(host, demo):
+    from pack.nodes._host import models
+
+    for made, noted in ((models.weights_hash(demo[0]), False), ("0" * 16, True)):
+        profile = replace(VE, weights_hash=made, config_hash=models.noise_range(demo[0]).config_hash)
+        _, _, report = host.call("AttuneApplyProfile", model=demo[0], profile=profile)
+        assert ("other weights than the profile was fitted on" in report) == noted
 
 
 def queued(*names, **carried):

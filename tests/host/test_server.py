@@ -11,33 +11,18 @@ import numpy as np
 import pytest
 
 import pictures
+from pictures import saved
 
 pytestmark = pytest.mark.server
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "tests/prompts").glob("*.json"))}
-COLOURS = json.loads((ROOT / "training/vocabulary.json").read_text("utf-8"))["backgrounds"]
+# Where there is a browser, its tests run the others from the page, and look at their pictures.
+OVER_HTTP = ["first_picture"] if os.environ.get("CHROMIUM_PATH") else list(PROMPTS)
 
 
-def saved(server, entry) -> list[Path]:
-    images = [image for output in entry["outputs"].values() for image in output.get("images", [])]
-    return [server.output / image["subfolder"] / image["filename"] for image in images if image["type"] == "output"]
-
-
-def asked_background(prompt) -> str:
-    """The background that the workflow's prompt names; the longest name wins ("light blue", not "blue")."""
-    texts = [node["inputs"]["text"] for node in prompt.values() if node["class_type"] == "CLIPTextEncode"]
-    return max((name for name in COLOURS if any(f"{name} background" in text for text in texts)), key=len)
-
-
-@pytest.mark.parametrize("name", PROMPTS)
+@pytest.mark.parametrize("name", OVER_HTTP)
 def test_every_workflow_runs_and_draws_on_the_background_it_was_asked_for(dev, server, name):
-    files = saved(server, dev.run_prompt(server.url, PROMPTS[name]))
-    assert files
-    want = np.array(COLOURS[asked_background(PROMPTS[name])])
-    for picture in map(pictures.load, files):
-        assert picture.shape == (128, 128, 3)
-        assert np.abs(pictures.background(picture) - want).max() < 40
-        assert np.abs(pictures.centre(picture) - want).max() > 20  # there is something on it
+    pictures.check(saved(server, dev.run_prompt(server.url, PROMPTS[name])), PROMPTS[name])
 
 
 @pytest.mark.parametrize(("word", "low", "high"), [("black", 0, 12), ("white", 243, 255), ("gray", 108, 148)])
