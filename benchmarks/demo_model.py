@@ -168,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pictures", type=int, default=3 * len(OBJECTS))
     parser.add_argument("--per-word", type=int, default=16, help="pictures per brightness word")
+    parser.add_argument("--objects", type=int, default=len(OBJECTS), help="on the sheet of the vocabulary")
     parser.add_argument("--flow", action="store_true", help="the flow model instead of the UNet")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=ROOT / "docs")
@@ -181,7 +182,7 @@ def main() -> None:
             "brightness": brightness(lab, model, args.per_word),
         }
         samples(lab, model).save(args.out / f"{name}_samples.jpg", quality=88)
-        everything = [Task(i, 7 * i % len(BACKGROUNDS), i) for i in range(len(OBJECTS))]
+        everything = [Task(i, 7 * i % len(BACKGROUNDS), i) for i in range(args.objects)]
         sheet(draw(lab, model, everything, 20), 16, 96).save(args.out / f"{name}_vocabulary.jpg", quality=85)
     (args.out / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     loss_curves(args.out / "demo_model_loss.png")

@@ -119,7 +119,7 @@ def fit_view(page) -> None:
 
 def screenshot(page, name: str, folder: Path) -> None:
     """Keep what the page shows, in ATTUNE_SCREENSHOTS when that is set."""
-    page.wait_for_timeout(1500)
+    page.wait_for_timeout(500)
     picture = Path(os.environ.get("ATTUNE_SCREENSHOTS", folder)) / f"{name}.png"
     page.screenshot(path=picture)
     assert picture.stat().st_size > 20_000

@@ -55,7 +55,7 @@ def profile() -> Profile:
     reuse = Calibration(12, "euler", levels, (Point(Reuse(2, 3, True), (0, 2), 1.4, 30.0),))
     return Profile(
         "mine", "by hand", "ve", ("SD15",), (512, 512), levels, "a test", "encoder_propagation", "euler", "eps", 7.0, "ab",
-        (knots,), reuse, {"gain": 0.1}, {"seed": 3},
+        "cd", (knots,), reuse, {"gain": 0.1}, {"seed": 3},
     )  # fmt: skip
 
 

@@ -71,7 +71,7 @@ def test_the_families_of_the_docs_are_as_the_host_states_them(host, name):
     else:
         kind = kinds[facts.model.prediction]
     sampling = comfy.model_base.model_sampling(made, kind)
-    model = SimpleNamespace(get_model_object=lambda _: sampling, model=SimpleNamespace(model_config=made))
+    model = SimpleNamespace(get_model_object=lambda _: sampling, model=SimpleNamespace(model_config=made), patches={})
     seen = ours(host, "models").noise_range(model)
     assert seen.families == facts.model.families and seen.space == facts.model.space
     assert (seen.prediction, seen.shift) == (facts.model.prediction, facts.model.shift)

@@ -19,7 +19,7 @@ SMOKE = {
         *("--models", "unet", "--samplers", "euler", "--steps", "5", "--rows", "free", "tuned", "aligned", "limit"),
         *("--tasks", "12", "--converged", "20", "--trials", "3"),
     ],
-    "demo_model": ["--pictures", "6", "--per-word", "2"],
+    "demo_model": ["--pictures", "6", "--per-word", "2", "--objects", "32"],
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "exact_fitted": ["--spaces", "ve", "--solvers", "euler", "--steps", "5", "--samples", "256"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
