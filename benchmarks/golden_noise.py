@@ -97,6 +97,11 @@ def variety(features: Tensor, seeds: int) -> Tensor:
     return torch.cdist(each, each).sum((1, 2)) / (seeds * (seeds - 1))
 
 
+def wins(a: Tensor, b: Tensor) -> Tensor:
+    """1 where a is larger, one half where they are equal: a picture that was left as it was neither wins nor loses."""
+    return (a > b).double() + 0.5 * (a == b).double()
+
+
 def summary(seen: Look, plain: Look, fair: Look, work: list[Task], seeds: int) -> dict[str, tuple[float, float]]:
     """Name -> (value, standard error over the groups of seeds), by the jackknife."""
     objects, backgrounds = torch.tensor([[task.obj, task.background] for task in work]).T
@@ -104,7 +109,7 @@ def summary(seen: Look, plain: Look, fair: Look, work: list[Task], seeds: int) -
     near, near_plain = (distance(found, work, seeds) for found in (seen, plain))
     shares = {
         "object": seen.objects == objects, "background": nearest_colour(seen.corners) == backgrounds,
-        "preferred": of > of_plain, "fair": of > of_fair, "nearer": near < near_plain,
+        "preferred": wins(of, of_plain), "fair": wins(of, of_fair), "nearer": wins(near_plain, near),
     }  # fmt: skip
 
     def mean(values: Tensor):
@@ -172,8 +177,8 @@ def main() -> None:
                 for label, (cell, _) in every.items():
                     looks[label] = look(lab, cell, work, progress(f"{model} {steps} {cfg:g} {label}"), goal=plain)
                 rows = []
-                for label, (cell, cost) in every.items():
-                    fair = looks["plain" if cost == steps else f"plain, {cost} steps"]
+                for label, (cell, equal) in every.items():
+                    fair = looks["plain" if equal == steps else f"plain, {equal} steps"]
                     measured = summary(looks[label], looks["plain"], fair, work, args.seeds)
                     calls = lab.run(cell, work).calls
                     rows.append([label, calls, *(_cell(label, key, measured[key]) for key in COLUMNS)])
@@ -190,9 +195,9 @@ def main() -> None:
         f"{args.seeds} groups of seeds. calls: evaluations of the network for a picture. log p(object): the judge's "
         "logarithm of the probability of the object that was asked for, the scorer of the two columns 'preferred' and "
         "'as many calls'; it chose neither noises nor weights. Preferred: the share of pictures that it scores higher "
-        "than plain Euler's from the same noise, with as many steps and with as many calls; 50 is no gain. nearer the "
-        "data: the share that is nearer to the training pictures of the prompt, in the judge's features. variety: mean "
-        "distance between the pictures of a prompt, plain is 100.",
+        "than plain Euler's from the same noise, with as many steps and with as many calls, equal pictures by half; 50 "
+        "is no gain. nearer the data: the share that is nearer to the training pictures of the prompt, in the judge's "
+        "features. variety: mean distance between the pictures of a prompt, plain is 100.",
     ]
     record("golden_noise", "Golden noise without and with a network", tables, began, [], notes, args.out, found)
     print("\r" + "\n".join(map(markdown, tables)))

@@ -291,14 +291,14 @@ def decide_noise(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
     if facts.size is None or run.denoise < 1:
         return Decision(NOISE, "", "The run does not begin from noise alone.")
     if wish == SHOWN:
-        return Decision(NOISE, "", "No gain in pictures is shown.", f"set 'golden_noise' to '{ALWAYS}'")
+        return Decision(NOISE, "", "No visible gain is shown.", f"set 'golden_noise' to '{ALWAYS}'")
     fitting = [name for name, (config, space) in shelf.npnets.items() if _reads(config, space, facts)]
     if fitting:
-        return Decision(NOISE, fitting[0], "Made for these latents and prompts; no gain in pictures is shown.")
+        return Decision(NOISE, fitting[0], "Made for these latents and prompts; no visible gain is shown.")
     enable = "an NPNet for SDXL in models/npnet" if facts.latent_space == "SDXL" else "Attune Train NPNet makes one"
     if looks_distilled(facts, run) or (run.cfg <= 1 and "Flux" not in facts.model.families):
         return Decision(NOISE, "", "No NPNet fits, and re-denoising needs a model with guidance.", enable)
-    return Decision(NOISE, REDENOISE, "No NPNet fits; 2 calls of the model. No gain in pictures is shown.", enable)
+    return Decision(NOISE, REDENOISE, "No NPNet fits; 2 calls of the model. No visible gain is shown.", enable)
 
 
 def _reads(config: NPNetConfig, space: str, facts: Facts) -> bool:
