@@ -50,7 +50,7 @@ HOST_NEEDS = [
 BENCH_NEEDS = ["matplotlib>=3.8"]
 SHARE_NEEDS = ["accelerate>=1.0"]
 TEST_NEEDS = [
-    "pytest>=8,<9",  # with 9.2, xdist 3.8 no longer keeps the tests of a file on one worker
+    "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff==0.14.5",
     "mypy>=1.18",
@@ -399,8 +399,8 @@ def test(host: Host, words: list[str]) -> int:
         for check, where in ((["ruff", "format", "--check", "."], ROOT), (["ruff", "check", "."], ROOT), (mypy, HOST)):
             if subprocess.run([host.python, "-m", *check], cwd=where, env=environment).returncode:
                 return 1
-        # Two workers, file by file; with one thread each they take half the time of one with two.
-        words = ["-n", "2", "--dist", "loadgroup"]
+        # Two workers; with one thread each they take half the time of one with two.
+        words = ["-n", "2"]
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 2) // 2, 1)))
     return subprocess.run([host.python, "-m", "pytest", *words], cwd=ROOT, env=environment).returncode
 

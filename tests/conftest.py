@@ -29,16 +29,11 @@ def pytest_addoption(parser):
     parser.addoption("--fuzz", type=int, default=100, metavar="N", help="mutated files for each kind of file we read")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     """Kernels first, the browser last; without a ComfyUI the tests that need one are skipped, except in CI."""
     items.sort(
         key=lambda item: max([0, *(1 + i for i, mark in enumerate(HOST_MARKS) if item.get_closest_marker(mark))])
     )
-    if config.pluginmanager.hasplugin("xdist"):  # a file stays on one worker; benchmarks are files of their own
-        for item in items:
-            own = item.path.name == "test_benchmarks.py"
-            item.add_marker(pytest.mark.xdist_group(item.name if own else item.path.stem))
     missing = {}
     if not os.environ.get("COMFYUI_PATH"):
         missing = dict.fromkeys(HOST_MARKS, "COMFYUI_PATH is not set: run `python dev.py test`")
