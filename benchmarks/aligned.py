@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 
 from comfy_process import ROOT, Host
-from harness import BATCH, CACHE, Cell, Lab, Noise, Task, prompt, tasks
+from harness import BATCH, CACHE, Cell, Lab, Noise, Task, last, prompt, tasks
 from looks import CONVERGED, GROUPS, Look, converged, data, look, to_data
 from metrics import frechet, jackknife
 from results import DOCS, Table, markdown, record
@@ -215,14 +215,6 @@ def klub_schedule(lab: FittedLab, model: str, ratio: Sequence[float] | torch.Ten
     sigmas = lab.space(model).at_log_ratio(levels.log())
     first = lab.sigmas(model, "normal", steps)[0]
     return (first, *sigmas[1:-1].tolist(), 0.0)
-
-
-def last(generator):
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
 
 
 def searched(lab: FittedLab, model: str, steps: int, part: list[Task], most: int) -> dict:

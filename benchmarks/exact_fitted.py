@@ -41,6 +41,7 @@ from exact import (
     sample,
     start,
 )
+from harness import last
 from pack.kernels.ays import klub_optimal_gaussian, minimise_klub, ve_denoiser
 from pack.kernels.timestep_aligner import align_published
 from pack.kernels.tuner import LARGEST_RATIO
@@ -196,14 +197,6 @@ def rows_of(problem: Problem, solver: str, steps: int) -> dict[str, tuple[float,
 def spread(errors: list[float]) -> tuple[float, float]:
     values = torch.tensor(errors, dtype=torch.float64)
     return float(values.mean()), float(values.std() / len(values) ** 0.5) if len(values) > 1 else 0.0
-
-
-def last(generator):
-    while True:
-        try:
-            next(generator)
-        except StopIteration as end:
-            return end.value
 
 
 def table(problem: Problem, solver: str, found: dict[int, dict]) -> Table:

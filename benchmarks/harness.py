@@ -280,3 +280,12 @@ def counting(model) -> Iterator[list[int]]:
         yield count
     finally:
         handle.remove()
+
+
+def last(generator):
+    """What a generator returns in the end."""
+    while True:
+        try:
+            next(generator)
+        except StopIteration as end:
+            return end.value

@@ -20,7 +20,7 @@ import torch
 
 TRICKS = [
     "../../outside",
-    "/tmp/outside",
+    "/outside",
     "..\\outside",
     "C:\\outside",
     "a\0b",
@@ -387,11 +387,11 @@ def watched(memory: int, seconds: int = 10) -> Iterator[None]:
 def unwatched() -> Iterator[None]:
     """For a test's own writing."""
     global watching
-    watching = False
+    before, watching = watching, False
     try:
         yield
     finally:
-        watching = True
+        watching = before
 
 
 @contextlib.contextmanager

@@ -159,3 +159,13 @@ def stock_schedules(steps: int) -> dict[str, Tensor]:
     found["AYS"] = end_at_zero(resample_loglinear(ays, steps))
     found["KL-optimal"] = kl_optimal(steps, 14.615, NoiseSpace("ve"))
     return found
+
+
+def finish(generator):
+    """The result of a generator and everything it yielded."""
+    said = []
+    while True:
+        try:
+            said.append(next(generator))
+        except StopIteration as end:
+            return end.value, said

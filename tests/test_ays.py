@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from oracles import end_std, gaussian
+from oracles import end_std, finish, gaussian
 from pack.kernels.ays import (
     KlubNoise,
     kl_optimal,
@@ -76,15 +76,6 @@ def test_impossible_settings_are_refused(steps, first, c, words):
 
 
 KLUB_5 = [14.614641, 0.565415, 0.250306, 0.120659, 0.0592, 0.029167]
-
-
-def finish(generator):
-    said = []
-    while True:
-        try:
-            said.append(next(generator))
-        except StopIteration as end:
-            return end.value, said
 
 
 def estimate(sigmas, data, target, seed=0, c=0.5):

@@ -25,6 +25,7 @@ import hostile
 import npnets
 from pack.kernels.encoder_propagation import Reuse
 from pack.kernels.one_more_step_training import Training
+from pack.kernels.schedules import check_sigmas
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
 from pack.models.encoder_propagation import Calibration, Point
 from pack.models.files import load_tensors
@@ -63,6 +64,8 @@ def use_profile(path: Path) -> None:
     got = load_profile(path)
     with hostile.unwatched():
         assert load_profile(save_profile(got, path.parent / "again", replace=True)) == got
+    if got.sigmas:
+        check_sigmas(torch.tensor(got.sigmas, dtype=torch.float64))
     for one in got.alignments:
         assert torch.isfinite(alignment_map(got, one)(torch.linspace(0, 1, 20))).all()
 
@@ -150,6 +153,12 @@ def make_profile(folder: Path) -> Path:
     return save_profile(profile(), folder, "good")
 
 
+def make_shift(folder: Path) -> Path:
+    knots = tuple(Alignment("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768))
+    shift = Profile("shift", "by hand", "flow", ("SD3",), (1024, 1024), (), "a test", "noise_shift", alignments=knots)
+    return save_profile(shift, folder, "good")
+
+
 def make_npnet(folder: Path) -> Path:
     return save_npnet(npnets.seeded(SMALL), folder / "good.safetensors", {"pairs": 3})
 
@@ -230,6 +239,7 @@ class Reader:
 
 READERS = {
     "profile": Reader(make_profile, use_profile, hostile.hostile_json),
+    "noise shift": Reader(make_shift, use_profile, hostile.hostile_json),
     "NPNet": Reader(make_npnet, use_npnet),
     "NPNet, .pth": Reader(make_pth, use_npnet, hostile.hostile_pickle),
     "One More Step": Reader(make_module, use_module),

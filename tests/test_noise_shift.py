@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from oracles import gaussian, mixture_2d, mixture_latent, network
+from oracles import finish, gaussian, mixture_2d, mixture_latent, network
 from pack.kernels.noise_shift import (
     WIDEST,
     Limits,
@@ -25,15 +25,6 @@ from pack.kernels.space import NoiseSpace
 VE, FLOW = NoiseSpace("ve"), NoiseSpace("flow")
 LIMITS = {"ve": Limits(0.0292, 14.61), "flow": Limits(0.001, 1.0)}
 NORMAL, QUICK = (16, 25), (8, 13)  # levels and candidates
-
-
-def finish(generator):
-    said = [0]
-    while True:
-        try:
-            said.append(next(generator))
-        except StopIteration as end:
-            return end.value, said
 
 
 def hears_wrong(target, prediction, kappa):

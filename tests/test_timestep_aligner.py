@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from oracles import euler, gaussian, mixture_2d, network, path
+from oracles import euler, finish, gaussian, mixture_2d, network, path
 from pack.kernels.space import NoiseSpace
 from pack.kernels.timestep_aligner import (
     CANDIDATES,
@@ -22,16 +22,6 @@ from pack.kernels.timestep_aligner import (
 
 VE, FLOW = NoiseSpace("ve"), NoiseSpace("flow")
 SD = torch.tensor([14.6146, 6.3, 2.7, 1.2, 0.5, 0.2, 0.03, 0.0], dtype=torch.float64)
-
-
-def finish(generator):
-    """The result of a generator and everything it yielded."""
-    said = []
-    while True:
-        try:
-            said.append(next(generator))
-        except StopIteration as end:
-            return end.value, said
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])

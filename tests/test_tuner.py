@@ -9,7 +9,17 @@ from itertools import pairwise
 import pytest
 import torch
 
-from oracles import dpmpp_2m, fine_levels, mixture_1d, mixture_2d, mixture_latent, network, path, stock_schedules
+from oracles import (
+    dpmpp_2m,
+    fine_levels,
+    finish,
+    mixture_1d,
+    mixture_2d,
+    mixture_latent,
+    network,
+    path,
+    stock_schedules,
+)
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
 from pack.kernels.timestep_aligner import block_norm
@@ -69,15 +79,6 @@ class Bench:
     def error(self, sigmas, truth, a_map=None):
         x, end = truth
         return block_norm(self.solve(sigmas, x, a_map) - end) / block_norm(end)
-
-
-def finish(generator):
-    said = []
-    while True:
-        try:
-            said.append(next(generator))
-        except StopIteration as end:
-            return end.value, said
 
 
 def karras(n):

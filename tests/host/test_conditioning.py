@@ -84,10 +84,12 @@ def case(kit, demo, flow, name):
 @pytest.mark.parametrize("name", ["unet", "flow"])
 def test_the_network_hears_the_map_and_the_denoised_is_that_of_the_true_level(host, kit, demo, flow, name):
     """By hand: network at the told timestep, everything else at the true sigma."""
+    import comfy.model_management
+
     model, a_map = case(kit, demo, flow, name)
     patched = kit.put(model, kit.remap("test", a_map))
     base = patched.model
-    patched.patch_model()
+    comfy.model_management.load_models_gpu([patched])
     channels = base.latent_format.latent_channels
     x = torch.randn(3, channels, 16, 16, generator=torch.Generator().manual_seed(0))
     sigma = torch.tensor([0.3, 0.6, 0.8]) if name == "flow" else torch.tensor([0.3, 3.0, 14.6146])

@@ -392,6 +392,7 @@ def test_the_weights_have_a_name_that_precision_and_loras_do_not_change(host, de
     sample(host, encode, lora, torch.tensor([14.6, 1.0, 0.0]))  # its weights are now in the network
     assert models.weights_hash(lora) == models.weights_hash(demo[0]) == name
     assert models.noise_range(lora).patched and not models.noise_range(demo[0]).patched
+    sample(host, encode, demo[0], torch.tensor([14.6, 1.0, 0.0]))  # and now no longer
 
 
 def test_the_shipped_fits_are_of_the_shipped_weights(demo, flow):
