@@ -275,7 +275,7 @@ def link_pack() -> Path:
 def server_command(host: Host, port: int, run: Path, *flags: str) -> list[str]:
     command = [host.python, str(host.folder / "main.py"), "--port", str(port), "--disable-auto-launch", *flags]
     installed = (host.folder / "custom_nodes").resolve()
-    if ROOT.parent != installed:
+    if ROOT.parent != installed or "--base-directory" in flags:
         command += ["--extra-model-paths-config", str(link_pack())]
     if host.own:
         command += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]

@@ -46,6 +46,11 @@ class Host:
         self.load_seconds = time.process_time() - began
         self.after = snapshot()
 
+    @property
+    def profiles(self) -> Path:
+        """The user's models/attune, where fits keep what they find."""
+        return self.folders / "models" / "attune"
+
     def call(self, node_id: str, **inputs) -> tuple:
         node = self.nodes.NODE_CLASS_MAPPINGS[node_id]
         with torch.inference_mode():

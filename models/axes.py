@@ -18,6 +18,7 @@ PAPER, INK, FAINT = (250, 250, 248), (32, 33, 36), (214, 214, 210)
 COLOURS = [(0, 114, 178), (213, 94, 0), (0, 135, 95), (170, 68, 136), (90, 90, 90)]  # told apart by colour-blind eyes
 
 Colour = tuple[int, int, int]
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 Ticks = Iterable[tuple[float, str]]
 
 
@@ -33,12 +34,12 @@ def to_image(picture: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class Axes:
-    """A rectangle `box` (left, top, right, bottom, in pixels) whose sides mean `x` and `y` (lowest, highest)."""
+    """A rectangle `box` whose sides mean `x` and `y` (lowest, highest)."""
 
     draw: ImageDraw.ImageDraw
     x: tuple[float, float]
     y: tuple[float, float]
-    box: tuple[float, float, float, float] = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
+    box: Box = (LEFT, TOP, WIDTH - RIGHT, HEIGHT - BOTTOM)
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """The pixel of a point; beyond the axes, on their edge."""

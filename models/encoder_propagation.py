@@ -167,19 +167,22 @@ def calibrated(settings: Settings, fit: Calibration, sigmas: Sequence[float], n:
         raise ValueError(
             f"The profile is for a network of {fit.blocks} blocks, but this model has {n}: fit it again for this model."
         )
-    points = sorted(fit.points, key=lambda point: point.speed)
-    if settings.mode == TARGET:
-        enough = [point for point in points if point.speed >= settings.speed]
-        if not enough:
-            raise ValueError(
-                f"The profile's fastest setting is {points[-1].speed:.2f} times faster, but 'speed' is "
-                f"{settings.speed:g}: lower it, or fit again with a higher 'fastest'."
-            )
-        point = max(enough, key=lambda point: point.psnr)
-    else:
-        point = calibrated_point(fit)
+    point = chosen_point(settings, fit)
     said = f"calibrated with {fit.solver} over {len(fit.sigmas) - 1} steps: {point.speed:.2f}x at {point.psnr:.1f} dB"
     return Choice(transfer_keys(point.keys, fit.sigmas, sigmas), point.reuse, 0, said)
+
+
+def chosen_point(settings: Settings, fit: Calibration) -> Point:
+    """The setting of a profile that the mode asks for; ValueError when none is fast enough."""
+    if settings.mode != TARGET:
+        return calibrated_point(fit)
+    enough = [point for point in fit.points if point.speed >= settings.speed]
+    if not enough:
+        raise ValueError(
+            f"The profile's fastest setting is {max(point.speed for point in fit.points):.2f} times faster, but "
+            f"'speed' is {settings.speed:g}: lower it, or fit again with a higher 'fastest'."
+        )
+    return max(enough, key=lambda point: point.psnr)
 
 
 def calibrated_point(fit: Calibration) -> Point:

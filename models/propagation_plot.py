@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
-from .axes import COLOURS, INK, Axes, Colour, sheet
+from .axes import COLOURS, INK, Axes, Box, Colour, sheet
 from .encoder_propagation import FIDELITY, Point
 
 WIDTH, HEIGHT = 1280, 480
 CHANGES, CURVE = (80, 60, 620, 400), (740, 60, 1250, 400)  # the two panels
+ALONE = (80, 60, 590, 400)  # the second without the first
 KEY = (255, 225, 170)
 
 
@@ -37,21 +38,31 @@ def draw_calibration(
         axes.curve([(i, math.log10(max(value, 1e-9))) for i, value in enumerate(row, start=1)], colour)
         rows.append((name, colour, False))
     axes.legend(rows[:: max(1, len(rows) // 8)])
+    _speeds(draw, points, chosen, CURVE)
+    return picture
 
+
+def draw_speeds(points: Sequence[Point], chosen: Point) -> Image.Image:
+    """Fidelity over speed alone, of a profile that is applied."""
+    picture, draw = sheet(WIDTH // 2, HEIGHT)
+    _speeds(draw, points, chosen, ALONE)
+    return picture
+
+
+def _speeds(draw: ImageDraw.ImageDraw, points: Sequence[Point], chosen: Point, box: Box) -> None:
     levels = [FIDELITY, *(point.psnr for point in points)]
     low, high = 10 * math.floor(min(levels) / 10), 10 * math.ceil(max(levels) / 10 + 0.01)
     fastest = math.ceil(4 * max(point.speed for point in points)) / 4 + 0.25
-    axes = Axes(draw, (1.0, fastest), (low, high), CURVE)
+    axes = Axes(draw, (1.0, fastest), (low, high), box)
     quarters = range(4, round(4 * fastest) + 1, max(1, round(fastest) - 1))
     axes.frame(
         [(n / 4, f"{n / 4:g}") for n in quarters], [(db, str(db)) for db in range(low, high + 1, 10)],
-        "Fidelity to the run without reuse", "times less computing; ring: 'calibrated profile'", "dB",
+        "Fidelity to the run without reuse", "times less computing; ring: the setting that runs", "dB",
     )  # fmt: skip
     axes.curve([(axes.x[0], FIDELITY), (fastest, FIDELITY)], COLOURS[4], dashed=True)
     axes.curve([(point.speed, point.psnr) for point in points], COLOURS[0], dots=4)
     x, y = axes.at(chosen.speed, chosen.psnr)
     draw.ellipse((x - 9, y - 9, x + 9, y + 9), outline=INK, width=3)
-    return picture
 
 
 def _colour(n: int, count: int) -> Colour:

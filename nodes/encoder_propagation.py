@@ -12,20 +12,23 @@ from ..models.encoder_propagation import (
     FIRST,
     MODES,
     REUSES,
+    TARGET,
     TOP,
     UNIFORM,
     Calibration,
     Point,
     Settings,
     calibrated_point,
+    chosen_point,
     needs_profile,
 )
 from ..models.profiles import Profile
-from ..models.propagation_plot import draw_calibration
-from ._host.api import io, schema
+from ..models.propagation_plot import draw_calibration, draw_speeds
+from ._host.api import io, schema, shown_on
 from ._host.block_propagation import add_block_propagation, blocks_of
 from ._host.encoder_propagation import add_encoder_propagation, unet_of
 from ._host.fit_propagation import BEST, fit_profile
+from ._host.folders import keep_fit
 from ._host.propagation import DEVICES, DTYPES
 from ._host.sampling import sampler_names, scheduler_names
 
@@ -106,6 +109,14 @@ def _calibration(mode: str, kind: str, profile: Profile | None) -> Calibration |
     return profile.calibration
 
 
+def _shown(node, settings: Settings):
+    """The profile's curve with the setting that will run, on the node; None for modes that use no profile."""
+    if settings.calibration is None or settings.mode not in (CALIBRATED, TARGET):
+        return None
+    points = settings.calibration.points
+    return shown_on(node, to_image(draw_speeds(points, chosen_point(settings, settings.calibration))))
+
+
 class AttuneEncoderPropagation(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -140,7 +151,8 @@ class AttuneEncoderPropagation(io.ComfyNode):
                 "without an encoder: use 'Attune Block Propagation' instead."
             )
         calibration = _calibration(mode, "encoder_propagation", profile)
-        return io.NodeOutput(add_encoder_propagation(model, Settings(mode, **inputs, calibration=calibration)))
+        settings = Settings(mode, **inputs, calibration=calibration)
+        return io.NodeOutput(add_encoder_propagation(model, settings), ui=_shown(cls, settings))
 
 
 class AttuneBlockPropagation(io.ComfyNode):
@@ -173,7 +185,8 @@ class AttuneBlockPropagation(io.ComfyNode):
                 f"is a {type(network).__name__}: {other}."
             )
         calibration = _calibration(mode, "block_propagation", profile)
-        return io.NodeOutput(add_block_propagation(model, Settings(mode, **inputs, calibration=calibration)))
+        settings = Settings(mode, **inputs, calibration=calibration)
+        return io.NodeOutput(add_block_propagation(model, settings), ui=_shown(cls, settings))
 
 
 class AttuneFitEncoderPropagation(io.ComfyNode):
@@ -230,8 +243,8 @@ class AttuneFitEncoderPropagation(io.ComfyNode):
         chosen = calibrated_point(fit)
         report = report_of(profile.name, fit, chosen)
         LOG.info("Attune Fit Encoder Propagation: %s", report.replace("\n", "; "))
-        plot = draw_calibration(changes, len(fit.sigmas) - 1, fit.points, chosen)
-        return io.NodeOutput(profile, to_image(plot), report)
+        plot = to_image(draw_calibration(changes, len(fit.sigmas) - 1, fit.points, chosen))
+        return io.NodeOutput(profile, plot, f"{report}\n{keep_fit(profile)}", ui=shown_on(cls, plot))
 
 
 def report_of(name: str, fit: Calibration, chosen: Point) -> str:

@@ -24,7 +24,7 @@ from ..models.profiles import SUFFIX, file_stem
 from ..models.profiles import Profile as Calibration
 from ..models.shift_plot import draw_shift
 from ._host.api import Profile, io, schema, shown_on
-from ._host.folders import find_profile, keep_profile, profile_path
+from ._host.folders import find_profile, keep_fit, keep_profile, profile_path
 from ._host.models import noise_range, pixels
 from ._host.noise_shift import (
     STEPS,
@@ -161,7 +161,10 @@ class AttuneFitNoiseShift(io.ComfyNode):
         lines.append(f"{done} evaluations in {time.monotonic() - began:.0f} s.")
         if all(one.sigma == one.sigma_hat for one in profile.alignments):
             lines.append("Nothing is to be gained at any of these sizes: the profile changes nothing.")
-        return io.NodeOutput(profile, to_image(draw_shift(profile)), "\n".join(lines))
+        elif not save_as.strip():
+            lines.append(keep_fit(profile))
+        plot = to_image(draw_shift(profile))
+        return io.NodeOutput(profile, plot, "\n".join(lines), ui=shown_on(cls, plot))
 
 
 class AttuneNoiseShift(io.ComfyNode):

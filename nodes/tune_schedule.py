@@ -31,9 +31,9 @@ from ..models.tuning import (
     tuned_profile,
     tuning_report,
 )
-from ._host.api import Profile, io, schema
+from ._host.api import Profile, io, schema, shown_on
 from ._host.candidates import known_schedules
-from ._host.folders import keep_profile
+from ._host.folders import keep_fit, keep_profile
 from ._host.models import noise_range, pixels
 from ._host.session import ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 
@@ -174,7 +174,9 @@ class AttuneTuneSchedule(io.ComfyNode):
         ]
         profile = tuned_profile(tuned, setting, method, preset, took)
         picture = to_image(draw_schedules(curves, f"{steps} steps of {solver.name}"))
-        return io.NodeOutput(profile, tuned.sigmas.clone(), picture, report)
+        if tuned.changed:
+            report = f"{report}\n{keep_fit(profile)}"
+        return io.NodeOutput(profile, tuned.sigmas.clone(), picture, report, ui=shown_on(cls, picture))
 
 
 class AttuneAlignTimesteps(io.ComfyNode):
@@ -229,7 +231,9 @@ class AttuneAlignTimesteps(io.ComfyNode):
         told = None if a_map is None else tuple(a_map(levels).tolist())
         profile = aligned_profile(fitted if kept else None, levels.tolist(), setting, metrics)
         picture = to_image(draw_schedules([Curve("levels", tuple(levels.tolist()), told)], "Aligned timesteps"))
-        return io.NodeOutput(profile, picture, report)
+        if kept:
+            report = f"{report}\n{keep_fit(profile)}"
+        return io.NodeOutput(profile, picture, report, ui=shown_on(cls, picture))
 
 
 def _setting(model, cfg: float, sampler, latent: dict, seed: int):

@@ -69,11 +69,18 @@ def dev():
 
 @dataclass
 class Server:
-    """A running ComfyUI with the pack: its address, and where it puts pictures and log."""
+    """A running ComfyUI with the pack, all of its files in `folder`."""
 
     url: str
-    output: Path
-    log: Path
+    folder: Path
+
+    @property
+    def output(self) -> Path:
+        return self.folder / "output"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "server.log"
 
 
 @pytest.fixture(scope="session")
@@ -82,5 +89,6 @@ def server(dev, tmp_path_factory):
     settings = run / "user" / "default" / "comfy.settings.json"
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(SETTINGS))
-    with dev.server(dev.Host(os.environ["COMFYUI_PATH"]), run) as url:
-        yield Server(url, run / "output", run / "server.log")
+    (run / "custom_nodes").mkdir()
+    with dev.server(dev.Host(os.environ["COMFYUI_PATH"]), run, "--base-directory", str(run)) as url:
+        yield Server(url, run)

@@ -11,7 +11,7 @@ from pack.models.axes import BOTTOM, COLOURS, HEIGHT, INK, LEFT, PAPER, RIGHT, T
 from pack.models.encoder_propagation import Point
 from pack.models.plots import Curve, draw_schedules, profile_curve
 from pack.models.profiles import Alignment, Profile, shipped_profiles
-from pack.models.propagation_plot import CURVE, KEY, draw_calibration
+from pack.models.propagation_plot import ALONE, CURVE, KEY, draw_calibration, draw_speeds
 
 
 def where(picture, colour, left=LEFT, right=WIDTH - RIGHT):
@@ -95,6 +95,13 @@ def test_a_calibration_marks_its_key_steps_and_rings_the_chosen_setting():
     rings = [where(one, INK, *CURVE[::2]) for one in pictures]
     middles = [ring[(ring[:, 0] > 70) & (ring[:, 0] < 390) & (ring[:, 1] > 10)].mean(axis=0) for ring in rings]
     assert middles[1][1] > middles[0][1] + 50 and middles[1][0] > middles[0][0] + 50  # faster, and lower
+
+
+def test_the_curve_alone_is_the_one_of_the_calibration():
+    whole, alone = draw_calibration(CHANGES, 5, POINTS, POINTS[1]), draw_speeds(POINTS, POINTS[1])
+    left, top, right, bottom = ALONE
+    shift = CURVE[0] - left
+    assert alone.crop((left, top, right, bottom)) == whole.crop((left + shift, top, right + shift, bottom))
 
 
 @pytest.mark.parametrize("changes", [{}, {"one": []}, {"one": [0.0, 0.0]}, {"x" * 99: [1e-12, 1e9]}])

@@ -88,6 +88,15 @@ def keep_profile(profile: Profile, name: str = "", replace: bool = False) -> Pat
         ) from error
 
 
+def keep_fit(profile: Profile) -> str:
+    """Save what a fit found under its own name, and say where: nothing is lost when the graph saves nothing."""
+    try:
+        path = keep_profile(profile)
+    except ValueError as error:
+        return str(error)
+    return f"Saved as '{path.name}' in {path.parent}; press R and Attune Load Profile lists it."
+
+
 def module_names() -> list[str]:
     """The networks of One More Step that can be loaded, the pack's own among them."""
     return folder_paths.get_filename_list(MODULES)

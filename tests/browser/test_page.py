@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import secrets
 from pathlib import Path
@@ -60,9 +59,9 @@ def test_widgets_keep_their_values_through_saving_and_a_reload(page):
 
 def test_a_picture_brings_its_profile_along(page, dev, server):
     """Saved with a profile of the user's, its file deleted, dropped again: it runs and saves the profile again."""
-    path = Path(os.environ["COMFYUI_PATH"]) / "models/attune" / f"test {secrets.token_hex(8)}.json"
+    path = server.folder / "models/attune" / f"test {secrets.token_hex(8)}.json"
     published = json.loads((ROOT / "models/profiles/ays_sd15.json").read_text("utf-8"))
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**published, "name": "mine"}), "utf-8")
     graph = shipped("apply_profile")
     (loader,) = (node for node in graph["nodes"] if node["type"] == "AttuneLoadProfile")

@@ -13,7 +13,8 @@ from browsing import alerts, drop, fit_view, load, missing_nodes, overlaps, prom
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "workflows").glob("*.json"))}
-SHOWN = "app.graph._nodes.filter(n => ['SaveImage', 'PreviewImage'].includes(n.type) && n.mode === 0)"
+FITS = ["AttuneTuneSchedule", "AttuneAlignTimesteps", "AttuneFitNoiseShift", "AttuneFitEncoderPropagation"]
+SHOWN = f"app.graph._nodes.filter(n => {['SaveImage', 'PreviewImage', *FITS]}.includes(n.type) && n.mode === 0)"
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)

@@ -146,23 +146,17 @@ def test_small_pictures_of_the_flow_model_get_their_noise_shift_on_demand(auto, 
 
 
 def test_a_profile_that_is_dropped_in_is_used_and_a_damaged_file_is_named(host, auto):
-    import folder_paths
-
     node = host.nodes.NODE_CLASS_MAPPINGS["AttuneAuto"]
-    folder = Path(folder_paths.get_folder_paths("attune")[0])
+    folder = host.profiles
     folder.mkdir(parents=True, exist_ok=True)
     before = node.fingerprint_inputs()
     mine = replace(shipped_profiles()["Attune demo unet, euler, 8 steps"], name="mine", solver="heun", alignments=())
-    files = [save_profile(mine, folder), folder / "bad.json"]
-    files[1].write_text("{")
-    try:
-        assert node.fingerprint_inputs() != before
-        _, sigmas, report = auto(sampler_name="heun")
-        assert "+ schedule: mine.json" in report and "! bad.json is not a profile" in report
-        assert sigmas.tolist() == pytest.approx(list(mine.sigmas))
-    finally:
-        for file in files:
-            file.unlink()
+    save_profile(mine, folder)
+    (folder / "bad.json").write_text("{")
+    assert node.fingerprint_inputs() != before
+    _, sigmas, report = auto(sampler_name="heun")
+    assert "+ schedule: mine.json" in report and "! bad.json is not a profile" in report
+    assert sigmas.tolist() == pytest.approx(list(mine.sigmas))
 
 
 def test_the_report_is_shown_on_the_node_without_being_taken_for_html(host, monkeypatch):

@@ -23,15 +23,27 @@ SMOKE = {
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "exact_fitted": ["--spaces", "ve", "--solvers", "euler", "--steps", "5", "--samples", "256"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
-    "schedules": ["--tasks", "12", "--samplers", "dpmpp_2m", "euler_ancestral", "--steps", "5", "--converged", "20"],
-    "encoder_propagation": ["--runs", "unet:euler:10:12", "flow:euler:10:12", "--only", *REUSES],
+    "schedules": [
+        "--models",
+        "flow",
+        "--tasks",
+        "12",
+        "--samplers",
+        "dpmpp_2m",
+        "euler_ancestral",
+        "--steps",
+        "5",
+        "--converged",
+        "20",
+    ],
+    "encoder_propagation": ["--runs", "unet:euler:10:6", "flow:euler:10:6", "--only", *REUSES],
     "step_kinds": ["--models", "SD1.5", "--pixels", "64"],
     "one_more_step": ["--tasks", "12", "--seeds", "12", "--steps", "4", "--cfg", "1", "--starts", "SD's"],
     "golden_noise": ["--prompts", "4", "--seeds", "3", "--models", "unet", "--steps", "4", "--cfg", "1"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "4"],
-    "long_run": ["--prompts", "20", "--caches", "none", "--control", "0"],
-    "peers": ["--tasks", "12", "--steps", "10"],
+    "long_run": ["--prompts", "12", "--caches", "none", "--control", "0"],
+    "peers": ["--tasks", "6", "--steps", "10"],
     "thumbnails": ["few_step", "first_picture"],
 }
 
@@ -74,19 +86,16 @@ def test_thumbnails_have_a_row_for_each_batch_that_is_compared(tmp_path):
 
 
 @pytest.mark.host
-def test_the_schedules_are_ranked_and_ours_equal_the_builtin_ones(tmp_path):
+def test_the_schedules_are_ranked_and_noise_that_is_left_is_seen(tmp_path):
     (tmp_path / "schedules.md").write_text(
         "before <!-- measured: python dev.py bench schedules --> old <!-- end --> after"
     )
     printed = run("schedules", tmp_path, *SMOKE["schedules"])
     result = json.loads((tmp_path / "results" / "schedules.json").read_text())
     rows = {(row["model"], row["sampler"], row["schedule"]): row for row in result["data"]}
-    assert len(rows) == 13 + 10 + 11 + 9
-    ays, auto = (rows["unet", "dpmpp_2m", name] for name in ("core AYS", "auto"))
-    assert auto["psnr"] == pytest.approx(ays["psnr"], abs=0.01)
+    assert len(rows) == 11 + 9
     assert all(row["calls"] == 5 and row["frechet"][0] > 0 for row in rows.values())
-    assert all(row["object"][0] > 50 for (model, *_), row in rows.items() if model == "unet")
-    # Five such steps leave noise on the flow model, and the table must say so.
+    # Five such steps leave noise, and the table must say so.
     assert (
         rows["flow", "dpmpp_2m", "normal"]["object"][0] < 20 < 50 < rows["flow", "dpmpp_2m", "KL-optimal"]["object"][0]
     )
@@ -94,7 +103,7 @@ def test_the_schedules_are_ranked_and_ours_equal_the_builtin_ones(tmp_path):
     assert page.startswith("before ") and page.endswith(" after") and " old " not in page and "| normal |" in page
     assert "converged picture" in page and "euler_ancestral" not in page
     results = (tmp_path / "results.md").read_text()
-    assert "unet, euler_ancestral: Fréchet" in results and "unet, euler_ancestral: PSNR" not in results
+    assert "flow, euler_ancestral: Fréchet" in results and "flow, euler_ancestral: PSNR" not in results
     assert "| normal |" in printed and Image.open(tmp_path / "aligned_schedule.jpg").size == (1024, 256)
     for picture in result["pictures"]:
         assert min(Image.open(tmp_path / picture).size) > 100
@@ -246,11 +255,11 @@ def test_one_more_step_repairs_a_start_that_lacks_the_picture(tmp_path):
 
 
 @pytest.mark.host
-def test_twenty_prompts_leave_nothing_and_repeat_themselves(tmp_path):
+def test_twelve_prompts_leave_nothing_and_repeat_themselves(tmp_path):
     printed = run("long_run", tmp_path, *SMOKE["long_run"])
     counted = json.loads((tmp_path / "results" / "long_run.json").read_text())["data"]["all methods"]["counted"]
     prompts, memory, objects, tensors, own, patchers = zip(*counted, strict=True)
-    assert prompts == tuple(range(2, 21, 2)) and min(memory) > 100
+    assert prompts == tuple(range(2, 13, 2)) and min(memory) > 100
     assert set(patchers) == {0} and len(set(tensors[1:])) == len(set(own[1:])) == 1  # the first use of each method
     assert max(objects[1:]) < 1.02 * objects[1]
     assert "| --cache-none | 5 |" in printed and min(Image.open(tmp_path / "long_run.png").size) > 100

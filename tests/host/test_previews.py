@@ -1,4 +1,4 @@
-"""Plots on the nodes that apply something: there when the host runs them, not when another node calls them."""
+"""Plots on the nodes that fit or apply something: there when the host runs them, not when another node calls them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ LOADER = N("CheckpointLoaderSimple", ckpt_name="attune_demo.safetensors")
 FLOW = N("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")
 LATENT = N("EmptyLatentImage", width=128, height=128, batch_size=2)
 APPLY = {"steps": 6, "denoise": 0.7, "denoise_mode": "exact", "resolution_policy": "ignore", "strength": 1.0}
+PROPAGATE = {
+    "mode": "calibrated profile", "interval": 3, "speed": 1.5, "reuse": "top level fresh", "forecast": True, "keep_last": 2,
+    "start_percent": 0.0, "end_percent": 1.0, "prior_noise": 0.0, "cache_dtype": "as computed",
+    "cache_device": "as computed", "memory_limit": 0, "parallel": "auto",
+}  # fmt: skip
 GRAPHS = {
     "apply profile": {
         "1": LOADER, "2": N("AttuneLoadProfile", profile_name="Attune demo unet, euler, 8 steps"),
@@ -29,6 +34,14 @@ GRAPHS = {
     "noise shift": {
         "1": FLOW, "2": N("AttuneLoadProfile", profile_name="Attune demo flow, noise shift"),
         "7": N("AttuneNoiseShift", model=["1", 0], profile=["2", 0], strength=1.0), "8": N("PreviewAny", source=["7", 1]),
+    },
+    "encoder propagation": {
+        "1": LOADER, "2": LATENT, "3": N("CLIPTextEncode", clip=["1", 1], text="a cat"),
+        "6": N("AttuneFitEncoderPropagation", model=["1", 0], positive=["3", 0], negative=["3", 0], latent_image=["2", 0],
+               sampler_name="euler", scheduler="simple", steps=8, cfg=1.0, seed=0, reuse="top level fresh", fastest=1.5,
+               longest=2),
+        "7": N("AttuneEncoderPropagation", model=["1", 0], profile=["6", 0], **PROPAGATE),
+        "8": N("PreviewAny", source=["7", 0]),
     },
     "one more step": {
         "1": LOADER, "2": LATENT, "3": N("AttuneLoadOneMoreStep", oms_name="attune_demo.safetensors",
@@ -41,28 +54,34 @@ GRAPHS = {
 }  # fmt: skip
 
 
-def shown(host, name: str, node: str = "7") -> list[np.ndarray]:
+def shown(host, name: str, *nodes: str) -> list[np.ndarray]:
+    """The previews on `nodes` of a graph, one after the other."""
     outputs = host.run(GRAPHS[name])
-    assert {image["type"] for image in outputs[node]["images"]} == {"temp"}
+    images = [image for node in nodes for image in outputs[node]["images"]]
+    assert {image["type"] for image in images} == {"temp"}
     folder = Path(host.folders) / "temp"
-    return [
-        np.asarray(Image.open(folder / image["subfolder"] / image["filename"])) for image in outputs[node]["images"]
-    ]
+    return [np.asarray(Image.open(folder / image["subfolder"] / image["filename"])) for image in images]
 
 
 @pytest.mark.parametrize(("name", "curves"), [("apply profile", 2), ("noise shift", 2)])
 def test_a_node_that_applies_a_profile_shows_its_curves(host, name, curves):
-    (plot,) = shown(host, name)
+    (plot,) = shown(host, name, "7")
     for colour in COLOURS[:curves]:
         assert (plot == colour).all(-1).sum() > 200
 
 
+def test_calibration_and_its_use_show_speed_against_fidelity(host):
+    plots = shown(host, "encoder propagation", "6", "7")
+    assert [plot.shape for plot in plots] == [(480, 1280, 3), (480, 640, 3)]
+    assert all((plot == COLOURS[0]).all(-1).sum() > 50 for plot in plots)
+
+
 def test_the_predicted_colours_are_shown_as_the_live_preview_would(host):
-    maps, decoded = shown(host, "one more step"), shown(host, "one more step", "9")
+    *maps, decoded, _ = shown(host, "one more step", "7", "9")
     assert len(maps) == 2 and maps[0].shape == (128, 128, 3)
     red, _, blue = maps[0].reshape(-1, 3).mean(0)
     assert blue > red + 40  # the background that the prompt names
-    assert np.abs(maps[0].mean((0, 1)) - decoded[0].mean((0, 1))).max() < 40
+    assert np.abs(maps[0].mean((0, 1)) - decoded.mean((0, 1))).max() < 40
 
 
 def test_a_direct_call_writes_no_preview(host, demo):

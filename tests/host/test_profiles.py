@@ -31,16 +31,9 @@ def flow(host):
 
 @pytest.fixture
 def folder(host):
-    """The user's models/attune, empty before and after."""
-    import folder_paths
-
-    path = Path(folder_paths.get_folder_paths("attune")[0])
-    for file in path.glob("*"):
-        file.unlink()
-    path.mkdir(parents=True, exist_ok=True)
-    yield path
-    for file in path.iterdir():
-        file.unlink()
+    """The user's models/attune, empty."""
+    host.profiles.mkdir(parents=True, exist_ok=True)
+    return host.profiles
 
 
 def sample(host, encode, model, sigmas, sampler="euler", latent=None, seed=3, node="SamplerCustomAdvanced"):

@@ -53,8 +53,8 @@ def test_an_unknown_family_reaches_the_user_as_the_dialogs_sentence(dev, server)
 
 @pytest.fixture
 def profile_file(server):
-    """A name that is free in the models folder of this ComfyUI; the file is removed afterwards."""
-    path = Path(os.environ["COMFYUI_PATH"]) / "models/attune" / f"test {secrets.token_hex(8)}.json"
+    """A name that is free in the models folder; the file is removed afterwards."""
+    path = server.folder / "models/attune" / f"test {secrets.token_hex(8)}.json"
     yield path
     path.unlink(missing_ok=True)
 
@@ -80,7 +80,7 @@ def test_a_saved_profile_is_in_the_lists_without_a_restart(dev, server, profile_
 
 
 def test_a_strangers_file_is_listed_at_once_and_checked_when_it_is_loaded(dev, server, profile_file):
-    profile_file.parent.mkdir(exist_ok=True)
+    profile_file.parent.mkdir(parents=True, exist_ok=True)
     profile_file.write_text('{"format": 1, "kind": "schedule"}')
     assert profile_file.name in listed_profiles(dev, server)
     with pytest.raises(SystemExit, match=r'is not a format-1 profile: .*\\"name\\" must be a short text'):

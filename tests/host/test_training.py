@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image, ImageDraw
 
@@ -17,10 +16,17 @@ ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"black": [0, 0, 0], "white": [255, 255, 255], "red": [200, 30, 35]}
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The folder of the exported checkpoints, and what a second run printed."""
-    work = tmp_path_factory.mktemp("training")
+def test_pictures_become_checkpoints_and_modules(host, tmp_path):
+    """In one test, so that two workers do not both train."""
+    printed = trained(tmp_path)
+    the_checkpoints_open_in_the_stock_loader_and_draw(host, tmp_path)
+    a_second_run_found_everything_done(tmp_path, printed)
+    for channels in (4, 16):
+        the_exported_autoencoder_computes_what_the_narrow_one_does(tmp_path, channels)
+
+
+def trained(work: Path) -> str:
+    """What a second run printed."""
     pictures = work / "package" / "assets"
     pictures.mkdir(parents=True)
     for i in range(6):
@@ -41,13 +47,12 @@ def trained(tmp_path_factory):
     command = [sys.executable, str(ROOT / "training/train_demo.py"), "--threads", "1", *map(str, words)]
     runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:] + runs[1].stderr[-3000:]
-    return work, runs[1].stdout
+    return runs[1].stdout
 
 
-def test_the_checkpoints_open_in_the_stock_loader_and_draw(host, trained):
+def the_checkpoints_open_in_the_stock_loader_and_draw(host, work):
     import comfy.sd
 
-    work, _ = trained
     model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(work / "weights" / "attune_demo.safetensors"))
     conditions = [host.call("CLIPTextEncode", clip=clip, text=text)[0] for text in ("a thing1 on black", "")]
     flow, no_clip, flow_vae, _ = comfy.sd.load_checkpoint_guess_config(
@@ -63,8 +68,7 @@ def test_the_checkpoints_open_in_the_stock_loader_and_draw(host, trained):
         assert picture.shape == (1, 128, 128, 3) and torch.isfinite(picture).all()
 
 
-def test_a_second_run_finds_everything_done(trained):
-    work, printed = trained
+def a_second_run_found_everything_done(work, printed):
     assert '"step"' not in printed.split("export.py")[0]
     facts = json.loads((work / "weights" / "attune_demo.json").read_text())
     assert facts["models"]["attune_demo"]["steps"] == 3
@@ -72,10 +76,8 @@ def test_a_second_run_finds_everything_done(trained):
     assert report["steps"] == 3 and 0 < report["floors"]["within_a_caption"] < report["floors"]["mean_of_all"]
 
 
-@pytest.mark.parametrize("channels", [4, 16])
-def test_the_exported_autoencoder_computes_what_the_narrow_one_does(trained, channels):
+def the_exported_autoencoder_computes_what_the_narrow_one_does(work, channels):
     """Zero-padded to the stock width and in half precision, against the network that was trained."""
-    work, _ = trained
     sys.path.insert(0, str(ROOT / "training"))
     try:
         import autoencoder

@@ -171,13 +171,27 @@ def test_alignment_alone_keeps_the_levels(host, demo, encode, counted, lenient):
     assert len(profile.alignments[0].sigma) == 4 and f"{held['aligned']:.4f}" in report
 
 
+def test_what_is_found_is_in_the_loader_at_once(host, demo, encode, lenient, monkeypatch):
+    """Once, however often it is found; without room the profile is still handed on."""
+    own = host.call("BasicScheduler", model=demo[0], scheduler="karras", steps=3, denoise=1.0)[0]
+    run = lambda: host.call("AttuneAlignTimesteps", **setting(host, demo, encode, sigmas=own, noises=1))
+    for _ in range(2):
+        profile, _, report = run()
+        (path,) = host.profiles.iterdir()
+        assert f"Saved as '{path.name}' in {path.parent}" in report
+        assert host.call("AttuneLoadProfile", profile_name=path.name)[0].id == profile.id
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys.modules[f"{host.root}.models.profiles"], "written_whole", full)
+    again, _, report = run()
+    assert again.id == profile.id and "No space left on device. Make room" in report
+
+
 @pytest.mark.parametrize("at", [1, 20, 60])
 def test_stopping_anywhere_leaves_nothing_behind_but_the_best_so_far(host, demo, encode, tiny, at, caplog):
     import comfy.model_management
-    import folder_paths
-
-    folder = Path(folder_paths.get_folder_paths("attune")[0])
-    files = set(folder.glob("*"))
 
     before = {key: id(value) for key, value in vars(demo[0].model).items()}
     options, calls = str(sorted(demo[0].model_options["transformer_options"])), []
@@ -198,19 +212,16 @@ def test_stopping_anywhere_leaves_nothing_behind_but_the_best_so_far(host, demo,
     assert {key: id(value) for key, value in vars(demo[0].model).items()}.keys() == before.keys()
     assert str(sorted(demo[0].model_options["transformer_options"])) == options
     assert ("Best levels so far" in caplog.text) == (at == 60)
-    kept = set(folder.glob("*")) - files
+    kept = list(host.profiles.glob("*"))
     assert bool(kept) == ("not proved on held-out noises" in caplog.text)
     for path in kept:
         profile, _ = host.call("AttuneLoadProfile", profile_name=path.name)
         assert path.stem.endswith("stopped") and f"{profile.sigmas[1]:.4f}" in caplog.text
-        path.unlink()
 
 
 def test_the_best_of_a_stopped_search_is_kept(kit, demo, host, caplog):
     """A known schedule needs no keeping."""
-    import folder_paths
-
-    stopped = lambda: list(Path(folder_paths.get_folder_paths("attune")[0]).glob("*stopped.json"))
+    stopped = lambda: list(host.profiles.glob("*stopped.json"))
     known = kit.known_schedules(demo[0], 4)
     about = kit.Setting(kit.noise_range(demo[0], weights=True), "euler", "euler", 3.0, (128, 128), 3)
     found = torch.tensor([14.6146, 5.0, 2.0, 0.5, 0.0])
