@@ -184,16 +184,20 @@ def _closed_form(facts: Facts, run: Run, wish: str, near: str) -> Decision:
     return Decision(SCHEDULE, "", f"No gain is shown for such models with this solver and steps.{near}", TUNE)
 
 
+def made_for(profile: Profile, model: NoiseRange) -> bool:
+    """Whether it was made for this network, or for its family where it does not say."""
+    same = profile.config_hash == model.config_hash if profile.config_hash else model.families[0] in profile.families
+    return same and bool({*profile.families} & {*model.families}) and profile.space == model.space
+
+
 def misfit(profile: Profile, facts: Facts, run: Run) -> tuple[int, str]:
     """How many conditions a fitted schedule meets in a row, and what the next one says; FITS when it meets all.
 
     The first is that it was made for this network: 0 means another one.
     """
     model = facts.model
-    same = profile.config_hash == model.config_hash if profile.config_hash else facts.family in profile.families
-    same = same and bool({*profile.families} & {*model.families}) and profile.space == model.space
     conditions = (
-        (same and profile.prediction in ("", model.prediction), "for another network"),
+        (made_for(profile, model) and profile.prediction in ("", model.prediction), "for another network"),
         (profile.sigmas[0] <= model.sigma_max * 1.01, f"for noise up to {profile.sigmas[0]:.3g}"),
         (profile.solver in ("", run.solver), f"for {profile.solver}"),
         (

@@ -7,6 +7,7 @@ from . import (
     compare,
     encoder_propagation,
     golden_noise,
+    installed,
     noise_shift,
     one_more_step,
     profiles,
@@ -31,6 +32,7 @@ NODES = [
     *train_npnet.NODES,
     *encoder_propagation.NODES,
     *profiles.NODES,
+    *installed.NODES,
     *compare.NODES,
 ]
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from typing import TypeVar
 
 from ..models.auto import (
     ALWAYS,
@@ -22,33 +20,22 @@ from ..models.auto import (
     WISHES,
     Facts,
     Run,
-    Shelf,
     Wishes,
     decide,
     key_steps_of,
     report,
 )
 from ..models.encoder_propagation import CALIBRATED, TARGET, UNIFORM
-from ..models.npnet_files import load_npnet
-from ..models.one_more_step import architecture_of, latent_space_of, read_header
 from ..models.profiles import shipped_profiles
 from ._host.api import io, say_on_node, schema, ui
 from ._host.block_propagation import blocks_of
 from ._host.encoder_propagation import unet_of
-from ._host.folders import (
-    find_profile,
-    installed_files,
-    module_names,
-    module_path,
-    npnet_names,
-    npnet_path,
-    profile_names,
-    profile_path,
-)
+from ._host.folders import find_profile, installed_files, profile_path
 from ._host.models import is_distilled, noise_range, pixels
 from ._host.sampling import run_stock_node, sampler_names, scheduler_names
 from .encoder_propagation import AttuneBlockPropagation, AttuneEncoderPropagation
 from .golden_noise import AttuneGoldenNoiseModel, AttuneLoadNPNet
+from .installed import installed
 from .noise_shift import AttuneNoiseShift
 from .one_more_step import AttuneLoadOneMoreStep, AttuneOneMoreStep
 from .profiles import AttuneApplyProfile
@@ -56,7 +43,6 @@ from .redenoise import AttuneRedenoise
 from .schedules import AttuneScheduler
 
 LOG = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 def _switch(name: str, what: str) -> io.Combo.Input:
@@ -138,7 +124,7 @@ class AttuneAuto(io.ComfyNode):
         if sigmas is None:
             (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=denoise)
         facts = _facts(model, latent)
-        shelf, unread = _shelf(wishes)
+        shelf, unread = installed(modules=one_more_step != OFF, npnets=golden_noise == ALWAYS)
         decisions = decide(facts, run, wishes, shelf, float(sigmas[0]) if len(sigmas) else None)
         picked = {one.method: one.pick for one in decisions if one.pick}
         if SCHEDULE in picked:
@@ -173,35 +159,6 @@ def _facts(model, latent: dict) -> Facts:
         width if isinstance(width, int) else None,
         is_distilled(model.get_model_object("model_sampling")),
     )
-
-
-def _shelf(wishes: Wishes) -> tuple[Shelf, list[str]]:
-    """What is installed and could be wanted, and a sentence for each file that cannot be read."""
-    unread: list[str] = []
-
-    def read(names: Iterable[str], load: Callable[[str], T]) -> dict[str, T]:
-        found = {}
-        for name in names:
-            try:
-                found[name] = load(name)
-            except ValueError as error:
-                unread.append(str(error))
-        return found
-
-    modules = module_names() if wishes.one_more_step != OFF else ()
-    npnets = npnet_names() if wishes.golden_noise == ALWAYS else ()
-    return Shelf(read(profile_names(), find_profile), read(modules, _module), read(npnets, _npnet)), unread
-
-
-def _module(name: str) -> tuple[str, int]:
-    header = read_header(module_path(name))
-    width = architecture_of(header).context_dim
-    return latent_space_of(header, width), width
-
-
-def _npnet(name: str):
-    file = load_npnet(npnet_path(name))
-    return file.net.config, file.facts.get("latent_format", "")
 
 
 def _with_schedule(model, latent: dict, run: Run, name: str, told: bool) -> tuple:

@@ -173,7 +173,9 @@ class AttuneTuneSchedule(io.ComfyNode):
             Curve("tuned" if tuned.changed else "kept", tuple(tuned.sigmas.tolist()), told),
         ]
         profile = tuned_profile(tuned, setting, method, preset, took)
-        picture = to_image(draw_schedules(curves, f"{steps} steps of {solver.name}"))
+        plot = draw_schedules(curves, f"{steps} steps of {solver.name}")
+        ProgressBar(1).update(1, plot)  # the page shows the last live preview rather than what a node hands out
+        picture = to_image(plot)
         if tuned.changed:
             report = f"{report}\n{keep_fit(profile)}"
         return io.NodeOutput(profile, tuned.sigmas.clone(), picture, report, ui=shown_on(cls, picture))

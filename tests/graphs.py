@@ -177,15 +177,25 @@ def ranges(kit: Kit, node: Node) -> Tensor:
     return kit.ksampler(node(kit.model), positive=both)
 
 
-def hooked(kit: Kit, node: Node) -> Tensor:
-    """A LoRA that only the positive prompt has."""
+def hooked(kit: Kit, node: Node, keyframes=None) -> Tensor:
+    """A LoRA that only the positive prompt has, in the strength of `keyframes`."""
     import comfy.hooks
 
     key, weight = kit.weight(kit.model)
     hooks = comfy.hooks.create_hook_lora({}, 1.0, 0.0)
     hook = hooks.hooks[0]
     hook.weights, hook.need_weight_init = {key: ("diff", (0.05 * torch.ones_like(weight),))}, False
+    hooks.set_keyframes_on_hooks(keyframes)
     return kit.ksampler(node(kit.model), positive=comfy.hooks.set_hooks_for_conditioning(kit.positive, hooks))
+
+
+def scheduled(kit: Kit, node: Node) -> Tensor:
+    """The same, fading in over the first half of the run."""
+    (keyframes,) = kit.host.call(
+        "CreateHookKeyframesInterpolated", strength_start=0.0, strength_end=1.0, interpolation="linear", start_percent=0.0,
+        end_percent=0.5, keyframes_count=3,
+    )  # fmt: skip
+    return hooked(kit, node, keyframes)
 
 
 def controlnet(kit: Kit, node: Node) -> Tensor:
@@ -309,6 +319,7 @@ GRAPHS: dict[str, Callable[[Kit, Node], Tensor]] = {
     "areas": areas,
     "prompts in turn": ranges,
     "LoRA hook on one prompt": hooked,
+    "LoRA schedule on one prompt": scheduled,
     "ControlNet": controlnet,
     "LoRA": lora,
     "RescaleCFG": rescale_cfg,

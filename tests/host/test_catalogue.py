@@ -32,6 +32,7 @@ IDS = [
     "AttuneSaveProfile",
     "AttuneApplyProfile",
     "AttunePlotSigmas",
+    "AttuneInstalled",
     "AttuneEncoderPropagation",
     "AttuneFitEncoderPropagation",
     "AttuneBlockPropagation",
@@ -110,7 +111,8 @@ def test_every_workflow_opens_with_its_note_in_sight(path):
     if os.environ.get("ATTUNE_WRITE"):
         workflow["extra"]["ds"] = view
         path.write_text(json.dumps(workflow, indent=1) + "\n", "utf-8")
-    assert [node for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    notes = [node["widgets_values"][0] for node in workflow["nodes"] if node["type"] == "MarkdownNote"]
+    assert len(notes) == 1 and "**Your model**: " in notes[0]  # where SDXL, Flux and others go
     assert workflow["extra"].get("ds") == view
 
 

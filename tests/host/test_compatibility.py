@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
@@ -183,6 +184,37 @@ def test_a_run_that_ends_at_any_evaluation_leaves_nothing(kits, method, failure)
     assert _tensors() <= before
     assert torch.equal(kit.ksampler(chosen.on(kit)(kit.model)), ours)
     assert torch.equal(kit.ksampler(kit.model), stock)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_models_may_be_unloaded_in_between_and_may_find_no_room(kits, method, monkeypatch):
+    """Whichever load of a run fails, and whatever was unloaded: the next runs are undisturbed, with the node and without."""
+    import comfy.model_management as management
+
+    chosen = METHODS[method]
+    kit = kits[chosen.model]
+    stock, ours = kit.ksampler(kit.model), kit.ksampler(chosen.on(kit)(kit.model))
+    load, loads = management.load_models_gpu, []
+
+    def crowded(*args, room, **kwargs):
+        loads.append(1)
+        if len(loads) > room:
+            raise management.OOM_EXCEPTION
+        return load(*args, **kwargs)
+
+    for room in range(9):
+        loads.clear()
+        with monkeypatch.context() as crowd:
+            crowd.setattr(management, "load_models_gpu", lambda *args, room=room, **kw: crowded(*args, room=room, **kw))
+            with suppress(management.OOM_EXCEPTION):
+                assert torch.equal(kit.ksampler(chosen.on(kit)(kit.model)), ours)
+        management.unload_all_models()
+        assert torch.equal(kit.ksampler(chosen.on(kit)(kit.model)), ours)
+        management.unload_all_models()
+        assert torch.equal(kit.ksampler(kit.model), stock)
+        if len(loads) <= room:  # there was room for all
+            break
+    assert 1 <= room < 8
 
 
 def _tensors() -> int:

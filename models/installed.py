@@ -1,0 +1,46 @@
+"""A list of what is installed, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .auto import Shelf, made_for
+from .profiles import Profile
+from .schedules import NoiseRange
+
+
+def listing(shelf: Shelf, unread: Sequence[str], model: NoiseRange | None = None) -> str:
+    """A line for each file of `shelf`; a star before the profiles that were made for `model`; then what is `unread`."""
+    ours = "" if model is None else f" (* made for this model, {model.families[0]})"
+    profiles = [f"{_star(one, model)} {name}: {_profile(one)}" for name, one in shelf.profiles.items()]
+    modules = [
+        f"- {name}: for {space or 'unnamed'} latents and prompts of width {width}"
+        for name, (space, width) in shelf.modules.items()
+    ]
+    npnets = [
+        f"- {name}: for {c.channels} x {c.side} x {c.side} {space or 'unnamed'} latents"
+        for name, (c, space) in shelf.npnets.items()
+    ]
+    parts = [
+        (f"Profiles, {len(profiles)}{ours}", profiles),
+        (f"One More Step, {len(modules)}", modules),
+        (f"Golden noise, {len(npnets)}", npnets),
+        (f"Cannot be read, {len(unread)}", [f"! {sentence}" for sentence in unread]),
+    ]
+    return "\n\n".join("\n".join([title, *lines]) for title, lines in parts if lines)
+
+
+def _star(profile: Profile, model: NoiseRange | None) -> str:
+    return "*" if model is not None and made_for(profile, model) else "-"
+
+
+def _profile(profile: Profile) -> str:
+    sizes = [profile.resolution] if profile.sigmas else [one.resolution for one in profile.alignments]
+    facts = [
+        f"{profile.kind.replace('_', ' ')} for {profile.families[0]}",
+        " and ".join(f"{width}x{height}" for width, height in sizes),
+        profile.solver,
+        f"{profile.steps} steps" if profile.is_fitted else "any steps" if profile.sigmas else "",
+        f"cfg {profile.cfg:g}" if profile.cfg is not None else "",
+    ]
+    return ", ".join(filter(None, facts))
