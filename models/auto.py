@@ -47,7 +47,7 @@ REUSE = {  # network, solver -> (steps at least, one key step in so many, dB to 
 EVERY = ", every "
 FEWEST_BLOCKS = 8  # of a transformer: with fewer the first block costs more than it saves
 FITS = 6  # conditions of a fit
-TUNE = "Attune Tune Schedule fits one for this model and sampler; keep it with Attune Save Profile"
+TUNE = "Attune Tune Schedule fits one for this model and sampler, and keeps it"
 
 
 @dataclass(frozen=True)
@@ -329,7 +329,7 @@ def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
             if wish == FAST:
                 point = max(one.calibration.points, key=lambda point: point.speed)
             return Decision(SPEED, name, f"Calibrated on this network: {point.speed:.2f}x at {point.psnr:.1f} dB.")
-    enable = "Attune Fit Encoder Propagation measures this model; keep its profile with Attune Save Profile"
+    enable = "Attune Fit Encoder Propagation measures this model, and keeps its profile"
     if facts.network == "transformer" and facts.blocks < FEWEST_BLOCKS:
         return Decision(SPEED, "", f"With {facts.blocks} blocks fewer steps are better.", enable)
     rows = [row for row in REUSE.get((facts.network, run.solver), ()) if run.steps >= row[0]]

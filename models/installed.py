@@ -10,9 +10,13 @@ from .schedules import NoiseRange
 
 
 def listing(shelf: Shelf, unread: Sequence[str], model: NoiseRange | None = None) -> str:
-    """A line for each file of `shelf`; a star before the profiles that were made for `model`; then what is `unread`."""
+    """A line for each file of `shelf`, first the profiles made for `model`, with a star; then what is `unread`."""
     ours = "" if model is None else f" (* made for this model, {model.families[0]})"
-    profiles = [f"{_star(one, model)} {name}: {_profile(one)}" for name, one in shelf.profiles.items()]
+    fits = {name: model is not None and made_for(one, model) for name, one in shelf.profiles.items()}
+    profiles = [
+        f"{'*' if fits[name] else '-'} {name}: {_profile(shelf.profiles[name])}"
+        for name in sorted(fits, key=fits.__getitem__, reverse=True)
+    ]
     modules = [
         f"- {name}: for {space or 'unnamed'} latents and prompts of width {width}"
         for name, (space, width) in shelf.modules.items()
@@ -28,10 +32,6 @@ def listing(shelf: Shelf, unread: Sequence[str], model: NoiseRange | None = None
         (f"Cannot be read, {len(unread)}", [f"! {sentence}" for sentence in unread]),
     ]
     return "\n\n".join("\n".join([title, *lines]) for title, lines in parts if lines)
-
-
-def _star(profile: Profile, model: NoiseRange | None) -> str:
-    return "*" if model is not None and made_for(profile, model) else "-"
 
 
 def _profile(profile: Profile) -> str:
