@@ -94,6 +94,8 @@ class SignalLeak:
             raise ValueError(
                 f"A signal leak needs at least 2 example latents [n c h w], but their shape is {list(latents.shape)}."
             )
+        if not bool(torch.isfinite(latents).all()):
+            raise ValueError("The examples are not finite numbers everywhere: leave out the broken ones.")
         x = latents.double()
         amplitudes = _analyse(x, frequencies)
         away = (amplitudes - amplitudes.mean(0)).flatten(1)  # [n c*k*k]

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import logging
 
-from ..kernels.one_more_step import NOISE_LEVELS, SignalLeak
+from ..kernels.one_more_step import NOISE_LEVELS
 from ..models.one_more_step import LATENT_SPACES, PREDICTIONS, colour_map
 from ._host.api import io, schema, shown_on
 from ._host.folders import module_names, module_path
-from ._host.one_more_step import DTYPES, SOLVERS, Noise, Plan, load_module, predicted_latent, with_first_state
+from ._host.one_more_step import (
+    DTYPES,
+    SOLVERS,
+    Noise,
+    Plan,
+    fitted_leak,
+    load_module,
+    predicted_latent,
+    with_first_state,
+)
 from ._host.train_one_more_step import SIZES, given_examples, read_examples, train
 
 LOG = logging.getLogger(__name__)
@@ -263,7 +272,7 @@ class AttuneSignalLeak(io.ComfyNode):
     def execute(
         cls, model, examples, frequencies=3, strength=1.0, diversity=1.0, noise_level="exact"
     ) -> io.NodeOutput:  # fmt: skip
-        leak = SignalLeak.fit(model.model.process_latent_in(examples["samples"]), frequencies)
+        leak = fitted_leak(model, examples, frequencies)
         plan = Plan(None, None, None, strength=strength, level=noise_level, leak=leak, diversity=diversity)
         return io.NodeOutput(with_first_state(model, plan), leak)
 

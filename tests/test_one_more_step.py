@@ -61,6 +61,18 @@ def test_strength_0_is_the_noise_to_the_bit_and_1_begins_at_the_state():
     assert torch.equal(noise_for(state, noise, 5.0, latent, torch.zeros(2, 1, 8, 8)), noise)
 
 
+def test_the_first_state_varies_as_noise_and_prediction_do_together():
+    """Var = sigma^2 + Var(x0); linear in x0; and with ever more noise there is nothing left to correct."""
+    generator = torch.Generator().manual_seed(3)
+    noise, x0 = torch.randn(2, 200_000, dtype=torch.float64, generator=generator)
+    assert float(first_state(0.7 * x0, noise, 2.0).var()) == pytest.approx(2.0**2 + 0.7**2, rel=0.01)
+    twice = 2 * first_state(x0, noise, 2.0) - first_state(0 * x0, noise, 2.0)
+    torch.testing.assert_close(first_state(2 * x0, noise, 2.0), twice)
+    for sigma in (14.6, 120.0, 4518.8):
+        found = noise_for(first_state(x0, noise, sigma), noise, math.sqrt(1 + sigma**2))
+        assert bool(((found - noise).abs() <= x0.abs() / sigma + noise.abs() / (2 * sigma**2) + 1e-12).all())
+
+
 def test_the_official_level_is_the_posterior_of_the_authors_code():
     """sqrt(a) x0 + (1 - a) z in variance-preserving units, for every first noise level; the exact one has the root."""
     noise, x0 = torch.randn(1, 4, 2, 2, dtype=torch.float64), torch.randn(1, 4, 2, 2, dtype=torch.float64)

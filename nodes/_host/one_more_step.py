@@ -169,6 +169,18 @@ def check_plan(model, plan: Plan) -> None:
             )
 
 
+def fitted_leak(model, examples: dict, frequencies: int) -> SignalLeak:
+    """The leak of a LATENT of examples, in the model's scale."""
+    check_model(model)
+    samples, channels = examples["samples"], model.get_model_object("latent_format").latent_channels
+    if samples.ndim == 4 and samples.shape[1] != channels:
+        raise ValueError(
+            f"Attune Signal Leak: the 'examples' have {samples.shape[1]} channels, but the model's latents have "
+            f"{channels}: encode them with this model's VAE."
+        )
+    return SignalLeak.fit(model.model.process_latent_in(samples), frequencies)
+
+
 def with_first_state(model, plan: Plan):
     """A clone of MODEL whose runs begin as `plan` says, in place of an earlier plan; MODEL itself at strength 0."""
     check_model(model)

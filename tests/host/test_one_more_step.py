@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -231,6 +232,54 @@ def test_the_unit_level_is_the_stock_sampler_on_the_prediction(host, kit):
     torch.testing.assert_close(again, stock, rtol=0, atol=1e-5)  # the latent's own leak is taken away
     nothing = sample(host, apply(host, model, kit.module(0 * MU), noise_level="unit"), batch=2, steps=3, side=16)
     torch.testing.assert_close(nothing, sample(host, model, batch=2, steps=3, side=16), rtol=0, atol=1e-5)
+    exact = sample(host, apply(host, model, kit.module(0 * MU)))
+    assert 0 < float((exact - sample(host, model)).abs().max()) < 0.002 * float(noise_of(1234, exact.shape).abs().max())
+
+
+def test_a_run_of_every_kind_begins_as_it_should(kit, caplog):
+    """Above the model's noise with a warning, below it as the levels say; without noise or against time untouched."""
+    from comfy.model_sampling import EPS, ModelSamplingDiscrete
+
+    sampling = type("Sampling", (ModelSamplingDiscrete, EPS), {})()
+    noise, empty = noise_of(7, (2, 4, 8, 8)), torch.zeros(2, 4, 8, 8)
+    plan = kit.oms.Plan(kit.module(), text(), None)
+
+    def start(levels, noise=noise, latent=empty, plan=plan):
+        sigmas = torch.tensor(levels)
+        return kit.oms.begin(plan, sampling, sigmas, noise, latent, None, kit.oms.from_the_top(sampling, sigmas))
+
+    for first, scale, warned in ((3.65, 3.65, False), (20.0, (1 + 20.0**2) ** 0.5, True)):
+        caplog.clear()
+        torch.testing.assert_close(scale * start([first, 1.0]), first_state(MU, noise, first), rtol=1e-6, atol=1e-4)
+        assert ("above the model's own 14.61" in caplog.text) is warned
+    for levels, given, latent in (
+        ([0.0, 14.6], noise, empty), ([14.6, 0.0], empty, empty), ([5.0, 0.0], noise, empty + 1), ([14.6], noise, empty),
+    ):  # fmt: skip
+        assert start(levels, given, latent) is given
+    later = [[torch.full((1, 4, WIDTH), 9.0), {"start_percent": 0.2}]]
+    of_now = kit.oms.Plan(kit.module(), text() + later, None)
+    assert torch.equal(start([5.0, 0.0], plan=of_now), start([5.0, 0.0]))
+    leak = SignalLeak(torch.zeros(4, 3, 3), 0.1 * torch.eye(36), torch.ones(4))
+    shared = kit.oms.Plan(kit.module(leak=leak), text(), None, diversity=1.0, share=True)
+    x0 = 5.0 * (start([5.0, 0.0], plan=shared) - noise)
+    torch.testing.assert_close(x0[0], x0[1], rtol=0, atol=1e-4)
+    assert float((x0 - MU).abs().max()) > 0.1
+
+
+def test_lcm_begins_like_any_other_solver(host, kit):
+    (model,) = host.call("ModelSamplingDiscrete", model=kit.toy(), sampling="lcm", zsnr=False)
+    network, seen = model.model.diffusion_model, []
+    handle = network.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
+    latent = {"samples": torch.zeros(1, 4, 16, 16)}
+    inputs = {"seed": 1234, "steps": 4, "cfg": 1.0, "sampler_name": "lcm", "scheduler": "sgm_uniform", "denoise": 1.0}
+    host.call(
+        "KSampler", model=apply(host, model, kit.module()), positive=text(0.0), negative=text(0.0), latent_image=latent,
+        **inputs,
+    )  # fmt: skip
+    handle.remove()
+    sigma = float(levels(host, model, "sgm_uniform", 4)[0])
+    wanted = first_state(MU, noise_of(1234, (1, 4, 16, 16)), sigma) / (1 + sigma**2) ** 0.5
+    torch.testing.assert_close(seen[0], wanted, rtol=0, atol=1e-5)
 
 
 def test_a_picture_does_not_depend_on_its_place_in_the_batch(host, kit):
@@ -259,6 +308,21 @@ def test_the_leak_adds_its_own_draw_to_the_prediction_or_to_its_own_mean(host, k
         torch.testing.assert_close(sample(host, used, batch=2, steps=3, side=16), wanted, rtol=0, atol=5e-5)
     with pytest.raises(ValueError, match="does not say how pictures differ"):
         sample(host, apply(host, model, kit.module(), diversity=1.0), batch=1, steps=1, side=16)
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (torch.full((4, 4, 16, 16), torch.nan), "examples are not finite"),
+        (torch.zeros(4, 16, 16, 16), "'examples' have 16 channels, but the model's latents have 4"),
+        (torch.zeros(1, 4, 16, 16), "at least 2 example latents"),
+        (torch.zeros(4, 4, 3, 16, 16), "at least 2 example latents"),
+        (torch.zeros(4, 4, 2, 16), "2 latent pixels has no 3 frequencies"),
+    ],
+)
+def test_examples_that_no_leak_can_come_of_are_refused_at_once(host, kit, examples, message):
+    with pytest.raises(ValueError, match=message):
+        host.call("AttuneSignalLeak", model=kit.toy(), examples={"samples": examples})
 
 
 def test_areas_and_masks_of_the_prompt_rule_their_part_alone(host, kit):
@@ -408,6 +472,29 @@ def test_a_real_network_through_the_sampler_is_the_references(host, kit, tiny_fi
     out = sample(host, apply(host, model, module, positive), latent=empty, steps=6, seed=11)
     wanted = torch.tensor(known["out_model_space"]["per_channel_mean"])
     torch.testing.assert_close(out.mean((2, 3)), wanted, rtol=0, atol=1e-4)
+    assert torch.equal(sample(host, apply(host, model, module, positive), latent=empty, steps=6, seed=11), out)
+
+    from comfy import model_management
+
+    def loaded():
+        return any(one.model is module.patcher for one in model_management.current_loaded_models)
+
+    assert loaded()
+    model_management.free_memory(1e30, module.patcher.load_device)
+    assert not loaded()
+
+
+def test_the_published_network_says_what_the_authors_class_says(kit):
+    architecture = replace(kit.architecture, channels=(160, 320, 640), context_dim=1024)
+    names = kit.net.diffusers_names(architecture)
+    network = kit.net.TimelessUNet(architecture, dtype=torch.float32).eval()
+    network.load_state_dict({names[name]: value for name, value in filled(shapes_of(kit, architecture)).items()})
+    x = 1.4 * torch.sin(torch.arange(4 * 256, dtype=torch.float64) * 1.7 + 0.2).float().reshape(1, 4, 16, 16)
+    context = torch.cos(torch.arange(77 * 1024, dtype=torch.float64) * 0.37 + 0.5).float().reshape(1, 77, 1024)
+    with torch.no_grad():
+        out = network(x, context)
+    assert out.flatten()[:3].tolist() == pytest.approx([-5.23298, -8.69556, -11.90842], abs=5e-4)
+    assert float(out.std()) == pytest.approx(5.67616, abs=5e-4)
 
 
 def test_files_that_are_something_else_are_refused_with_the_reason(kit, tiny_file, tmp_path):
