@@ -145,9 +145,12 @@ def test_guidance_goes_from_the_negative_to_the_positive_prompt_and_beyond(host,
     model, noise = kit.toy(), noise_of(1234, (1, 4, SIDE, SIDE))
     sigmas = levels(host, model, "simple", 2)
     for cfg, scale in ((0.0, 0.5), (1.0, 2.0), (3.0, 5.0)):
-        patched = apply(host, model, kit.module(), text(2.0), negative=text(0.5), cfg=cfg)
+        module, calls = kit.module(), []
+        module.patcher.model.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        patched = apply(host, model, module, text(2.0), negative=text(0.5), cfg=cfg)
         wanted = answer(TOY, first_state(scale * MU, noise, float(sigmas[0])), sigmas)
         torch.testing.assert_close(sample(host, patched, batch=1, steps=2), wanted, rtol=0, atol=5e-5)
+        assert len(calls) == (1 if cfg == 1 else 2)
 
 
 def test_strength_0_is_the_model_itself_and_img2img_the_same_bits(host, kit, caplog):
@@ -290,6 +293,9 @@ def test_a_picture_does_not_depend_on_its_place_in_the_batch(host, kit):
     torch.random.set_rng_state(before)
     (second,) = host.call("LatentFromBatch", samples={"samples": torch.zeros(3, 4, 16, 16)}, batch_index=1, length=1)
     alone = sample(host, patched, latent=second, steps=2)
+    moved = torch.random.get_rng_state()
+    sample(host, kit.toy(), latent=second, steps=2)
+    assert torch.equal(torch.random.get_rng_state(), moved)  # by the host alone
     torch.testing.assert_close(alone, batch[1:2], rtol=0, atol=1e-5)
 
 
@@ -370,6 +376,25 @@ def test_what_does_not_belong_together_is_refused_at_once(host, kit, change, mes
     inputs = {"model": model, "oms_model": module, "positive": text()} | change
     with pytest.raises(ValueError, match=message):
         host.call("AttuneOneMoreStep", **inputs)
+
+
+@pytest.mark.parametrize("node", ["AttuneOneMoreStepNoise", "AttuneOneMoreStepPredict", "AttuneSignalLeak"])
+def test_no_node_takes_a_model_that_begins_at_pure_noise(host, kit, node):
+    (zero,) = host.call("ModelSamplingDiscrete", model=kit.toy(), sampling="eps", zsnr=True)
+    latent, (noise,) = {"samples": torch.randn(3, 4, 8, 8)}, host.call("RandomNoise", noise_seed=1)
+    inputs = {
+        "AttuneOneMoreStepNoise": {
+            "oms_model": kit.module(),
+            "positive": text(),
+            "noise": noise,
+            "sigmas": torch.ones(2),
+        },
+        "AttuneOneMoreStepPredict": {"oms_model": kit.module(), "positive": text(), "latent": latent, "seed": 1},
+        "AttuneSignalLeak": {"examples": latent},
+    }[node]
+    for model, message in ((zero, "zero-terminal-SNR schedule"), (comfy_stub.tiny_model("SD3"), "flow-matching model")):
+        with pytest.raises(ValueError, match=message):
+            host.call(node, model=model, **inputs)
 
 
 def test_a_nearly_zero_terminal_snr_is_warned_of(host, kit, caplog):
