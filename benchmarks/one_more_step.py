@@ -6,11 +6,12 @@ Two starts. "own": the demo model's highest noise, 14.6, where 128 x 128 pixels 
 missing trace is N / sigma^2 = 1.2 times the noise of one latent's mean). "SD's": sigma 3.65, where it is 19.2, as in
 SD 1.5 at 512 x 512 pixels. Compared from the same noises: the plain sampler, One More Step, the same with the leak of
 its module (diversity 1), core's zero-SNR levels and RescaleCFG. Brightness, Wasserstein and Fréchet distance are to
-training pictures of the same prompts. Variety is measured twice. Within a prompt that names its background: recall is
-the share of its training pictures within reach of its drawn ones (as far as each has its nearest neighbour), and the
-two spreads are standard deviations relative to the data's. For a prompt that leaves the background open: how bright and
-which colours its pictures are. Errors are standard errors over four groups of seeds, each of which draws every prompt
-once. Results are cached. Writes docs/results/one_more_step.json, docs/results.md and a plot.
+training pictures of the same prompts; recall, too, with three neighbours. Variety within a prompt that names its
+background: the share of its training pictures within reach of its drawn ones (as far as each has its nearest
+neighbour), and standard deviations of the judge's features and of the mean pixel relative to the data's. Variety of a
+prompt that leaves the background open: how bright and which colours its backgrounds are. Errors are standard errors
+over four groups of seeds, each of which draws every prompt once. Results are cached. Writes
+docs/results/one_more_step.json, docs/results.md and a plot.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def measure(lab: OneMoreStepLab, setting: Setting, steps: int) -> list[Row]:
 
 
 def summary(seen: Seen, work: list[Task]) -> Measures:
-    """Everything that the tables say about `jobs`; recall and spreads are within a prompt and relative to the data."""
+    """Everything that the tables say about `jobs`; spreads are within a prompt and relative to the data."""
     objects, backgrounds = torch.tensor([[task.obj, task.background] for task in work]).T
     right, on = seen.objects == objects, nearest_colour(seen.corners) == backgrounds
     prompts = len(work) // GROUPS
@@ -203,7 +204,8 @@ def summary(seen: Seen, work: list[Task]) -> Measures:
         "brightness": lambda kept: brightness_error(seen.corners[kept], backgrounds[kept]),
         "wasserstein": lambda kept: 255 * wasserstein_distance(means.flatten(), seen.means[kept]),
         "frechet": lambda kept: frechet(real.flatten(0, 1), fake[kept]),
-        "recall": lambda kept: recall_within(real, by_prompt(fake, kept)),
+        "recall": lambda kept: precision_recall(real.flatten(0, 1), fake[kept])[1],
+        "within": lambda kept: recall_within(real, by_prompt(fake, kept)),
         "spread": lambda kept: spread_within(by_prompt(fake, kept)) / spread_within(real),
         "light": lambda kept: spread_within(by_prompt(seen.means, kept)[..., None]) / spread_within(means[..., None]),
         "object": lambda kept: 100 * float(right[kept].double().mean()),
@@ -237,7 +239,8 @@ def words(seen: Seen, work: list[Task]) -> Measures:
 
 
 COLUMNS = {
-    "frechet": "Fréchet", "recall": "recall", "spread": "spread", "light": "spread of brightness",
+    "frechet": "Fréchet", "recall": "recall", "within": "recall within", "spread": "spread within",
+    "light": "spread of brightness within",
     "object": "object %", "background": "background %",
 }  # fmt: skip
 

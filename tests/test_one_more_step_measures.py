@@ -37,7 +37,7 @@ def test_training_pictures_themselves_are_what_the_data_is():
         data()["features"][:prompts].flatten(0, 1), objects, PALETTE[backgrounds], data()["means"][:prompts].flatten()
     )
     found = {name: value for name, (value, _) in summary(seen, work).items()}
-    assert found.pop("recall") == found.pop("spread") == pytest.approx(1) == found.pop("light")
+    assert [found.pop(name) for name in ("recall", "within", "spread", "light")] == pytest.approx([1, 1, 1, 1])
     assert found.pop("object") == found.pop("background") == 100
     assert max(found.values()) < 1e-3  # brightness, Wasserstein, Fréchet
     assert words(seen, work)["white"][0] == pytest.approx(255)
