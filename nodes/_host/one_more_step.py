@@ -120,12 +120,22 @@ def load_module(path: Path, latent_space: str, dtype: str, prediction: str, head
 
 def check_model(model) -> None:
     """ValueError for models that have nothing to correct; a warning where there is little."""
-    sampling = model.get_model_object("model_sampling")
+    top = highest_noise(model.get_model_object("model_sampling"), type(model.model).__name__)
+    if top > SMALL_EFFECT:
+        LOG.warning(
+            "One More Step: terminal SNR %.1e, it will have little effect: the share of the missing trace in the "
+            "brightness of 1024 x 1024 pixels is %.2g of the noise (76.7 for SDXL).", top**-2, 128**2 / top**2,
+        )  # fmt: skip
+
+
+def highest_noise(sampling: Any, kind: str) -> float:
+    """The noise where the sampling of a model of this kind begins, per spread of the data; ValueError where the model
+    already begins at pure noise."""
     kinds = {one.__name__ for one in type(sampling).__mro__}
     if isinstance(sampling, comfy.model_sampling.CONST) or "COSMOS_RFLOW" in kinds:
         raise ValueError(
-            f"One More Step: {type(model.model).__name__} is a flow-matching model. It already starts from pure noise "
-            "(terminal SNR 0), so there is nothing to correct. Remove this node."
+            f"One More Step: {kind} is a flow-matching model. It already starts from pure noise (terminal SNR 0), so "
+            "there is nothing to correct. Remove this node."
         )
     top = float(sampling.sigma_max) / float(getattr(sampling, "sigma_data", 1.0))
     if top > ZERO_SNR:
@@ -133,11 +143,7 @@ def check_model(model) -> None:
             f"One More Step: this model already uses a zero-terminal-SNR schedule (sigma_max {top:.1f}). Remove this "
             "node, or turn zsnr off in ModelSamplingDiscrete if that was not intended."
         )
-    if top > SMALL_EFFECT:
-        LOG.warning(
-            "One More Step: terminal SNR %.1e, it will have little effect: the share of the missing trace in the "
-            "brightness of 1024 x 1024 pixels is %.2g of the noise (76.7 for SDXL).", top**-2, 128**2 / top**2,
-        )  # fmt: skip
+    return top
 
 
 def check_plan(model, plan: Plan) -> None:
@@ -199,6 +205,7 @@ def _begin(
 ):
     """SAMPLER_SAMPLE: another noise, all else as it came."""
     sampling = guider.inner_model.model_sampling
+    highest_noise(sampling, type(guider.inner_model).__name__)  # nodes behind this one may have changed it
     top = _from_the_top(executor.class_obj, guider, sampling, sigmas)
     noise = begin(plan, sampling, sigmas, noise, latent_image, denoise_mask, top)
     return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest, **newer)

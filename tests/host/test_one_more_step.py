@@ -397,6 +397,14 @@ def test_no_node_takes_a_model_that_begins_at_pure_noise(host, kit, node):
             host.call(node, model=model, **inputs)
 
 
+def test_a_schedule_changed_behind_the_node_is_refused_when_sampling_begins(host, kit):
+    (changed,) = host.call(
+        "ModelSamplingDiscrete", model=apply(host, kit.toy(), kit.module()), sampling="eps", zsnr=True
+    )
+    with pytest.raises(ValueError, match="zero-terminal-SNR schedule"):
+        sample(host, changed, batch=1, steps=1, side=16)
+
+
 def test_a_nearly_zero_terminal_snr_is_warned_of(host, kit, caplog):
     (model,) = host.call(
         "ModelSamplingContinuousEDM", model=kit.toy(), sampling="v_prediction", sigma_max=120.0, sigma_min=0.002
