@@ -11,7 +11,7 @@ background: the share of its training pictures within reach of its drawn ones (a
 neighbour), and standard deviations of the judge's features and of the mean pixel relative to the data's. Variety of a
 prompt that leaves the background open: how bright and which colours its backgrounds are. Errors are standard errors
 over four groups of seeds, each of which draws every prompt once. Results are cached. Writes
-docs/results/one_more_step.json, docs/results.md and a plot.
+docs/results/one_more_step.json, docs/results.md, a plot and a grid of pictures.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 from scipy.stats import wasserstein_distance
 from torch import Tensor
@@ -336,6 +337,26 @@ def plot(blocks: list[list[Row]], path: Path) -> None:
     plt.close(figure)
 
 
+def picture_grid(
+    lab: OneMoreStepLab, setting: Setting, steps: int, path: Path, side: int = 112, left: int = 110
+) -> None:
+    """Ways to begin down, the first task of each grey background across, from the same noise."""
+    work, rows = jobs(setting.prompts), list(arms(lab, setting).items())
+    names = list(BACKGROUNDS)
+    first = {name: next((i for i, t in enumerate(work) if names[t.background] == name), None) for name in GREYS}
+    chosen = [i for i in first.values() if i is not None]
+    canvas = Image.new("RGB", (left + side * len(chosen), 18 + side * len(rows)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for row, (label, nodes) in enumerate(rows):
+        pen.text((4, 12 + side * row + side // 2), label, "black")
+        pictures = lab.decode(lab.run(cell(lab, setting, nodes, steps), work).latents[chosen])
+        for column, picture in enumerate((pictures * 255).round().byte().movedim(1, -1)):
+            pen.text((left + side * column + 4, 3), names[work[chosen[column]].background], "black")
+            shown = Image.fromarray(picture.numpy()).resize((side, side), Image.Resampling.LANCZOS)
+            canvas.paste(shown, (left + side * column, 18 + side * row))
+    canvas.save(path, quality=88)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     settings = ["SD's:1:256", "own:1:256", "SD's:3:256", "own:3:256"]
@@ -353,6 +374,7 @@ def main() -> None:
         blocks = [measure(lab, setting, args.steps) for setting in args.settings]
         wide = [row for setting in args.settings for row in open_prompt(lab, setting, args.seeds, args.steps)]
         through = autoencoded(lab)
+        picture_grid(lab, args.settings[0], args.steps, args.out / "one_more_step_grid.jpg")
     plot(blocks, args.out / "one_more_step.png")
     light = torch.tensor(list(BACKGROUNDS.values())).double().mean(1)
     wide.insert(
@@ -366,7 +388,16 @@ def main() -> None:
     notes = [" ".join(__doc__.split("\n\n")[2].split())]
     notes.append(f"{args.steps} Euler steps; {GROUPS * args.seeds} pictures of the open prompt.")
     facts = [vars(row) | {"setting": asdict(row.setting)} for rows in blocks for row in rows]
-    record("one_more_step", "One More Step", tables, began, ["one_more_step.png"], notes, args.out, facts)
+    record(
+        "one_more_step",
+        "One More Step",
+        tables,
+        began,
+        ["one_more_step.png", "one_more_step_grid.jpg"],
+        notes,
+        args.out,
+        facts,
+    )
     print("\r" + "\n".join(map(markdown, tables)))
 
 
