@@ -332,6 +332,8 @@ def plot(blocks: list[list[Row]], path: Path) -> None:
             axis.stairs(row.histogram, BINS.tolist(), color=colour, label=row.label, lw=1.5, ls=dashes)
         axis.set(title=f"sigma {setting.sigma}, cfg {setting.cfg:g}", yticks=[])
         axis.set(xlabel="mean of a picture's pixels")
+    for axis in panels.flat[len(blocks) :]:
+        axis.axis("off")
     panels[0][0].legend(fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
