@@ -10,6 +10,10 @@ import torch
 import comfy_stub
 
 STEPS = 4
+WAN = {
+    "image_model": "wan2.1", "model_type": "t2v", "in_dim": 48, "out_dim": 48, "dim": 48, "ffn_dim": 32, "freq_dim": 16,
+    "text_dim": 16, "num_heads": 2, "num_layers": 1, "patch_size": (1, 2, 2),
+}  # fmt: skip
 PLAIN = ["euler", "dpmpp_2m", "uni_pc", "heun", "dpm_2", "dpmpp_sde", "ddim", "dpm_fast"]
 
 
@@ -125,6 +129,30 @@ def test_an_eps_model_hears_it_too(host, kit):
         _, heard = told(patched, run)
     sampling = patched.model.model_sampling
     torch.testing.assert_close(sampling.sigma(heard[0]), torch.tensor([0.7, 4.0]), rtol=1e-5, atol=0)
+
+
+def test_a_video_model_keeps_the_zeros_of_its_given_frames(host, kit):
+    """Wan 2.2: every frame has its own timestep, and 0 means that the frame is given, whatever the others are told."""
+    import comfy.model_base
+    import comfy.supported_models
+
+    config = comfy.supported_models.WAN22_T2V(WAN)
+    config.set_inference_dtype(torch.float32, None)
+    base = comfy.model_base.WAN22(config)
+    for weight in base.diffusion_model.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    model = comfy.model_patcher.ModelPatcher(base, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
+    patched = kit.put(model, kit.remap("test", flow_map(kit)))
+    options = {"wrappers": patched.wrappers, **patched.model_options["transformer_options"]}
+    x, sigma = torch.randn(2, 48, 3, 4, 4), torch.tensor([0.5, 0.9])
+    mask = torch.tensor([0.0, 0.5, 1.0]).reshape(1, 1, 3, 1, 1).expand(2, 1, 3, 4, 4)
+    text = torch.randn(2, 4, WAN["text_dim"])
+    run = lambda: base.apply_model(x, sigma, c_crossattn=text, denoise_mask=mask, transformer_options=options)
+    with torch.inference_mode():
+        denoised, heard = told(SimpleNamespace(model=base), run)
+    level = base.model_sampling.timestep(torch.tensor([0.4, 0.85]))
+    assert torch.isfinite(denoised).all()
+    torch.testing.assert_close(heard[0], level[:, None] * torch.tensor([0.0, 0.5, 1.0]), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", ["unet", "flow"])
