@@ -79,3 +79,10 @@ def widen(net: nn.Sequential, stock: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             wide[name][: tensor.shape[0]] = tensor
     return wide
+
+
+def narrow(net: nn.Sequential, stock: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of `net` that `widen` had turned into `stock`."""
+    return {
+        name: stock[name][tuple(slice(n) for n in tensor.shape)].float() for name, tensor in net.state_dict().items()
+    }

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=9000)
     parser.add_argument("--flow-steps", type=int, default=7500)
     parser.add_argument("--one-more-step-steps", type=int, default=2000)
+    parser.add_argument("--sizes-steps", type=int, default=1800)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     for channels in (4, 16):
@@ -43,6 +44,7 @@ def main() -> None:
         words = ("--channels", channels, "--decoder-only", "--steps", args.decoder_steps, "--threads", args.threads)
         stage("train_autoencoder.py", *words)
     stage("export.py")
+    stage("train_sizes.py", "--steps", args.sizes_steps, "--threads", args.threads)
     stage("train_one_more_step.py", "--steps", args.one_more_step_steps, "--threads", args.threads)
 
 

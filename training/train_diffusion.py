@@ -30,7 +30,8 @@ from autoencoder import decoder, encoder  # noqa: E402
 from captions import ANY, BACKGROUND_SPELLINGS, BRIGHTNESS_NAMES, VOCABULARY, draw  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, get_2d_sincos_pos_embed_torch  # noqa: E402
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
-from data import BACKGROUND_NAMES, OBJECT_NAMES, background_colours, compose, load_objects  # noqa: E402
+from comfy.utils import common_upscale  # noqa: E402
+from data import BACKGROUND_NAMES, OBJECT_NAMES, SIDE, background_colours, compose, load_objects  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from train_text import build as build_text  # noqa: E402
@@ -89,22 +90,30 @@ def latents(channels: int) -> tuple[Tensor, float]:
     """Unit-variance latents [objects backgrounds PLACEMENTS c h w] in half precision, and their original std."""
     path = WORK / f"latents{channels}.pt"
     if not path.exists():
-        enc = encoder(channels)
-        enc.load_state_dict(load_checkpoint(WORK / f"autoencoder{channels}.pt")["encoder"])
-        enc = enc.to(memory_format=torch.channels_last)
-        objects, colours = load_objects(assets()), background_colours()
-        generator = torch.Generator().manual_seed(0)
-        rows = []
-        for picture in objects:
-            n = len(colours) * PLACEMENTS
-            images = compose(picture.expand(n, -1, -1, -1), colours.repeat_interleave(PLACEMENTS, 0), generator)
-            z = torch.cat([enc(x.contiguous(memory_format=torch.channels_last)) for x in images.split(40)])
-            rows.append(z.reshape(len(colours), PLACEMENTS, *z.shape[1:]))
-        z = torch.stack(rows)
+        z = encoded(channels, SIDE, PLACEMENTS)
         std = float(z.std())
         save_checkpoint(path, latents=(z / std).half(), std=std)
     state = load_checkpoint(path)
     return state["latents"], state["std"]
+
+
+@torch.no_grad()
+def encoded(channels: int, side: int, placements: int) -> Tensor:
+    """Every object on every background, made smaller to `side` px: latents [objects backgrounds placements c h w]."""
+    enc = encoder(channels)
+    enc.load_state_dict(load_checkpoint(WORK / f"autoencoder{channels}.pt")["encoder"])
+    enc = enc.to(memory_format=torch.channels_last)
+    objects, colours = load_objects(assets()), background_colours()
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for picture in objects:
+        n = len(colours) * placements
+        images = compose(picture.expand(n, -1, -1, -1), colours.repeat_interleave(placements, 0), generator)
+        if side != SIDE:
+            images = common_upscale(images, side, side, "lanczos", "disabled")
+        z = torch.cat([enc(x.contiguous(memory_format=torch.channels_last)) for x in images.split(40)])
+        rows.append(z.reshape(len(colours), placements, *z.shape[1:]))
+    return torch.stack(rows)
 
 
 @torch.no_grad()

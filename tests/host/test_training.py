@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"black": [0, 0, 0], "white": [255, 255, 255], "red": [200, 30, 35]}
@@ -20,6 +22,7 @@ def test_pictures_become_checkpoints_and_modules(host, tmp_path):
     """In one test, so that two workers do not both train."""
     printed = trained(tmp_path)
     the_checkpoints_open_in_the_stock_loader_and_draw(host, tmp_path)
+    the_lora_of_small_sizes_loads_in_the_stock_node(host, tmp_path)
     a_second_run_found_everything_done(tmp_path, printed)
     for channels in (4, 16):
         the_exported_autoencoder_computes_what_the_narrow_one_does(tmp_path, channels)
@@ -40,10 +43,11 @@ def trained(work: Path) -> str:
     (work / "vocabulary.json").write_text(json.dumps(vocabulary))
     environment = {
         **os.environ, "ATTUNE_TRAINING": str(work), "ATTUNE_VOCABULARY": str(work / "vocabulary.json"),
-        "ATTUNE_WEIGHTS": str(work / "weights"), "ATTUNE_ONE_MORE_STEP": str(work / "modules"), "OMP_NUM_THREADS": "1",
+        "ATTUNE_WEIGHTS": str(work / "weights"), "ATTUNE_ONE_MORE_STEP": str(work / "modules"),
+        "ATTUNE_LORAS": str(work / "loras"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     words = ["--autoencoder-steps", 4, "--decoder-steps", 2, "--text-steps", 100, "--unet-steps", 3, "--flow-steps", 3]
-    words += ["--one-more-step-steps", 3]
+    words += ["--one-more-step-steps", 3, "--sizes-steps", 3]
     command = [sys.executable, str(ROOT / "training/train_demo.py"), "--threads", "1", *map(str, words)]
     runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:] + runs[1].stderr[-3000:]
@@ -66,6 +70,21 @@ def the_checkpoints_open_in_the_stock_loader_and_draw(host, work):
         )  # fmt: skip
         (picture,) = host.call("VAEDecode", samples=out, vae=decoder)
         assert picture.shape == (1, 128, 128, 3) and torch.isfinite(picture).all()
+
+
+def the_lora_of_small_sizes_loads_in_the_stock_node(host, work):
+    import comfy.sd
+    import folder_paths
+
+    plain, _, _, _ = comfy.sd.load_checkpoint_guess_config(str(work / "weights" / "attune_demo_flow.safetensors"))
+    file = shutil.copy(work / "loras" / "attune_demo_flow_sizes.safetensors", folder_paths.get_folder_paths("loras")[0])
+    taught = host.call("LoraLoaderModelOnly", model=plain, lora_name=Path(file).name, strength_model=1.0)[0]
+    os.remove(file)
+    assert len(taught.patches) == len(load_file(work / "loras" / "attune_demo_flow_sizes.safetensors")) // 2 > 20
+    first = next(name for name in taught.patches if "x_block.attn.qkv" in name)
+    ((_, lora, *_),) = taught.patches[first]
+    up, down = lora.weights[:2]
+    assert (up.float() @ down.float()).abs().max() > 0
 
 
 def a_second_run_found_everything_done(work, printed):
@@ -91,6 +110,8 @@ def the_exported_autoencoder_computes_what_the_narrow_one_does(work, channels):
     narrow, stock = autoencoder.encoder(channels), comfy.taesd.taesd.Encoder(channels)
     narrow.load_state_dict(state["encoder"])
     stock.load_state_dict(autoencoder.widen(narrow, stock.state_dict()))
+    again = autoencoder.narrow(narrow, stock.state_dict())
+    assert all(torch.equal(again[name], tensor) for name, tensor in narrow.state_dict().items())
     z = narrow(x)
     torch.testing.assert_close(stock(x), z, rtol=1e-4, atol=1e-5)
     narrow, stock = autoencoder.decoder(channels), comfy.taesd.taesd.Decoder(channels)
