@@ -1,16 +1,18 @@
 """Below the native size: what can the noise level that the network is told repair, and what can it not?
 
-python dev.py bench noise_shift [--models flow unet] [--sides 64 80 96 112 128] [--tasks 96] [--sweep 48] [--steps 20]
+python dev.py bench noise_shift [--models sizes flow unet] [--sides 64 80 96 112 128] [--tasks 96] [--sweep 48]
+    [--steps 20]
 
-The demo models, trained at 128 px only, draw at each side. Compared are the plain model, the noise shift as fitted
-jointly and level by level, the best of a sweep of constant conditioning shifts (an oracle: it is chosen by the pictures
-themselves), the best stock ModelSamplingSD3 shift, schedules of ours with and without the noise shift, and pictures
-drawn at 128 px and made smaller, which show what a model that knew the size would do. A last table injects a wrong told
-level at 128 px and takes it back. Sweeps use other seeds than the tables. The Fréchet distance is to training pictures
-of the same objects and backgrounds, made smaller to the same side; the judge sees both enlarged or reduced to its own
-64 px by the same filter. ± is a standard error over six groups of seeds, for changes of the paired difference. Cached:
-run it again to continue. Writes docs/results/noise_shift.json, docs/results.md, the tables in docs/noise_shift.md and
-pictures.
+The demo models draw at each side: the UNet and the flow model, trained at 128 px only, and the flow model with the LoRA
+"sizes", which saw small pictures early and its native size last, as models at large. Compared are the plain model, the
+noise shift as fitted jointly, level by level, and jointly on pictures of the model's own; the best of a sweep of told
+levels (an oracle: it is chosen by pictures) that are off by a constant, and by a constant and a slope; the best stock
+ModelSamplingSD3 shift; the tuned schedules that come with the pack, alone and with the noise shift; and pictures drawn
+at 128 px and made smaller, which show what a model that knew the size would do. A last table injects a wrong told level
+at 128 px and takes it back. Sweeps use other seeds than the tables. The Fréchet distance is to training pictures of the
+same objects and backgrounds, made smaller to the same side; the judge sees both enlarged or reduced to its own 64 px by
+the same filter. ± is a standard error over six groups of seeds, for changes of the paired difference. Cached: run it
+again to continue. Writes docs/results/noise_shift.json, docs/results.md, the tables in docs/noise_shift.md, pictures.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import argparse
 import hashlib
 import json
 import math
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -41,15 +44,15 @@ from results import DOCS, Table, markdown, record
 
 NATIVE = 128
 RUN = {"unet": ("dpmpp_2m", "karras"), "flow": ("euler", "simple")}  # solver and schedule
-OURS = "KL-optimal, c = 1.4"
-PROFILES = {
-    "joint": {model: ROOT / "models" / "profiles" / f"{file}.json" for model, file in
-              (("unet", "attune_demo_shift"), ("flow", "attune_demo_flow_shift"))},
-    "per level": {model: HERE / "per_level" / f"{file}.json" for model, file in
-                  (("unet", "attune_demo_shift"), ("flow", "attune_demo_flow_shift"))},
+LORAS = {"sizes": ROOT / "models" / "loras" / "attune_demo_flow_sizes.safetensors"}  # on the flow model
+TITLES = {"unet": "UNet", "flow": "flow", "sizes": "flow, taught small sizes"}
+FILES = {"unet": "attune_demo_shift", "flow": "attune_demo_flow_shift", "sizes": "attune_demo_flow_sizes_shift"}
+FOLDERS = {
+    "joint": ROOT / "models" / "profiles", "per level": HERE / "per_level", "joint, own pictures": HERE / "own_pictures"
 }  # fmt: skip
-OFFSETS = (-0.6, -0.4, -0.2, 0.2, 0.4, 0.6)  # of the oracle, in ln(sigma / alpha)
-SHIFTS = (1.0, 1.5, 2.0, 4.0, 6.0)  # of ModelSamplingSD3; the flow model's own is 3
+OFFSETS = (-0.5, -0.25, 0.25, 0.5)  # of the oracle, in ln(sigma / alpha)
+SLOPES = (-0.3, 0.3)  # more offset per unit of ln(sigma / alpha)
+SHIFTS = (1.0, 1.5, 2.0, 5.0)  # of ModelSamplingSD3; the flow model's own is 3
 SWEEP_SEED = 100000
 INJECTED = 0.6  # log units, where the told level alone is wrong
 BEGIN, END = "<!-- measured: python dev.py bench noise_shift -->", "<!-- end -->"
@@ -101,32 +104,47 @@ class Bench:
     """The settings of one model, drawn and judged."""
 
     def __init__(self, lab: Lab, model: str, steps: int, say: Callable[[str], None]):
-        self.lab, self.model, self.steps, self.say = lab, model, steps, say
-        self.sampler, self.schedule = RUN[model]
-        self.names = {method: self._add(file[model]) for method, file in PROFILES.items() if file[model].exists()}
+        self.lab, self.title, self.steps, self.say = lab, TITLES[model], steps, say
+        self.model = "flow" if model in LORAS else model
+        self.loaders: tuple[tuple, ...] = (self._lora(LORAS[model]),) if model in LORAS else ()
+        self.sampler, self.schedule = RUN[self.model]
+        files = {method: folder / f"{FILES[model]}.json" for method, folder in FOLDERS.items()}
+        self.names = {method: self._add(file) for method, file in files.items() if file.exists()}
+        self.truthful = {method: truthful(files[method]) for method in self.names}
+        tuned = ROOT / "models" / "profiles" / f"demo_{self.model}_{self.sampler}_{steps:02}.json"
+        self.tuned = self._add(tuned) if tuned.exists() else ""
 
     def seen(self, cell: Cell, work: list[Task]) -> Seen:
-        drawn = self.lab.run(cell, work, lambda text: self.say(f"{self.model} {cell.side} px: {text}"))
+        drawn = self.lab.run(cell, work, lambda text: self.say(f"{self.title} {cell.side} px: {text}"))
         return Seen.of(self.lab.pictures(self.model, drawn.latents), work)
 
-    def cell(self, side: int, *nodes: tuple, schedule: str = "") -> Cell:
-        """`nodes` before the sampler; the levels are those of the model behind the stock nodes among them."""
+    def cell(self, side: int, *nodes: tuple) -> Cell:
+        """`nodes` before the sampler; the levels are those of the model behind the stock nodes among them, or of the
+        tuned profile."""
+        nodes = (*self.loaders, *nodes)
         stock = tuple(node for node in nodes if not node[0].startswith("Attune"))
-        if stock:
-            model = self.lab.patched(self.model, stock)
-            given = {"model": model, "scheduler": self.schedule, "steps": self.steps, "denoise": 1.0}
-            (sigmas,) = self.lab.host.call("BasicScheduler", **given)
-            return Cell(self.model, self.sampler, tuple(sigmas.tolist()), nodes=nodes, side=side)
-        sigmas = self.lab.sigmas(self.model, schedule or self.schedule, self.steps)
-        return Cell(self.model, self.sampler, sigmas, nodes=nodes, side=side)
+        model = self.lab.patched(self.model, stock)
+        given = {"model": model, "scheduler": self.schedule, "steps": self.steps, "denoise": 1.0}
+        (sigmas,) = self.lab.host.call("BasicScheduler", **given)
+        if any(node == "AttuneApplyProfile" for node, _ in nodes):
+            profile = self.lab.given("profile", self.tuned, ())
+            _, sigmas, _ = self.lab.host.call("AttuneApplyProfile", model=model, profile=profile)
+        return Cell(self.model, self.sampler, tuple(sigmas.tolist()), nodes=nodes, side=side)
 
-    def constant(self, side: int, offset: float) -> Cell:
-        """The same conditioning shift at every level."""
-        return self.cell(side, ("AttuneNoiseShift", (("profile", self._constant(offset)), ("strength", 1.0))))
+    def told(self, side: int, offset: float, slope: float = 0.0) -> Cell:
+        """The network told `offset` + `slope` ln(sigma / alpha) log units more."""
+        return self.cell(side, ("AttuneNoiseShift", (("profile", self._line(offset, slope)), ("strength", 1.0))))
 
-    def fitted(self, side: int, method: str, schedule: str = "") -> Cell:
+    def fitted(self, side: int, method: str, *before: tuple) -> Cell:
+        """Where the fit told the truth, the cell without it: the pictures are the same to the bit."""
+        if side in self.truthful[method]:
+            return self.cell(side, *before)
         node = ("AttuneNoiseShift", (("profile", self.names[method]), ("strength", 1.0)))
-        return self.cell(side, node, schedule=schedule)
+        return self.cell(side, *before, node)
+
+    def scheduled(self) -> tuple:
+        """The node that brings the tuned schedule, and the timesteps aligned with it."""
+        return ("AttuneApplyProfile", (("profile", self.tuned),))
 
     def best(self, cells: dict[float, Cell], side: int, work: list[Task]) -> float:
         """The key of the cell of least Fréchet distance."""
@@ -135,7 +153,7 @@ class Bench:
         return min(found, key=found.__getitem__)
 
     def made_smaller(self, side: int, work: list[Task]) -> Seen:
-        drawn = self.lab.run(self.cell(NATIVE), work, lambda text: self.say(f"{self.model} native: {text}"))
+        drawn = self.lab.run(self.cell(NATIVE), work, lambda text: self.say(f"{self.title} native: {text}"))
         pictures = self.lab.pictures(self.model, drawn.latents)
         return Seen.of(smaller(pictures, side), work)
 
@@ -144,25 +162,40 @@ class Bench:
         name = f"{file.parent.name} {file.stem} {hash_of(file.read_text('utf-8'))}.json"
         return self._write(name, file.read_text("utf-8"))
 
-    def _constant(self, offset: float) -> str:
-        ends = {"ve": lambda s: math.exp(s), "flow": lambda s: 1 / (1 + math.exp(-s))}
+    def _line(self, offset: float, slope: float = 0.0) -> str:
         space = "flow" if self.model == "flow" else "ve"
+        ends = {"ve": lambda s: math.exp(s), "flow": lambda s: 1 / (1 + math.exp(-s))}[space]
         about = self.lab.models[self.model]
         at = [math.log(s / (1 - s)) for s in KNOTS] if space == "flow" else [-3.0, -1.0, 0.0, 1.0, 2.0]
-        curve = {"sigma": [ends[space](a) for a in at], "sigma_hat": [ends[space](a + offset) for a in at]}
+        curve = {"sigma": [ends(a) for a in at], "sigma_hat": [ends(a + offset + slope * a) for a in at]}
         profile = {
-            "format": 1, "kind": "noise_shift", "name": f"constant {offset:+g}", "method": "constant", "space": space,
-            "families": [type(about.model.model_config).__name__], "resolution": [NATIVE, NATIVE],
+            "format": 1, "kind": "noise_shift", "name": f"line {offset:+g} {slope:+g}", "method": "line",
+            "space": space, "families": [type(about.model.model_config).__name__], "resolution": [NATIVE, NATIVE],
             "source": "benchmarks/noise_shift.py",
             "alignments": [{"resolution": [side, side], **curve} for side in range(64, 129, 16)],
         }  # fmt: skip
-        return self._write(f"constant {space} {offset:+g}.json", json.dumps(profile))
+        return self._write(f"line {space} {offset:+g} {slope:+g}.json", json.dumps(profile))
+
+    def _lora(self, file: Path) -> tuple:
+        """Put a LoRA where the host finds it; its name there changes with its content."""
+        name = f"{file.stem} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}.safetensors"
+        folder = self.lab.host.folders / "models" / "loras"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
+        return ("LoraLoaderModelOnly", (("lora_name", name), ("strength_model", 1.0)))
 
     def _write(self, name: str, text: str) -> str:
         folder = self.lab.host.folders / "models" / "attune"
         folder.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text, "utf-8")
         return name
+
+
+def truthful(file: Path) -> set[int]:
+    """The sides at which a noise shift tells the truth: the native one, and those that its gate refused."""
+    curves = json.loads(file.read_text("utf-8"))["alignments"]
+    moved = {curve["resolution"][0] for curve in curves if curve["sigma"] != curve["sigma_hat"]}
+    return {curve["resolution"][0] for curve in curves} - moved | {NATIVE} - moved
 
 
 def hash_of(text: str) -> str:
@@ -180,32 +213,34 @@ def smaller(pictures: Tensor, side: int) -> Tensor:
 
 def measure(bench: Bench, side: int, work: list[Task], sweep: list[Task]) -> list[Row]:
     """All settings at one side."""
-    constants = {offset: bench.constant(side, offset) for offset in OFFSETS} | {0.0: bench.cell(side)}
-    oracle = bench.best(constants, side, sweep)
-    settings: dict[str, tuple[Callable[[], Seen], str]] = {
-        "plain": (lambda: bench.seen(bench.cell(side), work), ""),
-        **{
-            f"noise shift, {method}": (lambda method=method: bench.seen(bench.fitted(side, method), work), "")
-            for method in bench.names
-        },
-        "best constant shift (oracle)": (lambda: bench.seen(constants[oracle], work), f"offset {oracle:+g}"),
-        OURS: (lambda: bench.seen(bench.cell(side, schedule=OURS), work), ""),
-    }
-    if "joint" in bench.names:
-        both = lambda: bench.seen(bench.fitted(side, "joint", OURS), work)
-        settings[f"{OURS} + noise shift, joint"] = (both, "")
-    if bench.model == "flow":
-        sd3 = {shift: bench.cell(side, ("ModelSamplingSD3", (("shift", shift),))) for shift in SHIFTS}
-        chosen = bench.best(sd3 | {3.0: bench.cell(side)}, side, sweep)
-        stock = sd3.get(chosen, bench.cell(side))
-        settings["ModelSamplingSD3, best shift"] = (lambda: bench.seen(stock, work), f"shift {chosen:g}")
+    plain = bench.cell(side)
+    offset = bench.best({one: bench.told(side, one) for one in OFFSETS} | {0.0: plain}, side, sweep)
+    flat = bench.told(side, offset) if offset else plain
+    cells: dict[str, tuple[Cell, str]] = {"plain": (plain, "")}
+    cells |= {f"noise shift, {method}": (bench.fitted(side, method), "") for method in bench.names}
+    cells["best constant shift (oracle)"] = flat, f"offset {offset:+g}"
     if side < NATIVE:
-        settings["drawn at 128 px, made smaller"] = (lambda: bench.made_smaller(side, work), "")
-    plain, rows = settings["plain"][0](), []
-    for label, (see, note) in settings.items():
-        seen = plain if label == "plain" else see()
-        rows.append(row_of(bench.model, side, label, seen, None if label == "plain" else plain, note))
-    return rows
+        slope = bench.best({one: bench.told(side, offset, one) for one in SLOPES} | {0.0: flat}, side, sweep)
+        tilted = bench.told(side, offset, slope) if slope else flat
+        cells["best shift and slope (oracle)"] = tilted, f"{offset:+g}, slope {slope:+g}"
+    if bench.tuned:
+        tuned = bench.scheduled()
+        cells["tuned schedule"] = bench.cell(side, tuned), ""
+        for method in ("joint", "per level"):
+            if method in bench.names:
+                cells[f"tuned schedule + noise shift, {method}"] = bench.fitted(side, method, tuned), ""
+    if bench.model == "flow" and side < NATIVE:
+        sd3 = {shift: bench.cell(side, ("ModelSamplingSD3", (("shift", shift),))) for shift in SHIFTS} | {3.0: plain}
+        chosen = bench.best(sd3, side, sweep)
+        cells["ModelSamplingSD3, best shift"] = sd3[chosen], f"shift {chosen:g}"
+    found = {label: (bench.seen(cell, work), note) for label, (cell, note) in cells.items()}
+    if side < NATIVE:
+        found["drawn at 128 px, made smaller"] = bench.made_smaller(side, work), ""
+    reference = found["plain"][0]
+    return [
+        row_of(bench.title, side, label, seen, None if label == "plain" else reference, note)
+        for label, (seen, note) in found.items()
+    ]
 
 
 def measure_injected(bench: Bench, work: list[Task], sweep: list[Task]) -> list[Row]:
@@ -213,7 +248,7 @@ def measure_injected(bench: Bench, work: list[Task], sweep: list[Task]) -> list[
 
     Both fits get eight latents that the right model drew of other tasks; two thirds of a minute on one core.
     """
-    wrong = ("AttuneNoiseShift", (("profile", bench._constant(INJECTED)), ("strength", 1.0)))
+    wrong = ("AttuneNoiseShift", (("profile", bench._line(INJECTED)), ("strength", 1.0)))
     pictures = sweep[:8]
     clean = bench.lab.run(bench.cell(NATIVE), pictures).latents
     prompts = bench.lab.conditioning([prompt(t.obj, t.background) for t in pictures])
@@ -222,7 +257,7 @@ def measure_injected(bench: Bench, work: list[Task], sweep: list[Task]) -> list[
     settings = {"told right": right, "told wrong": bench.seen(bench.cell(NATIVE, wrong), work)}
     for method in ("joint", "per level"):
         profile, _, report = bench.lab.host.call(
-            "AttuneFitNoiseShift", model=bench.lab.patched(bench.model, (wrong,)), method=method,
+            "AttuneFitNoiseShift", model=bench.lab.patched(bench.model, (*bench.loaders, wrong)), method=method,
             latent={"samples": clean}, positive=prompts, **given,
         )  # fmt: skip
         print(f"\n{report}")
@@ -230,7 +265,7 @@ def measure_injected(bench: Bench, work: list[Task], sweep: list[Task]) -> list[
         mend = ("AttuneNoiseShift", (("profile", Path(path).name), ("strength", 1.0)))
         settings[f"told wrong + noise shift, {method}"] = bench.seen(bench.cell(NATIVE, wrong, mend), work)
     return [
-        row_of(bench.model, NATIVE, label, seen, None if seen is right else right, "")
+        row_of(bench.title, NATIVE, label, seen, None if seen is right else right, "")
         for label, seen in settings.items()
     ]
 
@@ -268,7 +303,7 @@ def distances(rows: list[Row], model: str, steps: int) -> Table:
         line.append(f"{sum(low) / len(low):+.1f} %" if low else None)
         body.append(line)
     columns = ["setting", *(f"{side} px" for side in sides), "mean change below 128 px"]
-    sampler, schedule = RUN[model]
+    sampler, schedule = RUN["unet" if model == TITLES["unet"] else "flow"]
     note = f"{steps} steps of {sampler} on {schedule}, cfg 3. In brackets the change against plain in percent."
     return Table(f"{model}: Fréchet distance to the data at the same size", columns, body, note)
 
@@ -331,7 +366,7 @@ def grid(bench: Bench, sides: list[int], work: list[Task], path: Path, tile: int
             rows.append((f"{side} px of 128", smaller(bench.lab.pictures(bench.model, drawn), side)))
     canvas = Image.new("RGB", (left + 8 * tile, 20 + tile * len(rows)), "white")
     pen = ImageDraw.Draw(canvas)
-    pen.text((4, 4), f"{bench.model}: " + ", ".join(prompt(t.obj, t.background) for t in work[:3]) + " …", "black")
+    pen.text((4, 4), f"{bench.title}: " + ", ".join(prompt(t.obj, t.background) for t in work[:3]) + " …", "black")
     for i, (label, pictures) in enumerate(rows):
         pen.text((4, 20 + tile * i + tile // 2 - 6), label, "black")
         enlarged = F.interpolate(pictures, (tile, tile), mode="nearest")
@@ -351,7 +386,7 @@ def write_page(tables: list[Table], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(RUN), default=["flow", "unet"])
+    parser.add_argument("--models", nargs="+", choices=list(TITLES), default=["sizes", "flow", "unet"])
     parser.add_argument("--sides", nargs="+", type=int, default=[64, 80, 96, 112, 128])
     parser.add_argument("--tasks", type=int, default=96)
     parser.add_argument("--steps", type=int, default=20)
@@ -372,11 +407,12 @@ def main() -> None:
         benches = {model: Bench(lab, model, args.steps, say) for model in args.models}
         for model, bench in benches.items():
             mine = [row for side in args.sides for row in measure(bench, side, work, sweep)]
-            tables += [distances(mine, model, args.steps), shown(mine, model)]
+            tables += [distances(mine, bench.title, args.steps), shown(mine, bench.title)]
             rows += mine
-            injected = measure_injected(bench, work, sweep)
-            tables.append(repaired(injected, model))
-            mended += injected
+            if model not in LORAS:
+                injected = measure_injected(bench, work, sweep)
+                tables.append(repaired(injected, bench.title))
+                mended += injected
             grid(
                 bench,
                 sorted({min(args.sides), *(s for s in args.sides if s == 96)}),

@@ -41,7 +41,7 @@ SMOKE = {
     "one_more_step": ["--settings", "SD's:1:4", "--seeds", "2", "--steps", "4"],
     "golden_noise": ["--prompts", "4", "--seeds", "3", "--models", "unet", "--steps", "4", "--cfg", "1"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
-    "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "4"],
+    "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "5"],
     "long_run": ["--prompts", "12", "--caches", "none", "--control", "0"],
     "peers": ["--tasks", "6", "--steps", "10"],
     "thumbnails": ["few_step", "first_picture"],
@@ -234,6 +234,7 @@ def test_small_pictures_are_measured_beside_an_oracle_and_the_stock_shift(tmp_pa
     printed = run("noise_shift", tmp_path, *SMOKE["noise_shift"])
     rows = {r["setting"]: r for r in json.loads((tmp_path / "results" / "noise_shift.json").read_text())["data"]}
     oracle, stock = rows["best constant shift (oracle)"], rows["ModelSamplingSD3, best shift"]
+    assert {"best shift and slope (oracle)", "tuned schedule", "tuned schedule + noise shift, joint"} < set(rows)
     assert rows["plain"]["change"] is None and oracle["note"].startswith("offset") and stock["note"].startswith("shift")
     # A model that was only ever shown 128 px draws a crop at 64 px.
     assert rows["drawn at 128 px, made smaller"]["frechet"][0] < rows["plain"]["frechet"][0]

@@ -77,8 +77,10 @@ def the_lora_of_small_sizes_loads_in_the_stock_node(host, work):
     import folder_paths
 
     plain, _, _, _ = comfy.sd.load_checkpoint_guess_config(str(work / "weights" / "attune_demo_flow.safetensors"))
-    file = shutil.copy(work / "loras" / "attune_demo_flow_sizes.safetensors", folder_paths.get_folder_paths("loras")[0])
-    taught = host.call("LoraLoaderModelOnly", model=plain, lora_name=Path(file).name, strength_model=1.0)[0]
+    folder = Path(folder_paths.get_folder_paths("loras")[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    file = shutil.copy(work / "loras" / "attune_demo_flow_sizes.safetensors", folder / "trained.safetensors")
+    taught = host.call("LoraLoaderModelOnly", model=plain, lora_name=file.name, strength_model=1.0)[0]
     os.remove(file)
     assert len(taught.patches) == len(load_file(work / "loras" / "attune_demo_flow_sizes.safetensors")) // 2 > 20
     first = next(name for name in taught.patches if "x_block.attn.qkv" in name)
