@@ -4,7 +4,7 @@ python dev.py bench noise_shift [--models sizes flow unet] [--sides 64 80 96 112
     [--steps 20]
 
 The demo models draw at each side: the UNet and the flow model, trained at 128 px only, and the flow model with the LoRA
-"sizes", which saw small pictures early and its native size last, as models at large. Compared are the plain model, the
+"sizes", which saw small pictures, too. Compared are the plain model, the
 noise shift as fitted jointly, level by level, and jointly on pictures of the model's own; the best of a sweep of told
 levels (an oracle: it is chosen by pictures) that are off by a constant, and by a constant and a slope; the best stock
 ModelSamplingSD3 shift; the tuned schedules that come with the pack, alone and with the noise shift; and pictures drawn
@@ -214,12 +214,12 @@ def smaller(pictures: Tensor, side: int) -> Tensor:
 def measure(bench: Bench, side: int, work: list[Task], sweep: list[Task]) -> list[Row]:
     """All settings at one side."""
     plain = bench.cell(side)
-    offset = bench.best({one: bench.told(side, one) for one in OFFSETS} | {0.0: plain}, side, sweep)
-    flat = bench.told(side, offset) if offset else plain
     cells: dict[str, tuple[Cell, str]] = {"plain": (plain, "")}
     cells |= {f"noise shift, {method}": (bench.fitted(side, method), "") for method in bench.names}
-    cells["best constant shift (oracle)"] = flat, f"offset {offset:+g}"
     if side < NATIVE:
+        offset = bench.best({one: bench.told(side, one) for one in OFFSETS} | {0.0: plain}, side, sweep)
+        flat = bench.told(side, offset) if offset else plain
+        cells["best constant shift (oracle)"] = flat, f"offset {offset:+g}"
         slope = bench.best({one: bench.told(side, offset, one) for one in SLOPES} | {0.0: flat}, side, sweep)
         tilted = bench.told(side, offset, slope) if slope else flat
         cells["best shift and slope (oracle)"] = tilted, f"{offset:+g}, slope {slope:+g}"
