@@ -55,7 +55,7 @@ class Settings:
     speed: float = 1.5
     reuse: str = TOP
     forecast: bool = True
-    keep_last: int = 2
+    keep_last: int = 4
     start_percent: float = 0.0
     end_percent: float = 1.0
     parallel: str = "auto"
@@ -157,7 +157,7 @@ def uncalibrated_target(settings: Settings, steps: int, costs: Costs, named: lis
     limit = max(speedup(steps, fewest, costs.of_step(reuse)) for reuse in named)
     raise ValueError(
         f"This model cannot run {settings.speed:g} times faster over {steps} steps by reusing '{settings.reuse}': "
-        f"the limit is {limit:.2f}. Lower 'speed', or reuse more."
+        f"the limit is {limit:.2f}. Lower 'speed' or 'keep_last', or reuse more."
     )
 
 

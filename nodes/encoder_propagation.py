@@ -59,7 +59,7 @@ def _settings(reuses: list[str], default: str, reuse_tip: str) -> list:
             tooltip="Extrapolate the features from the last two key steps instead of holding the last ones.",
         ),
         io.Int.Input(
-            "keep_last", default=2, min=0, max=20,
+            "keep_last", default=4, min=0, max=20,
             tooltip="uniform and speed target: so many steps at the end run whole; their errors stay visible.",
         ),
         io.Float.Input(

@@ -38,7 +38,7 @@ FIT = Calibration(4, "euler", tuple(SIGMAS), POINTS)
 
 
 def chosen(fresh_noise=False, **settings):
-    return choose(Settings(**settings), SIGMAS, TIMES, COSTS, top=2, fresh_noise=fresh_noise)
+    return choose(Settings(**{"keep_last": 2, **settings}), SIGMAS, TIMES, COSTS, top=2, fresh_noise=fresh_noise)
 
 
 def test_names_of_parts_are_members_of_one_family():

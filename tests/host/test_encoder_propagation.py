@@ -507,20 +507,93 @@ def test_another_cache_on_the_same_model_does_no_harm(host, demo, draw, propagat
     assert psnr(draw(model, steps=16), draw(steps=16)) > 12
 
 
-def test_an_attention_patch_sees_the_same_blocks(demo, draw, propagate):
+def test_an_attention_patch_that_adds_to_one_condition_sees_the_same_blocks_and_rows(demo, draw, propagate):
+    """As IP-Adapter does it: more keys and values for the prompt, none for the negative prompt."""
+    from comfy.ldm.modules.attention import optimized_attention
+
     seen = []
 
-    def patch(q, k, v, options):
+    def adapter(q, k, v, options):
         seen.append((options["block"], options["transformer_index"]))
-        return q, k, v
+        out = optimized_attention(q, k, v, options["n_heads"])
+        rows = out.chunk(len(options["cond_or_uncond"]))
+        return torch.cat([
+            part + (1.0 * part.roll(7, dims=-1) if kind == 0 else 0)
+            for part, kind in zip(rows, options["cond_or_uncond"], strict=True)
+        ])  # fmt: skip
 
     model = demo[0].clone()
-    model.set_model_attn2_patch(patch)
-    draw(model, steps=8)
-    stock = set(seen)
-    seen.clear()
-    draw(propagate(model, reuse="encoder reused"), steps=8)
-    assert set(seen) == stock
+    for block in [("input", 3), ("input", 5), ("middle", 0), *(("output", i) for i in range(4))]:
+        model.set_model_attn2_replace(adapter, *block)
+    stock, blocks = draw(model, steps=14), set(seen)
+    without = psnr(draw(steps=14), stock)
+    assert len(blocks) == 7 and without < 28
+    for reuse in ("top level fresh", "encoder reused"):
+        seen.clear()
+        assert psnr(draw(propagate(model, reuse=reuse, interval=2), steps=14), stock) > without + 5
+        assert set(seen) == blocks
+    assert torch.equal(draw(propagate(model, interval=1), steps=14), stock)
+
+
+@pytest.fixture(scope="module")
+def boxed(host, demo, encode):
+    """A conditioning with a box by the host's own GLIGEN, of random weights, and another without."""
+    from comfy.gligen import GatedSelfAttentionDense, Gligen, PositionNet
+    from comfy.ldm.modules.attention import SpatialTransformer
+    from comfy.model_patcher import ModelPatcher
+
+    unet = demo[0].model.diffusion_model
+    widths = [layer.in_channels for layer in unet.modules() if isinstance(layer, SpatialTransformer)]
+    net = Gligen([GatedSelfAttentionDense(width, 128, 4, 32) for width in widths], PositionNet(128, 128), 128)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in net.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * (0.15 if parameter.ndim else 4.0)
+    (positive,) = host.call(
+        "GLIGENTextBoxApply", conditioning_to=encode("a cat on a black background"), clip=demo[1], text="a red heart",
+        gligen_textbox_model=ModelPatcher(net, torch.device("cpu"), torch.device("cpu")), width=64, height=64, x=0, y=0,
+    )  # fmt: skip
+    return positive
+
+
+def test_gligen_works(draw, propagate, boxed):
+    stock = draw(positive=boxed, steps=14)
+    without = psnr(draw(steps=14), stock)
+    assert without < 30
+    for reuse in ("top level fresh", "encoder reused"):
+        assert psnr(draw(propagate(reuse=reuse, interval=2), positive=boxed, steps=14), stock) > without + 3
+    assert torch.equal(draw(propagate(interval=1), positive=boxed, steps=14), stock)
+
+
+def test_an_inpainting_network_works_and_keeps_no_picture(host, demo, encode, draw, propagate):
+    """The demo UNet with five more input channels, for the mask and the masked picture."""
+    import comfy.sd
+    import comfy.utils
+    import folder_paths
+
+    weights = comfy.utils.load_torch_file(folder_paths.get_full_path("checkpoints", "attune_demo.safetensors"))
+    first = "model.diffusion_model.input_blocks.0.0.weight"
+    more = 0.03 * torch.randn(32, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    weights[first] = torch.cat([weights[first], more.to(weights[first])], 1)
+    network = comfy.sd.load_state_dict_guess_config(weights, output_vae=False, output_clip=False)[0]
+    network.model.set_inpaint()
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 32:96, 32:96] = 1
+
+    def inpainted(model, grey):
+        positive, negative, latent = host.call(
+            "InpaintModelConditioning", positive=encode("a cat on a black background"), negative=encode(""),
+            vae=demo[2], pixels=torch.full((1, 128, 128, 3), grey), mask=mask, noise_mask=False,
+        )  # fmt: skip
+        return draw(model, positive=positive, negative=negative, latent_image=latent, steps=12)
+
+    stock = inpainted(network, 0.2)
+    assert psnr(inpainted(network, 0.9), stock) < 40
+    model = propagate(network, interval=2)
+    ours = inpainted(model, 0.2)
+    assert psnr(ours, stock) > 22
+    inpainted(model, 0.9)
+    assert torch.equal(inpainted(model, 0.2), ours)
+    assert torch.equal(inpainted(propagate(network, interval=1), 0.2), stock)
 
 
 def test_a_patched_forward_is_left_alone(demo, draw, propagate, unet, monkeypatch):
