@@ -7,6 +7,7 @@ that difference. With no fresh block before them the output itself is held: the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -89,12 +90,14 @@ class BlockPropagation(Propagation):
         if features is not None:
             self.counts["part"] += 1
             options = self._patched(options, lambda *of: _Reused(features, self.reuse.fresh > 0).patches(*of))
-            return executor(x, t, concat, context, _control_of(features), options, **extra)
+            with _not_compiled():
+                return executor(x, t, concat, context, _control_of(features), options, **extra)
         self.counts["missing"] += self.shorter
         self.counts["whole"] += 1
+        wanted = self.records(keys)
         found: Features = {}
-        residuals = self._control_features(control, x.shape[0]) if self.records(keys) else None
-        if residuals is not None:
+        residuals = self._control_features(control, x.shape[0]) if wanted else None
+        if wanted or self.plan.captured:  # on every whole step: torch.compile would compile patches that come and go
             options = self._patched(options, lambda *of: _Recorded(found, self.reuse.fresh > 0).patches(*of))
         output = executor(x, t, concat, context, control, options, **extra)
         if found and residuals is not None:  # nothing is found in a network that does not offer its blocks
@@ -131,6 +134,12 @@ class BlockPropagation(Propagation):
             if indices:
                 patches |= patches_of(kind, indices, others)
         return {**options, "patches_replace": {**replaced, "dit": patches}}
+
+
+def _not_compiled() -> contextlib.AbstractContextManager:
+    """While a shorter step runs, torch.compile compiles nothing: the whole steps' graphs are all there are."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
+    return set_stance("force_eager") if set_stance else contextlib.nullcontext()
 
 
 def _control_of(features: Features) -> dict[str, list] | None:

@@ -103,6 +103,25 @@ def test_a_short_step_skips_the_blocks(flow, draw, propagate):
     assert not torch.equal(draw(propagate(model), steps=10), stock) and len(calls) == 6  # 0 2 4 6 8 9
 
 
+def test_torch_compile_makes_no_more_graphs_and_the_same_picture(flow, draw, propagate):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    graphs = []
+
+    def compiled(model):
+        torch._dynamo.reset()
+        graphs.clear()
+        set_torch_compile_wrapper(model, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        out = draw(model, steps=8, latent_image={"samples": torch.zeros(1, 16, 8, 8)})
+        return len(graphs), out
+
+    stock, _ = compiled(flow.clone())
+    count, ours = compiled(propagate())
+    assert count == stock > 5
+    want = draw(propagate(), steps=8, latent_image={"samples": torch.zeros(1, 16, 8, 8)})
+    torch.testing.assert_close(ours, want, rtol=1e-3, atol=1e-4)
+
+
 # What a ControlNet adds after each of the three blocks, of every size along the channels.
 PATTERNS = [weight * torch.linspace(-1, 1, 192).expand(2, 64, 192) for weight in (1.0, 0.5, 2.0)]
 
