@@ -56,9 +56,17 @@ def compose(rgba: torch.Tensor, colour: torch.Tensor, generator: torch.Generator
     b = len(rgba)
     fill = torch.empty(b).uniform_(0.74, 0.88, generator=generator)
     shift = torch.empty(b, 2).uniform_(-0.08, 0.08, generator=generator)
-    theta = torch.zeros(b, 2, 3)
+    placed = place(rgba, fill, shift, side)
+    return placed[:, :3] + (1 - placed[:, 3:]) * colour[:, :, None, None]
+
+
+def place(rgba: torch.Tensor, fill: torch.Tensor, shift: torch.Tensor, side: int = SIDE) -> torch.Tensor:
+    """Premultiplied pictures uint8 [b 4 h w], made `fill` [b] of the frame and shifted: [b 4 side side] in 0..1.
+
+    shift: [b 2], how far to the left and up, in halves of the picture's own size.
+    """
+    theta = torch.zeros(len(rgba), 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / fill
     theta[:, :, 2] = shift / fill[:, None]
-    grid = F.affine_grid(theta, [b, 4, side, side], align_corners=False)
-    placed = F.grid_sample(rgba.float() / 255, grid, align_corners=False)
-    return placed[:, :3] + (1 - placed[:, 3:]) * colour[:, :, None, None]
+    grid = F.affine_grid(theta, [len(rgba), 4, side, side], align_corners=False)
+    return F.grid_sample(rgba.float() / 255, grid, align_corners=False)

@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--flow-steps", type=int, default=7500)
     parser.add_argument("--one-more-step-steps", type=int, default=2000)
     parser.add_argument("--sizes-steps", type=int, default=1200)
+    parser.add_argument("--controlnet-steps", type=int, default=640)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     for channels in (4, 16):
@@ -46,6 +47,7 @@ def main() -> None:
     stage("export.py")
     stage("train_sizes.py", "--steps", args.sizes_steps, "--threads", args.threads)
     stage("train_one_more_step.py", "--steps", args.one_more_step_steps, "--threads", args.threads)
+    stage("train_controlnet.py", "--steps", args.controlnet_steps, "--threads", args.threads)
 
 
 if __name__ == "__main__":

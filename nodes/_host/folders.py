@@ -11,6 +11,7 @@ from ...models.npnet_files import PICKLED, SAFE
 from ...models.profiles import SUFFIX, Profile, load_profile, save_profile, shipped_profiles
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "models" / "weights"
+CONTROLNETS = WEIGHTS.with_name("controlnet")
 OWN_NPNETS = Path(__file__).resolve().parents[2] / "models" / "golden_noise"
 OWN_LORAS = Path(__file__).resolve().parents[2] / "models" / "loras"
 NPNETS = "npnet"  # models/npnet
@@ -21,8 +22,9 @@ CARRIED: dict[str, Profile] = {}  # by file name: what workflows brought along a
 
 
 def register_folders() -> None:
-    """List the demo checkpoints and LoRA in the stock loaders, after the user's; models/attune and models/npnet."""
+    """List the demo's files in the stock loaders, after the user's own folders; models/attune and models/npnet."""
     folder_paths.add_model_folder_path("checkpoints", str(WEIGHTS))
+    folder_paths.add_model_folder_path("controlnet", str(CONTROLNETS))
     folder_paths.add_model_folder_path("loras", str(OWN_LORAS))
     configured, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
     own = os.path.join(folder_paths.models_dir, FOLDER)

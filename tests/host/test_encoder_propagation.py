@@ -471,6 +471,30 @@ def test_a_controlnet_is_computed_only_where_it_is_used(draw, propagate, encode,
     assert torch.equal(draw(eager, positive=positive, steps=12), ours) and len(calls) == 12
 
 
+def test_the_trained_controlnet_moves_the_object_and_runs_on_key_steps_only(host, demo, encode, draw, propagate):
+    """The demo's own, by the stock nodes: white on the hint is where the object shall be."""
+    (net,) = host.call("ControlNetLoader", control_net_name="attune_demo_controlnet.safetensors")
+    hint = torch.zeros(1, 128, 128, 3)
+    hint[:, 32:96, 64:120] = 1
+    positive, negative = host.call(
+        "ControlNetApplyAdvanced", positive=encode("a red apple on a black background"), negative=encode(""),
+        control_net=net, image=hint, strength=1.0, start_percent=0.0, end_percent=1.0,
+    )  # fmt: skip
+    calls = []
+    net.control_model.register_forward_hook(lambda *_: calls.append(1))
+
+    def controlled(model):
+        calls.clear()
+        return draw(model, positive=positive, negative=negative, steps=12)
+
+    stock = controlled(demo[0])
+    (picture,) = host.call("VAEDecode", samples={"samples": stock}, vae=demo[2])
+    assert len(calls) == 12 and picture[:, :, 64:].mean() > 4 * picture[:, :, :64].mean() > 0
+    assert torch.equal(controlled(propagate(interval=1)), stock) and len(calls) == 12
+    for reuse in REUSES:
+        assert psnr(controlled(propagate(reuse=reuse, interval=2)), stock) > 22 and len(calls) == 7
+
+
 def test_where_a_controlnet_ends_there_is_a_key_step(draw, propagate, encode, caplog):
     positive, _ = controlled(encode)
     positive[0][1]["control"].timestep_percent_range = (0.0, 0.5)

@@ -24,6 +24,7 @@ def test_pictures_become_checkpoints_and_modules(host, tmp_path):
     the_checkpoints_open_in_the_stock_loader_and_draw(host, tmp_path)
     the_lora_of_small_sizes_loads_in_the_stock_node(host, tmp_path)
     a_second_run_found_everything_done(tmp_path, printed)
+    the_controlnet_begins_as_none_and_opens_in_the_stock_loader(tmp_path)
     for channels in (4, 16):
         the_exported_autoencoder_computes_what_the_narrow_one_does(tmp_path, channels)
 
@@ -44,10 +45,10 @@ def trained(work: Path) -> str:
     environment = {
         **os.environ, "ATTUNE_TRAINING": str(work), "ATTUNE_VOCABULARY": str(work / "vocabulary.json"),
         "ATTUNE_WEIGHTS": str(work / "weights"), "ATTUNE_ONE_MORE_STEP": str(work / "modules"),
-        "ATTUNE_LORAS": str(work / "loras"), "OMP_NUM_THREADS": "1",
+        "ATTUNE_LORAS": str(work / "loras"), "ATTUNE_CONTROLNET": str(work / "controlnet"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     words = ["--autoencoder-steps", 4, "--decoder-steps", 2, "--text-steps", 100, "--unet-steps", 3, "--flow-steps", 3]
-    words += ["--one-more-step-steps", 3, "--sizes-steps", 3]
+    words += ["--one-more-step-steps", 3, "--sizes-steps", 3, "--controlnet-steps", 3]
     command = [sys.executable, str(ROOT / "training/train_demo.py"), "--threads", "1", *map(str, words)]
     runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
     assert [run.returncode for run in runs] == [0, 0], runs[0].stderr[-3000:] + runs[1].stderr[-3000:]
@@ -95,6 +96,16 @@ def a_second_run_found_everything_done(work, printed):
     assert facts["models"]["attune_demo"]["steps"] == 3
     report = json.loads((work / "modules" / "attune_demo.json").read_text())
     assert report["steps"] == 3 and 0 < report["floors"]["within_a_caption"] < report["floors"]["mean_of_all"]
+
+
+def the_controlnet_begins_as_none_and_opens_in_the_stock_loader(work):
+    """After three steps its zero convolutions have moved by no more than three learning rates."""
+    import comfy.controlnet
+
+    net = comfy.controlnet.load_controlnet(str(work / "controlnet" / "attune_demo_controlnet.safetensors"))
+    ends = [layer[0].weight for layer in (*net.control_model.zero_convs, net.control_model.middle_block_out)]
+    assert len(ends) == 7 and 0 < max(float(weight.abs().max()) for weight in ends) < 3e-3
+    assert json.loads((work / "controlnet" / "attune_demo_controlnet.json").read_text())["steps"] == 3
 
 
 def the_exported_autoencoder_computes_what_the_narrow_one_does(work, channels):
