@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,13 @@ def test_reused_features_are_weighed_against_fewer_steps(tmp_path):
     assert "| DeepCache 3 |" in printed and "at least 45 dB" in printed
     for picture in ("encoder_propagation.png", "encoder_propagation_grid.jpg"):
         assert min(Image.open(tmp_path / picture).size) > 200
+    from encoder_propagation import added, recorded
+
+    unet, other = recorded(tmp_path)
+    assert [row.label for row in other] == list(flow) and other[0].run.model == "flow"
+    assert unet[1].summary["psnr"] == tuple(rows[unet[1].label]["summary"]["psnr"])
+    again = [replace(row, run=replace(row.run, tasks=24)) for row in other]
+    assert added([again], [unet, other]) == [unet, again] and added([other], [unet]) == [unet, other]
 
 
 @pytest.mark.host

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import comfy_stub
-from real_size import FAMILIES, build, sample
+from real_size import FAMILIES, build, inputs, sample
 
 REUSES = ["top level fresh", "one block fresh", "encoder reused"]
 
@@ -153,24 +153,48 @@ def test_work_per_block_is_what_torch_counts(unet):
 
 
 def test_the_size_of_sd15_is_the_published_one(host):
-    import comfy.ops
-    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
-
     from pack.kernels.encoder_propagation import Reuse
     from pack.nodes._host.encoder_propagation import top_blocks
     from pack.nodes._host.unet_blocks import measure_unet
 
-    sd15 = UNetModel(
-        image_size=32, in_channels=4, out_channels=4, model_channels=320, num_res_blocks=[2, 2, 2, 2],
-        channel_mult=[1, 2, 4, 4], num_heads=8, transformer_depth=[1, 1, 1, 1, 1, 1, 0, 0],
-        transformer_depth_output=[1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], transformer_depth_middle=1, context_dim=768,
-        use_spatial_transformer=True, legacy=False, device="meta", operations=comfy.ops.disable_weight_init,
-    )  # fmt: skip
+    sd15 = build("SD1.5", "meta").model.diffusion_model
     size = measure_unet(sd15, 64, 64)
     assert top_blocks(sd15) == 3
     assert size.kept_elements(Reuse(0, 0)) == 6_717_440  # 12 skips and the middle at 512 x 512
     assert 100 * sum(size.costs.output) == pytest.approx(67.5, abs=1.0)
     assert 100 * size.costs.of_step(Reuse(1, 11)) == pytest.approx(7.9, abs=0.3)
+
+
+@pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
+def test_a_shorter_step_of_a_published_network_does_the_work_and_keeps_the_features_that_are_predicted(host, name):
+    """At 512 and 1024 pixels, on tensors that have shapes but no storage."""
+    from comfy.ldm.modules.attention import attention_pytorch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from pack.models.encoder_propagation import reuse_by_name
+    from pack.nodes._host.encoder_propagation import top_blocks
+    from pack.nodes._host.unet_blocks import UNetView, measure_unet, recording
+
+    unet, pixels = build(name, "meta").model.diffusion_model, FAMILIES[name].pixels
+    given = inputs(FAMILIES[name], pixels, "meta", torch.float32)
+    x, t, context, y = (given.get(part) for part in ("x", "timesteps", "context", "y"))
+    options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
+    size, n = measure_unet(unet, pixels // 8, pixels // 8), len(unet.output_blocks)
+
+    def flops(run):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            run()
+        return counter.get_total_flops()
+
+    whole = flops(lambda: unet(x, t, context, y, None, dict(options)))
+    for reuse in (reuse_by_name(one, False, n, top_blocks(unet)) for one in REUSES):
+        found = {}
+        with torch.no_grad():
+            unet(x, t, context, y, None, recording(options, reuse, n, found))
+        call = lambda part, control, options: part._forward(x, t, context, y, control, options)
+        part = flops(lambda: UNetView(unet, reuse).run(call, found, x, options))  # noqa: B023
+        assert part / whole == pytest.approx(size.costs.of_step(reuse), rel=0.01)
+        assert sum(value.numel() for value in found.values()) == size.kept_elements(reuse)
 
 
 # --- off is off ---
@@ -279,8 +303,11 @@ def test_decoding_several_steps_at_once_changes_nothing(draw, propagate, sampler
     assert "and 0 outputs were ready" not in caplog.text
 
 
-@pytest.mark.parametrize("sampler", ["heun", "dpm_2", "dpmpp_2s_ancestral", "dpmpp_sde", "seeds_2", "dpmpp_2m_sde"])
-@pytest.mark.parametrize("reuse", ["top level fresh", "encoder reused"])
+TWICE_A_STEP = [(sampler, reuse) for sampler in ("heun", "dpm_2") for reuse in ("top level fresh", "encoder reused")]
+NOISY = ["dpmpp_2s_ancestral", "dpmpp_sde", "seeds_2", "dpmpp_2m_sde"]  # "encoder reused" becomes "top level fresh"
+
+
+@pytest.mark.parametrize(("sampler", "reuse"), TWICE_A_STEP + [(sampler, "encoder reused") for sampler in NOISY])
 def test_every_kind_of_solver_stays_near_the_whole_run(draw, propagate, sampler, reuse):
     stock, ours = draw(sampler=sampler, steps=24), draw(propagate(reuse=reuse, interval=2), sampler=sampler, steps=24)
     assert psnr(ours, stock) > (16 if sampler == "dpmpp_2m_sde" else 24) and not torch.equal(ours, stock)
