@@ -6,7 +6,8 @@ Every setting draws the same prompts and noises as the plain run of as many step
 that run, Fréchet distance is to the training data; the spread is over disjoint groups of seeds. Speed is counted, not
 timed: how often the network ran whole and how often in part, weighed with the cost of its blocks on the demo model and
 on published networks. "DeepCache N": one block fresh, held, every N-th step. "calibrated": fitted by the pack on
-another prompt and seed. Results are cached. Writes docs/results/encoder_propagation.json, docs/results.md, a plot and a
+another prompt and seed. Results are cached; with --add the runs of the last record that are not drawn again stay in
+it. Writes docs/results/encoder_propagation.json, docs/results.md, a plot and a
 grid of pictures.
 """
 
@@ -45,6 +46,7 @@ REUSES = {"unet": (ENCODER, TOP, ONE), "flow": (BEGINNING, ENDS, FIRST)}
 NODES = {"unet": "AttuneEncoderPropagation", "flow": "AttuneBlockPropagation"}
 CACHES = {"unet": ("EasyCache", "LazyCache"), "flow": ("LazyCache",)}  # EasyCache has no hook in SD3's network
 INTERVALS = (2, 3, 5)
+LONGER_ENDS = (4, 6)  # whole steps at the end, instead of 2
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
 SHARES = (0.8, 0.6, 0.5, 0.4)  # of the steps: the plain runs that a cache must beat
 FAITHFUL = 45.0  # dB to the uncached run
@@ -115,6 +117,10 @@ def settings(model: str, steps: int) -> dict[str, Setting]:
     found["published keys, prior noise"] = Setting(steps, node(model, prior_noise=0.003, **published), held)
     for reuse in REUSES[model]:
         found |= {f"{reuse}, every {n}": Setting(steps, node(model, reuse=reuse, interval=n), reuse) for n in INTERVALS}
+    cheapest = REUSES[model][-1]
+    for last in LONGER_ENDS:
+        kept = node(model, reuse=cheapest, interval=2, keep_last=last)
+        found[f"{cheapest}, every 2, last {last}"] = Setting(steps, kept, cheapest)
     return found
 
 
@@ -283,6 +289,24 @@ def measure(lab: Lab, run: Run, labelled: dict[str, Setting]) -> list[Row]:
     return rows
 
 
+def recorded(out: Path) -> list[list[Row]]:
+    """The runs of the last record, each with its settings."""
+    data = json.loads((out / "results" / "encoder_propagation.json").read_text("utf-8"))["data"]
+    found: dict[Run, list[Row]] = {}
+    for row in data:
+        run = Run(row["model"], row["sampler"], row["steps"], row["tasks"])
+        means = {name: (float(value), float(error)) for name, (value, error) in row["summary"].items()}
+        found.setdefault(run, []).append(Row(run, row["label"], row["whole"], row["part"], row["speed"], means))
+    return list(found.values())
+
+
+def added(new: list[list[Row]], old: list[list[Row]]) -> list[list[Row]]:
+    """The old runs in their order, those that were drawn again replaced, then the others."""
+    of = lambda rows: (rows[0].run.model, rows[0].run.sampler, rows[0].run.steps)
+    again = {of(rows): rows for rows in new}
+    return [again.pop(of(rows), rows) for rows in old] + list(again.values())
+
+
 # --- tables ---
 
 
@@ -434,6 +458,7 @@ def main() -> None:
         help="settings whose names begin with one of these",
     )  # fmt: skip
     parser.add_argument("--drawn", action="store_true", help="only settings that earlier runs have drawn")
+    parser.add_argument("--add", action="store_true", help="to the last record, instead of making a new one")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=DOCS)
     args = parser.parse_args()
@@ -444,10 +469,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lab = CalibratedLab(Host(Path(folder)), args.cache)
         blocks = [measure(lab, run, run.settings(lab, args.only, args.drawn)) for run in runs]
-        models = list(dict.fromkeys(run.model for run in runs))
+        drawn_first = blocks[0]
+        if args.add:
+            blocks = added(blocks, recorded(args.out))
+        models = list(dict.fromkeys(rows[0].run.model for rows in blocks))
         tables = [limits_table(lab, models), *(faithful_table(blocks, model) for model in models), *map(table, blocks)]
         plot(lab, blocks, args.out / PICTURES[0])
-        write_pictures(lab, blocks[0], args.out / PICTURES[1])
+        if blocks[0] is drawn_first:
+            write_pictures(lab, blocks[0], args.out / PICTURES[1])
     notes = [" ".join(__doc__.split("\n\n")[2].split()), "cfg 3; schedule normal."]
     data = [
         {**vars(row.run), **vars(row), "run": str(row.run), "summary": {k: list(v) for k, v in row.summary.items()}}
