@@ -65,10 +65,17 @@ EXPECTED = {
 }
 # The same with the published files installed, every switch on 'wherever it fits' and speed on 'faithful'.
 EXPECTED_EVERYTHING = {
-    "SD 1.5": {SCHEDULE: "AYS SD 1.5", START: "oms_b_openclip_15_21", NOISE: "re-denoise"},
+    "SD 1.5": {
+        SCHEDULE: "AYS SD 1.5", START: "oms_b_openclip_15_21", NOISE: "re-denoise", SPEED: "one block fresh, every 2",
+    },
     "SD 1.5 with LCM": {START: "oms_b_openclip_15_21"},
-    "SD 2.x v": {SCHEDULE: "KL-optimal, c = 1.4", START: "oms_b_openclip_15_21", NOISE: "re-denoise"},
-    "SDXL": {SCHEDULE: "AYS SDXL", START: "oms_l_mixclip_xl", NOISE: "npnet-sdxl"},
+    "SD 2.x v": {
+        SCHEDULE: "KL-optimal, c = 1.4", START: "oms_b_openclip_15_21", NOISE: "re-denoise",
+        SPEED: "one block fresh, every 2",
+    },
+    "SDXL": {
+        SCHEDULE: "AYS SDXL", START: "oms_l_mixclip_xl", NOISE: "npnet-sdxl", SPEED: "one block fresh, every 2",
+    },
     "SDXL, below native size": {
         SCHEDULE: "AYS SDXL", START: "oms_l_mixclip_xl", NOISE: "npnet-sdxl", SPEED: "one block fresh, every 3",
     },
@@ -234,8 +241,8 @@ def test_redenoising_needs_guidance():
     [
         ("SD 1.5", Run(50, "euler", 7.0), FAITHFUL, "one block fresh, every 5"),
         ("SD 1.5", Run(20, "euler", 7.0), FAITHFUL, ""),
-        ("SD 1.5", Run(20, "dpmpp_2m", 7.0), FAITHFUL, ""),
-        ("SD 1.5", Run(20, "dpmpp_2m", 7.0), FAST, "one block fresh, every 2"),
+        ("SD 1.5", Run(20, "dpmpp_2m", 7.0), FAITHFUL, "one block fresh, every 2"),
+        ("SD 1.5", Run(15, "dpmpp_2m", 7.0), FAST, ""),
         ("SD3, SD3.5", Run(28, "euler", 4.5), FAITHFUL, "first block fresh, every 2"),
         ("demo flow", Run(20, "euler", 3.0), FAST, ""),
     ],
