@@ -240,7 +240,8 @@ def test_redenoising_needs_guidance():
     ("family", "run", "wish", "pick"),
     [
         ("SD 1.5", Run(50, "euler", 7.0), FAITHFUL, "one block fresh, every 5"),
-        ("SD 1.5", Run(20, "euler", 7.0), FAITHFUL, ""),
+        ("SD 1.5", Run(20, "euler", 7.0), FAITHFUL, "one block fresh, every 2"),
+        ("SD 1.5", Run(19, "euler", 7.0), FAITHFUL, ""),
         ("SD 1.5", Run(20, "dpmpp_2m", 7.0), FAITHFUL, "one block fresh, every 2"),
         ("SD 1.5", Run(15, "dpmpp_2m", 7.0), FAST, ""),
         ("SD3, SD3.5", Run(28, "euler", 4.5), FAITHFUL, "first block fresh, every 2"),
