@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -138,8 +139,9 @@ class BlockPropagation(Propagation):
 
 def _not_compiled() -> contextlib.AbstractContextManager:
     """While a shorter step runs, torch.compile compiles nothing: the whole steps' graphs are all there are."""
+    in_use = "torch._dynamo" in sys.modules  # it takes seconds to import, and a model that is not compiled needs it not
     set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
-    return set_stance("force_eager") if set_stance else contextlib.nullcontext()
+    return set_stance("force_eager") if in_use and set_stance else contextlib.nullcontext()
 
 
 def _control_of(features: Features) -> dict[str, list] | None:
