@@ -673,7 +673,8 @@ def test_torch_compile_makes_no_more_graphs(host, propagate):
         return len(graphs)
 
     model = build(family)
-    assert compiled(propagate(model)) == compiled(model.clone()) > 5
+    stock = compiled(model.clone())  # first: in a process that has compiled other models it makes one more than later
+    assert compiled(propagate(model)) <= stock > 5
 
 
 # --- nothing is left behind ---
