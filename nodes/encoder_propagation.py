@@ -24,6 +24,7 @@ from ..models.encoder_propagation import (
 )
 from ..models.profiles import Profile
 from ..models.propagation_plot import draw_calibration, draw_speeds
+from ._host.api import Profile as PROFILE
 from ._host.api import io, schema, shown_on
 from ._host.block_propagation import add_block_propagation, blocks_of
 from ._host.encoder_propagation import add_encoder_propagation, unet_of
@@ -34,7 +35,6 @@ from ._host.sampling import sampler_names, scheduler_names
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/speed"
-PROFILE = io.Custom("ATTUNE_PROFILE")
 
 
 def _settings(reuses: list[str], default: str, reuse_tip: str) -> list:
