@@ -49,6 +49,7 @@ INTERVALS = (2, 3, 5)
 LONGER_ENDS = (4, 6)  # whole steps at the end, instead of 2
 THRESHOLDS = (0.02, 0.05, 0.1, 0.2)
 SHARES = (0.8, 0.6, 0.5, 0.4)  # of the steps: the plain runs that a cache must beat
+FITTED = 4  # pictures of a calibration where the solver adds noise, since every noise has its own errors
 FAITHFUL = 45.0  # dB to the uncached run
 PICTURED, PICTURED_TASKS = (1.3, 1.5, 1.8), 4
 PICTURES = ["encoder_propagation.png", "encoder_propagation_grid.jpg"]
@@ -135,7 +136,7 @@ class CalibratedLab(Lab):
 
 def calibrated(lab: Lab, model: str, sampler: str, steps: int, drawn: bool) -> dict[str, Setting]:
     """The settings of the pack's own calibration, on a prompt and a seed that no task has; `drawn`: if it is there."""
-    facts = f"{lab.digests[model]} {sampler} {steps} {code_digest()}"
+    facts = f"{lab.digests[model]} {sampler} {steps} {FITTED} {code_digest()}"
     stem = f"propagation-{hashlib.sha256(facts.encode()).hexdigest()[:32]}"
     path = next(lab.cache.glob(f"{stem}.*"), None)
     if path is None and drawn:
@@ -153,7 +154,8 @@ def calibrated(lab: Lab, model: str, sampler: str, steps: int, drawn: bool) -> d
 
 
 def fit(lab: Lab, model: str, sampler: str, steps: int, stem: str) -> Path:
-    (latent,) = lab.host.call("EmptyLatentImage", width=128, height=128, batch_size=1)
+    pictures = FITTED if "ancestral" in sampler else 1
+    (latent,) = lab.host.call("EmptyLatentImage", width=128, height=128, batch_size=pictures)
     profile, _, _ = lab.host.call(
         "AttuneFitEncoderPropagation", model=lab.models[model], positive=lab.conditioning([prompt(100, 3)]),
         negative=lab.conditioning([""]), latent_image=latent, seed=987654321, steps=steps, cfg=3.0,

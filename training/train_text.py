@@ -68,12 +68,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=192)
     args = parser.parse_args()
-    if PATH.exists() and load_checkpoint(PATH)["log"][-1]["step"] >= args.steps // 100 * 100:
+    if PATH.exists() and load_checkpoint(PATH)["log"][-1]["step"] >= args.steps:
         return
     torch.manual_seed(0)
     torch.set_num_threads(1)
     rng = random.Random(0)
-    comfy.clip_model.CLIPLayer.forward = trainable_layer
+    stock_layer, comfy.clip_model.CLIPLayer.forward = comfy.clip_model.CLIPLayer.forward, trainable_layer
 
     encoder = build().to(DEVICE)
     initialise(encoder)
@@ -102,7 +102,7 @@ def main() -> None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
-        if step % 100 == 0:
+        if step % 100 == 0 or step == args.steps:
             right = [
                 float((p.argmax(1) == t).float().mean())
                 for p, t in zip(predicted, (target_object, target_background), strict=True)
@@ -118,6 +118,7 @@ def main() -> None:
                 "backgrounds",
                 flush=True,
             )
+    comfy.clip_model.CLIPLayer.forward = stock_layer  # for the stages after this one in the same process
     save_checkpoint(PATH, encoder=encoder.state_dict(), log=log, words=WORDS)
 
 

@@ -47,7 +47,7 @@ def trained(work: Path) -> str:
         "ATTUNE_WEIGHTS": str(work / "weights"), "ATTUNE_ONE_MORE_STEP": str(work / "modules"),
         "ATTUNE_LORAS": str(work / "loras"), "ATTUNE_CONTROLNET": str(work / "controlnet"), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    words = ["--autoencoder-steps", 4, "--decoder-steps", 2, "--text-steps", 100, "--unet-steps", 3, "--flow-steps", 3]
+    words = ["--autoencoder-steps", 4, "--decoder-steps", 2, "--text-steps", 30, "--unet-steps", 3, "--flow-steps", 3]
     words += ["--one-more-step-steps", 3, "--sizes-steps", 3, "--controlnet-steps", 3]
     command = [sys.executable, str(ROOT / "training/train_demo.py"), "--threads", "1", *map(str, words)]
     runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
