@@ -28,7 +28,7 @@ from ._host.api import Profile as PROFILE
 from ._host.api import io, schema, shown_on
 from ._host.block_propagation import add_block_propagation, blocks_of
 from ._host.encoder_propagation import add_encoder_propagation, unet_of
-from ._host.fit_propagation import BEST, fit_profile
+from ._host.fit_propagation import BEST, fit_profile, one_of_many
 from ._host.folders import keep_fit
 from ._host.propagation import DEVICES, DTYPES
 from ._host.sampling import sampler_names, scheduler_names
@@ -202,7 +202,10 @@ class AttuneFitEncoderPropagation(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model to calibrate, UNet or transformer, as loaded."),
                 io.Conditioning.Input("positive", tooltip="A typical prompt: the calibration holds for others, too."),
                 io.Conditioning.Input("negative", tooltip="The usual negative prompt."),
-                io.Latent.Input("latent_image", tooltip="An empty latent of the usual size."),
+                io.Latent.Input(
+                    "latent_image",
+                    tooltip="An empty latent of the usual size; of 4 pictures where the solver adds noise.",
+                ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
                     tooltip="The seed of the picture that is measured.",
@@ -241,14 +244,14 @@ class AttuneFitEncoderPropagation(io.ComfyNode):
     def execute(cls, model, **inputs) -> io.NodeOutput:
         profile, fit, changes = fit_profile(model, **inputs)
         chosen = calibrated_point(fit)
-        report = report_of(profile.name, fit, chosen)
+        report = report_of(profile.name, fit, chosen, one_of_many(inputs["sampler_name"], inputs["latent_image"]))
         LOG.info("Attune Fit Encoder Propagation: %s", report.replace("\n", "; "))
         plot = to_image(draw_calibration(changes, len(fit.sigmas) - 1, fit.points, chosen))
         return io.NodeOutput(profile, plot, f"{report}\n{keep_fit(profile)}", ui=shown_on(cls, plot))
 
 
-def report_of(name: str, fit: Calibration, chosen: Point) -> str:
-    """One line per setting, the recommended one marked."""
+def report_of(name: str, fit: Calibration, chosen: Point, one_of_many: bool = False) -> str:
+    """One line per setting, the recommended one marked; one_of_many: what was measured holds for one picture only."""
     lines = [f"{name}: {fit.solver}, {len(fit.sigmas) - 1} steps. Fidelity is to the run without reuse."]
     for point in fit.points:
         part = f"computes blocks before {point.reuse.fresh} and from {point.reuse.cut}"
@@ -256,6 +259,11 @@ def report_of(name: str, fit: Calibration, chosen: Point) -> str:
         lines.append(f"{point.speed:.2f}x: {point.psnr:.1f} dB, {len(point.keys)} key steps, {part}{mark}")
     if chosen.psnr < FIDELITY:
         lines.append(f"No setting stays within {FIDELITY:g} dB: prefer fewer steps, or a better solver, for this run.")
+    if one_of_many:
+        lines.append(
+            f"{fit.solver} adds noise, and every picture has its own: connect a latent of 4 pictures, so that the key "
+            "steps hold for others, too."
+        )
     return "\n".join(lines)
 
 

@@ -235,6 +235,11 @@ def fit_profile(
     return profile, calibration, changes
 
 
+def one_of_many(sampler_name: str, latent_image: dict) -> bool:
+    """Whether one picture is measured with a solver that adds noise, so that the next one has other errors."""
+    return latent_image["samples"].shape[0] == 1 and adds_noise(comfy.samplers.sampler_object(sampler_name))
+
+
 def _kind_of(model: Any, name: str, fresh_noise: bool) -> tuple[type[Propagation], str, dict, list[Reuse]]:
     """The run's class, its key and wrappers, and what to measure on this kind of network."""
     unet = unet_of(model)

@@ -39,6 +39,7 @@ SMOKE = {
     ],
     "encoder_propagation": ["--runs", "unet:euler:10:6", "flow:euler:10:6", "--only", *REUSES],
     "step_kinds": ["--models", "SD1.5", "--pixels", "64"],
+    "whole_runs": ["--models", "SD1.5", "--pixels", "64", "--steps", "8", "--only", "DeepCache 2"],
     "one_more_step": ["--settings", "SD's:1:4", "--seeds", "2", "--steps", "4"],
     "golden_noise": ["--prompts", "4", "--seeds", "3", "--models", "unet", "--steps", "4", "--cfg", "1"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
@@ -232,6 +233,17 @@ def test_the_cost_of_each_kind_of_step(tmp_path):
                           for name in ("FLOPs %", "FLOPs % predicted"))  # fmt: skip
     assert counted == pytest.approx(predicted, rel=0.02) and 100 > counted[0] > counted[1] > counted[2] > 0
     assert [step["whole"] for step in result["data"][0]["steps"]] == [i % 4 == 0 for i in range(9)]
+
+
+@pytest.mark.host
+def test_a_whole_run_takes_less_time_with_shorter_steps(tmp_path):
+    run("whole_runs", tmp_path, *SMOKE["whole_runs"])
+    (table,) = json.loads((tmp_path / "results" / "whole_runs.json").read_text())["tables"]
+    plain, deep = (dict(zip(table["columns"], row, strict=True)) for row in table["rows"])
+    assert (plain["whole"], plain["shorter"], deep["whole"], deep["shorter"]) == (8, 0, 4, 4)
+    assert plain["times less computing"] == plain["times less time"] == 1
+    assert deep["times less computing"] == pytest.approx(8 / (4 + 4 * 0.07), rel=0.02)
+    assert 1.2 < deep["times less time"] < 2.2
 
 
 @pytest.mark.host

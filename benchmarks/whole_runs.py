@@ -1,0 +1,113 @@
+"""How much faster is a whole run on a network of real size? Ours, DeepCache's way of reusing, and core's caches.
+
+python dev.py bench whole_runs [--models SD1.5 SDXL] [--pixels 256] [--dtype bf16] [--steps 50 25 20] [--only DeepCache]
+
+SD1.5 and SDXL with random weights are sampled through the host with Euler, one condition, from the first noise to the
+last step. Time is that of the whole sampler call, everything around the network included, relative to the plain run of
+as many steps in the same process; on a CPU it is the processor's. Core's caches decide by what the network answers, and
+a random one answers nothing of use: for their fidelity, and for how often they skip on a trained one, see
+`encoder_propagation`. Here they show what a run costs per evaluation that is left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from encoder_propagation import ENCODER, ONE, TOP, node
+from peers import cache_node
+from step_kinds import Step, clock, watching
+
+from comfy_process import Host
+from real_size import DTYPES, FAMILIES, build, free_gigabytes, gigabytes, sample, synchronize
+from results import DOCS, Table, markdown, record
+
+DEEP = {"reuse": ONE, "forecast": False, "keep_last": 0}
+SETTINGS: dict[str, tuple] = {
+    "plain": (),
+    **{f"EasyCache {threshold}": cache_node("EasyCache", threshold) for threshold in (0.1, 0.2)},
+    **{f"LazyCache {threshold}": cache_node("LazyCache", threshold) for threshold in (0.1, 0.2)},
+    **{f"DeepCache {n}": node("unet", interval=n, **DEEP) for n in (2, 3, 5)},
+    "published keys": node("unet", mode="published keys", reuse=ENCODER),
+    f"{TOP}, every 2": node("unet", interval=2, reuse=TOP),
+    **{f"{ONE}, every {n}": node("unet", interval=n, reuse=ONE) for n in (2, 3, 5)},
+}  # fmt: skip
+
+
+def patched(host: Host, model: Any, nodes: tuple) -> Any:
+    for name, inputs in nodes:
+        (model,) = host.call(name, model=model, **dict(inputs))
+    return model
+
+
+def run(host: Host, model: Any, nodes: tuple, family: Any, pixels: int, steps: int) -> tuple[float, list[Step]]:
+    """Seconds of one run, and its evaluations of the network."""
+    with watching(model.model.diffusion_model) as evaluations:
+        synchronize()
+        began = clock()
+        sample(host, patched(host, model, nodes), family, pixels, steps)
+        synchronize()
+        return clock() - began, evaluations
+
+
+def measure(host: Host, name: str, args: argparse.Namespace) -> list[list]:
+    """Table rows of one family."""
+    import comfy.model_management
+
+    family, dtype = FAMILIES[name], DTYPES[args.dtype]
+    needed, free = 1.3 * gigabytes(family, dtype) + 1, min(free_gigabytes(), args.memory)
+    if needed > free:
+        return [[f"{name}: not measured, it needs about {needed:.1f} GB and {free:.1f} GB are free"]]
+    model = build(family, str(comfy.model_management.get_torch_device()), dtype)
+    run(host, model, (), family, args.pixels, 2)  # the first run in a process is slower
+    rows: list[list] = []
+    for steps in args.steps:
+        plain: tuple[float, float] | None = None
+        for label, nodes in SETTINGS.items():
+            if label != "plain" and not label.startswith(tuple(args.only)):
+                continue
+            seconds, evaluations = run(host, model, nodes, family, args.pixels, steps)
+            flops, whole = sum(one.flops for one in evaluations), sum(one.whole for one in evaluations)
+            plain = plain or (flops, seconds)
+            per_plain = seconds / whole / (plain[1] / steps) if whole == len(evaluations) else None
+            rows.append(
+                [name, steps, label, whole, len(evaluations) - whole, plain[0] / flops, plain[1] / seconds, per_plain]
+            )
+            print(*rows[-1], flush=True)
+    del model
+    gc.collect()  # a network and its patcher know each other; the next one needs the memory
+    return rows
+
+
+def main() -> None:
+    began = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=["SD1.5", "SDXL"], default=["SD1.5", "SDXL"])
+    parser.add_argument("--pixels", type=int, default=256)
+    parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
+    parser.add_argument("--steps", nargs="+", type=int, default=[50, 25, 20])
+    parser.add_argument("--only", nargs="+", default=[""], help="settings whose names begin with one of these")
+    parser.add_argument("--memory", type=float, default=1e9, metavar="GB")
+    parser.add_argument("--cache", type=Path, help="not used: nothing here is worth keeping")
+    parser.add_argument("--out", type=Path, default=DOCS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        host = Host(Path(folder))
+        rows = [row for name in args.models for row in measure(host, name, args)]
+    columns = ["network", "steps", "setting", "whole", "shorter", "times less computing", "times less time",
+               "time of an evaluation"]  # fmt: skip
+    note = "FLOPs counted operator by operator. The last column, where all evaluations are whole: 1 is the plain run's."
+    table = Table(
+        f"Whole runs, {args.pixels} px, {args.dtype}, relative to the plain run of as many steps", columns, rows, note
+    )
+    notes = [" ".join(__doc__.split("\n\n")[2].split())]
+    record("whole_runs", "Whole runs on networks of real size", [table], began, (), notes, args.out)
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
