@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 REUSES = ["plain, 8", "DeepCache 3", "top level fresh, every 3", "first block fresh, every 3", "calibrated"]
 SMOKE = {
     "aligned": [
-        *("--models", "unet", "--samplers", "euler", "--steps", "5", "--rows", "free", "tuned", "aligned", "limit"),
+        *("--models", "flow", "--samplers", "euler", "--steps", "5", "--rows", "free", "tuned", "aligned", "limit"),
         *("--tasks", "12", "--converged", "20", "--trials", "3"),
     ],
     "demo_model": ["--pictures", "6", "--per-word", "2", "--objects", "32"],
@@ -118,7 +118,7 @@ def test_fitted_schedules_are_weighed_against_the_free_ones(tmp_path):
     result = json.loads((tmp_path / "results" / "aligned.json").read_text())
     rows = {row["schedule"]: row for row in result["data"]}
     aligners = {f"beta, {how}" for how in ("published aligner, sequential", "published aligner, parallel", "aligned")}
-    assert aligners | {"normal", "core AYS", "tuned"} < set(rows)
+    assert aligners | {"normal", "core OptimalSteps", "tuned"} < set(rows)
     assert all(row["deviation"][0] > 0 and row["frechet"][0] > 0 for row in rows.values())
     assert rows["tuned"]["objects"] > 50
     assert rows["tuned"]["deviation"][0] < rows["normal"]["deviation"][0]
@@ -130,7 +130,7 @@ def test_fitted_schedules_are_weighed_against_the_free_ones(tmp_path):
     )  # on its own pictures never worse than from where it began
     assert len(tables["Fréchet distance without any error of the schedule"]) == 3
     page = (tmp_path / "schedules.md").read_text()
-    assert page.endswith(" after") and " old " not in page and "unet: what tuning gains" in page
+    assert page.endswith(" after") and " old " not in page and "flow: what tuning gains" in page
     for picture in ("tuned_deviation.png", "tuned_pictures.jpg"):
         assert min(Image.open(tmp_path / picture).size) > 100
 
