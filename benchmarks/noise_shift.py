@@ -50,7 +50,8 @@ FILES = {"unet": "attune_demo_shift", "flow": "attune_demo_flow_shift", "sizes":
 FOLDERS = {
     "joint": ROOT / "models" / "profiles", "per level": HERE / "per_level", "joint, own pictures": HERE / "own_pictures"
 }  # fmt: skip
-OFFSETS = (-0.5, -0.25, 0.25, 0.5)  # of the oracle, in ln(sigma / alpha)
+OFFSETS = (-1.0, -0.5, -0.25, 0.25, 0.5, 1.0, 1.5)  # of the oracle, in ln(sigma / alpha)
+FURTHEST = 2.0  # no profile may tell a level more than 8 times too high
 SLOPES = (-0.3, 0.3)  # more offset per unit of ln(sigma / alpha)
 SHIFTS = (1.0, 1.5, 2.0, 5.0)  # of ModelSamplingSD3; the flow model's own is 3
 SWEEP_SEED = 100000
@@ -167,7 +168,8 @@ class Bench:
         ends = {"ve": lambda s: math.exp(s), "flow": lambda s: 1 / (1 + math.exp(-s))}[space]
         about = self.lab.models[self.model]
         at = [math.log(s / (1 - s)) for s in KNOTS] if space == "flow" else [-3.0, -1.0, 0.0, 1.0, 2.0]
-        curve = {"sigma": [ends(a) for a in at], "sigma_hat": [ends(a + offset + slope * a) for a in at]}
+        moves = [max(-FURTHEST, min(FURTHEST, offset + slope * a)) for a in at]
+        curve = {"sigma": [ends(a) for a in at], "sigma_hat": [ends(a + m) for a, m in zip(at, moves, strict=True)]}
         profile = {
             "format": 1, "kind": "noise_shift", "name": f"line {offset:+g} {slope:+g}", "method": "line",
             "space": space, "families": [type(about.model.model_config).__name__], "resolution": [NATIVE, NATIVE],

@@ -1,18 +1,20 @@
 """How much faster is a whole run on a network of real size? Ours, DeepCache's way of reusing, and core's caches.
 
-python dev.py bench whole_runs [--models SD1.5 SDXL] [--pixels 256] [--dtype bf16] [--steps 50 25 20] [--only DeepCache]
+python dev.py bench whole_runs [--models SD1.5 SDXL] [--pixels 256] [--dtype bf16] [--steps 50 25 20] [--add]
 
 SD1.5 and SDXL with random weights are sampled through the host with Euler, one condition, from the first noise to the
-last step. Time is that of the whole sampler call, everything around the network included, relative to the plain run of
-as many steps in the same process; on a CPU it is the processor's. Core's caches decide by what the network answers, and
-a random one answers nothing of use: for their fidelity, and for how often they skip on a trained one, see
-`encoder_propagation`. Here they show what a run costs per evaluation that is left.
+last step. Time is that of the whole sampler call in units of the run's own whole evaluations (their median), which
+cancels what a busy machine does from one run to the next; on a CPU it is the processor's. Core's caches decide by what
+the network answers, and a random one answers nothing of use: for their fidelity, and for how often they skip on a
+trained one, see `encoder_propagation`. Here they show what a run costs with the evaluations that are left.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -71,12 +73,12 @@ def measure(host: Host, name: str, args: argparse.Namespace) -> list[list]:
             if label != "plain" and not label.startswith(tuple(args.only)):
                 continue
             seconds, evaluations = run(host, model, nodes, family, args.pixels, steps)
-            flops, whole = sum(one.flops for one in evaluations), sum(one.whole for one in evaluations)
-            plain = plain or (flops, seconds)
-            per_plain = seconds / whole / (plain[1] / steps) if whole == len(evaluations) else None
-            rows.append(
-                [name, steps, label, whole, len(evaluations) - whole, plain[0] / flops, plain[1] / seconds, per_plain]
-            )
+            whole = [one.seconds for one in evaluations if one.whole]
+            flops, units = sum(one.flops for one in evaluations), seconds / statistics.median(whole)
+            plain = plain or (flops, units)
+            outside = 100 * (1 - sum(one.seconds for one in evaluations) / seconds)
+            shorter = len(evaluations) - len(whole)
+            rows.append([name, steps, label, len(whole), shorter, plain[0] / flops, plain[1] / units, outside])
             print(*rows[-1], flush=True)
     del model
     gc.collect()  # a network and its patcher know each other; the next one needs the memory
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=256)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--steps", nargs="+", type=int, default=[50, 25, 20])
+    parser.add_argument("--add", action="store_true", help="to the last record's other networks")
     parser.add_argument("--only", nargs="+", default=[""], help="settings whose names begin with one of these")
     parser.add_argument("--memory", type=float, default=1e9, metavar="GB")
     parser.add_argument("--cache", type=Path, help="not used: nothing here is worth keeping")
@@ -98,12 +101,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         host = Host(Path(folder))
         rows = [row for name in args.models for row in measure(host, name, args)]
-    columns = ["network", "steps", "setting", "whole", "shorter", "times less computing", "times less time",
-               "time of an evaluation"]  # fmt: skip
-    note = "FLOPs counted operator by operator. The last column, where all evaluations are whole: 1 is the plain run's."
-    table = Table(
-        f"Whole runs, {args.pixels} px, {args.dtype}, relative to the plain run of as many steps", columns, rows, note
-    )
+    columns = [
+        "network",
+        "steps",
+        "setting",
+        "whole",
+        "shorter",
+        "times less computing",
+        "times less time",
+        "outside %",
+    ]
+    note = "FLOPs are counted operator by operator. Outside: share of the time outside of the network."
+    title = f"Whole runs, {args.pixels} px, {args.dtype}, relative to the plain run of as many steps"
+    path = args.out / "results" / "whole_runs.json"
+    if args.add and path.exists():
+        known = [table for table in json.loads(path.read_text("utf-8"))["tables"] if table["title"] == title]
+        rows = [row for table in known for row in table["rows"] if row[0] not in args.models] + rows
+    table = Table(title, columns, rows, note)
     notes = [" ".join(__doc__.split("\n\n")[2].split())]
     record("whole_runs", "Whole runs on networks of real size", [table], began, (), notes, args.out)
     print(markdown(table))
