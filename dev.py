@@ -399,8 +399,8 @@ def test(host: Host, words: list[str]) -> int:
         for check, where in ((["ruff", "format", "--check", "."], ROOT), (["ruff", "check", "."], ROOT), (mypy, HOST)):
             if subprocess.run([host.python, "-m", *check], cwd=where, env=environment).returncode:
                 return 1
-        # Two workers; with one thread each they take half the time of one with two. Each takes neighbouring tests, which
-        # share models and stock results.
+        # Two workers; with one thread each they take half the time of one with two. Neighbouring tests stay together:
+        # they share models and stock results.
         words = ["-n", "2", "--dist", "worksteal"]
         environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 2) // 2, 1)))
     return subprocess.run([host.python, "-m", "pytest", *words], cwd=ROOT, env=environment).returncode

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from live_memory import LiveMemory
 from pack.kernels.space import NoiseSpace
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +83,21 @@ def test_mini_needs_at_most_400_evaluations_at_eight_steps(host, demo, encode, c
     assert f"{held['start']:.4f}" in report and str(calls - 2) in report
     assert min(held.values()) <= 0.9 * held["start"]
     assert profile.solver == "euler" and profile.prediction == "v" and profile.cfg == 3.0
+
+
+def test_mini_needs_no_more_memory_than_one_sampling_and_the_latents_that_it_keeps(host, demo, encode, lenient):
+    inputs = setting(host, demo, encode)
+    with LiveMemory() as sampling:
+        host.call(
+            "KSampler", model=demo[0], seed=0, steps=5, cfg=3.0, sampler_name="euler", scheduler="normal", denoise=1.0,
+            positive=inputs["positive"], negative=inputs["negative"], latent_image=inputs["latent"],
+        )  # fmt: skip
+    with LiveMemory() as tuning:
+        tuned(host, demo, encode, steps=5)
+    kept = (
+        inputs["latent"]["samples"].nbytes * 2 * 2 * (32 + 16)
+    )  # x and denoised of two references, one at half the steps, too
+    assert 5e5 < sampling.most < tuning.most < sampling.most + kept  # bytes
 
 
 def test_the_error_on_the_report_is_what_the_stock_sampler_shows(host, demo, encode, kit, tiny):
