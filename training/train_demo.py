@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--unet-steps", type=int, default=9000)
     parser.add_argument("--flow-steps", type=int, default=7500)
     parser.add_argument("--one-more-step-steps", type=int, default=2000)
-    parser.add_argument("--sizes-steps", type=int, default=1200)
+    parser.add_argument("--sizes-steps", type=int, default=4000)
     parser.add_argument("--controlnet-steps", type=int, default=640)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -1,6 +1,6 @@
 """Teach the demo flow model smaller pictures: a LoRA for the stock Load LoRA (model only); resumable.
 
-python train_sizes.py --steps 1200 [--early 0.975]
+python train_sizes.py --steps 4000 [--early 0.975]
 
 The shipped flow model saw 128 px only and draws crops below. Models at large saw small pictures early and their native
 size last; so does this LoRA: over the first share of the steps every batch has one of the SIDES, then all are native.
@@ -100,7 +100,7 @@ class LoRA(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--early", type=float, default=0.975, help="first share of the steps, with all sizes")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
