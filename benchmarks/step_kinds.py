@@ -156,6 +156,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="not used: nothing here is worth keeping")
     parser.add_argument("--out", type=Path, default=DOCS)
     args = parser.parse_args()
+    if args.steps < 8:
+        parser.error("--steps must be at least 8: in shorter runs the node stands aside")
     rows, data = [], []
     with tempfile.TemporaryDirectory() as folder:
         host = Host(Path(folder))
