@@ -20,7 +20,7 @@ SMOKE = {
         *("--models", "flow", "--samplers", "euler", "--steps", "5", "--rows", "free", "tuned", "aligned", "limit"),
         *("--tasks", "12", "--converged", "20", "--trials", "3"),
     ],
-    "demo_model": ["--pictures", "6", "--per-word", "2", "--objects", "32"],
+    "demo_model": ["--flow", "--pictures", "6", "--per-word", "2", "--objects", "32"],
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "exact_fitted": ["--spaces", "ve", "--solvers", "euler", "--steps", "5", "--samples", "256"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
@@ -45,7 +45,7 @@ SMOKE = {
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "5"],
     "long_run": ["--prompts", "12", "--caches", "none", "--control", "0"],
-    "peers": ["--tasks", "6", "--steps", "10"],
+    "peers": ["--models", "unet", "--tasks", "6", "--steps", "10"],
     "thumbnails": ["few_step", "first_picture"],
 }
 
@@ -68,12 +68,12 @@ def test_the_demo_models_numbers_and_pictures(tmp_path):
         "before <!-- measured: python dev.py bench demo_model --> old <!-- end --> after"
     )
     run("demo_model", tmp_path, *SMOKE["demo_model"])
-    result = json.loads((tmp_path / "demo_model.json").read_text())
+    result = json.loads((tmp_path / "demo_model_flow.json").read_text())
     assert result["prompt_following"]["pictures"] == 6 and len(result["prompt_following"]["groups"]) == 3
     assert {"black", "white"} < set(result["brightness"])
     card = (tmp_path / "demo_model.md").read_text()
     assert card.startswith("before ") and card.endswith(" after") and " old " not in card and "M parameters" in card
-    for picture in ("demo_model_samples.jpg", "demo_model_vocabulary.jpg", "demo_model_loss.png"):
+    for picture in ("demo_model_flow_samples.jpg", "demo_model_flow_vocabulary.jpg", "demo_model_loss.png"):
         assert min(Image.open(tmp_path / picture).size) > 100
 
 
@@ -141,7 +141,7 @@ def test_the_caches_save_evaluations_and_the_mends_do_not(tmp_path):
     rows = {(r["model"], r["label"]): r for r in json.loads((tmp_path / "results" / "peers.json").read_text())["data"]}
     assert rows["unet", "plain"]["calls"] == rows["unet", "RescaleCFG 0.7"]["calls"] == 10
     assert rows["unet", "plain, 5 steps"]["calls"] == 5
-    for model, label in (("unet", "EasyCache 0.2"), ("unet", "LazyCache 0.2"), ("flow", "LazyCache 0.2")):
+    for model, label in (("unet", "EasyCache 0.2"), ("unet", "LazyCache 0.2")):
         assert rows[model, label]["calls"] < 10 and rows[model, label]["summary"]["psnr"][0] < 100
     assert min(Image.open(tmp_path / "peers.png").size) > 100
 
