@@ -335,19 +335,21 @@ def plot(rows: list[Row], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    models = list(dict.fromkeys(row.model for row in rows))
+    models, labels = (list(dict.fromkeys(getattr(row, key) for row in rows)) for key in ("model", "label"))
     figure, axes = plt.subplots(
         1, len(models), figsize=(5 * len(models) + 2.5, 3.6), layout="constrained", squeeze=False
     )
+    lines = {}
     for axis, model in zip(axes[0], models, strict=True):
-        for label in dict.fromkeys(row.label for row in rows if row.model == model):
-            line = sorted((r for r in rows if (r.model, r.label) == (model, label)), key=lambda r: r.side)
-            values, spread = zip(*(r.frechet for r in line), strict=True)
-            axis.errorbar([r.side for r in line], values, spread, marker=".", lw=1.2, label=label)
+        for i, label in enumerate(labels):
+            if line := sorted((r for r in rows if (r.model, r.label) == (model, label)), key=lambda r: r.side):
+                values, spread = zip(*(r.frechet for r in line), strict=True)
+                sides = [r.side for r in line]
+                lines[label] = axis.errorbar(sides, values, spread, marker=".", lw=1.2, color=f"C{i}")
         axis.set(title=model, xlabel="side in pixels", yscale="log")
         axis.set_xticks(sorted({r.side for r in rows}), [str(s) for s in sorted({r.side for r in rows})])
     axes[0][0].set_ylabel("Fréchet distance")
-    axes[0][-1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.legend(lines.values(), lines, fontsize=7, loc="outside right center")
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
