@@ -392,6 +392,12 @@ def free_gigabytes() -> float:
     return psutil.virtual_memory().available / 1e9
 
 
+def lacking(family: Family, dtype: torch.dtype, most: float) -> str:
+    """What a network needs and what of `most` GB is free; "" where it fits, with its activations and the host."""
+    needed, free = 1.3 * gigabytes(family, dtype) + 1, min(free_gigabytes(), most)
+    return f"it needs about {needed:.1f} GB, and {free:.1f} GB are free" if needed > free else ""
+
+
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -449,14 +455,12 @@ def measure(host: Host, name: str, args: argparse.Namespace) -> tuple[list[Table
     family = FAMILIES[name]
     tables, raw = flops_table(name, family, family.pixels)
     pixels, dtype = args.pixels.get(name, family.pixels), args.dtype
-    device, weights = str(comfy.model_management.get_torch_device()), gigabytes(family, DTYPES[args.dtype])
+    device = str(comfy.model_management.get_torch_device())
     if pixels == 0:
         return tables, raw
-    needed = 1.3 * weights + 1  # activations, and the host itself
-    free = min(free_gigabytes(), args.memory)
-    if needed > free:
-        said = f"Not timed: {dtype} weights of {weights:.1f} GB need about {needed:.1f} GB, and {free:.1f} GB are free."
-        return [*tables, Table(f"{name} at {pixels} px, {dtype}: time of one forward", ["part"], [], said)], raw
+    if said := lacking(family, DTYPES[dtype], args.memory):
+        title = f"{name} at {pixels} px, {dtype}: time of one forward"
+        return [*tables, Table(title, ["part"], [], f"Not timed: {said}.")], raw
     flops = raw["parts"] if pixels == family.pixels else forward_flops(family, pixels)[0]
     with peak_memory() as peak:
         model = build(name, device, DTYPES[dtype])

@@ -26,7 +26,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from comfy_process import ROOT, Host
-from real_size import DTYPES, FAMILIES, UNCOUNTED, build, free_gigabytes, gigabytes, peak_memory, sample, synchronize
+from real_size import DTYPES, FAMILIES, UNCOUNTED, build, lacking, peak_memory, sample, synchronize
 from results import DOCS, Table, markdown, record
 
 REUSES = ["encoder reused", "top level fresh", "one block fresh"]
@@ -101,9 +101,8 @@ def measure(host: Host, name: str, args: argparse.Namespace) -> tuple[list[list]
     import comfy.model_management
 
     family, dtype = FAMILIES[name], DTYPES[args.dtype]
-    needed, free = 1.3 * gigabytes(family, dtype) + 1, min(free_gigabytes(), args.memory)
-    if needed > free:
-        return [[f"{name}: not measured, it needs about {needed:.1f} GB and {free:.1f} GB are free"]], []
+    if said := lacking(family, dtype, args.memory):
+        return [[f"{name}: not measured, {said}"]], []
     model = build(family, str(comfy.model_management.get_torch_device()), dtype)
     rows, raw = [], []
     for reuse in REUSES:

@@ -20,24 +20,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from encoder_propagation import ENCODER, ONE, TOP, node
-from peers import cache_node
+from encoder_propagation import ONE, TOP, settings
 from step_kinds import Step, clock, watching
 
 from comfy_process import Host
-from real_size import DTYPES, FAMILIES, build, free_gigabytes, gigabytes, sample, synchronize
+from real_size import DTYPES, FAMILIES, build, lacking, sample, synchronize
 from results import DOCS, Table, markdown, record
 
-DEEP = {"reuse": ONE, "forecast": False, "keep_last": 0}
-SETTINGS: dict[str, tuple] = {
-    "plain": (),
-    **{f"EasyCache {threshold}": cache_node("EasyCache", threshold) for threshold in (0.1, 0.2)},
-    **{f"LazyCache {threshold}": cache_node("LazyCache", threshold) for threshold in (0.1, 0.2)},
-    **{f"DeepCache {n}": node("unet", interval=n, **DEEP) for n in (2, 3, 5)},
-    "published keys": node("unet", mode="published keys", reuse=ENCODER),
-    f"{TOP}, every 2": node("unet", interval=2, reuse=TOP),
-    **{f"{ONE}, every {n}": node("unet", interval=n, reuse=ONE) for n in (2, 3, 5)},
-}  # fmt: skip
+SHOWN = (
+    "EasyCache 0.1", "LazyCache 0.1", "DeepCache", f"{TOP}, every 2", f"{ONE}, every 3", f"{ONE}, every 5",
+)  # fmt: skip
 
 
 def patched(host: Host, model: Any, nodes: tuple) -> Any:
@@ -61,18 +53,17 @@ def measure(host: Host, name: str, args: argparse.Namespace) -> list[list]:
     import comfy.model_management
 
     family, dtype = FAMILIES[name], DTYPES[args.dtype]
-    needed, free = 1.3 * gigabytes(family, dtype) + 1, min(free_gigabytes(), args.memory)
-    if needed > free:
-        return [[f"{name}: not measured, it needs about {needed:.1f} GB and {free:.1f} GB are free"]]
+    if said := lacking(family, dtype, args.memory):
+        return [[f"{name}: not measured, {said}"]]
     model = build(family, str(comfy.model_management.get_torch_device()), dtype)
     run(host, model, (), family, args.pixels, 2)  # the first run in a process is slower
     rows: list[list] = []
     for steps in args.steps:
         plain: tuple[float, float] | None = None
-        for label, nodes in SETTINGS.items():
+        for label, setting in settings("unet", steps).items():
             if label != "plain" and not label.startswith(tuple(args.only)):
                 continue
-            seconds, evaluations = run(host, model, nodes, family, args.pixels, steps)
+            seconds, evaluations = run(host, model, setting.nodes, family, args.pixels, setting.steps)
             whole = [one.seconds for one in evaluations if one.whole]
             flops, units = sum(one.flops for one in evaluations), seconds / statistics.median(whole)
             plain = plain or (flops, units)
@@ -93,7 +84,9 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES), default="bf16")
     parser.add_argument("--steps", nargs="+", type=int, default=[50, 25, 20])
     parser.add_argument("--add", action="store_true", help="to the last record's other networks")
-    parser.add_argument("--only", nargs="+", default=[""], help="settings whose names begin with one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=SHOWN, help="settings of `encoder_propagation` whose names begin with one of these"
+    )
     parser.add_argument("--memory", type=float, default=1e9, metavar="GB")
     parser.add_argument("--cache", type=Path, help="not used: nothing here is worth keeping")
     parser.add_argument("--out", type=Path, default=DOCS)

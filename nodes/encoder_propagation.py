@@ -28,7 +28,7 @@ from ._host.api import Profile as PROFILE
 from ._host.api import io, schema, shown_on
 from ._host.block_propagation import add_block_propagation, blocks_of
 from ._host.encoder_propagation import add_encoder_propagation, unet_of
-from ._host.fit_propagation import BEST, fit_profile, one_of_many
+from ._host.fit_propagation import BEST, fit_profile, measures_too_few
 from ._host.folders import keep_fit
 from ._host.propagation import DEVICES, DTYPES
 from ._host.sampling import sampler_names, scheduler_names
@@ -244,14 +244,15 @@ class AttuneFitEncoderPropagation(io.ComfyNode):
     def execute(cls, model, **inputs) -> io.NodeOutput:
         profile, fit, changes = fit_profile(model, **inputs)
         chosen = calibrated_point(fit)
-        report = report_of(profile.name, fit, chosen, one_of_many(inputs["sampler_name"], inputs["latent_image"]))
+        too_few = measures_too_few(inputs["sampler_name"], inputs["latent_image"])
+        report = report_of(profile.name, fit, chosen, too_few)
         LOG.info("Attune Fit Encoder Propagation: %s", report.replace("\n", "; "))
         plot = to_image(draw_calibration(changes, len(fit.sigmas) - 1, fit.points, chosen))
         return io.NodeOutput(profile, plot, f"{report}\n{keep_fit(profile)}", ui=shown_on(cls, plot))
 
 
-def report_of(name: str, fit: Calibration, chosen: Point, one_of_many: bool = False) -> str:
-    """One line per setting, the recommended one marked; one_of_many: what was measured holds for one picture only."""
+def report_of(name: str, fit: Calibration, chosen: Point, too_few: bool = False) -> str:
+    """One line per setting, the recommended one marked; too_few: what was measured holds for one picture only."""
     lines = [f"{name}: {fit.solver}, {len(fit.sigmas) - 1} steps. Fidelity is to the run without reuse."]
     for point in fit.points:
         part = f"computes blocks before {point.reuse.fresh} and from {point.reuse.cut}"
@@ -259,7 +260,7 @@ def report_of(name: str, fit: Calibration, chosen: Point, one_of_many: bool = Fa
         lines.append(f"{point.speed:.2f}x: {point.psnr:.1f} dB, {len(point.keys)} key steps, {part}{mark}")
     if chosen.psnr < FIDELITY:
         lines.append(f"No setting stays within {FIDELITY:g} dB: prefer fewer steps, or a better solver, for this run.")
-    if one_of_many:
+    if too_few:
         lines.append(
             f"{fit.solver} adds noise, and every picture has its own: connect a latent of 4 pictures, so that the key "
             "steps hold for others, too."

@@ -235,7 +235,7 @@ def fit_profile(
     return profile, calibration, changes
 
 
-def one_of_many(sampler_name: str, latent_image: dict) -> bool:
+def measures_too_few(sampler_name: str, latent_image: dict) -> bool:
     """Whether one picture is measured with a solver that adds noise, so that the next one has other errors."""
     return latent_image["samples"].shape[0] == 1 and adds_noise(comfy.samplers.sampler_object(sampler_name))
 

@@ -835,12 +835,12 @@ def fitted(host, demo, encode):
 
 
 def test_one_picture_of_a_solver_that_adds_noise_is_too_few_and_the_report_says_so(host, fitted):
-    one_of_many = host.module("nodes._host.fit_propagation").one_of_many
+    measures_too_few = host.module("nodes._host.fit_propagation").measures_too_few
     report_of, fit = host.module("nodes.encoder_propagation").report_of, fitted[0].calibration
     chosen = host.module("models.encoder_propagation").calibrated_point(fit)
     latents = {n: {"samples": torch.zeros(n, 4, 16, 16)} for n in (1, 4)}
-    assert one_of_many("euler_ancestral", latents[1]) and one_of_many("dpmpp_2m_sde", latents[1])
-    assert not one_of_many("euler_ancestral", latents[4]) and not one_of_many("euler", latents[1])
+    assert measures_too_few("euler_ancestral", latents[1]) and measures_too_few("dpmpp_2m_sde", latents[1])
+    assert not measures_too_few("euler_ancestral", latents[4]) and not measures_too_few("euler", latents[1])
     assert "connect a latent of 4 pictures" in report_of("name", fit, chosen, True)
     assert report_of(fitted[0].name, fit, chosen) in fitted[2]
 
