@@ -7,7 +7,7 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     try:
-        from .nodes import AttuneExtension
+        from .nodes.extension import AttuneExtension
     except Exception:
         # The host reports only str(error) from here; keep the traceback for whoever has to fix it.
         logging.getLogger(__name__).exception("ComfyUI-Attune could not load its nodes.")

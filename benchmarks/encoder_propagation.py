@@ -130,7 +130,7 @@ class CalibratedLab(Lab):
 
     def given(self, name: str, value, part: Sequence[Task]):
         if name == "profile":
-            return pack("models.profiles").load_profile(self.cache / value)
+            return pack("models.calibration").load_profile(self.cache / value)
         return super().given(name, value, part)
 
 
@@ -144,7 +144,7 @@ def calibrated(lab: Lab, model: str, sampler: str, steps: int, drawn: bool) -> d
     path = path or fit(lab, model, sampler, steps, stem)
     demo = networks(lab, model)["demo"].reuses
     found = {}
-    for point in pack("models.profiles").load_profile(path).calibration.points:
+    for point in pack("models.calibration").load_profile(path).calibration.points:
         reuse = next(
             name for name, part in demo.items() if (part.fresh, part.cut) == (point.reuse.fresh, point.reuse.cut)
         )
@@ -161,7 +161,7 @@ def fit(lab: Lab, model: str, sampler: str, steps: int, stem: str) -> Path:
         negative=lab.conditioning([""]), latent_image=latent, seed=987654321, steps=steps, cfg=3.0,
         sampler_name=sampler, scheduler="normal", reuse="parts that cost little", fastest=3.0, longest=5,
     )  # fmt: skip
-    return pack("models.profiles").save_profile(profile, lab.cache, stem)
+    return pack("models.calibration").save_profile(profile, lab.cache, stem)
 
 
 # --- what it costs ---
@@ -194,12 +194,12 @@ def networks(lab: Lab, model: str) -> dict[str, Network]:
 
 def network(module: Any, side: int) -> Network:
     """For latents of `side` x `side`."""
-    names = pack("models.encoder_propagation")
+    names = pack("nodes._plan.propagation")
     if hasattr(module, "input_blocks"):
-        costs = pack("nodes._host.unet_blocks").measure_unet(module, side, side).costs
-        n, top = len(costs.input), pack("nodes._host.encoder_propagation").top_blocks(module)
+        costs = pack("nodes._host.propagation.unet_blocks").measure_unet(module, side, side).costs
+        n, top = len(costs.input), pack("nodes._host.propagation.unet").top_blocks(module)
         return Network(costs, {name: names.reuse_by_name(name, False, n, top) for name in names.REUSES})
-    host = pack("nodes._host.block_propagation")
+    host = pack("nodes._host.propagation.transformer")
     costs = host.costs_of(host.blocks_of(module).values())
     n = len(costs.input)
     return Network(costs, {name: names.block_reuse_by_name(name, False, n) for name in names.BLOCK_REUSES})

@@ -2,7 +2,7 @@
 
 python dev.py bench exact [--solvers euler dpmpp_2m] [--steps 5 8 10 20 50] [--samples 1024]
 
-`analytic_model(target)` is a MODEL whose network is the exact denoiser of a distribution (kernels/analytic.py), with
+`analytic_model(target)` is a MODEL whose network is the exact denoiser of a distribution (tests/analytic.py), with
 the noise of SD1.5 or of SD3, so that the host's schedulers, samplers and MODEL -> MODEL nodes apply to it as to any
 model; what is left between its output and the data is the error of schedule and solver alone. Two targets in either
 space:
@@ -26,12 +26,12 @@ import time
 from pathlib import Path
 
 import torch
+from analytic import Gaussian, Mixture, PowerLawField, gaussian_kl
 from torch import Tensor, nn
 
 import _pack  # noqa: F401
 from comfy_process import Host
 from harness import CORE
-from pack.kernels.analytic import Gaussian, Mixture, PowerLawField, gaussian_kl
 from pack.kernels.space import NoiseSpace
 from results import DOCS, Table, markdown, record
 

@@ -45,7 +45,7 @@ from harness import last
 from pack.kernels.ays import klub_optimal_gaussian, minimise_klub, ve_denoiser
 from pack.kernels.timestep_aligner import align_published
 from pack.kernels.tuner import LARGEST_RATIO
-from pack.models.profiles import Alignment, Profile
+from pack.models.calibration import Calibration, CondLevels
 from results import DOCS, Table, markdown, record
 
 TARGETS = {"mixture": mixture, "1/f field": field}
@@ -102,7 +102,7 @@ class Problem:
         return {"model": self.model, "positive": nothing, "negative": nothing, "cfg": 1.0, "sampler": sampler,
                 "latent": self.latent(), "seed": SEED}  # fmt: skip
 
-    def applied(self, profile: Profile, strength: float = 1.0) -> tuple[Any, Tensor]:
+    def applied(self, profile: Calibration, strength: float = 1.0) -> tuple[Any, Tensor]:
         model, sigmas, _ = self.host.call(
             "AttuneApplyProfile", model=self.model, profile=profile, steps=0, denoise=1.0, denoise_mode="exact",
             resolution_policy="ignore", strength=strength,
@@ -140,7 +140,7 @@ def klub(problem: Problem, solver: str, steps: int, early: bool) -> Tensor:
     return as_schedule(last(search))
 
 
-def published(problem: Problem, sigmas: Tensor, parallel: bool) -> Profile:
+def published(problem: Problem, sigmas: Tensor, parallel: bool) -> Calibration:
     """An alignment by the published loss, as a profile for Attune Apply Profile."""
     noise = torch.randn(problem.latent()["samples"].shape, generator=torch.Generator().manual_seed(SEED))
     data, draws = problem.data(len(noise)), torch.Generator().manual_seed(SEED)
@@ -156,9 +156,9 @@ def published(problem: Problem, sigmas: Tensor, parallel: bool) -> Profile:
     fit = last(
         align_published(problem.told, sigmas.double(), [begin], problem.space, highest, noised if parallel else None)
     )
-    knots = Alignment("euler", (256, 256), *fit.knots(problem.space))
+    knots = CondLevels("euler", (256, 256), *fit.knots(problem.space))
     family = {"ve": "SD15", "flow": "SD3"}[problem.space.kind]
-    return Profile(
+    return Calibration(
         "published aligner", "published loss", problem.space.kind, (family,), (256, 256), tuple(sigmas.tolist()),
         "a benchmark", solver="euler", alignments=(knots,),
     )  # fmt: skip

@@ -127,9 +127,9 @@ def predictions(model: Any, reuse: str, side: int) -> tuple[float, int]:
     """What the node says of a shorter step: percent of a whole one, and elements kept for one picture."""
     pack: Callable[[str], Any] = lambda module: sys.modules[f"{ROOT}.{module}"]
     network = model.model.diffusion_model
-    size = pack("nodes._host.unet_blocks").measure_unet(network, side, side)
-    top = pack("nodes._host.encoder_propagation").top_blocks(network)
-    part = pack("models.encoder_propagation").reuse_by_name(reuse, False, len(size.skips), top)
+    size = pack("nodes._host.propagation.unet_blocks").measure_unet(network, side, side)
+    top = pack("nodes._host.propagation.unet").top_blocks(network)
+    part = pack("nodes._plan.propagation").reuse_by_name(reuse, False, len(size.skips), top)
     return 100 * size.costs.of_step(part), size.kept_elements(part)
 
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 import _pack  # noqa: F401 - makes the pack importable
 from comfy_process import ROOT, Host
-from pack.models.axes import INK, PAPER, font
+from pack.nodes._draw.axes import INK, PAPER, font
 
 WORKFLOWS = ROOT / "workflows"
 SIDE, MOST, LABEL = 192, 4, 150  # pixels of a picture, pictures in a row, pixels of the labels' column

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import is_finite, load_tensors, save_tensors, shortened
+from .store import is_finite, load_tensors, save_tensors, shortened
 
 LARGEST_SHARD = 4 << 30  # bytes
 LARGEST_PAIR = 64 << 20  # bytes; a published one has 262,000

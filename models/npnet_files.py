@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .files import save_tensors, shortened
 from .npnet import NPNet, NPNetConfig, grid
+from .store import save_tensors, shortened
 
 SAFE, PICKLED = (".safetensors", ".sft"), (".pth", ".pt")
 LARGEST_FILE = 1 << 30  # bytes; the published ones have 122 MB

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..kernels.one_more_step import SignalLeak
-from .files import is_finite, save_tensors, shortened
+from .store import is_finite, save_tensors, shortened
 
 LATENT_SPACES = {"SD1.x, SD2.x": "SD15", "SDXL": "SDXL"}  # as users know them -> the host's class
 PREDICTIONS = ("v", "x0")

@@ -13,10 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .files import is_finite, load_tensors, save_tensors
-from .golden_noise import prompt_texts
 from .noise_pairs import Shard, load_shard, rows
-from .npnet import NPNet, NPNetConfig
+from .npnet import NPNet, NPNetConfig, prompt_texts
+from .store import is_finite, load_tensors, save_tensors
 
 SIZES = {  # of the Swin branch: width, blocks and heads per stage; and the last SVD layer
     "published": (96, (2, 2, 6, 2), (3, 6, 12, 24), 1024),

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from ..models.auto import (
+from ..models.calibration import shipped_profiles
+from ._host.api import io, say_on_node, schema, ui
+from ._host.folders import find_profile, installed_files, profile_path
+from ._host.identity import identify, is_distilled, pixels
+from ._host.propagation.transformer import blocks_of
+from ._host.propagation.unet import unet_of
+from ._host.sampling import run_stock_node, sampler_names, scheduler_names
+from ._plan.auto import (
     ALWAYS,
     FAST,
     NOISE,
@@ -25,20 +32,13 @@ from ..models.auto import (
     key_steps_of,
     report,
 )
-from ..models.encoder_propagation import CALIBRATED, TARGET, UNIFORM
-from ..models.profiles import shipped_profiles
-from ._host.api import io, say_on_node, schema, ui
-from ._host.block_propagation import blocks_of
-from ._host.encoder_propagation import unet_of
-from ._host.folders import find_profile, installed_files, profile_path
-from ._host.models import is_distilled, noise_range, pixels
-from ._host.sampling import run_stock_node, sampler_names, scheduler_names
-from .encoder_propagation import AttuneBlockPropagation, AttuneEncoderPropagation
+from ._plan.propagation import CALIBRATED, TARGET, UNIFORM
 from .golden_noise import AttuneGoldenNoiseModel, AttuneLoadNPNet
 from .installed import installed
 from .noise_shift import AttuneNoiseShift
 from .one_more_step import AttuneLoadOneMoreStep, AttuneOneMoreStep
 from .profiles import AttuneApplyProfile
+from .propagation import AttuneBlockPropagation, AttuneEncoderPropagation
 from .redenoise import AttuneRedenoise
 from .schedules import AttuneScheduler
 
@@ -149,7 +149,7 @@ def _facts(model, latent: dict) -> Facts:
     blocks = blocks_of(model.get_model_object("diffusion_model"))
     width = model.model.model_config.unet_config.get("context_dim")
     return Facts(
-        noise_range(model),
+        identify(model),
         "unet" if unet_of(model) is not None else "transformer" if blocks else "",
         type(latent_format).__name__,
         latent_format.latent_channels,

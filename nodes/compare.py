@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..models.axes import to_image
-from ..models.compare import Batch, draw_comparison
+from ._draw.axes import to_image
+from ._draw.compare import Batch, draw_comparison
 from ._host.api import io, schema
 
 MOST = 6  # batches side by side

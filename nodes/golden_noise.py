@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..models.golden_noise import LONG_PROMPTS, OTHER_SIZES, Settings
 from ._host.api import io, schema
 from ._host.folders import npnet_names, npnet_path
 from ._host.golden_noise import GoldenNoise, HostNPNet, NPNetType, check_prompt, with_golden_noise
+from ._plan.golden_noise import LONG_PROMPTS, OTHER_SIZES, Settings
 
 CATEGORY = "attune/noise"
 SVD = ("cpu", "model device")

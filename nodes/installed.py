@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from ..models.auto import Shelf
-from ..models.installed import listing
 from ..models.npnet_files import load_npnet
 from ..models.one_more_step import architecture_of, latent_space_of, read_header
 from ._host.api import io, say_on_node, schema, ui
@@ -19,7 +17,9 @@ from ._host.folders import (
     npnet_path,
     profile_names,
 )
-from ._host.models import noise_range
+from ._host.identity import identify
+from ._plan.auto import Shelf
+from ._plan.installed import listing
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ class AttuneInstalled(io.ComfyNode):
     @classmethod
     def execute(cls, model=None) -> io.NodeOutput:
         shelf, unread = installed()
-        said = listing(shelf, unread, None if model is None else noise_range(model))
+        said = listing(shelf, unread, None if model is None else identify(model))
         say_on_node(cls, said)
         return io.NodeOutput(said, ui=ui.PreviewText(said))
 

@@ -10,22 +10,12 @@ import torch
 
 from ..kernels.noise_shift import FEWEST, FITS, PRESETS, Preset, Shift
 from ..kernels.space import NoiseSpace
-from ..models.axes import to_image
-from ..models.noise_shift import (
-    check_noise_shift,
-    continues,
-    noise_shift_profile,
-    parse_sizes,
-    plan,
-    shift_for,
-    shift_report,
-)
-from ..models.profiles import SUFFIX, file_stem
-from ..models.profiles import Profile as Calibration
-from ..models.shift_plot import draw_shift
+from ..models.calibration import SUFFIX, Calibration, file_stem
+from ._draw.axes import to_image
+from ._draw.noise_shift import draw_shift
 from ._host.api import Profile, io, schema, shown_on
 from ._host.folders import find_profile, keep_fit, keep_profile, profile_path
-from ._host.models import noise_range, pixels
+from ._host.identity import identify, pixels
 from ._host.noise_shift import (
     STEPS,
     calibrate,
@@ -38,6 +28,15 @@ from ._host.noise_shift import (
     without_text,
 )
 from ._host.session import ProgressBar
+from ._plan.noise_shift import (
+    check_noise_shift,
+    continues,
+    noise_shift_profile,
+    parse_sizes,
+    plan,
+    shift_for,
+    shift_report,
+)
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/noise shift"
@@ -127,7 +126,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
         count = min(given, effort.pictures)
         prompts = first_prompts(prompts, count, given)
         how = {"preset": preset, "seed": seed, "pictures": count}
-        about = noise_range(model)
+        about = identify(model)
         found = _unfinished(save_as, about, native, method, how)
         left = [size for size in wanted if found is None or size not in {one.resolution for one in found.alignments}]
         if found is not None:
@@ -197,7 +196,7 @@ class AttuneNoiseShift(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, profile, strength=1.0, latent=None) -> io.NodeOutput:
-        about = noise_range(model)
+        about = identify(model)
         check_noise_shift(profile, about)
         lines = [f"Noise shift '{profile.name}' at strength {strength:g}."]
         size = None if latent is None else pixels(model, latent)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 
-from ..models.apply import DENOISE_MODES, POLICIES, Applied, apply_profile
-from ..models.axes import to_image
-from ..models.plots import Curve, applied_curve, draw_schedules, profile_curve
-from ..models.profiles import shipped_profiles
+from ..models.calibration import shipped_profiles
+from ._draw.axes import to_image
+from ._draw.schedules import Curve, applied_curve, draw_schedules, profile_curve
 from ._host.api import Profile, io, schema, shown_on
 from ._host.conditioning import Remap, with_conditioning
 from ._host.folders import find_profile, has_profile, keep_profile, missing_profile, profile_names, profile_path
-from ._host.models import noise_range, pixels
+from ._host.identity import identify, pixels
 from ._host.sampling import run_stock_node
+from ._plan.profile_on_model import DENOISE_MODES, POLICIES, Applied, apply_profile
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/profiles"
@@ -143,7 +143,7 @@ class AttuneApplyProfile(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         size = None if latent is None else pixels(model, latent)
         applied = apply_profile(
-            profile, noise_range(model, weights=True), steps, denoise, denoise_mode, resolution_policy, size, strength
+            profile, identify(model, weights=True), steps, denoise, denoise_mode, resolution_policy, size, strength
         )
         if applied.conditioning is not None:
             model = with_conditioning(model, Remap(profile.name, applied.conditioning, applied.solver, profile.cfg))

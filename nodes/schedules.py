@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 
-from ..models.apply import apply_profile
-from ..models.profiles import SUFFIX
-from ..models.schedules import schedule, schedule_names
+from ..models.calibration import SUFFIX
 from ._host.api import io, schema
 from ._host.folders import find_profile, has_profile, missing_profile, user_profile_names
-from ._host.models import noise_range, pixels
+from ._host.identity import identify, pixels
 from ._host.sampling import sample, sampler_names
+from ._plan.named_schedules import schedule, schedule_names
+from ._plan.profile_on_model import apply_profile
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
@@ -51,11 +51,11 @@ def _levels(node: str, model, steps: int, denoise: float, name: str, latent: dic
     """The SIGMAS, with one line in the log on what was chosen."""
     resolution = None if latent is None else pixels(model, latent)
     if not has_profile(name):
-        sigmas, said = schedule(name, noise_range(model), steps, denoise, resolution)
+        sigmas, said = schedule(name, identify(model), steps, denoise, resolution)
     else:
         applied = apply_profile(
             find_profile(name),
-            noise_range(model, weights=True),
+            identify(model, weights=True),
             steps,
             denoise,
             "comfy",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pack.models.auto import ALWAYS, FAITHFUL, Facts, Run, Shelf, Wishes
+from pack.models.calibration import ModelIdentity, shipped_profiles
 from pack.models.npnet import NPNetConfig
-from pack.models.profiles import shipped_profiles
-from pack.models.schedules import NoiseRange
+from pack.nodes._plan.auto import ALWAYS, FAITHFUL, Facts, Run, Shelf, Wishes
 
 SIGMA = (0.0292, 14.6146)  # of Stable Diffusion's betas
 DEMO_UNET, DEMO_FLOW = "57718664cfbd15e4", "a65b66ff95190fab"  # the networks' configurations, as in their profiles
@@ -19,19 +18,19 @@ class Case:
     run: Run
 
 
-def ve(family: str, prediction: str = "eps", sigmas=SIGMA, config: str = "theirs") -> NoiseRange:
-    return NoiseRange((family, "BASE"), "ve", *sigmas, prediction, config)
+def ve(family: str, prediction: str = "eps", sigmas=SIGMA, config: str = "theirs") -> ModelIdentity:
+    return ModelIdentity((family, "BASE"), "ve", *sigmas, prediction, config)
 
 
-def flow(family: str, shift: float, config: str = "theirs") -> NoiseRange:
-    return NoiseRange((family, "BASE"), "flow", 0.001, 1.0, "flow", config, shift)
+def flow(family: str, shift: float, config: str = "theirs") -> ModelIdentity:
+    return ModelIdentity((family, "BASE"), "flow", 0.001, 1.0, "flow", config, shift)
 
 
-def unet(model: NoiseRange, latents: str, width: int, side: int, text: int, **more) -> Facts:
+def unet(model: ModelIdentity, latents: str, width: int, side: int, text: int, **more) -> Facts:
     return Facts(model, "unet", latents, 4, (side, side), width * width, text_width=text, **more)
 
 
-def transformer(model: NoiseRange, latents: str, size: tuple[int, int], blocks: int, channels: int = 16) -> Facts:
+def transformer(model: ModelIdentity, latents: str, size: tuple[int, int], blocks: int, channels: int = 16) -> Facts:
     return Facts(model, "transformer", latents, channels, size, size[0] * size[1] // 64, blocks)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from graphs import Kit
-from pack.models.profiles import Alignment, Profile, shipped_profiles
+from pack.models.calibration import Calibration, CondLevels, shipped_profiles
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Method:
         return lambda model: kit.host.call(self.node, model=model, **inputs, **self.needs(kit))[0]
 
 
-def aligned(space: str, prediction: str, sigma: tuple, told: tuple) -> Profile:
-    knots = Alignment("", (128, 128), sigma, told)
+def aligned(space: str, prediction: str, sigma: tuple, told: tuple) -> Calibration:
+    knots = CondLevels("", (128, 128), sigma, told)
     levels = (*reversed(sigma), 0.0)
     family = {"ve": "AttuneDemo", "flow": "SD3"}[space]
-    return Profile(
+    return Calibration(
         "test", "by hand", space, (family,), (128, 128), levels, "a test", prediction=prediction, alignments=(knots,)
     )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from analytic import Gaussian, Mixture, PowerLawField, gaussian_kl
 
 from oracles import euler
-from pack.kernels.analytic import Gaussian, Mixture, PowerLawField, gaussian_kl
 from pack.kernels.space import NoiseSpace
 
 SPACES = pytest.mark.parametrize("space", [NoiseSpace("ve"), NoiseSpace("flow")], ids=lambda s: s.kind)

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from pack.kernels.schedules import check_sigmas, for_denoise
-from pack.models.apply import DENOISE_MODES, apply_profile
-from pack.models.profiles import Alignment, Profile, alignment_map, shipped_profiles
-from pack.models.schedules import NoiseRange, resample_profile, schedule
+from pack.models.calibration import Calibration, CondLevels, ModelIdentity, conditioning_map, shipped_profiles
+from pack.nodes._plan.named_schedules import resample_profile, schedule
+from pack.nodes._plan.profile_on_model import DENOISE_MODES, apply_profile
 
-SD15 = NoiseRange(("SD15", "BASE"), "ve", 0.0292, 14.6146, "eps", "aaaa")
-SD3 = NoiseRange(("SD3", "BASE"), "flow", 0.003, 1.0, "flow", "bbbb")
-ALIGNED = Alignment("euler", (512, 512), (0.7, 3.0, 14.6), (0.6, 2.5, 13.9))
-FITTED = Profile(
+SD15 = ModelIdentity(("SD15", "BASE"), "ve", 0.0292, 14.6146, "eps", "aaaa")
+SD3 = ModelIdentity(("SD3", "BASE"), "flow", 0.003, 1.0, "flow", "bbbb")
+ALIGNED = CondLevels("euler", (512, 512), (0.7, 3.0, 14.6), (0.6, 2.5, 13.9))
+FITTED = Calibration(
     "mine", "tuner", "ve", ("SD15",), (512, 512), (14.6146, 3.0, 0.7, 0.2, 0.0), "tuned", solver="euler", cfg=7.0,
     prediction="eps", config_hash="aaaa", alignments=(ALIGNED,),
 )  # fmt: skip
-FLOW = Profile("mine", "tuner", "flow", ("SD3",), (1024, 1024), (1.0, 0.8, 0.5, 0.0), "tuned")
+FLOW = Calibration("mine", "tuner", "flow", ("SD3",), (1024, 1024), (1.0, 0.8, 0.5, 0.0), "tuned")
 
 
 def said(applied):
@@ -105,7 +105,7 @@ def test_a_policy_that_needs_the_size_asks_for_the_latent(policy):
 
 def test_the_map_is_the_alignment_bound_to_its_solver():
     applied = apply_profile(FITTED, SD15, strength=0.5)
-    assert applied.conditioning == alignment_map(FITTED, ALIGNED, 0.5) and applied.solver == "euler"
+    assert applied.conditioning == conditioning_map(FITTED, ALIGNED, 0.5) and applied.solver == "euler"
     assert "with euler only" in said(applied)
 
 
@@ -121,13 +121,13 @@ def test_another_parameterisation_keeps_the_schedule_and_skips_the_map():
 
 
 def test_a_noise_shift_gives_the_map_of_the_nearest_size_and_no_levels():
-    shift = Profile(
+    shift = Calibration(
         "shift", "noise_shift", "flow", ("SD3",), (1024, 1024), (), "fitted", kind="noise_shift", prediction="flow",
-        alignments=tuple(Alignment("", (n, n), (0.5,), (0.5 + n / 10000,)) for n in (512, 768)),
+        alignments=tuple(CondLevels("", (n, n), (0.5,), (0.5 + n / 10000,)) for n in (512, 768)),
     )  # fmt: skip
     applied = apply_profile(shift, SD3, resolution=(800, 700))
     assert applied.sigmas.numel() == 0 and applied.solver == ""
-    assert applied.conditioning == alignment_map(shift, shift.alignments[1])
+    assert applied.conditioning == conditioning_map(shift, shift.alignments[1])
 
 
 @pytest.mark.parametrize(

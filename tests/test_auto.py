@@ -14,7 +14,8 @@ import pytest
 from families import EVERYTHING, FAMILIES, FRESH, FULL, SD15, SDXL
 
 from pack.kernels.encoder_propagation import Reuse
-from pack.models.auto import (
+from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, shipped_profiles
+from pack.nodes._plan.auto import (
     ALWAYS,
     FAITHFUL,
     FAST,
@@ -33,8 +34,6 @@ from pack.models.auto import (
     key_steps_of,
     report,
 )
-from pack.models.encoder_propagation import Calibration, Point
-from pack.models.profiles import Alignment, Profile, shipped_profiles
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/families.md"
@@ -120,12 +119,12 @@ def test_every_method_is_answered_for_in_order_and_with_a_reason(name, wishes):
 # --- schedules ---
 
 
-def fit(**changes) -> Profile:
+def fit(**changes) -> Calibration:
     made = {
         "solver": "euler", "prediction": "eps", "cfg": 6.0, "config_hash": "theirs",
-        "alignments": (Alignment("euler", (512, 512), (0.4, 4.0), (0.35, 3.8)),), **changes,
+        "alignments": (CondLevels("euler", (512, 512), (0.4, 4.0), (0.35, 3.8)),), **changes,
     }  # fmt: skip
-    return Profile("mine", "a test", "ve", ("SD15",), (512, 512), (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), "a test", **made)
+    return Calibration("mine", "a test", "ve", ("SD15",), (512, 512), (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), "a test", **made)
 
 
 def with_fits(**profiles) -> Shelf:
@@ -209,9 +208,9 @@ def test_a_stock_schedule_that_starts_low_leaks_on_the_demo_model_too():
 # --- noise shift, golden noise, speed ---
 
 
-def shift(size) -> Profile:
-    curve = Alignment("", size, (0.4, 4.0), (0.35, 3.8))
-    return Profile(
+def shift(size) -> Calibration:
+    curve = CondLevels("", size, (0.4, 4.0), (0.35, 3.8))
+    return Calibration(
         "small", "noise shift", "ve", ("SD15",), (512, 512), (), "a test", kind="noise_shift", prediction="eps",
         config_hash="theirs", alignments=(curve,),
     )  # fmt: skip
@@ -258,7 +257,7 @@ def test_a_calibration_of_this_network_comes_first_and_both_speeds_mean_its_poin
     points = (Point(Reuse(1, 8, True), (0, 2), 1.5, 50.0), Point(Reuse(1, 8, True), (0, 3), 2.5, 38.0))
     mine = replace(
         fit(), kind="encoder_propagation", sigmas=(14.6, 4.0, 1.0, 0.4, 0.1, 0.0),
-        calibration=Calibration(12, "euler", (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), points),
+        calibration=KeySteps(12, "euler", (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), points),
     )  # fmt: skip
     faithful, fast = (decide(SD15, EULER, Wishes(speed=wish), with_fits(mine=mine))[5] for wish in (FAITHFUL, FAST))
     assert faithful.pick == fast.pick == "mine"

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pack.models.axes import COLOURS
-from pack.models.compare import (
+from pack.nodes._draw.axes import COLOURS
+from pack.nodes._draw.compare import (
     BINS,
     GAP,
     HEAD,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from analytic import Mixture
 
 from exact import SIDE, cdf, field, mixture, pivot, quantiles, stratified, wasserstein
-from pack.kernels.analytic import Mixture
 from pack.kernels.space import NoiseSpace
 
 VE = NoiseSpace("ve")

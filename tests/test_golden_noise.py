@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import npnets
 from pack.kernels.golden_noise import mix, refine_in_windows, windows
-from pack.models.golden_noise import Settings, check_size, golden_noise, prompt_texts
-from pack.models.npnet import NPNetConfig
+from pack.models.npnet import NPNetConfig, prompt_texts
 from pack.models.npnet_files import load_npnet, save_npnet
+from pack.nodes._plan.golden_noise import Settings, check_size, golden_noise
 
 SIZES = [(16, 16), (14, 18), (19, 13), (8, 8), (24, 24), (32, 20), (33, 50), (5, 40)]
 

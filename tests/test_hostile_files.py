@@ -26,9 +26,16 @@ import npnets
 from pack.kernels.encoder_propagation import Reuse
 from pack.kernels.one_more_step_training import Training
 from pack.kernels.schedules import check_sigmas
+from pack.models.calibration import (
+    Calibration,
+    CondLevels,
+    KeySteps,
+    Point,
+    conditioning_map,
+    load_profile,
+    save_profile,
+)
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
-from pack.models.encoder_propagation import Calibration, Point
-from pack.models.files import load_tensors
 from pack.models.noise_pairs import Job, Shard, load_shard, published_pairs, rows, save_shard, shard_path
 from pack.models.npnet_files import load_npnet, save_npnet
 from pack.models.one_more_step import (
@@ -39,7 +46,7 @@ from pack.models.one_more_step import (
     read_leak,
     save_module,
 )
-from pack.models.profiles import Alignment, Profile, alignment_map, load_profile, save_profile
+from pack.models.store import load_tensors
 from pack.models.train_npnet import Recipe, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,11 +57,11 @@ SMALL = replace(npnets.TINY, tokens=77, width=4)
 # --- the files, and what is done with one that is accepted ---
 
 
-def profile() -> Profile:
-    knots = Alignment("euler", (512, 512), (0.5, 2.0, 9.0), (0.4, 1.8, 8.0))
+def profile() -> Calibration:
+    knots = CondLevels("euler", (512, 512), (0.5, 2.0, 9.0), (0.4, 1.8, 8.0))
     levels = (14.0, 5.0, 1.0, 0.0)
-    reuse = Calibration(12, "euler", levels, (Point(Reuse(2, 3, True), (0, 2), 1.4, 30.0),))
-    return Profile(
+    reuse = KeySteps(12, "euler", levels, (Point(Reuse(2, 3, True), (0, 2), 1.4, 30.0),))
+    return Calibration(
         "mine", "by hand", "ve", ("SD15",), (512, 512), levels, "a test", "encoder_propagation", "euler", "eps", 7.0, "ab",
         "cd", (knots,), reuse, {"gain": 0.1}, {"seed": 3},
     )  # fmt: skip
@@ -67,7 +74,7 @@ def use_profile(path: Path) -> None:
     if got.sigmas:
         check_sigmas(torch.tensor(got.sigmas, dtype=torch.float64))
     for one in got.alignments:
-        assert torch.isfinite(alignment_map(got, one)(torch.linspace(0, 1, 20))).all()
+        assert torch.isfinite(conditioning_map(got, one)(torch.linspace(0, 1, 20))).all()
 
 
 def use_npnet(path: Path) -> None:
@@ -154,8 +161,10 @@ def make_profile(folder: Path) -> Path:
 
 
 def make_shift(folder: Path) -> Path:
-    knots = tuple(Alignment("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768))
-    shift = Profile("shift", "by hand", "flow", ("SD3",), (1024, 1024), (), "a test", "noise_shift", alignments=knots)
+    knots = tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768))
+    shift = Calibration(
+        "shift", "by hand", "flow", ("SD3",), (1024, 1024), (), "a test", "noise_shift", alignments=knots
+    )
     return save_profile(shift, folder, "good")
 
 
@@ -327,7 +336,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
         raise OSError(28, "No space left on device")
 
     if fails == "open":
-        monkeypatch.setattr("pack.models.files.save_file", full)
+        monkeypatch.setattr("pack.models.store.save_file", full)
         monkeypatch.setattr(Path, "write_text", full)
     else:
         monkeypatch.setattr(f"os.{fails}", full)

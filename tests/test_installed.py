@@ -6,14 +6,14 @@ from dataclasses import replace
 
 from families import FAMILIES, FULL
 
-from pack.models.auto import Shelf
-from pack.models.installed import listing
-from pack.models.profiles import Alignment, Profile, shipped_profiles
+from pack.models.calibration import Calibration, CondLevels, shipped_profiles
+from pack.nodes._plan.auto import Shelf
+from pack.nodes._plan.installed import listing
 
 MINE = replace(shipped_profiles()["Attune demo unet, euler, 8 steps"], families=("SD15",), config_hash="", cfg=None)
-SHIFT = Profile(
+SHIFT = Calibration(
     "s", "m", "flow", ("SD3",), (1024, 1024), (), "", kind="noise_shift",
-    alignments=tuple(Alignment("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768)),
+    alignments=tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768)),
 )  # fmt: skip
 SHELF = Shelf(
     {"mine.json": MINE, "small.json": SHIFT, "AYS SDXL": shipped_profiles()["AYS SDXL"]}, {"o": ("SD15", 1024)}

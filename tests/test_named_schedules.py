@@ -8,20 +8,19 @@ import torch
 from pack.kernels.ays import kl_optimal
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
-from pack.models.profiles import shipped_profiles
-from pack.models.schedules import (
+from pack.models.calibration import ModelIdentity, shipped_profiles
+from pack.nodes._plan.named_schedules import (
     CLOSED_FORMS,
     TUNED,
-    NoiseRange,
     published_profiles,
     schedule,
     schedule_names,
     tuned_profiles,
 )
 
-SD15 = NoiseRange(("SD15", "BASE"), "ve", 0.0292, 14.6146)
-SDXL = NoiseRange(("SSD1B", "SDXL", "BASE"), "ve", 0.0292, 14.6146)
-SD3 = NoiseRange(("SD3", "BASE"), "flow", 0.003, 1.0)
+SD15 = ModelIdentity(("SD15", "BASE"), "ve", 0.0292, 14.6146)
+SDXL = ModelIdentity(("SSD1B", "SDXL", "BASE"), "ve", 0.0292, 14.6146)
+SD3 = ModelIdentity(("SD3", "BASE"), "flow", 0.003, 1.0)
 
 
 def test_the_list_starts_with_auto_and_has_every_profile_and_closed_form():
@@ -63,7 +62,7 @@ def test_thirty_profiles_are_tuned_to_the_demo_models_and_chosen_by_network_samp
     wanted = {(h, solver, n) for h in hashes for solver in ("euler", "dpmpp_2m", "uni_pc") for n in (5, 6, 8, 10, 20)}
     assert len(hashes) == 2 and {(p.config_hash, p.solver, p.steps) for p in tuned_profiles()} == wanted
     for profile in tuned_profiles():
-        model = NoiseRange(
+        model = ModelIdentity(
             profile.families, profile.space, 0.01, profile.sigmas[0], profile.prediction, profile.config_hash
         )
         sigmas, said = schedule(f"tuned for {profile.solver}", model, profile.steps)
@@ -106,7 +105,7 @@ def test_a_schedule_that_starts_above_the_models_noise_is_refused():
 
 
 def test_a_schedule_that_starts_below_the_models_noise_says_so():
-    zero_terminal = NoiseRange(("SD15",), "ve", 0.0292, 4518.0)
+    zero_terminal = ModelIdentity(("SD15",), "ve", 0.0292, 4518.0)
     assert "below this model's 4518" in schedule("auto", zero_terminal, 10)[1]
     assert "below" not in schedule("auto", SD15, 10)[1]
 

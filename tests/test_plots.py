@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from pack.kernels.encoder_propagation import Reuse
-from pack.models.axes import BOTTOM, COLOURS, HEIGHT, INK, LEFT, PAPER, RIGHT, TOP, WIDTH, Axes, sheet, to_image
-from pack.models.encoder_propagation import Point
-from pack.models.plots import Curve, draw_schedules, profile_curve
-from pack.models.profiles import Alignment, Profile, shipped_profiles
-from pack.models.propagation_plot import ALONE, CURVE, KEY, draw_calibration, draw_speeds
+from pack.models.calibration import Calibration, CondLevels, Point, shipped_profiles
+from pack.nodes._draw.axes import BOTTOM, COLOURS, HEIGHT, INK, LEFT, PAPER, RIGHT, TOP, WIDTH, Axes, sheet, to_image
+from pack.nodes._draw.propagation import ALONE, CURVE, KEY, draw_calibration, draw_speeds
+from pack.nodes._draw.schedules import Curve, draw_schedules, profile_curve
 
 
 def where(picture, colour, left=LEFT, right=WIDTH - RIGHT):
@@ -69,8 +68,8 @@ def test_no_curve_at_all_says_so():
 
 
 def test_a_profile_shows_what_its_alignment_tells():
-    aligned = Alignment("euler", (8, 8), (0.5, 2.0), (0.4, 2.2))
-    profile = Profile("p", "m", "ve", ("SD15",), (8, 8), (10.0, 2.0, 0.5, 0.0), "s", alignments=(aligned,))
+    aligned = CondLevels("euler", (8, 8), (0.5, 2.0), (0.4, 2.2))
+    profile = Calibration("p", "m", "ve", ("SD15",), (8, 8), (10.0, 2.0, 0.5, 0.0), "s", alignments=(aligned,))
     curve = profile_curve(profile)
     assert curve.sigmas == profile.sigmas
     np.testing.assert_allclose(curve.told, (10.0, 2.2, 0.4, 0.0), rtol=1e-12)
@@ -79,8 +78,8 @@ def test_a_profile_shows_what_its_alignment_tells():
 
 
 def test_a_noise_shift_shows_its_knots():
-    aligned = Alignment("", (8, 8), (0.2, 0.5), (0.25, 0.6))
-    profile = Profile("p", "m", "flow", ("SD3",), (8, 8), (), "s", kind="noise_shift", alignments=(aligned,))
+    aligned = CondLevels("", (8, 8), (0.2, 0.5), (0.25, 0.6))
+    profile = Calibration("p", "m", "flow", ("SD3",), (8, 8), (), "s", kind="noise_shift", alignments=(aligned,))
     assert profile_curve(profile).sigmas == (0.5, 0.2)
 
 

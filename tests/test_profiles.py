@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from pack.kernels.schedules import check_sigmas
-from pack.models.profiles import (
+from pack.models.calibration import (
     LARGEST_FILE,
-    Alignment,
-    Profile,
-    alignment_map,
+    Calibration,
+    CondLevels,
+    conditioning_map,
     file_stem,
     load_profile,
     pick_profile,
@@ -21,7 +21,7 @@ from pack.models.profiles import (
     shipped_profiles,
     text_hash,
 )
-from pack.models.schedules import published_profiles, resample_profile
+from pack.nodes._plan.named_schedules import published_profiles, resample_profile
 
 GOOD = {
     "format": 1, "kind": "schedule", "name": "mine", "method": "by hand", "space": "ve", "families": ["SD15"],
@@ -62,7 +62,7 @@ def write(folder, **changes):
 
 
 def test_a_good_file_is_read_as_it_stands(tmp_path):
-    want = Profile("mine", "by hand", "ve", ("SD15",), (512, 512), (14.0, 1.0, 0.1), "a test")
+    want = Calibration("mine", "by hand", "ve", ("SD15",), (512, 512), (14.0, 1.0, 0.1), "a test")
     assert load_profile(write(tmp_path)) == want
 
 
@@ -146,7 +146,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
 
 
 def profile(name, families, resolution):
-    return Profile(name, "m", "ve", families, resolution, (1.0, 0.5), "s")
+    return Calibration(name, "m", "ve", families, resolution, (1.0, 0.5), "s")
 
 
 def test_the_models_own_family_is_preferred_to_its_base_and_the_nearest_size_wins():
@@ -162,16 +162,16 @@ def test_the_models_own_family_is_preferred_to_its_base_and_the_nearest_size_win
     assert pick_profile(some, ("Flux", "BASE")) is None
 
 
-FITTED = Profile(
+FITTED = Calibration(
     "mine", "tuner", "ve", ("SD15",), (512, 512), (14.6, 3.0, 0.7, 0.0), "tuned here", solver="euler", prediction="eps",
     cfg=6.5, config_hash="0123456789abcdef",
-    alignments=(Alignment("euler", (512, 512), (0.7, 3.0, 14.6), (0.6, 2.5, 13.9)),),
+    alignments=(CondLevels("euler", (512, 512), (0.7, 3.0, 14.6), (0.6, 2.5, 13.9)),),
     metrics={"holdout": {"before": ["karras", 0.12], "after": 0.1}},
     provenance={"host": "0.3.75", "seeds": [1, 2], "prompts": [text_hash("a cat")]},
 )  # fmt: skip
-SHIFT = Profile(
+SHIFT = Calibration(
     "shift", "noise_shift", "flow", ("SD3",), (1024, 1024), (), "fitted here", kind="noise_shift", prediction="flow",
-    alignments=tuple(Alignment("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768)),
+    alignments=tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768)),
 )  # fmt: skip
 
 
@@ -279,6 +279,6 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
 
 def test_an_alignment_becomes_a_map_through_its_knots():
     one = FITTED.alignments[0]
-    out = alignment_map(FITTED, one)(torch.tensor(one.sigma, dtype=torch.float64))
+    out = conditioning_map(FITTED, one)(torch.tensor(one.sigma, dtype=torch.float64))
     torch.testing.assert_close(out, torch.tensor(one.sigma_hat, dtype=torch.float64), rtol=1e-12, atol=0)
-    assert alignment_map(FITTED, one, strength=0.0).is_identity
+    assert conditioning_map(FITTED, one, strength=0.0).is_identity

@@ -8,14 +8,13 @@ from dataclasses import replace
 import pytest
 
 from pack.kernels.encoder_propagation import Costs, Reuse, speedup
-from pack.models.encoder_propagation import (
+from pack.models.calibration import Calibration, KeySteps, Point, load_profile, save_profile
+from pack.nodes._plan.propagation import (
     BLOCK_REUSES,
     ENCODER,
     ONE,
     REUSES,
     TOP,
-    Calibration,
-    Point,
     Settings,
     block_reuse_by_name,
     calibrated_point,
@@ -23,7 +22,6 @@ from pack.models.encoder_propagation import (
     choose_blocks,
     reuse_by_name,
 )
-from pack.models.profiles import Profile, load_profile, save_profile
 
 STEPS = 20
 SIGMAS = [14 * (1 - i / STEPS) ** 2 for i in range(STEPS + 1)]
@@ -34,7 +32,7 @@ POINTS = (
     Point(Reuse(2, 2, True), (0, 3, 6, 9, 12, 15, 18), 1.7, 46.0),
     Point(Reuse(1, 3, True), (0, 5, 10, 15), 2.5, 38.0),
 )
-FIT = Calibration(4, "euler", tuple(SIGMAS), POINTS)
+FIT = KeySteps(4, "euler", tuple(SIGMAS), POINTS)
 
 
 def chosen(fresh_noise=False, **settings):
@@ -108,13 +106,13 @@ def test_transformers_choose_alike():
 # --- files ---
 
 
-def profile(**changed) -> Profile:
+def profile(**changed) -> Calibration:
     fields = {
         "name": "test", "method": "measured", "space": "ve", "families": ("SD15",), "resolution": (512, 512),
         "sigmas": FIT.sigmas, "source": "test", "kind": "encoder_propagation", "solver": "euler", "calibration": FIT,
         **changed,
     }  # fmt: skip
-    return Profile(**fields)
+    return Calibration(**fields)
 
 
 def test_a_calibration_comes_back_from_its_file(tmp_path):

@@ -10,7 +10,9 @@ import torch
 
 from pack.kernels.noise_shift import PRESETS, Shift
 from pack.kernels.space import NoiseSpace
-from pack.models.noise_shift import (
+from pack.models.calibration import CondLevels, ModelIdentity, load_profile, save_profile
+from pack.nodes._draw.noise_shift import draw_shift
+from pack.nodes._plan.noise_shift import (
     check_noise_shift,
     continues,
     noise_shift_profile,
@@ -19,11 +21,8 @@ from pack.models.noise_shift import (
     shift_for,
     shift_report,
 )
-from pack.models.profiles import Alignment, load_profile, save_profile
-from pack.models.schedules import NoiseRange
-from pack.models.shift_plot import draw_shift
 
-MODEL = NoiseRange(("SD3", "BASE"), "flow", 0.001, 1.0, "flow", "abc")
+MODEL = ModelIdentity(("SD3", "BASE"), "flow", 0.001, 1.0, "flow", "abc")
 HOW = {"preset": "quick", "seed": 0, "pictures": 8}
 AT = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -150,7 +149,7 @@ def test_the_report_says_what_was_kept_and_what_was_not():
 def test_the_plot_shows_every_size_and_the_identity(space):
     many = profile(**{f"_{8 * n}x64": 0.05 * n for n in range(1, 13)})
     if space == "ve":
-        aligned = (Alignment("", (64, 64), (0.1, 1.0, 10.0), (0.12, 1.5, 12.0)),)
+        aligned = (CondLevels("", (64, 64), (0.1, 1.0, 10.0), (0.12, 1.5, 12.0)),)
         many = replace(many, space="ve", alignments=aligned)
     picture = draw_shift(many)
     assert picture.size == (960, 600) and len(picture.getcolors(10**6)) > 20

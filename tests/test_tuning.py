@@ -7,11 +7,17 @@ import torch
 
 from pack.kernels.timestep_aligner import Alignment
 from pack.kernels.tuner import PRESETS, Progress, Tuned
-from pack.models.profiles import load_profile, save_profile
-from pack.models.schedules import NoiseRange
-from pack.models.tuning import Setting, affordable, aligned_profile, stopped_profile, tuned_profile, tuning_report
+from pack.models.calibration import ModelIdentity, load_profile, save_profile
+from pack.nodes._plan.fit_sampler import (
+    Setting,
+    affordable,
+    aligned_profile,
+    stopped_profile,
+    tuned_profile,
+    tuning_report,
+)
 
-RANGE = NoiseRange(("SDXL", "BASE"), "ve", 0.0292, 14.6146, "eps", "0123456789abcdef")
+RANGE = ModelIdentity(("SDXL", "BASE"), "ve", 0.0292, 14.6146, "eps", "0123456789abcdef")
 SETTING = Setting(RANGE, "euler", "euler", 6.0, (1024, 768), 3)
 LEVELS = torch.tensor([14.6146, 4.0, 1.0, 0.0])
 FITTED = Alignment((14.6146, 4.0, 1.0), (12.0, 3.0, 0.7), (0.5, 0.4, 0.3))

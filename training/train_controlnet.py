@@ -38,7 +38,7 @@ from train_text import build as build_text  # noqa: E402
 from train_text import encode, initialise  # noqa: E402
 
 from pack.models.demo import UNET_CONFIG, VOCABULARY_KEY  # noqa: E402
-from pack.models.files import save_tensors  # noqa: E402
+from pack.models.store import save_tensors  # noqa: E402
 
 FOLDER = Path(os.environ.get("ATTUNE_CONTROLNET", ROOT / "models" / "controlnet"))
 NAME = "attune_demo_controlnet"

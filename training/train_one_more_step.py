@@ -28,8 +28,8 @@ from train_diffusion import PLACEMENTS, batches, conditions, latents  # noqa: E4
 from pack.kernels.one_more_step import SignalLeak, clean_of_v  # noqa: E402
 from pack.kernels.one_more_step_training import Training  # noqa: E402
 from pack.models.demo import TEXT_WIDTH  # noqa: E402
-from pack.models.files import save_tensors  # noqa: E402
 from pack.models.one_more_step import Architecture, save_module  # noqa: E402
+from pack.models.store import save_tensors  # noqa: E402
 from pack.nodes._host.timeless_unet import TimelessUNet, diffusers_names, initialise  # noqa: E402
 
 FOLDER = Path(os.environ.get("ATTUNE_ONE_MORE_STEP", ROOT / "models" / "one_more_step"))

@@ -24,7 +24,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import _pack  # noqa: E402, F401
 from comfy_process import Host  # noqa: E402
-from pack.models.profiles import SHIPPED, SUFFIX, Profile, load_profile, save_profile, text_hash  # noqa: E402
+from pack.models.calibration import SHIPPED, SUFFIX, Calibration, load_profile, save_profile, text_hash  # noqa: E402
 
 MODELS = {"unet": "attune_demo.safetensors", "flow": "attune_demo_flow.safetensors"}
 SOLVERS = ["euler", "dpmpp_2m", "uni_pc"]
@@ -64,7 +64,7 @@ def encode(host: Host, clip, texts: list[str]) -> list:
     return [[torch.cat([tokens for tokens, _ in encoded]), {"pooled_output": pooled}]]
 
 
-def tune(host: Host, model: str, solver: str, steps: int, preset: str) -> tuple[Profile, str]:
+def tune(host: Host, model: str, solver: str, steps: int, preset: str) -> tuple[Calibration, str]:
     """The node's profile and report, as a user's graph would get them."""
     _, clip, _ = host.call("CheckpointLoaderSimple", ckpt_name=MODELS["unet"])
     patcher, *_ = host.call("CheckpointLoaderSimple", ckpt_name=MODELS[model])
@@ -78,7 +78,7 @@ def tune(host: Host, model: str, solver: str, steps: int, preset: str) -> tuple[
     return profile, report
 
 
-def named(profile: Profile, model: str) -> Profile:
+def named(profile: Calibration, model: str) -> Calibration:
     """By the demo model, whose family may be that of a large model with the same blocks."""
     return replace(
         profile,

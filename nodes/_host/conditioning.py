@@ -17,7 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.conditioning import ConditioningMap, compose
-from .models import pixels_of
+from .identity import pixels_of
 from .sampling import solver_name
 
 LOG = logging.getLogger(__name__)

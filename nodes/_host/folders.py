@@ -7,8 +7,8 @@ from pathlib import Path
 
 import folder_paths
 
+from ...models.calibration import SUFFIX, Calibration, load_profile, save_profile, shipped_profiles
 from ...models.npnet_files import PICKLED, SAFE
-from ...models.profiles import SUFFIX, Profile, load_profile, save_profile, shipped_profiles
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "models" / "weights"
 CONTROLNETS = WEIGHTS.with_name("controlnet")
@@ -18,7 +18,7 @@ NPNETS = "npnet"  # models/npnet
 FOLDER = "attune"  # models/attune, or wherever extra_model_paths.yaml sends it
 MODULES = "one_more_step"  # likewise: networks of One More Step
 SHIPPED_MODULES = WEIGHTS.with_name(MODULES)
-CARRIED: dict[str, Profile] = {}  # by file name: what workflows brought along and models/attune lacks
+CARRIED: dict[str, Calibration] = {}  # by file name: what workflows brought along and models/attune lacks
 
 
 def register_folders() -> None:
@@ -60,7 +60,7 @@ def has_profile(name: str) -> bool:
     return profile_path(name) is not None or name in CARRIED
 
 
-def find_profile(name: str) -> Profile:
+def find_profile(name: str) -> Calibration:
     """The profile of that name; ValueError with the folder and the choices when there is none."""
     if name in shipped_profiles():
         return shipped_profiles()[name]
@@ -81,7 +81,7 @@ def missing_profile(name: str) -> str:
     )
 
 
-def keep_profile(profile: Profile, name: str = "", replace: bool = False) -> Path:
+def keep_profile(profile: Calibration, name: str = "", replace: bool = False) -> Path:
     """Save `profile` where the loader finds it at once; `replace`: in the place of a file of that name."""
     try:
         return save_profile(profile, _folder(), name, replace)
@@ -92,7 +92,7 @@ def keep_profile(profile: Profile, name: str = "", replace: bool = False) -> Pat
         ) from error
 
 
-def keep_fit(profile: Profile) -> str:
+def keep_fit(profile: Calibration) -> str:
     """Save what a fit found under its own name, and say where: nothing is lost when the graph saves nothing."""
     try:
         path = keep_profile(profile)

@@ -17,8 +17,9 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...models.golden_noise import Settings, check_size, golden_noise, prompt_texts
+from ...models.npnet import prompt_texts
 from ...models.npnet_files import NPNetFile, load_npnet
+from .._plan.golden_noise import Settings, check_size, golden_noise
 from .api import io
 
 LOG = logging.getLogger(__name__)

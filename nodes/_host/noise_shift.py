@@ -16,10 +16,10 @@ from ...kernels.conditioning import ConditioningMap
 from ...kernels.noise_shift import Limits
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import ToldDenoiser
-from ...models.noise_shift import Size, shift_for
-from ...models.profiles import Profile
+from ...models.calibration import Calibration
+from .._plan.noise_shift import Size, shift_for
 from .conditioning import Remap, choose_for_solve, with_choice_per_solve, with_conditioning
-from .models import noise_range, pixels_of
+from .identity import identify, pixels_of
 from .sampling import run_stock_node, sample
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ POOLED = 1280  # the pooled text among them
 class SizedRemap(Remap):
     """A map that depends on the size of the picture being sampled, pass by pass."""
 
-    profile: Profile | None = None
+    profile: Calibration | None = None
     strength: float = 1.0
     _chosen: dict[Size, tuple[ConditioningMap, str]] = field(default_factory=dict, repr=False, compare=False)
 
@@ -52,7 +52,7 @@ class SizedRemap(Remap):
         return self._chosen[size]
 
 
-def with_noise_shift(model, profile: Profile, strength: float):
+def with_noise_shift(model, profile: Calibration, strength: float):
     """A clone of MODEL that hears the shift of the size it samples; MODEL itself where no size has any."""
     maps = [shift_for(profile, one.resolution, strength)[0] for one in profile.alignments]
     changing = next((one for one in maps if not one.is_identity), maps[0])
@@ -60,7 +60,7 @@ def with_noise_shift(model, profile: Profile, strength: float):
 
 
 def limits(model) -> Limits:
-    about = noise_range(model)
+    about = identify(model)
     return Limits(about.sigma_min, about.sigma_max)
 
 

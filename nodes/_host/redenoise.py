@@ -24,9 +24,9 @@ from ...kernels.redenoise import (
     sample_zigzag,
     turning_level,
 )
+from .clock import noise_space
 from .golden_noise import why_not
 from .session import Solver, Solves, draw_noises, run_session
-from .steps import noise_space
 
 LOG = logging.getLogger(__name__)
 KEY = "attune.redenoise"

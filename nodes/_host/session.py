@@ -18,9 +18,9 @@ from torch import Tensor
 from ...kernels.conditioning import ConditioningMap
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
-from ...models.schedules import FREE
+from .._plan.named_schedules import FREE
 from .conditioning import choose_for_solve, with_choice_per_solve
-from .models import is_distilled, pixels_of
+from .identity import is_distilled, pixels_of
 from .sampling import solver_name
 
 LOG = logging.getLogger(__name__)

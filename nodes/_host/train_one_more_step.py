@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...kernels.one_more_step import SignalLeak, clean_of_v
 from ...kernels.one_more_step_training import Training
-from ...models.files import is_finite, load_tensors, save_tensors
 from ...models.one_more_step import Architecture, save_module
+from ...models.store import is_finite, load_tensors, save_tensors
 from .folders import find_folder, module_folder
 from .one_more_step import Module, check_model, load_module
 from .timeless_unet import TimelessUNet, diffusers_names, initialise

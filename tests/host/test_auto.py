@@ -13,8 +13,8 @@ import pytest
 import torch
 from families import FAMILIES
 
-from pack.models.auto import ALWAYS, FAITHFUL, OFF, SHOWN
-from pack.models.profiles import save_profile, shipped_profiles
+from pack.models.calibration import save_profile, shipped_profiles
+from pack.nodes._plan.auto import ALWAYS, FAITHFUL, OFF, SHOWN
 
 ROOT = Path(__file__).resolve().parents[2]
 SWITCHES = ("schedule", "one_more_step", "noise_shift", "golden_noise")
@@ -72,7 +72,7 @@ def test_the_families_of_the_docs_are_as_the_host_states_them(host, name):
         kind = kinds[facts.model.prediction]
     sampling = comfy.model_base.model_sampling(made, kind)
     model = SimpleNamespace(get_model_object=lambda _: sampling, model=SimpleNamespace(model_config=made), patches={})
-    seen = ours(host, "models").noise_range(model)
+    seen = ours(host, "identity").identify(model)
     assert seen.families == facts.model.families and seen.space == facts.model.space
     assert (seen.prediction, seen.shift) == (facts.model.prediction, facts.model.shift)
     assert seen.sigma_max == pytest.approx(facts.model.sigma_max, rel=1e-4)

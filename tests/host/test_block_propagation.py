@@ -61,7 +61,7 @@ def test_it_stays_near_the_whole_run(draw, propagate, reuse):
 @pytest.mark.parametrize("fresh", [0, 1, 2])
 def test_blocks_that_are_given_their_own_work_give_the_whole_result(flow, fresh):
     """On the very call that was recorded: the difference added to what went in is what came out, up to rounding."""
-    from pack.nodes._host.block_propagation import _Recorded, _Reused
+    from pack.nodes._host.propagation.transformer import _Recorded, _Reused
 
     network = flow.model.diffusion_model
     generator = torch.Generator().manual_seed(0)

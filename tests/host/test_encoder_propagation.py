@@ -84,7 +84,7 @@ def free_u(h, skip, options):
 
 def features_of(unet, fresh, cut, rows=2, control=None, patches=None):
     from pack.kernels.encoder_propagation import Reuse
-    from pack.nodes._host.unet_blocks import control_features, recording
+    from pack.nodes._host.propagation.unet_blocks import control_features, recording
 
     reuse, found, options = Reuse(fresh, cut), {}, {"patches": patches or {}}
     x, t, context, y = a_call(unet, rows)
@@ -99,7 +99,7 @@ def features_of(unet, fresh, cut, rows=2, control=None, patches=None):
 
 @pytest.mark.parametrize(("fresh", "cut"), [(fresh, cut) for fresh in range(7) for cut in range(6) if fresh + cut <= 6])
 def test_a_step_with_its_own_features_is_the_whole_step_bit_for_bit(unet, fresh, cut):
-    from pack.nodes._host.unet_blocks import UNetView
+    from pack.nodes._host.propagation.unet_blocks import UNetView
 
     seen: dict[str, list] = {"whole": [], "part": []}
     for control in (None, residuals(unet)):
@@ -132,7 +132,7 @@ def test_a_step_with_its_own_features_is_the_whole_step_bit_for_bit(unet, fresh,
 def test_work_per_block_is_what_torch_counts(unet):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pack.nodes._host.unet_blocks import measure_unet
+    from pack.nodes._host.propagation.unet_blocks import measure_unet
 
     x, t, _, y = a_call(unet)
     context = torch.randn(2, 77, 128)
@@ -154,8 +154,8 @@ def test_work_per_block_is_what_torch_counts(unet):
 
 def test_the_size_of_sd15_is_the_published_one(host):
     from pack.kernels.encoder_propagation import Reuse
-    from pack.nodes._host.encoder_propagation import top_blocks
-    from pack.nodes._host.unet_blocks import measure_unet
+    from pack.nodes._host.propagation.unet import top_blocks
+    from pack.nodes._host.propagation.unet_blocks import measure_unet
 
     sd15 = build("SD1.5", "meta").model.diffusion_model
     size = measure_unet(sd15, 64, 64)
@@ -171,9 +171,9 @@ def test_a_shorter_step_of_a_published_network_does_the_work_and_keeps_the_featu
     from comfy.ldm.modules.attention import attention_pytorch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pack.models.encoder_propagation import reuse_by_name
-    from pack.nodes._host.encoder_propagation import top_blocks
-    from pack.nodes._host.unet_blocks import UNetView, measure_unet, recording
+    from pack.nodes._host.propagation.unet import top_blocks
+    from pack.nodes._host.propagation.unet_blocks import UNetView, measure_unet, recording
+    from pack.nodes._plan.propagation import reuse_by_name
 
     unet, pixels = build(name, "meta").model.diffusion_model, FAMILIES[name].pixels
     given = inputs(FAMILIES[name], pixels, "meta", torch.float32)
@@ -323,7 +323,7 @@ def test_the_list_of_solvers_with_one_evaluation_a_step_is_right(draw, propagate
     """The clock counts for these and reads the noise level for the others: both must say the same."""
     from comfy.patcher_extension import WrappersMP
 
-    from pack.nodes._host.steps import ONE_EVALUATION
+    from pack.nodes._host.clock import ONE_EVALUATION
 
     said = []
 
@@ -483,7 +483,7 @@ def controlled(encode, weight=1.0):
 def test_a_controlnet_is_computed_only_where_it_is_used(draw, propagate, encode, reuse):
     from comfy.patcher_extension import WrappersMP
 
-    from pack.nodes._host.encoder_propagation import KEY
+    from pack.nodes._host.propagation.unet import KEY
 
     positive, calls = controlled(encode)
     stock = draw(positive=positive, steps=12)
@@ -742,7 +742,7 @@ def test_applied_twice_the_later_settings_count(draw, propagate):
 
 def test_the_features_are_freed_with_the_run(host, draw, propagate, monkeypatch):
     node = host.nodes.NODE_CLASS_MAPPINGS["AttuneEncoderPropagation"]
-    loaded = sys.modules[node.__module__.replace("nodes.encoder_", "nodes._host.")]
+    loaded = sys.modules[node.__module__.replace("nodes.propagation", "nodes._host.propagation.run")]
     kept, store = [], loaded.FeatureCache.store
 
     def watch(self, keys, step, time, signature, features):
@@ -835,9 +835,9 @@ def fitted(host, demo, encode):
 
 
 def test_one_picture_of_a_solver_that_adds_noise_is_too_few_and_the_report_says_so(host, fitted):
-    measures_too_few = host.module("nodes._host.fit_propagation").measures_too_few
-    report_of, fit = host.module("nodes.encoder_propagation").report_of, fitted[0].calibration
-    chosen = host.module("models.encoder_propagation").calibrated_point(fit)
+    measures_too_few = host.module("nodes._host.propagation.fit").measures_too_few
+    report_of, fit = host.module("nodes.propagation").report_of, fitted[0].calibration
+    chosen = host.module("nodes._plan.propagation").calibrated_point(fit)
     latents = {n: {"samples": torch.zeros(n, 4, 16, 16)} for n in (1, 4)}
     assert measures_too_few("euler_ancestral", latents[1]) and measures_too_few("dpmpp_2m_sde", latents[1])
     assert not measures_too_few("euler_ancestral", latents[4]) and not measures_too_few("euler", latents[1])
@@ -868,7 +868,7 @@ def test_calibrated_key_steps_are_better_than_even_ones(draw, propagate, fitted)
 
 
 def test_a_calibration_survives_its_file(fitted, tmp_path):
-    from pack.models.profiles import load_profile
+    from pack.models.calibration import load_profile
 
     saved = sys.modules[type(fitted[0]).__module__].save_profile(fitted[0], tmp_path)
     assert vars(load_profile(saved).calibration)["sigmas"] == fitted[0].calibration.sigmas

@@ -7,9 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from analytic import Gaussian
 
 from exact import analytic_model, field, field_scores, gains, levels, mixture, sample, start
-from pack.kernels.analytic import Gaussian
 from pack.kernels.space import NoiseSpace
 
 

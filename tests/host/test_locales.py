@@ -76,7 +76,7 @@ def served(schemas, book: dict) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def schemas(host):
-    from pack.nodes import NODES
+    from pack.nodes.extension import NODES
 
     return {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in NODES}
 

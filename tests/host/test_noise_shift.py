@@ -54,7 +54,7 @@ def kit(host):
     import sys
 
     name = host.nodes.NODE_CLASS_MAPPINGS["AttuneFitNoiseShift"].__module__.removesuffix("nodes.noise_shift")
-    return sys.modules[f"{name}models.profiles"], sys.modules[f"{name}models.noise_shift"]
+    return sys.modules[f"{name}models.calibration"], sys.modules[f"{name}nodes._plan.noise_shift"]
 
 
 @pytest.fixture
@@ -65,8 +65,8 @@ def shift(host, flow, kit):
         profiles, _ = kit
         at = (0.05, 0.2, 0.5, 0.8, 0.95)
         up = lambda s, d: float(torch.sigmoid(torch.logit(torch.tensor(s)) + d))
-        curves = tuple(profiles.Alignment("", size, at, tuple(up(s, d) for s in at)) for size, d in offsets.items())
-        return profiles.Profile(
+        curves = tuple(profiles.CondLevels("", size, at, tuple(up(s, d) for s in at)) for size, d in offsets.items())
+        return profiles.Calibration(
             "by hand", "noise shift", "flow", (family,), native, (), "test", kind="noise_shift", prediction="flow",
             alignments=curves,
         )  # fmt: skip
@@ -149,7 +149,7 @@ def test_shift_nodes_and_aligned_timesteps_compose_in_both_orders(host, flow, en
     positive, negative = encode("a cat on a black background"), encode("")
     aligned = replace(
         shift({(64, 64): 0.1}), kind="schedule", name="aligned", sigmas=(1.0, 0.8, 0.5, 0.0), solver="euler",
-        alignments=(profiles.Alignment("euler", (64, 64), (0.5, 0.8), (0.45, 0.75)),),
+        alignments=(profiles.CondLevels("euler", (64, 64), (0.5, 0.8), (0.45, 0.75)),),
     )  # fmt: skip
     ours = lambda m: host.call("AttuneNoiseShift", model=m, profile=shift({(64, 64): 0.5}))[0]
     align = lambda m: host.call("AttuneApplyProfile", model=m, profile=aligned)[0]

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pack.models.axes import COLOURS
 from pack.models.one_more_step import colour_map
+from pack.nodes._draw.axes import COLOURS
 
 
 def N(class_type: str, **inputs) -> dict:

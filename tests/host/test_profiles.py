@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pack.models.profiles import Alignment, Profile, save_profile, shipped_profiles, spell_profile
+from pack.models.calibration import Calibration, CondLevels, save_profile, shipped_profiles, spell_profile
 
-VE_KNOTS = Alignment("euler", (128, 128), (0.4, 1.4, 4.0, 14.0), (0.33, 1.1, 3.3, 13.0))
-VE = Profile(
+VE_KNOTS = CondLevels("euler", (128, 128), (0.4, 1.4, 4.0, 14.0), (0.33, 1.1, 3.3, 13.0))
+VE = Calibration(
     "demo 4 steps", "by hand", "ve", ("AttuneDemo",), (128, 128), (14.6146, 4.0, 1.4, 0.4, 0.0), "a test",
     solver="euler", prediction="v", cfg=3.0, alignments=(VE_KNOTS,),
 )  # fmt: skip
-FLOW = Profile(
+FLOW = Calibration(
     "flow 4 steps", "by hand", "flow", ("SD3",), (128, 128), (1.0, 0.9, 0.7, 0.4, 0.0), "a test", prediction="flow",
-    alignments=(Alignment("", (128, 128), (0.4, 0.7, 0.9), (0.35, 0.62, 0.88)),),
+    alignments=(CondLevels("", (128, 128), (0.4, 0.7, 0.9), (0.35, 0.62, 0.88)),),
 )  # fmt: skip
 
 
@@ -355,27 +355,26 @@ def test_the_shipped_prompt_runs_in_the_hosts_executor(host, folder):
 
 
 def test_the_weights_have_a_name_that_precision_and_loras_do_not_change(host, demo, flow, encode):
-    from pack.nodes._host import models
+    from pack.nodes._host import identity
 
-    name = models.weights_hash(demo[0])
-    assert len(name) == 16 and name != models.weights_hash(flow[0])
+    name = identity.weights_hash(demo[0])
+    assert len(name) == 16 and name != identity.weights_hash(flow[0])
     network = demo[0].model.diffusion_model
     assert (
-        models.noise_range(demo[0]).weights_hash == ""
-        and models.noise_range(demo[0], weights=True).weights_hash == name
+        identity.identify(demo[0]).weights_hash == "" and identity.identify(demo[0], weights=True).weights_hash == name
     )
 
     class Half:
         backup, model = {}, type("Model", (), {"diffusion_model": copy.deepcopy(network).to(torch.bfloat16)})
 
-    assert models.weights_hash(Half) == name
+    assert identity.weights_hash(Half) == name
     tuned = copy.deepcopy(network)
     for weight in tuned.parameters():
         weight.data += 1e-3 * weight.detach().std() * torch.randn_like(weight) if weight.ndim > 1 else 0
     Half.model.diffusion_model = tuned
-    assert models.weights_hash(Half) != name
+    assert identity.weights_hash(Half) != name
     Half.model.diffusion_model = torch.nn.Module()
-    assert models.weights_hash(Half) == ""
+    assert identity.weights_hash(Half) == ""
 
     lora = demo[0].clone()
     keys = [
@@ -385,24 +384,24 @@ def test_the_weights_have_a_name_that_precision_and_loras_do_not_change(host, de
     ]
     lora.add_patches({key: ("diff", (torch.randn_like(demo[0].model.state_dict()[key]),)) for key in keys}, 1.0)
     sample(host, encode, lora, torch.tensor([14.6, 1.0, 0.0]))  # its weights are now in the network
-    assert models.weights_hash(lora) == models.weights_hash(demo[0]) == name
-    assert models.noise_range(lora).patched and not models.noise_range(demo[0]).patched
+    assert identity.weights_hash(lora) == identity.weights_hash(demo[0]) == name
+    assert identity.identify(lora).patched and not identity.identify(demo[0]).patched
     sample(host, encode, demo[0], torch.tensor([14.6, 1.0, 0.0]))  # and now no longer
 
 
 def test_the_shipped_fits_are_of_the_shipped_weights(demo, flow):
-    from pack.nodes._host import models
+    from pack.nodes._host import identity
 
-    known = {models.weights_hash(model[0]) for model in (demo, flow)}
+    known = {identity.weights_hash(model[0]) for model in (demo, flow)}
     fits = [one for one in shipped_profiles().values() if one.is_fitted and one.solver]
     assert len(fits) == 30 and {one.weights_hash for one in fits} == known
 
 
 def test_other_weights_of_the_same_architecture_are_noted(host, demo):
-    from pack.nodes._host import models
+    from pack.nodes._host import identity
 
-    for made, noted in ((models.weights_hash(demo[0]), False), ("0" * 16, True)):
-        profile = replace(VE, weights_hash=made, config_hash=models.noise_range(demo[0]).config_hash)
+    for made, noted in ((identity.weights_hash(demo[0]), False), ("0" * 16, True)):
+        profile = replace(VE, weights_hash=made, config_hash=identity.identify(demo[0]).config_hash)
         _, _, report = host.call("AttuneApplyProfile", model=demo[0], profile=profile)
         assert ("other weights than the profile was fitted on" in report) == noted
 
@@ -421,7 +420,7 @@ def carried_by(queue) -> dict:
 def carried(host, folder):
     """The module that the host loaded, with nothing in memory."""
     nodes = host.nodes.NODE_CLASS_MAPPINGS["AttuneLoadProfile"].__module__.removesuffix(".profiles")
-    module = sys.modules[f"{nodes}._host.carried"]
+    module = sys.modules[f"{nodes}._host.workflow_profiles"]
     module.CARRIED.clear()
     yield module
     module.CARRIED.clear()

@@ -134,7 +134,7 @@ def test_stock_nodes_of_the_old_and_the_new_api_can_be_run(host):
 
 
 def test_a_nested_latent_has_no_picture_size(models):
-    from pack.nodes._host.models import pixels
+    from pack.nodes._host.identity import pixels
 
     nested = type("Nested", (), {"is_nested": True})()
     assert pixels(models["SD15"], {"samples": nested}) is None

@@ -198,7 +198,7 @@ def test_what_is_found_is_in_the_loader_at_once(host, demo, encode, lenient, mon
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(sys.modules[f"{host.root}.models.profiles"], "written_whole", full)
+    monkeypatch.setattr(sys.modules[f"{host.root}.models.calibration"], "written_whole", full)
     again, _, report = run()
     assert again.id == profile.id and "No space left on device. Make room" in report
 
@@ -237,7 +237,7 @@ def test_the_best_of_a_stopped_search_is_kept(kit, demo, host, caplog):
     """A known schedule needs no keeping."""
     stopped = lambda: list(host.profiles.glob("*stopped.json"))
     known = kit.known_schedules(demo[0], 4)
-    about = kit.Setting(kit.noise_range(demo[0], weights=True), "euler", "euler", 3.0, (128, 128), 3)
+    about = kit.Setting(kit.identify(demo[0], weights=True), "euler", "euler", 3.0, (128, 128), 3)
     found = torch.tensor([14.6146, 5.0, 2.0, 0.5, 0.0])
     kit._stopped(kit.Progress("refining", 90, 392, found, 0.1), found, known, about, "tuner")
     (path,) = stopped()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ..kernels.encoder_propagation import (
+from ...kernels.encoder_propagation import (
     Costs,
     Reuse,
     fewest_keys,
@@ -15,6 +15,7 @@ from ..kernels.encoder_propagation import (
     transfer_keys,
     uniform_keys,
 )
+from ...models.calibration import KeySteps, Point
 
 UNIFORM, TARGET, CALIBRATED, PUBLISHED = "uniform", "speed target", "calibrated profile", "published keys"
 MODES = [UNIFORM, TARGET, CALIBRATED, PUBLISHED]
@@ -24,26 +25,6 @@ FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "fi
 BLOCK_REUSES = [FIRST, ENDS, BEGINNING]
 PUBLISHED_SHARE = 18 / 28  # the blocks of DiT-XL/2 that the paper takes for its encoder
 FIDELITY = 45.0  # dB to the uncached run, below which differences begin to show
-
-
-@dataclass(frozen=True)
-class Point:
-    """One calibrated setting: its key steps, what the other steps reuse, and what it gave."""
-
-    reuse: Reuse
-    keys: tuple[int, ...]
-    speed: float
-    psnr: float  # dB of the final latents to the uncached run's
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was measured on one model, solver and schedule: `points` from the most faithful to the fastest."""
-
-    blocks: int
-    solver: str
-    sigmas: tuple[float, ...]
-    points: tuple[Point, ...]
 
 
 @dataclass(frozen=True)
@@ -63,7 +44,7 @@ class Settings:
     cache_dtype: str = "as computed"
     cache_device: str = "as computed"
     memory_limit: int = 0
-    calibration: Calibration | None = None
+    calibration: KeySteps | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +142,7 @@ def uncalibrated_target(settings: Settings, steps: int, costs: Costs, named: lis
     )
 
 
-def calibrated(settings: Settings, fit: Calibration, sigmas: Sequence[float], n: int) -> Choice:
+def calibrated(settings: Settings, fit: KeySteps, sigmas: Sequence[float], n: int) -> Choice:
     """The profile's point: the slowest that reaches the speed asked for, or the fastest that stays faithful."""
     if fit.blocks != n:
         raise ValueError(
@@ -172,7 +153,7 @@ def calibrated(settings: Settings, fit: Calibration, sigmas: Sequence[float], n:
     return Choice(transfer_keys(point.keys, fit.sigmas, sigmas), point.reuse, 0, said)
 
 
-def chosen_point(settings: Settings, fit: Calibration) -> Point:
+def chosen_point(settings: Settings, fit: KeySteps) -> Point:
     """The setting of a profile that the mode asks for; ValueError when none is fast enough."""
     if settings.mode != TARGET:
         return calibrated_point(fit)
@@ -185,7 +166,7 @@ def chosen_point(settings: Settings, fit: Calibration) -> Point:
     return max(enough, key=lambda point: point.psnr)
 
 
-def calibrated_point(fit: Calibration) -> Point:
+def calibrated_point(fit: KeySteps) -> Point:
     """The fastest setting that stays faithful, or else the most faithful one."""
     faithful = [point for point in fit.points if point.psnr >= FIDELITY]
     if faithful:

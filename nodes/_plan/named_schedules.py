@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from ..kernels.ays import kl_optimal
-from ..kernels.schedules import check_sigmas, end_at_zero, for_denoise, resample_loglinear, resample_theta
-from ..kernels.space import NoiseSpace
-from ..kernels.types import Sigmas
-from .profiles import Profile, pick_profile, shipped_profiles
+from ...kernels.ays import kl_optimal
+from ...kernels.schedules import check_sigmas, end_at_zero, for_denoise, resample_loglinear, resample_theta
+from ...kernels.space import NoiseSpace
+from ...kernels.types import Sigmas
+from ...models.calibration import Calibration, ModelIdentity, pick_profile, shipped_profiles
 
 AUTO = "auto"
 FREE = {"dpm_fast", "dpm_adaptive"}  # solvers that choose their own levels
@@ -24,34 +22,12 @@ CLOSED_FORMS = {  # name -> the data's standard deviation c, in units of the lat
 }
 
 
-@dataclass(frozen=True)
-class NoiseRange:
-    """What a schedule must know of a model.
-
-    families: its configuration class and that class's bases, by name, nearest first. space: "ve" or "flow". sigma_min
-    and sigma_max: the model's own noise levels, in that space's units. prediction: what the network predicts, "eps",
-    "v", "edm", "flow". config_hash: names its architecture. weights_hash: names its weights, without LoRAs. All ""
-    where unknown. shift: of a flow model's own schedulers, None where it has none. patched: whether weights are changed
-    by LoRAs or their like.
-    """
-
-    families: tuple[str, ...]
-    space: Literal["ve", "flow"]
-    sigma_min: float
-    sigma_max: float
-    prediction: str = ""
-    config_hash: str = ""
-    shift: float | None = None
-    weights_hash: str = ""
-    patched: bool = False
-
-
-def published_profiles() -> dict[str, Profile]:
+def published_profiles() -> dict[str, Calibration]:
     """The shipped tables of others by name, without what we tuned ourselves."""
     return {name: one for name, one in shipped_profiles().items() if one.sigmas and not one.is_fitted}
 
 
-def tuned_profiles() -> list[Profile]:
+def tuned_profiles() -> list[Calibration]:
     """The shipped fits, each for one network, sampler and number of steps."""
     return [one for one in shipped_profiles().values() if one.is_fitted and one.solver]
 
@@ -62,7 +38,7 @@ def schedule_names() -> list[str]:
 
 
 def schedule(
-    name: str, model: NoiseRange, steps: int, denoise: float = 1.0, resolution: tuple[int, int] | None = None
+    name: str, model: ModelIdentity, steps: int, denoise: float = 1.0, resolution: tuple[int, int] | None = None
 ) -> tuple[Sigmas, str]:
     """The levels of the schedule called `name`, float32 [steps+1] ending in 0, and one sentence on what was chosen.
 
@@ -89,7 +65,7 @@ def schedule(
     return sigmas.float(), said
 
 
-def resample_profile(profile: Profile, steps: int, denoise: float = 1.0) -> Sigmas:
+def resample_profile(profile: Calibration, steps: int, denoise: float = 1.0) -> Sigmas:
     """The levels of `profile` at another step count: a published table by its authors' rule, a fit by angle."""
     levels = torch.tensor(profile.sigmas, dtype=torch.float64)
     if profile.is_fitted:
@@ -97,7 +73,7 @@ def resample_profile(profile: Profile, steps: int, denoise: float = 1.0) -> Sigm
     return end_at_zero(resample_loglinear(levels, steps, denoise))
 
 
-def _profile_for_model(resolution: tuple[int, int] | None, model: NoiseRange) -> Profile:
+def _profile_for_model(resolution: tuple[int, int] | None, model: ModelIdentity) -> Calibration:
     profile = pick_profile(published_profiles().values(), model.families, resolution)
     if profile is None:
         raise ValueError(
@@ -107,7 +83,7 @@ def _profile_for_model(resolution: tuple[int, int] | None, model: NoiseRange) ->
     return profile
 
 
-def _profile(name: str, model: NoiseRange, steps: int, resolution: tuple[int, int] | None) -> Profile:
+def _profile(name: str, model: ModelIdentity, steps: int, resolution: tuple[int, int] | None) -> Calibration:
     if name == AUTO:
         return _profile_for_model(resolution, model)
     if name.startswith(TUNED):
@@ -117,7 +93,7 @@ def _profile(name: str, model: NoiseRange, steps: int, resolution: tuple[int, in
     return shipped_profiles()[name]
 
 
-def _tuned_for(solver: str, model: NoiseRange, steps: int) -> Profile:
+def _tuned_for(solver: str, model: ModelIdentity, steps: int) -> Calibration:
     """The shipped fit for this very network and the sampler, nearest in ln(steps)."""
     fitting = [one for one in tuned_profiles() if one.solver == solver and one.config_hash == model.config_hash]
     if not fitting or not model.config_hash:
@@ -128,7 +104,7 @@ def _tuned_for(solver: str, model: NoiseRange, steps: int) -> Profile:
     return min(fitting, key=lambda one: abs(math.log(one.steps / steps)))
 
 
-def check_fit(profile: Profile, model: NoiseRange, remedy: str) -> None:
+def check_fit(profile: Calibration, model: ModelIdentity, remedy: str) -> None:
     """ValueError, ending in `remedy`, unless the noise of `profile` is of the model's kind and within its range."""
     if profile.space != model.space:
         kinds = {

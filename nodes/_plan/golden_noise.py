@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.golden_noise import mix, refine_in_windows
-from .npnet import NPNet, NPNetConfig
+from ...kernels.golden_noise import mix, refine_in_windows
+from ...models.npnet import INSTEAD, NPNet, NPNetConfig
 
 OTHER_SIZES = ("windows", "refuse")
 LONG_PROMPTS = ("first part", "average")
-INSTEAD = "Use an NPNet trained for this model, or Attune Redenoise, which needs no weights."
 
 
 @dataclass(frozen=True)
@@ -25,40 +24,6 @@ class Settings:
     other_sizes: str = "windows"
     long_prompt: str = "first part"
     svd_on_cpu: bool = True
-
-
-def prompt_texts(config: NPNetConfig, tokens: Tensor | None, pooled: Tensor | None, long_prompt: str) -> list[Tensor]:
-    """What the network reads of an encoded prompt, tokens [b t d] and pooled [b p]: [b text_size], one for each part.
-
-    Only "average" gives more than one, for a prompt of several parts as long as the network's.
-    """
-    if config.text == "pooled":
-        if pooled is None:
-            raise ValueError("This NPNet needs the pooled embedding; the conditioning has none.")
-        if pooled.shape[-1] != config.width:
-            raise ValueError(
-                f"This NPNet expects pooled embeddings of {config.width} numbers; the conditioning has "
-                f"{pooled.shape[-1]}. {INSTEAD}"
-            )
-        return [pooled]
-    if tokens is None or tokens.ndim != 3 or 0 in tokens.shape:
-        raise ValueError("Golden Noise needs a text conditioning.")
-    n, width = tokens.shape[1:]
-    if width != config.width:
-        size = f"{config.tokens} x {config.width}" if config.text == "flat" else f"n x {config.width}"
-        family = " (SDXL family)" if (config.tokens, config.width) == (77, 2048) else ""
-        raise ValueError(
-            f"This NPNet expects {size} prompt embeddings{family}; the conditioning has {n} x {width}. {INSTEAD}"
-        )
-    if config.text == "mean":
-        return [tokens.mean(dim=1)]
-    if n < config.tokens:
-        raise ValueError(
-            f"This NPNet reads {config.tokens} tokens of a prompt; the conditioning has {n} tokens, {config.tokens} "
-            f"are needed. {INSTEAD}"
-        )
-    parts = n // config.tokens if long_prompt == "average" else 1
-    return [part.flatten(1) for part in tokens[:, : parts * config.tokens].split(config.tokens, dim=1)]
 
 
 def check_size(config: NPNetConfig, shape: tuple[int, ...], other_sizes: str) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 
-from ..kernels.space import NoiseSpace
-from ..kernels.timestep_aligner import Alignment as Fitted
-from ..kernels.tuner import PRESETS, Preset, Progress, Tuned
-from .profiles import Alignment, Profile
-from .schedules import NoiseRange
+from ...kernels.space import NoiseSpace
+from ...kernels.timestep_aligner import Alignment as Fitted
+from ...kernels.tuner import PRESETS, Preset, Progress, Tuned
+from ...models.calibration import Calibration, CondLevels, ModelIdentity
 
 METHODS = {"tuner": "tuned schedule", "ays_klub": "bound of Align Your Steps"}  # as chosen -> in words
 
@@ -18,7 +17,7 @@ METHODS = {"tuner": "tuned schedule", "ays_klub": "bound of Align Your Steps"}  
 class Setting:
     """What a schedule is fitted to. solver: as chosen; runs: the one without added noise that was run for it."""
 
-    model: NoiseRange
+    model: ModelIdentity
     solver: str
     runs: str
     cfg: float
@@ -64,7 +63,7 @@ def affordable(
     )
 
 
-def tuned_profile(tuned: Tuned, setting: Setting, method: str, preset: str, seconds: float) -> Profile:
+def tuned_profile(tuned: Tuned, setting: Setting, method: str, preset: str, seconds: float) -> Calibration:
     """What was found, with its evidence and how it was found."""
     metrics = {
         "held_out": tuned.held_out,
@@ -79,7 +78,7 @@ def tuned_profile(tuned: Tuned, setting: Setting, method: str, preset: str, seco
     )  # fmt: skip
 
 
-def stopped_profile(now: Progress, setting: Setting, method: str) -> Profile:
+def stopped_profile(now: Progress, setting: Setting, method: str) -> Calibration:
     """The best levels of a search that was stopped, which no held-out noise has seen."""
     assert now.best is not None
     metrics = {"fitted": now.error, "refused": [f"Stopped while {now.stage}: not proved on held-out noises."]}
@@ -87,7 +86,9 @@ def stopped_profile(now: Progress, setting: Setting, method: str) -> Profile:
     return replace(profile, name=f"{profile.name}, stopped")
 
 
-def aligned_profile(alignment: Fitted | None, sigmas: list[float], setting: Setting, metrics: dict, **how) -> Profile:
+def aligned_profile(
+    alignment: Fitted | None, sigmas: list[float], setting: Setting, metrics: dict, **how
+) -> Calibration:
     """An alignment alone, on the levels it was fitted at."""
     return _profile("aligned timesteps", setting, sigmas, alignment, metrics, **how)
 
@@ -124,13 +125,13 @@ def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> 
 
 def _profile(
     method: str, setting: Setting, sigmas: list[float], fitted: Fitted | None, metrics: dict, **how
-) -> Profile:
+) -> Calibration:
     model = setting.model
-    alignments: tuple[Alignment, ...] = ()
+    alignments: tuple[CondLevels, ...] = ()
     if fitted is not None and fitted.changes:
-        alignments = (Alignment(setting.runs, setting.resolution, *fitted.knots(setting.space)),)
+        alignments = (CondLevels(setting.runs, setting.resolution, *fitted.knots(setting.space)),)
     steps = len(sigmas) - 1
-    return Profile(
+    return Calibration(
         name=f"{model.families[0]} {setting.solver} {steps} steps, {method}",
         method=method,
         space=model.space,

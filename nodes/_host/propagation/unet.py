@@ -12,10 +12,10 @@ import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor
 
-from ...kernels.encoder_propagation import Reuse
-from ...kernels.feature_cache import Features
-from ...models.encoder_propagation import ONE, Choice, Settings, choose, reuse_by_name
-from .propagation import Propagation, applied, calc_cond_batch, outer_sample, predict_noise, run_key
+from ....kernels.encoder_propagation import Reuse
+from ....kernels.feature_cache import Features
+from ..._plan.propagation import ONE, Choice, Settings, choose, reuse_by_name
+from .run import Propagation, applied, calc_cond_batch, outer_sample, predict_noise, run_key
 from .unet_blocks import UNetView, blocks_a_side, control_features, measure_unet, recording
 
 KEY = "attune.encoder_propagation"

@@ -20,9 +20,14 @@ from ..kernels.tuner import (
     tune,
     tune_by_bound,
 )
-from ..models.axes import to_image
-from ..models.plots import Curve, draw_schedules
-from ..models.tuning import (
+from ._draw.axes import to_image
+from ._draw.schedules import Curve, draw_schedules
+from ._host.api import Profile, io, schema, shown_on
+from ._host.folders import keep_fit, keep_profile
+from ._host.identity import identify, pixels
+from ._host.session import ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
+from ._host.stock_schedules import known_schedules
+from ._plan.fit_sampler import (
     METHODS,
     Setting,
     affordable,
@@ -31,11 +36,6 @@ from ..models.tuning import (
     tuned_profile,
     tuning_report,
 )
-from ._host.api import Profile, io, schema, shown_on
-from ._host.candidates import known_schedules
-from ._host.folders import keep_fit, keep_profile
-from ._host.models import noise_range, pixels
-from ._host.session import ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
@@ -242,7 +242,7 @@ def _setting(model, cfg: float, sampler, latent: dict, seed: int):
     """Solver, Setting and an empty latent; everything that can be refused is refused here."""
     solver = solver_of(sampler, model)
     empty = empty_latent(model, latent)
-    about = noise_range(model, weights=True)
+    about = identify(model, weights=True)
     size = pixels(model, {"samples": empty})
     assert size is not None  # only nested latents have none
     return solver, Setting(about, solver.name, solver.runs, cfg, size, seed), empty

@@ -18,10 +18,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ...kernels.encoder_propagation import Costs, Reuse
-from ...kernels.feature_cache import Features
-from ...models.encoder_propagation import Choice, Settings, choose_blocks
-from .propagation import Propagation, applied, calc_cond_batch, outer_sample, predict_noise, run_key
+from ....kernels.encoder_propagation import Costs, Reuse
+from ....kernels.feature_cache import Features
+from ..._plan.propagation import Choice, Settings, choose_blocks
+from .run import Propagation, applied, calc_cond_batch, outer_sample, predict_noise, run_key
 
 KEY = "attune.block_propagation"
 # Where the host's transformers keep the blocks that it offers to patches under these names.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...models.calibration import Calibration, ModelIdentity
 from .auto import Shelf, made_for
-from .profiles import Profile
-from .schedules import NoiseRange
 
 
-def listing(shelf: Shelf, unread: Sequence[str], model: NoiseRange | None = None) -> str:
+def listing(shelf: Shelf, unread: Sequence[str], model: ModelIdentity | None = None) -> str:
     """A line for each file of `shelf`, first the profiles made for `model`, with a star; then what is `unread`."""
     ours = "" if model is None else f" (* made for this model, {model.families[0]})"
     fits = {name: model is not None and made_for(one, model) for name, one in shelf.profiles.items()}
@@ -34,7 +33,7 @@ def listing(shelf: Shelf, unread: Sequence[str], model: NoiseRange | None = None
     return "\n\n".join("\n".join([title, *lines]) for title, lines in parts if lines)
 
 
-def _profile(profile: Profile) -> str:
+def _profile(profile: Calibration) -> str:
     sizes = [profile.resolution] if profile.sigmas else [one.resolution for one in profile.alignments]
     facts = [
         f"{profile.kind.replace('_', ' ')} for {profile.families[0]}",

@@ -12,7 +12,7 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ...kernels.encoder_propagation import (
+from ....kernels.encoder_propagation import (
     PRIOR_NOISE_TIME,
     Costs,
     Reuse,
@@ -21,10 +21,10 @@ from ...kernels.encoder_propagation import (
     make_plan,
     speedup,
 )
-from ...kernels.feature_cache import FeatureCache
-from ...models.encoder_propagation import Choice, Settings
-from .deferred_control import DeferredControl
-from .steps import Clock, active_levels, adds_noise, conditioning_changes, noise_space, step_times, why_not
+from ....kernels.feature_cache import FeatureCache
+from ..._plan.propagation import Choice, Settings
+from ..clock import Clock, active_levels, adds_noise, conditioning_changes, noise_space, step_times, why_not
+from .control import DeferredControl
 
 LOG = logging.getLogger(__name__)
 DTYPES = {"as computed": None, "half": torch.float16}

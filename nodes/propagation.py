@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import logging
 
-from ..models.axes import to_image
-from ..models.encoder_propagation import (
+from ..models.calibration import Calibration, KeySteps, Point
+from ._draw.axes import to_image
+from ._draw.propagation import draw_calibration, draw_speeds
+from ._host.api import Profile, io, schema, shown_on
+from ._host.folders import keep_fit
+from ._host.propagation.fit import BEST, fit_profile, measures_too_few
+from ._host.propagation.run import DEVICES, DTYPES
+from ._host.propagation.transformer import add_block_propagation, blocks_of
+from ._host.propagation.unet import add_encoder_propagation, unet_of
+from ._host.sampling import sampler_names, scheduler_names
+from ._plan.propagation import (
     BLOCK_REUSES,
     CALIBRATED,
     FIDELITY,
@@ -15,23 +24,11 @@ from ..models.encoder_propagation import (
     TARGET,
     TOP,
     UNIFORM,
-    Calibration,
-    Point,
     Settings,
     calibrated_point,
     chosen_point,
     needs_profile,
 )
-from ..models.profiles import Profile
-from ..models.propagation_plot import draw_calibration, draw_speeds
-from ._host.api import Profile as PROFILE
-from ._host.api import io, schema, shown_on
-from ._host.block_propagation import add_block_propagation, blocks_of
-from ._host.encoder_propagation import add_encoder_propagation, unet_of
-from ._host.fit_propagation import BEST, fit_profile, measures_too_few
-from ._host.folders import keep_fit
-from ._host.propagation import DEVICES, DTYPES
-from ._host.sampling import sampler_names, scheduler_names
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/speed"
@@ -87,7 +84,7 @@ def _settings(reuses: list[str], default: str, reuse_tip: str) -> list:
             tooltip="The most the features may take, in MB; above it they are halved, thinned, moved to the CPU. 0: "
             "no limit.",
         ),
-        PROFILE.Input(
+        Profile.Input(
             "profile", optional=True,
             tooltip="A calibration of this model by Attune Fit Encoder Propagation, for the modes calibrated profile "
             "and speed target.",
@@ -95,7 +92,7 @@ def _settings(reuses: list[str], default: str, reuse_tip: str) -> list:
     ]  # fmt: skip
 
 
-def _calibration(mode: str, kind: str, profile: Profile | None) -> Calibration | None:
+def _calibration(mode: str, kind: str, profile: Calibration | None) -> KeySteps | None:
     """What a profile says, after a look at whether it is one for this node."""
     if profile is None:
         if mode == CALIBRATED:
@@ -234,7 +231,7 @@ class AttuneFitEncoderPropagation(io.ComfyNode):
                 ),
             ],
             outputs=[
-                PROFILE.Output(display_name="profile", tooltip="The calibration, for the propagation nodes."),
+                Profile.Output(display_name="profile", tooltip="The calibration, for the propagation nodes."),
                 io.Image.Output(display_name="plot", tooltip="Feature change with key steps; speed against fidelity."),
                 io.String.Output(display_name="report", tooltip="The settings found, and what each of them costs."),
             ],
@@ -251,7 +248,7 @@ class AttuneFitEncoderPropagation(io.ComfyNode):
         return io.NodeOutput(profile, plot, f"{report}\n{keep_fit(profile)}", ui=shown_on(cls, plot))
 
 
-def report_of(name: str, fit: Calibration, chosen: Point, too_few: bool = False) -> str:
+def report_of(name: str, fit: KeySteps, chosen: Point, too_few: bool = False) -> str:
     """One line per setting, the recommended one marked; too_few: what was measured holds for one picture only."""
     lines = [f"{name}: {fit.solver}, {len(fit.sigmas) - 1} steps. Fidelity is to the run without reuse."]
     for point in fit.points:

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ...kernels.encoder_propagation import Costs, Reuse
-from ...kernels.feature_cache import Features
+from ....kernels.encoder_propagation import Costs, Reuse
+from ....kernels.feature_cache import Features
 
 ENTRY = "entry"  # the feature that enters the first output block that runs
 CONTEXT_TOKENS = 77

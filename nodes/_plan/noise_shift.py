@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 
-from ..kernels.conditioning import ConditioningMap, compose
-from ..kernels.noise_shift import Preset, Shift
-from ..kernels.space import NoiseSpace
-from .profiles import Alignment, Profile, alignment_map
-from .schedules import NoiseRange, check_fit
+from ...kernels.conditioning import ConditioningMap, compose
+from ...kernels.noise_shift import Preset, Shift
+from ...kernels.space import NoiseSpace
+from ...models.calibration import Calibration, CondLevels, ModelIdentity, conditioning_map
+from .named_schedules import check_fit
 
 KIND = "noise_shift"
 METHODS = {"joint": "noise shift", "per level": "noise shift, per level"}
@@ -21,7 +21,7 @@ LARGEST_SIDE = 16384  # pixels
 Size = tuple[int, int]  # width and height in pixels
 
 
-def check_noise_shift(profile: Profile, model: NoiseRange) -> None:
+def check_noise_shift(profile: Calibration, model: ModelIdentity) -> None:
     """ValueError, in the names on screen, unless `profile` is a noise shift for a model like this."""
     remedy = f"Choose a profile for this model, or fit one with {FIT}."
     if profile.kind != KIND:
@@ -42,14 +42,14 @@ def check_noise_shift(profile: Profile, model: NoiseRange) -> None:
         )
 
 
-def shift_for(profile: Profile, size: Size, strength: float = 1.0) -> tuple[ConditioningMap, str]:
+def shift_for(profile: Calibration, size: Size, strength: float = 1.0) -> tuple[ConditioningMap, str]:
     """The map for pictures of `size` and a sentence on where it comes from.
 
     A calibrated size gets its own curve. Another one gets the curves of the next smaller and the next larger number of
     pixels in shares that are linear in the logarithm of the number; of sizes with equally many pixels the one of the
     nearest aspect ratio counts. The native size counts as calibrated to the identity unless the profile says otherwise.
     """
-    curves: dict[Size, Alignment | None] = {profile.resolution: None}
+    curves: dict[Size, CondLevels | None] = {profile.resolution: None}
     curves |= {one.resolution: one for one in profile.alignments}
     below = _nearest([one for one in curves if math.prod(one) <= math.prod(size)], size)
     above = _nearest([one for one in curves if math.prod(one) >= math.prod(size)], size)
@@ -79,13 +79,13 @@ def _nearest(sizes: Sequence[Size], size: Size) -> Size | None:
     return min(sizes, key=distance, default=None)
 
 
-def _map(profile: Profile, curve: Alignment | None, strength: float) -> ConditioningMap:
+def _map(profile: Calibration, curve: CondLevels | None, strength: float) -> ConditioningMap:
     if curve is None:  # any knot will do for the identity
-        curve = Alignment("", profile.resolution, (0.5,), (0.5,))
-    return alignment_map(profile, curve, strength)
+        curve = CondLevels("", profile.resolution, (0.5,), (0.5,))
+    return conditioning_map(profile, curve, strength)
 
 
-def _size_of_change(profile: Profile, curve: Alignment | None, strength: float) -> str:
+def _size_of_change(profile: Calibration, curve: CondLevels | None, strength: float) -> str:
     if curve is None or curve.sigma == curve.sigma_hat or strength == 0:
         return ", nothing is changed"
     ratios = [
@@ -129,14 +129,14 @@ def parse_sizes(text: str, multiple: int) -> list[Size]:
 
 
 def noise_shift_profile(
-    model: NoiseRange, native: Size, shifts: Mapping[Size, Shift], method: str, base: Profile | None, **how
-) -> Profile:
+    model: ModelIdentity, native: Size, shifts: Mapping[Size, Shift], method: str, base: Calibration | None, **how
+) -> Calibration:
     """The curves by size, after those of `base`, with their evidence and how they were found."""
     curves = {one.resolution: one for one in base.alignments} if base else {}
-    curves |= {size: Alignment("", size, shift.sigma, shift.sigma_hat) for size, shift in shifts.items()}
+    curves |= {size: CondLevels("", size, shift.sigma, shift.sigma_hat) for size, shift in shifts.items()}
     evidence = dict(base.metrics) if base else {}
     evidence |= {_text(size): _facts(shift) for size, shift in shifts.items()}
-    return Profile(
+    return Calibration(
         name=f"{model.families[0]} noise shift" + ("" if method == "joint" else f", {method}"),
         method=METHODS[method],
         space=model.space,
@@ -153,7 +153,7 @@ def noise_shift_profile(
     )
 
 
-def continues(profile: Profile, model: NoiseRange, native: Size, method: str, **how) -> bool:
+def continues(profile: Calibration, model: ModelIdentity, native: Size, method: str, **how) -> bool:
     """Whether `profile` holds finished sizes of this very fit: same model, native size, method and settings."""
     same = (KIND, model.config_hash, model.prediction, native, METHODS[method])
     found = (profile.kind, profile.config_hash, profile.prediction, profile.resolution, profile.method)

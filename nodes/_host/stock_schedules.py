@@ -6,8 +6,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...models.schedules import AUTO, CLOSED_FORMS, published_profiles, schedule
-from .models import noise_range
+from .._plan.named_schedules import AUTO, CLOSED_FORMS, published_profiles, schedule
+from .identity import identify
 from .sampling import run_stock_node
 
 VE_FIRST = ("karras", "exponential", "beta", "normal")
@@ -24,7 +24,7 @@ def known_schedules(model, steps: int) -> dict[str, Tensor]:
     The host's schedulers, Align Your Steps and GITS where they fit, the KL-optimal closed forms; for few steps also
     schedulers of one step more without the last positive level, as the host itself runs some samplers.
     """
-    about = noise_range(model)
+    about = identify(model)
     sampling = model.get_model_object("model_sampling")
     names = [name for name in comfy.samplers.SCHEDULER_NAMES if name in {*VE_FIRST, *FLOW_FIRST, *OTHERS}]
     first = VE_FIRST if about.space == "ve" else FLOW_FIRST

@@ -10,14 +10,14 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from .apply import same_resolution
-from .encoder_propagation import FIDELITY, FIRST, ONE, calibrated_point
+from ...models.calibration import Calibration, ModelIdentity, pick_profile
+from ...models.npnet import NPNetConfig
+from ...models.one_more_step import ENCODERS
+from .named_schedules import FREE
 from .noise_shift import KIND as NOISE_SHIFT
 from .noise_shift import Size, check_noise_shift, shift_for
-from .npnet import NPNetConfig
-from .one_more_step import ENCODERS
-from .profiles import Profile, pick_profile
-from .schedules import FREE, NoiseRange
+from .profile_on_model import same_resolution
+from .propagation import FIDELITY, FIRST, ONE, calibrated_point
 
 SHOWN, ALWAYS, OFF = "where shown to help", "wherever it fits", "off"
 WISHES = [SHOWN, ALWAYS, OFF]
@@ -59,7 +59,7 @@ class Facts:
     pixels (width, height), None for what is no picture; area: latent pixels of one channel.
     """
 
-    model: NoiseRange
+    model: ModelIdentity
     network: str
     latent_space: str
     channels: int
@@ -109,7 +109,7 @@ class Shelf:
     noise with the latents they are for, "" where the file does not say.
     """
 
-    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    profiles: Mapping[str, Calibration] = field(default_factory=dict)
     modules: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     npnets: Mapping[str, tuple[NPNetConfig, str]] = field(default_factory=dict)
 
@@ -184,13 +184,13 @@ def _closed_form(facts: Facts, run: Run, wish: str, near: str) -> Decision:
     return Decision(SCHEDULE, "", f"No gain is shown for such models with this solver and steps.{near}", TUNE)
 
 
-def made_for(profile: Profile, model: NoiseRange) -> bool:
+def made_for(profile: Calibration, model: ModelIdentity) -> bool:
     """Whether it was made for this network, or for its family where it does not say."""
     same = profile.config_hash == model.config_hash if profile.config_hash else model.families[0] in profile.families
     return same and bool({*profile.families} & {*model.families}) and profile.space == model.space
 
 
-def misfit(profile: Profile, facts: Facts, run: Run) -> tuple[int, str]:
+def misfit(profile: Calibration, facts: Facts, run: Run) -> tuple[int, str]:
     """How many conditions a fitted schedule meets in a row, and what the next one says; FITS when it meets all.
 
     The first is that it was made for this network: 0 means another one.
@@ -210,7 +210,7 @@ def misfit(profile: Profile, facts: Facts, run: Run) -> tuple[int, str]:
     return next(((i, said) for i, (met, said) in enumerate(conditions) if not met), (FITS, ""))
 
 
-def _measured(profile: Profile) -> str:
+def _measured(profile: Calibration) -> str:
     """What fitting gained on noises that it had not seen: the last stage kept, against the best known schedule."""
     held = profile.metrics.get("held_out")
     errors = [error for error in held.values() if isinstance(error, float)] if isinstance(held, dict) else []
@@ -247,7 +247,7 @@ def decide_shift(facts: Facts, wish: str, shelf: Shelf) -> Decision:
     return Decision(SHIFT, changing[0], shift_for(found[changing[0]], facts.size)[1])
 
 
-def _shifts(profile: Profile, model: NoiseRange) -> bool:
+def _shifts(profile: Calibration, model: ModelIdentity) -> bool:
     if profile.kind != NOISE_SHIFT or (profile.config_hash and profile.config_hash != model.config_hash):
         return False
     try:

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw
 
+from ...models.calibration import Point
+from .._plan.propagation import FIDELITY
 from .axes import COLOURS, INK, Axes, Box, Colour, sheet
-from .encoder_propagation import FIDELITY, Point
 
 WIDTH, HEIGHT = 1280, 480
 CHANGES, CURVE = (80, 60, 620, 400), (740, 60, 1250, 400)  # the two panels

@@ -6,9 +6,9 @@ import math
 
 from PIL import Image
 
+from ...models.calibration import Calibration
+from .._plan.noise_shift import noise_word, shift_for
 from .axes import COLOURS, INK, Axes, line, sheet
-from .noise_shift import noise_word, shift_for
-from .profiles import Profile
 
 LEAST_REACH = math.log(1.25)  # the axis shows at least ratios from 1/1.25 to 1.25
 RATIOS = (0.125, 0.25, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 4, 8)
@@ -18,7 +18,7 @@ LEVELS = {
 }
 
 
-def draw_shift(profile: Profile) -> Image.Image:
+def draw_shift(profile: Calibration) -> Image.Image:
     """The ratio told / true of a flow's odds or of sigma, over sigma, with dots at the calibrated levels."""
     picture, draw = sheet()
     curves = {one.resolution: shift_for(profile, one.resolution)[0] for one in profile.alignments}

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from .apply import Applied
+from ...models.calibration import Calibration, conditioning_map
+from .._plan.named_schedules import resample_profile
+from .._plan.profile_on_model import Applied
 from .axes import COLOURS, HEIGHT, INK, LEFT, Axes, font, sheet
-from .profiles import Profile, alignment_map
-from .schedules import resample_profile
 
 LOWEST = 1e-6  # smaller levels are drawn here
 
@@ -26,7 +26,7 @@ class Curve:
     told: tuple[float, ...] | None = None
 
 
-def profile_curve(profile: Profile) -> Curve:
+def profile_curve(profile: Calibration) -> Curve:
     """The levels of a profile's native run, or the knots of its first alignment, and what the network is told there."""
     aligned = profile.alignments[0] if profile.alignments else None
     if profile.sigmas:
@@ -35,7 +35,7 @@ def profile_curve(profile: Profile) -> Curve:
         sigmas = tuple(reversed(aligned.sigma if aligned else ()))
     told = None
     if aligned is not None:
-        told = tuple(alignment_map(profile, aligned)(torch.tensor(sigmas, dtype=torch.float64)).tolist())
+        told = tuple(conditioning_map(profile, aligned)(torch.tensor(sigmas, dtype=torch.float64)).tolist())
     return Curve(profile.name, sigmas, told)
 
 

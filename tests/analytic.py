@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .space import NoiseSpace
-from .types import Latent, Sigma, Sigmas
+from pack.kernels.space import NoiseSpace
+from pack.kernels.types import Latent, Sigma, Sigmas
 
 
 def _as_column(value: Tensor, x: Tensor) -> Tensor:

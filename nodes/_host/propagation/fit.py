@@ -14,9 +14,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...kernels.encoder_propagation import Reuse, optimal_keys, speedup, step_weights
-from ...kernels.feature_cache import FeatureCache
-from ...models.encoder_propagation import (
+from ....kernels.encoder_propagation import Reuse, optimal_keys, speedup, step_weights
+from ....kernels.feature_cache import FeatureCache
+from ....models.calibration import Calibration, KeySteps, Point
+from ..._plan.propagation import (
     BLOCK_REUSES,
     CALIBRATED,
     ENCODER,
@@ -26,20 +27,17 @@ from ...models.encoder_propagation import (
     REUSES,
     TOP,
     TWO,
-    Calibration,
     Choice,
-    Point,
     Settings,
     block_reuse_by_name,
     reuse_by_name,
 )
-from ...models.profiles import Profile
-from . import block_propagation, encoder_propagation
-from .encoder_propagation import unet_of
-from .models import noise_range, pixels
-from .propagation import Propagation, applied, outer_sample, run_key
-from .sampling import run_stock_node, sample
-from .steps import adds_noise, noise_space, why_not
+from ..clock import adds_noise, noise_space, why_not
+from ..identity import identify, pixels
+from ..sampling import run_stock_node, sample
+from . import transformer, unet
+from .run import Propagation, applied, outer_sample, run_key
+from .unet import unet_of
 
 LOG = logging.getLogger(__name__)
 NODE = "Attune Fit Encoder Propagation"
@@ -160,7 +158,7 @@ class Task:
 
 def fit(
     task: Task, kind: type[Propagation], key: str, wrappers: dict, reuses: list[Reuse], fastest: float, longest: int
-) -> Generator[tuple[str, float], None, tuple[Calibration, dict[str, list[float]]]]:
+) -> Generator[tuple[str, float], None, tuple[KeySteps, dict[str, list[float]]]]:
     """Measure each of `reuses`, choose key steps for speeds up to `fastest`, run them; yields what it does and how far.
 
     Returns the calibration (settings that no other beats in speed and fidelity) and how much each feature changes.
@@ -195,17 +193,17 @@ def fit(
     for number, ((reuse, keys), speed) in enumerate(candidates.items()):
         yield f"trying {number + 1} of {len(candidates)} settings", 0.5 + 0.5 * number / len(candidates)
         trial = Point(reuse, tuple(sorted(keys)), speed, EQUAL)
-        tried = Calibration(len(costs.input), task.sampler_name, tuple(sigmas), (trial,))
+        tried = KeySteps(len(costs.input), task.sampler_name, tuple(sigmas), (trial,))
         model = applied(task.model, key, wrappers, Settings(CALIBRATED, calibration=tried))
         points.append(replace(trial, psnr=_psnr(task.run(model), reference)))
     kept = sorted((p for p in points if not any(_beats(q, p) for q in points)), key=lambda p: p.speed)
-    return Calibration(len(costs.input), task.sampler_name, tuple(sigmas), tuple(kept)), changes
+    return KeySteps(len(costs.input), task.sampler_name, tuple(sigmas), tuple(kept)), changes
 
 
 def fit_profile(
     model: Any, positive, negative, latent_image: dict, seed: int, steps: int, cfg: float, sampler_name: str,
     scheduler: str, reuse: str, fastest: float, longest: int,
-) -> tuple[Profile, Calibration, dict[str, list[float]]]:  # fmt: skip
+) -> tuple[Calibration, KeySteps, dict[str, list[float]]]:  # fmt: skip
     """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes."""
     (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=1.0)
     sampler = comfy.samplers.sampler_object(sampler_name)
@@ -224,9 +222,9 @@ def fit_profile(
         except StopIteration as finished:
             calibration, changes = finished.value
             break
-    facts = noise_range(model)
+    facts = identify(model)
     name = f"{facts.families[0]} {key.rpartition('.')[2].replace('_', ' ')}, {sampler_name} {steps} steps"
-    profile = Profile(
+    profile = Calibration(
         name=name, method="measured errors, dynamic programming", space=facts.space, families=facts.families,
         resolution=pixels(model, latent_image) or (1, 1), sigmas=calibration.sigmas, source=NODE,
         kind=key.rpartition(".")[2], solver=sampler_name, cfg=cfg, calibration=calibration,
@@ -242,22 +240,22 @@ def measures_too_few(sampler_name: str, latent_image: dict) -> bool:
 
 def _kind_of(model: Any, name: str, fresh_noise: bool) -> tuple[type[Propagation], str, dict, list[Reuse]]:
     """The run's class, its key and wrappers, and what to measure on this kind of network."""
-    unet = unet_of(model)
-    if unet is not None:
-        n, top = encoder_propagation.blocks_a_side(unet), encoder_propagation.top_blocks(unet)
+    network = unet_of(model)
+    if network is not None:
+        n, top = unet.blocks_a_side(network), unet.top_blocks(network)
         names = [TOP, TWO, ONE] if name == BEST else [name]
         _check_names(names, REUSES, "a UNet")
         if fresh_noise and ENCODER in names:
             raise ValueError(f"This solver adds noise, which '{ENCODER}' would not see: set 'reuse' to '{TOP}'.")
         reuses = list(dict.fromkeys(reuse_by_name(one, True, n, top) for one in names))
-        return encoder_propagation.EncoderPropagation, encoder_propagation.KEY, encoder_propagation.WRAPPERS, reuses
-    n = len(block_propagation.blocks_of(model.get_model_object("diffusion_model")))
+        return unet.EncoderPropagation, unet.KEY, unet.WRAPPERS, reuses
+    n = len(transformer.blocks_of(model.get_model_object("diffusion_model")))
     if n < 2:
         raise ValueError("This model is neither a UNet nor a transformer that this node knows: nothing to calibrate.")
     names = ([FIRST, ENDS] if n > 2 else [FIRST]) if name == BEST else [name]
     _check_names(names, BLOCK_REUSES, "a transformer")
     reuses = [block_reuse_by_name(one, True, n) for one in names]
-    return block_propagation.BlockPropagation, block_propagation.KEY, block_propagation.WRAPPERS, reuses
+    return transformer.BlockPropagation, transformer.KEY, transformer.WRAPPERS, reuses
 
 
 def _check_names(names: list[str], known: list[str], what: str) -> None:

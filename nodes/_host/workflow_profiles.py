@@ -13,7 +13,7 @@ from typing import Any
 
 from server import PromptServer
 
-from ...models.profiles import SUFFIX, Profile, load_profile, read_profile, spell_profile
+from ...models.calibration import SUFFIX, Calibration, load_profile, read_profile, spell_profile
 from .folders import CARRIED, profile_path
 
 LOG = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def _names(prompt: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(value for value in values if isinstance(value, str) and value.endswith(SUFFIX)))
 
 
-def _installed(name: str) -> Profile | None:
+def _installed(name: str) -> Calibration | None:
     path = profile_path(name)
     try:
         return None if path is None else load_profile(path)
@@ -71,7 +71,7 @@ def _installed(name: str) -> Profile | None:
         return None  # the node that loads it says why
 
 
-def _remember(name: str, fields: Any) -> Profile | None:
+def _remember(name: str, fields: Any) -> Calibration | None:
     """The profile that a workflow brought, or brought before; a bad one is refused in the log."""
     if fields is not None:
         try:

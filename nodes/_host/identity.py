@@ -10,20 +10,20 @@ import comfy.model_sampling
 from torch import Tensor
 from torch.nn import Parameter
 
-from ...models.schedules import NoiseRange
+from ...models.calibration import ModelIdentity
 
 SAMPLED_TENSORS, SAMPLED_NUMBERS = 16, 512  # of the weights, for their hash
 DISTILLED = {"LCM", "ModelSamplingDiscreteDistilled"}
 
 
-def noise_range(model, weights: bool = False) -> NoiseRange:
+def identify(model, weights: bool = False) -> ModelIdentity:
     """Family, noise space and levels of a MODEL, with every patch of its chain applied (ModelSampling… nodes too).
 
     weights: say also which weights these are, at the cost of reading some thousand of them.
     """
     sampling = model.get_model_object("model_sampling")
     config = type(model.model.model_config)
-    return NoiseRange(
+    return ModelIdentity(
         families=tuple(c.__name__ for c in config.__mro__ if c.__module__ != "builtins"),
         space="flow" if isinstance(sampling, comfy.model_sampling.CONST) else "ve",
         sigma_min=float(sampling.sigma_min),

@@ -8,11 +8,11 @@ from functools import partial
 
 import torch
 
-from ..kernels.conditioning import ConditioningMap
-from ..kernels.schedules import check_sigmas, exactly_for_denoise, for_denoise, truncated_for_denoise
-from ..kernels.types import Sigmas
-from .profiles import Alignment, Profile, alignment_map
-from .schedules import NoiseRange, check_fit, resample_profile
+from ...kernels.conditioning import ConditioningMap
+from ...kernels.schedules import check_sigmas, exactly_for_denoise, for_denoise, truncated_for_denoise
+from ...kernels.types import Sigmas
+from ...models.calibration import Calibration, CondLevels, ModelIdentity, conditioning_map
+from .named_schedules import check_fit, resample_profile
 
 DENOISE_MODES = ("exact", "comfy", "ays")
 POLICIES = ("ignore", "shift", "strict")
@@ -33,8 +33,8 @@ class Applied:
 
 
 def apply_profile(
-    profile: Profile,
-    model: NoiseRange,
+    profile: Calibration,
+    model: ModelIdentity,
     steps: int = 0,
     denoise: float = 1.0,
     mode: str = "exact",
@@ -69,7 +69,7 @@ def apply_profile(
     return Applied(sigmas, conditioning, solver, report + said + _doubts(profile, model))
 
 
-def _check_model(profile: Profile, model: NoiseRange) -> None:
+def _check_model(profile: Calibration, model: ModelIdentity) -> None:
     check_fit(profile, model, "Choose a profile for this model, or fit one with Attune Tune Schedule.")
     if not set(profile.families) & set(model.families):
         raise ValueError(
@@ -78,7 +78,7 @@ def _check_model(profile: Profile, model: NoiseRange) -> None:
         )
 
 
-def _levels(profile: Profile, steps: int, denoise: float, mode: str) -> Sigmas:
+def _levels(profile: Calibration, steps: int, denoise: float, mode: str) -> Sigmas:
     resample = partial(resample_profile, profile)
     if mode == "exact":
         return exactly_for_denoise(resample, steps, denoise)
@@ -90,7 +90,7 @@ def _levels(profile: Profile, steps: int, denoise: float, mode: str) -> Sigmas:
 
 
 def _at_resolution(
-    sigmas: Sigmas, profile: Profile, model: NoiseRange, policy: str, resolution: tuple[int, int] | None
+    sigmas: Sigmas, profile: Calibration, model: ModelIdentity, policy: str, resolution: tuple[int, int] | None
 ) -> tuple[Sigmas, list[str]]:
     """Levels for another picture size: the same corruption needs a noise that grows with the square root of pixels."""
     if policy not in POLICIES:
@@ -123,7 +123,7 @@ def _shifted(sigmas: Sigmas, factor: float, top: float) -> Sigmas:
 
 
 def _conditioning(
-    profile: Profile, model: NoiseRange, resolution: tuple[int, int] | None, strength: float
+    profile: Calibration, model: ModelIdentity, resolution: tuple[int, int] | None, strength: float
 ) -> tuple[ConditioningMap | None, str, list[str]]:
     """The map of the alignment nearest in size, the solver it is bound to, and what there is to say."""
     if not profile.alignments:
@@ -135,10 +135,10 @@ def _conditioning(
     if profile.prediction and model.prediction and profile.prediction != model.prediction:
         reason = f"made for {profile.prediction} prediction, this MODEL has {model.prediction}"
         return None, "", [f"Schedule applied, timestep alignment skipped: {reason}."]
-    return alignment_map(profile, nearest, strength), nearest.solver, [_said_of(nearest, strength)]
+    return conditioning_map(profile, nearest, strength), nearest.solver, [_said_of(nearest, strength)]
 
 
-def _said_of(alignment: Alignment, strength: float) -> str:
+def _said_of(alignment: CondLevels, strength: float) -> str:
     ratios = [b / a for a, b in zip(alignment.sigma, alignment.sigma_hat, strict=True)]
     bound = f" with {alignment.solver} only; another sampler runs without it" if alignment.solver else ""
     return (
@@ -147,7 +147,7 @@ def _said_of(alignment: Alignment, strength: float) -> str:
     )
 
 
-def _doubts(profile: Profile, model: NoiseRange) -> list[str]:
+def _doubts(profile: Calibration, model: ModelIdentity) -> list[str]:
     """What does not forbid the profile, but makes its measured gain uncertain."""
     doubts = []
     if profile.families[0] != model.families[0] and not profile.config_hash:

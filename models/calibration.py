@@ -16,8 +16,7 @@ from typing import Any, Literal, NoReturn
 from ..kernels.conditioning import ConditioningMap
 from ..kernels.encoder_propagation import Reuse
 from ..kernels.space import NoiseSpace
-from .encoder_propagation import Calibration, Point
-from .files import written_whole
+from .store import written_whole
 
 SHIPPED = Path(__file__).parent / "profiles"
 FORMAT = 1
@@ -31,7 +30,49 @@ RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt"
 
 
 @dataclass(frozen=True)
-class Alignment:
+class ModelIdentity:
+    """What a schedule must know of a model.
+
+    families: its configuration class and that class's bases, by name, nearest first. space: "ve" or "flow". sigma_min
+    and sigma_max: the model's own noise levels, in that space's units. prediction: what the network predicts, "eps",
+    "v", "edm", "flow". config_hash: names its architecture. weights_hash: names its weights, without LoRAs. All ""
+    where unknown. shift: of a flow model's own schedulers, None where it has none. patched: whether weights are changed
+    by LoRAs or their like.
+    """
+
+    families: tuple[str, ...]
+    space: Literal["ve", "flow"]
+    sigma_min: float
+    sigma_max: float
+    prediction: str = ""
+    config_hash: str = ""
+    shift: float | None = None
+    weights_hash: str = ""
+    patched: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """One calibrated setting: its key steps, what the other steps reuse, and what it gave."""
+
+    reuse: Reuse
+    keys: tuple[int, ...]
+    speed: float
+    psnr: float  # dB of the final latents to the uncached run's
+
+
+@dataclass(frozen=True)
+class KeySteps:
+    """What was measured on one model, solver and schedule: `points` from the most faithful to the fastest."""
+
+    blocks: int
+    solver: str
+    sigmas: tuple[float, ...]
+    points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class CondLevels:
     """What the network is told in place of the true noise level, knot by knot.
 
     solver: the sampler it was fitted with, "" for every sampler. resolution: (width, height) it holds for. sigma:
@@ -45,7 +86,7 @@ class Alignment:
 
 
 @dataclass(frozen=True)
-class Profile:
+class Calibration:
     """One calibration and what it was made for.
 
     kind: "schedule" or "noise_shift". name: what the user sees. space: "ve" or "flow". families: class names of the
@@ -72,8 +113,8 @@ class Profile:
     cfg: float | None = None
     config_hash: str = ""
     weights_hash: str = ""
-    alignments: tuple[Alignment, ...] = ()
-    calibration: Calibration | None = None
+    alignments: tuple[CondLevels, ...] = ()
+    calibration: KeySteps | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -104,7 +145,7 @@ class Profile:
             [f"{self.name} ({self.method}, {run})", f"for {self.families[0]}, {made}", self.source, *facts]
         )
 
-    def with_facts(self, metrics: Mapping[str, Any] | None = None, **provenance: Any) -> Profile:
+    def with_facts(self, metrics: Mapping[str, Any] | None = None, **provenance: Any) -> Calibration:
         """The same calibration with more `metrics` and more provenance."""
         return replace(self, metrics={**self.metrics, **(metrics or {})}, provenance={**self.provenance, **provenance})
 
@@ -114,7 +155,7 @@ def text_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_profile(path: Path) -> Profile:
+def load_profile(path: Path) -> Calibration:
     """Read and check one profile file; ValueError names the file, the field and what was expected."""
     with path.open("rb") as file:
         content = file.read(LARGEST_FILE + 1)
@@ -129,17 +170,17 @@ def load_profile(path: Path) -> Profile:
     return read_profile(path.name, fields)
 
 
-def read_profile(label: str, fields: Any) -> Profile:
+def read_profile(label: str, fields: Any) -> Calibration:
     """The profile that parsed JSON stands for; ValueError names it `label`, with the field and what was expected."""
     return _check(label, fields)
 
 
-def spell_profile(profile: Profile) -> dict[str, Any]:
+def spell_profile(profile: Calibration) -> dict[str, Any]:
     """The JSON object of a profile, as its file holds it."""
     return {**_fields(profile), "id": profile.id}
 
 
-def save_profile(profile: Profile, folder: Path, name: str = "", replace: bool = False) -> Path:
+def save_profile(profile: Calibration, folder: Path, name: str = "", replace: bool = False) -> Path:
     """Write `profile` into `folder` under a safe form of `name` (default: its own) and return the path.
 
     The file appears whole or not at all. Unless `replace`, a file of that name that holds another calibration, or is no
@@ -170,20 +211,20 @@ def file_stem(name: str) -> str:
     return f"_{stem}" if stem.split(".")[0].lower() in RESERVED else stem
 
 
-def alignment_map(profile: Profile, alignment: Alignment, strength: float = 1.0) -> ConditioningMap:
+def conditioning_map(profile: Calibration, alignment: CondLevels, strength: float = 1.0) -> ConditioningMap:
     """The function of sigma that an alignment of `profile` stands for."""
     return ConditioningMap.through(NoiseSpace(profile.space), alignment.sigma, alignment.sigma_hat, strength)
 
 
 @lru_cache(maxsize=1)
-def shipped_profiles() -> dict[str, Profile]:
+def shipped_profiles() -> dict[str, Calibration]:
     """The pack's own profiles by name, in the order of their file names."""
     return {profile.name: profile for profile in map(load_profile, sorted(SHIPPED.glob("*.json")))}
 
 
 def pick_profile(
-    profiles: Iterable[Profile], families: Iterable[str], resolution: tuple[int, int] | None = None
-) -> Profile | None:
+    profiles: Iterable[Calibration], families: Iterable[str], resolution: tuple[int, int] | None = None
+) -> Calibration | None:
     """The profile for the first of `families` that has one; with a resolution, the nearest in log pixels.
 
     `families` goes from the model's own configuration class to its base classes.
@@ -227,7 +268,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _fields(profile: Profile) -> dict[str, Any]:
+def _fields(profile: Calibration) -> dict[str, Any]:
     """The JSON object of a profile; what a published table does not have is left out."""
     fitted = profile.calibration
     fields = {
@@ -272,7 +313,7 @@ def _fields(profile: Profile) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value not in ("", None, [], {})}
 
 
-def _check(file: str, fields: Any) -> Profile:
+def _check(file: str, fields: Any) -> Calibration:
     def need(condition: bool, expected: str) -> None:
         if not condition:
             raise ValueError(f"{file} is not a format-{FORMAT} profile: {expected}.")
@@ -313,7 +354,7 @@ def _check(file: str, fields: Any) -> Profile:
     for key in ("metrics", "provenance"):
         facts = fields.get(key, {})
         need(isinstance(facts, dict) and _size(facts) <= MOST_ENTRIES, f'"{key}" must be a small JSON object')
-    profile = Profile(
+    profile = Calibration(
         fields["name"], fields["method"], fields["space"], tuple(families), tuple(resolution), _levels(sigmas),
         fields["source"], kind, fields.get("solver", ""), fields.get("prediction", ""),
         None if cfg is None else float(cfg), fields.get("config_hash", ""), fields.get("weights_hash", ""),
@@ -323,7 +364,7 @@ def _check(file: str, fields: Any) -> Profile:
     )  # fmt: skip
     for i, one in enumerate(profile.alignments):
         try:
-            alignment_map(profile, one)
+            conditioning_map(profile, one)
         except ValueError as error:
             raise ValueError(f'{file} is not a format-{FORMAT} profile: "alignments"[{i}]: {error}') from error
     if "id" in fields and fields["id"] != profile.id:
@@ -334,7 +375,7 @@ def _check(file: str, fields: Any) -> Profile:
     return profile
 
 
-def _alignment(fields: Any, i: int, need: Any) -> Alignment:
+def _alignment(fields: Any, i: int, need: Any) -> CondLevels:
     where = f'"alignments"[{i}]'
     need(isinstance(fields, dict), f"{where} must be a JSON object")
     need(_is_text(fields.get("solver", "")), f'{where} "solver" must be a short text')
@@ -345,12 +386,12 @@ def _alignment(fields: Any, i: int, need: Any) -> Alignment:
             isinstance(knots, list) and len(knots) <= MOST_LEVELS and all(map(_is_level, knots)),
             f'{where} "{key}" must list noise levels',
         )
-    return Alignment(
+    return CondLevels(
         fields.get("solver", ""), tuple(fields["resolution"]), _levels(fields["sigma"]), _levels(fields["sigma_hat"])
     )
 
 
-def _calibration(fields: dict[str, Any], need: Any) -> Calibration:
+def _calibration(fields: dict[str, Any], need: Any) -> KeySteps:
     """What is reused on which steps, each number inside the network and the schedule it was fitted on."""
     blocks: Any = fields.get("blocks")
     points: Any = fields.get("points")
@@ -379,7 +420,7 @@ def _calibration(fields: dict[str, Any], need: Any) -> Calibration:
         need(_is_level(one.get("psnr")), f'{where} "psnr" must be a number of dB')
         reuse = Reuse(fresh, cut, one["forecast"])
         found.append(Point(reuse, tuple(keys), float(one["speed"]), float(one["psnr"])))
-    return Calibration(blocks, fields.get("solver", ""), _levels(fields["sigmas"]), tuple(found))
+    return KeySteps(blocks, fields.get("solver", ""), _levels(fields["sigmas"]), tuple(found))
 
 
 def _levels(numbers: list[float]) -> tuple[float, ...]:

@@ -1,0 +1,1 @@
+"""Plots and pictures, drawn with Pillow alone."""

@@ -1,0 +1,1 @@
+"""Encoder and block propagation inside the host."""

@@ -1,0 +1,1 @@
+"""Decisions, orchestration and reports that need no ComfyUI."""
