@@ -10,7 +10,8 @@ from ._host.folders import find_profile, installed_files, profile_path
 from ._host.identity import identify, is_distilled, pixels
 from ._host.propagation.transformer import blocks_of
 from ._host.propagation.unet import unet_of
-from ._host.sampling import run_stock_node, sampler_names, scheduler_names
+from ._host.sampling import run_stock_node, scheduler_names
+from ._host.solvers import sampler_names
 from ._plan.auto import (
     ALWAYS,
     FAST,

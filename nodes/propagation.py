@@ -13,7 +13,8 @@ from ._host.propagation.fit import BEST, fit_profile, measures_too_few
 from ._host.propagation.run import DEVICES, DTYPES
 from ._host.propagation.transformer import add_block_propagation, blocks_of
 from ._host.propagation.unet import add_encoder_propagation, unet_of
-from ._host.sampling import sampler_names, scheduler_names
+from ._host.sampling import scheduler_names
+from ._host.solvers import sampler_names
 from ._plan.propagation import (
     BLOCK_REUSES,
     CALIBRATED,

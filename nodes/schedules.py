@@ -8,7 +8,8 @@ from ..models.calibration import SUFFIX
 from ._host.api import io, schema
 from ._host.folders import find_profile, has_profile, missing_profile, user_profile_names
 from ._host.identity import identify, pixels
-from ._host.sampling import sample, sampler_names
+from ._host.sampling import sample
+from ._host.solvers import sampler_names
 from ._plan.named_schedules import schedule, schedule_names
 from ._plan.profile_on_model import apply_profile
 

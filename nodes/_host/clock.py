@@ -11,38 +11,21 @@ from torch import Tensor
 
 from ...kernels.encoder_propagation import Plan
 from ...kernels.space import NoiseSpace
-from .sampling import solver_name
+from .solvers import facts_of, on_grid, solver_name
 
-# Solvers that evaluate the model once per step, at the step's own noise level, and report the step afterwards: for
-# these the report alone says where the run is. A test holds the list against the host.
-ONE_EVALUATION = {
-    "euler", "euler_cfg_pp", "euler_ancestral", "euler_ancestral_cfg_pp", "lms", "dpmpp_2m", "dpmpp_2m_cfg_pp",
-    "dpmpp_2m_sde", "dpmpp_3m_sde", "ddpm", "lcm", "ipndm", "ipndm_v", "deis", "res_multistep", "res_multistep_cfg_pp",
-    "res_multistep_ancestral", "res_multistep_ancestral_cfg_pp", "gradient_estimation", "gradient_estimation_cfg_pp",
-    "er_sde",
-}  # fmt: skip
-OWN_LEVELS = {"dpm_fast", "dpm_adaptive"}
-FRESH_NOISE = ("ancestral", "sde", "ddpm", "lcm", "seeds", "sa_solver")
 FEWEST_STEPS = 8
-
-
-def adds_noise(sampler: Any) -> bool:
-    """Whether a solver adds fresh noise on its way, which a network that reuses all of its encoder would not see."""
-    options = getattr(sampler, "extra_options", {})
-    return any(word in solver_name(sampler) for word in FRESH_NOISE) or any(
-        isinstance(options.get(name), int | float) and options[name] > 0 for name in ("eta", "s_churn")
-    )
 
 
 def why_not(sampler: Any, sigmas: Tensor) -> str | None:
     """Why a run cannot skip anything, in the user's words; None when it can."""
-    if solver_name(sampler) in OWN_LEVELS:
+    facts = facts_of(sampler)
+    if facts is not None and facts.own_levels:
         return f"{solver_name(sampler)} chooses its own noise levels"
     if len(sigmas) - 1 < FEWEST_STEPS:
         return f"a run of {len(sigmas) - 1} steps is too short, it takes {FEWEST_STEPS}"
     if not bool((sigmas[:-1] > sigmas[1:]).all()):
         return "the noise levels do not fall throughout"
-    if getattr(sampler, "extra_options", {}).get("s_churn", 0) and solver_name(sampler) not in ONE_EVALUATION:
+    if getattr(sampler, "extra_options", {}).get("s_churn", 0) and not on_grid(sampler):
         return "s_churn moves the noise levels of this solver"
     return None
 
@@ -80,7 +63,7 @@ class Clock:
 
     def __init__(self, plan: Plan, sampler: Any):
         self.plan = plan
-        self.counts = solver_name(sampler) in ONE_EVALUATION
+        self.counts = on_grid(sampler)
         self.next_step = 0
         self.step: int | None = None
         self.sigma = plan.sigmas[0]

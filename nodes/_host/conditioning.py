@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...kernels.conditioning import ConditioningMap, compose
 from .identity import pixels_of
-from .sampling import solver_name
+from .solvers import solver_name
 
 LOG = logging.getLogger(__name__)
 KEY = "attune.conditioning"

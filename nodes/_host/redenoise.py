@@ -24,6 +24,7 @@ from ...kernels.redenoise import (
     sample_zigzag,
     turning_level,
 )
+from .._plan.solvers import SOLVERS
 from .clock import noise_space
 from .golden_noise import why_not
 from .session import Solver, Solves, draw_noises, run_session
@@ -235,7 +236,7 @@ def select_noise(
     sampling = model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "sgm_uniform", steps + 1)[:-1]
     noises = torch.stack(draw_noises(latent, seed, candidates))  # [candidates b c h w]
-    euler = Solver("euler", "euler", comfy.samplers.ksampler("euler"), 1)
+    euler = Solver("euler", "euler", comfy.samplers.ksampler("euler"), SOLVERS["euler"])
 
     def work(solves: Solves) -> Tensor:
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:

@@ -6,16 +6,7 @@ import comfy.samplers
 import nodes as host_nodes
 from torch import Tensor
 
-
-def sampler_names() -> list[str]:
-    return list(comfy.samplers.KSampler.SAMPLERS)
-
-
-def solver_name(sampler) -> str:
-    """The name of a SAMPLER's solver as in the stock list; GPU variants of a solver share its name."""
-    function = getattr(sampler, "sampler_function", None)
-    name = getattr(function, "__name__", type(sampler).__name__).removeprefix("sample_").removesuffix("_function")
-    return name.replace("unipc", "uni_pc").removesuffix("_gpu")
+from .solvers import sampler_names
 
 
 def scheduler_names() -> list[str]:

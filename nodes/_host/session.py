@@ -18,67 +18,73 @@ from torch import Tensor
 from ...kernels.conditioning import ConditioningMap
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
-from .._plan.named_schedules import FREE
+from .._plan.solvers import SOLVERS, SolverFacts
 from .conditioning import choose_for_solve, with_choice_per_solve
 from .identity import is_distilled, pixels_of
-from .sampling import solver_name
+from .solvers import adds_noise, known, solver_name
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "dpmpp_2m"
-FIRST_ORDER = {"euler"}  # one call a step, x + (sigma_next - sigma) * d; the host's ddim is this, too
-SIBLINGS = {  # a sampler that adds noise -> the one without, which walks the paths it scatters around
-    "euler_ancestral": "euler",
-    "euler_ancestral_cfg_pp": "euler_cfg_pp",
-    "ddpm": "euler",
-    "dpm_2_ancestral": "dpm_2",
-    "dpmpp_2s_ancestral": "dpmpp_2m",
-    "dpmpp_2s_ancestral_cfg_pp": "dpmpp_2m_cfg_pp",
-    "dpmpp_sde": "dpmpp_2m",
-    "dpmpp_2m_sde": "dpmpp_2m",
-    "dpmpp_2m_sde_heun": "dpmpp_2m",
-    "dpmpp_3m_sde": "dpmpp_2m",
-    "er_sde": "dpmpp_2m",
-    "seeds_2": "dpmpp_2m",
-    "seeds_3": "dpmpp_2m",
-    "sa_solver": "dpmpp_2m",
-    "sa_solver_pece": "dpmpp_2m",
-    "res_multistep_ancestral": "res_multistep",
-    "res_multistep_ancestral_cfg_pp": "res_multistep_cfg_pp",
-}
-ORDERS = {"heun": 2, "heunpp2": 3, "dpm_2": 2}  # calls of the model in one step; 1 elsewhere
+CALIBRATING = "attune.calibrating"  # of a MODEL's options: which of our wrappers acts while a fit measures, "" for none
 
 
 @dataclass(frozen=True)
 class Solver:
-    """The sampler to fit for: `name` as the user chose it, `runs` the one without added noise, `order` its calls."""
+    """The sampler to fit for: `name` as the user chose it, `runs` the one without added noise, that one's `facts`."""
 
     name: str
     runs: str
     sampler: Any
-    order: int
+    facts: SolverFacts
+
+    @property
+    def order(self) -> int:
+        """Calls of the model in one step."""
+        return self.facts.calls
 
     @property
     def first_order(self) -> bool:
         """Whether its timesteps can be aligned: plain Euler, with no noise added by the user's sampler either."""
-        return self.name in FIRST_ORDER and not self.sampler.extra_options.get("s_churn", 0)
+        return self.name == self.runs and self.facts.told
 
 
 def solver_of(sampler, model) -> Solver:
-    """What to run for a SAMPLER; ValueError where a schedule cannot be fitted to it, or to a model like this."""
+    """What to run for a SAMPLER; ValueError where nothing can be fitted to it, or to a model like this."""
     name = solver_name(sampler)
     if name == "lcm" or is_distilled(model.get_model_object("model_sampling")):
         raise ValueError(
             "LCM, Turbo and Lightning models jump to the picture: there is no path that more steps would follow more "
             "closely, and so nothing to fit. Use the steps and the scheduler that their makers give."
         )
-    if name in FREE:
+    name, facts = known(sampler, "A fit")
+    if facts.own_levels:
         raise ValueError(
             f"The sampler '{name}' chooses its noise levels itself and ignores a schedule's inner ones. Choose another "
             "one in 'sampler', such as 'dpmpp_2m' or 'euler'."
         )
-    runs = SIBLINGS.get(name, name)
-    chosen = sampler if runs == name else comfy.samplers.ksampler(runs)
-    return Solver(name, runs, chosen, ORDERS.get(runs, 1))
+    if not adds_noise(sampler):
+        return Solver(name, name, sampler, facts)
+    runs = facts.sibling or name  # plain Euler with s_churn is its own sibling, without the churn
+    return Solver(f"{name} with s_churn" if runs == name else name, runs, named_sampler(runs), SOLVERS[runs])
+
+
+def named_sampler(name: str) -> Any:
+    """A SAMPLER of the table's solver; one that this host lacks gives way to the nearest that it has."""
+    there = name if name in comfy.samplers.KSampler.SAMPLERS else "dpmpp_2m"
+    return comfy.samplers.sampler_object(there)
+
+
+def calibrating(model, key: str = ""):
+    """A clone of MODEL on which every wrapper of ours stands aside, but for the one under `key`."""
+    clone = model.clone()
+    clone.model_options["transformer_options"][CALIBRATING] = key
+    return clone
+
+
+def stands_aside(model_options: dict, key: str) -> bool:
+    """Whether the wrapper under `key` must leave a run alone, because a fit measures in it."""
+    acts = model_options.get("transformer_options", {}).get(CALIBRATING)
+    return acts is not None and acts != key
 
 
 class Solves:
@@ -208,7 +214,7 @@ def run_session(
     work: Callable[[Solves], T],
 ) -> T:
     """What `work` returns, run once on the loaded MODEL; `latent` [b ...] is empty and gives the size alone."""
-    guider = comfy.samplers.CFGGuider(with_choice_per_solve(model))
+    guider = comfy.samplers.CFGGuider(with_choice_per_solve(calibrating(model)))
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     session = Session(solver, space, work)

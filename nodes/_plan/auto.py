@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from ...models.calibration import Calibration, ModelIdentity, pick_profile
 from ...models.npnet import NPNetConfig
 from ...models.one_more_step import ENCODERS
-from .named_schedules import FREE
 from .noise_shift import KIND as NOISE_SHIFT
 from .noise_shift import Size, check_noise_shift, shift_for
 from .profile_on_model import same_resolution
 from .propagation import FIDELITY, FIRST, ONE, calibrated_point
+from .solvers import SOLVERS, table_name
 
 SHOWN, ALWAYS, OFF = "where shown to help", "wherever it fits", "off"
 WISHES = [SHOWN, ALWAYS, OFF]
@@ -147,7 +147,8 @@ def decide_schedule(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision
     """The user's or a shipped fit for this very run, else a published table, else a closed form, else the stock one."""
     if wish == OFF:
         return Decision(SCHEDULE, "", "Switched off.")
-    if run.solver in FREE:
+    facts_of_solver = SOLVERS.get(table_name(run.solver))
+    if facts_of_solver is not None and facts_of_solver.own_levels:
         return Decision(SCHEDULE, "", f"{run.solver} chooses its own levels.")
     fits = {name: one for name, one in shelf.profiles.items() if one.kind == "schedule" and one.is_fitted}
     ranked = [(*misfit(one, facts, run), abs(math.log(one.steps / run.steps)), name) for name, one in fits.items()]

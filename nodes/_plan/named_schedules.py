@@ -13,7 +13,6 @@ from ...kernels.types import Sigmas
 from ...models.calibration import Calibration, ModelIdentity, pick_profile, shipped_profiles
 
 AUTO = "auto"
-FREE = {"dpm_fast", "dpm_adaptive"}  # solvers that choose their own levels
 TUNED = "tuned for "  # and a sampler: the shipped fit for it nearest in steps
 CLOSED_FORMS = {  # name -> the data's standard deviation c, in units of the latent
     "KL-optimal": 1.0,

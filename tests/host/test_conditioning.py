@@ -213,7 +213,7 @@ def test_a_map_for_another_solver_stands_aside_and_says_so(kit, demo, solve, cap
     "name", ["euler", "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde_gpu", "uni_pc", "uni_pc_bh2", "dpm_fast", "heun"]
 )
 def test_solvers_are_named_as_in_the_stock_list(host, name):
-    from pack.nodes._host.sampling import solver_name
+    from pack.nodes._host.solvers import solver_name
 
     assert solver_name(host.call("KSamplerSelect", sampler_name=name)[0]) == name.removesuffix("_gpu")
 

@@ -32,9 +32,10 @@ from ..._plan.propagation import (
     block_reuse_by_name,
     reuse_by_name,
 )
-from ..clock import adds_noise, noise_space, why_not
+from ..clock import noise_space, why_not
 from ..identity import identify, pixels
 from ..sampling import run_stock_node, sample
+from ..solvers import adds_noise
 from . import transformer, unet
 from .run import Propagation, applied, outer_sample, run_key
 from .unet import unet_of

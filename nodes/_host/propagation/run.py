@@ -23,7 +23,8 @@ from ....kernels.encoder_propagation import (
 )
 from ....kernels.feature_cache import FeatureCache
 from ..._plan.propagation import Choice, Settings
-from ..clock import Clock, active_levels, adds_noise, conditioning_changes, noise_space, step_times, why_not
+from ..clock import Clock, active_levels, conditioning_changes, noise_space, step_times, why_not
+from ..solvers import adds_noise
 from .control import DeferredControl
 
 LOG = logging.getLogger(__name__)
