@@ -99,12 +99,12 @@ def _calibration(mode: str, kind: str, profile: Calibration | None) -> KeySteps 
         if mode == CALIBRATED:
             raise ValueError(needs_profile())
         return None
-    if profile.kind != kind or profile.calibration is None:
+    if profile.kind != kind or profile.key_steps is None:
         raise ValueError(
             f"The profile '{profile.name}' is a {profile.kind.replace('_', ' ')}, but this node needs a "
             f"{kind.replace('_', ' ')}: make one with 'Attune Fit Encoder Propagation'."
         )
-    return profile.calibration
+    return profile.key_steps
 
 
 def _shown(node, settings: Settings):

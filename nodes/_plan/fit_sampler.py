@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
 
 from ...kernels.space import NoiseSpace
-from ...kernels.timestep_aligner import Alignment as Fitted
+from ...kernels.timestep_aligner import Alignment
 from ...kernels.tuner import PRESETS, Preset, Progress, Tuned
-from ...models.calibration import Calibration, CondLevels, ModelIdentity
+from ...models.calibration import SCHEDULE, Calibration, CondLevels, ModelIdentity, fitted, size_text
 
 METHODS = {"tuner": "tuned schedule", "ays_klub": "bound of Align Your Steps"}  # as chosen -> in words
 
@@ -87,7 +86,7 @@ def stopped_profile(now: Progress, setting: Setting, method: str) -> Calibration
 
 
 def aligned_profile(
-    alignment: Fitted | None, sigmas: list[float], setting: Setting, metrics: dict, **how
+    alignment: Alignment | None, sigmas: list[float], setting: Setting, metrics: dict, **how
 ) -> Calibration:
     """An alignment alone, on the levels it was fitted at."""
     return _profile("aligned timesteps", setting, sigmas, alignment, metrics, **how)
@@ -97,7 +96,7 @@ def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> 
     """Everything that was measured, what was kept and what was refused, in lines."""
     held = tuned.held_out
     lines = [
-        f"{len(tuned.sigmas) - 1} steps of {setting.solver}, cfg {setting.cfg:g}, {_size(setting.resolution)}.",
+        f"{len(tuned.sigmas) - 1} steps of {setting.solver}, cfg {setting.cfg:g}, {size_text(setting.resolution)}.",
         plan,
         "Error: distance of the end of a run from that of many small steps with the same noise, relative.",
         *(f"  {error:.4f}  {name}" for name, error in sorted(tuned.candidates.items(), key=lambda item: item[1])),
@@ -124,38 +123,13 @@ def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> 
 
 
 def _profile(
-    method: str, setting: Setting, sigmas: list[float], fitted: Fitted | None, metrics: dict, **how
+    method: str, setting: Setting, sigmas: list[float], alignment: Alignment | None, metrics: dict, **how
 ) -> Calibration:
-    model = setting.model
-    alignments: tuple[CondLevels, ...] = ()
-    if fitted is not None and fitted.changes:
-        alignments = (CondLevels(setting.runs, setting.resolution, *fitted.knots(setting.space)),)
-    steps = len(sigmas) - 1
-    return Calibration(
-        name=f"{model.families[0]} {setting.solver} {steps} steps, {method}",
-        method=method,
-        space=model.space,
-        families=model.families[:1],
-        resolution=setting.resolution,
-        sigmas=tuple(sigmas),
-        source="Fitted with ComfyUI-Attune on this model.",
-        solver=setting.solver,
-        prediction=model.prediction,
-        cfg=setting.cfg,
-        config_hash=model.config_hash,
-        weights_hash=model.weights_hash,
-        alignments=alignments,
-        metrics=metrics,
-        provenance={
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "seed": setting.seed,
-            "ran": setting.runs,
-            "patched": model.patched,
-            **({} if model.shift is None else {"shift": round(model.shift, 6)}),
-            **how,
-        },
-    )
-
-
-def _size(resolution: tuple[int, int]) -> str:
-    return "x".join(map(str, resolution))
+    levels: tuple[CondLevels, ...] = ()
+    if alignment is not None and alignment.changes:
+        levels = (CondLevels(setting.runs, setting.resolution, *alignment.knots(setting.space)),)
+    return fitted(
+        setting.model, SCHEDULE, f"{setting.solver} {len(sigmas) - 1} steps, {method}", method, setting.resolution,
+        metrics, solver=setting.solver, cfg=setting.cfg, sigmas=sigmas, alignments=levels, seed=setting.seed,
+        ran=setting.runs, **how,
+    )  # fmt: skip
