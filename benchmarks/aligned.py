@@ -28,9 +28,11 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import published
 import torch
 from PIL import Image
 
+import _pack  # noqa: F401
 from comfy_process import ROOT, Host
 from harness import BATCH, CACHE, Cell, Lab, Noise, Task, last, prompt, tasks
 from looks import CONVERGED, GROUPS, Look, converged, data, look, to_data
@@ -163,7 +165,7 @@ def aligned(lab: FittedLab, model: str, steps: int, loss: str) -> dict:
                 return [alpha * data + sigma * torch.randn(data.shape, generator=draws)]
 
             anew = noised if loss == "parallel" else None
-            fit = kernel.align_published(solves.denoise, levels, [path.states[0]], space, high, anew)
+            fit = published.align_published(solves.denoise, levels, [path.states[0]], space, high, anew)
         found = last(fit)
         sigma, sigma_hat = found.knots(space)
         return {"sigma": sigma, "sigma_hat": sigma_hat, "gain": found.gain}
@@ -174,18 +176,18 @@ def aligned(lab: FittedLab, model: str, steps: int, loss: str) -> dict:
 
 def klub(lab: FittedLab, model: str, start: str) -> dict:
     """{"sweeps": positive sigma / alpha at the start and after each sweep, "moved": ln in the last one}, 10 steps."""
-    ays, tuner, space = lab.module("kernels.ays"), lab.module("kernels.tuner"), lab.space(model)
+    space = lab.space(model)
 
     def work(solves, noises, reference) -> dict:
         data = solves.record(reference, noises[0]).end
         low = float(lab.models[model].get_model_object("model_sampling").sigma_min)
         levels = torch.tensor(lab.sigmas(model, "normal", KLUB_STEPS)).double()
         levels[-1] = min(low, float(levels[-2]) / 2)
-        ratio = (levels / space.alpha(levels)).clamp(max=tuner.LARGEST_RATIO)
+        ratio = (levels / space.alpha(levels)).clamp(max=published.TOP_OF_FLOW)
         if start != "normal":
-            ratio = ays.klub_optimal_gaussian(KLUB_STEPS, float(ratio[-1]), float(ratio[0]), float(data.std()))
-        denoise, generator = ays.ve_denoiser(solves.denoise_at, space), torch.Generator().manual_seed(0)
-        search = ays.minimise_klub(denoise, data, ratio, generator, sweeps=KLUB_SWEEPS)
+            ratio = published.klub_optimal_gaussian(KLUB_STEPS, float(ratio[-1]), float(ratio[0]), float(data.std()))
+        denoise, generator = published.ve_denoiser(solves.denoise_at, space), torch.Generator().manual_seed(0)
+        search = published.minimise_klub(denoise, data, ratio, generator, sweeps=KLUB_SWEEPS)
         sweeps = [sweep for sweep in search if sweep is not None]
         return {"sweeps": [ratio.tolist(), *(one.sigmas.tolist() for one in sweeps)], "moved": sweeps[-1].moved}
 
