@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published import TOP_OF_FLOW, align_published, klub_optimal_gaussian, minimise_klub, ve_denoiser
 from torch import Tensor
 
 from comfy_process import Host
@@ -42,9 +43,6 @@ from exact import (
     start,
 )
 from harness import last
-from pack.kernels.ays import klub_optimal_gaussian, minimise_klub, ve_denoiser
-from pack.kernels.timestep_aligner import align_published
-from pack.kernels.tuner import LARGEST_RATIO
 from pack.models.calibration import Calibration, CondLevels
 from results import DOCS, Table, markdown, record
 
@@ -116,7 +114,7 @@ def klub(problem: Problem, solver: str, steps: int, early: bool) -> Tensor:
     space, uniform = problem.space, levels(problem.host, problem.model, "normal", steps).double()
     low = float(problem.sampling.sigma_min)
     positive = torch.cat([uniform[:-1], torch.tensor([min(low, float(uniform[-2]) / 2)])])
-    ratio = (positive / space.alpha(positive)).clamp(max=LARGEST_RATIO)
+    ratio = (positive / space.alpha(positive)).clamp(max=TOP_OF_FLOW)
     if not early:
         ratio = klub_optimal_gaussian(steps, float(ratio[-1]), float(ratio[0]), 1.0)
     data = problem.data(4096 if problem.name == "mixture" else 64)

@@ -7,18 +7,18 @@ import time
 
 import torch
 
+from ..kernels.gate import FEWEST, Verdict, judge
 from ..kernels.schedules import check_sigmas
-from ..kernels.timestep_aligner import CANDIDATES, align, block_norm, block_norms
+from ..kernels.timestep_aligner import CALLS_PER_STEP, align
 from ..kernels.tuner import (
-    PRESETS,
+    TUNER_PRESETS,
     Progress,
     Runner,
     check_candidates,
-    is_gain,
-    mean,
+    picture_errors,
+    reference_error,
     reference_levels,
     tune,
-    tune_by_bound,
 )
 from ._draw.axes import to_image
 from ._draw.schedules import Curve, draw_schedules
@@ -28,7 +28,6 @@ from ._host.identity import identify, pixels
 from ._host.session import ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 from ._host.stock_schedules import known_schedules
 from ._plan.fit_sampler import (
-    METHODS,
     Setting,
     affordable,
     aligned_profile,
@@ -93,8 +92,8 @@ class AttuneTuneSchedule(io.ComfyNode):
                     tooltip="The number of steps to fit for. The gain is largest from 5 to 12.",
                 ),
                 io.Combo.Input(
-                    "preset", options=list(PRESETS), default="mini",
-                    tooltip="How thorough: at 8 steps at most about 400, 1100 or 2600 evaluations of the model. The "
+                    "preset", options=list(TUNER_PRESETS), default="mini",
+                    tooltip="How thorough: at 8 steps at most about 800, 1600 or 3400 evaluations of the model. The "
                     "time is measured before it starts.",
                 ),
                 io.Float.Input(
@@ -105,12 +104,6 @@ class AttuneTuneSchedule(io.ComfyNode):
                 io.Sigmas.Input(
                     "sigmas", optional=True,
                     tooltip="A schedule of your own with as many steps: it enters the contest first.",
-                ),
-                io.Combo.Input(
-                    "method", options=list(METHODS), default="tuner", optional=True,
-                    tooltip="tuner: search by the error of whole runs, then align the timesteps. ays_klub: minimise "
-                    "the bound of Align Your Steps from the 'normal' schedule, stopped early; it needs 20 to 40 times "
-                    "as many evaluations and seldom wins.",
                 ),
             ],
             outputs=OUTPUTS,
@@ -130,7 +123,6 @@ class AttuneTuneSchedule(io.ComfyNode):
         budget_minutes,
         seed,
         sigmas=None,
-        method="tuner",
     ) -> io.NodeOutput:
         solver, setting, empty = _setting(model, cfg, sampler, latent, seed)
         known = known_schedules(model, steps)
@@ -142,7 +134,7 @@ class AttuneTuneSchedule(io.ComfyNode):
         def work(solves: Solves):
             seconds = solves.seconds_per_evaluation(setting.model.sigma_max, *draw_noises(empty, seed, 1))
             chosen, plan = affordable(
-                preset, steps, len(known), solver.order, solver.first_order, seconds, budget_minutes, method
+                preset, steps, len(known), solver.order, solver.first_order, seconds, budget_minutes
             )
             LOG.info("Attune Tune Schedule: %s", plan)
             reference = reference_levels(
@@ -152,14 +144,8 @@ class AttuneTuneSchedule(io.ComfyNode):
             draws = draw_noises(empty, seed, chosen.fit + chosen.held_out)
             in_time = lambda: not budget_minutes or time.monotonic() < deadline
             runner = _runner(solves, solver, setting)
-            if method == "tuner":
-                fit = tune(runner, known, reference, draws, chosen, setting.space, in_time)
-            else:
-                generator = torch.Generator().manual_seed(seed)
-                fit = tune_by_bound(
-                    runner, known, reference, draws, chosen, setting.space, setting.model.sigma_min, generator, in_time
-                )
-            return _watched(fit, lambda now, levels: _stopped(now, levels, known, setting, method)), plan
+            fit = tune(runner, known, reference, draws, chosen, setting.space, in_time)
+            return _watched(fit, lambda now, levels: _stopped(now, levels, known, setting)), plan
 
         whole = torch.tensor([setting.model.sigma_max, 0.0])
         tuned, plan = run_session(model, positive, negative, cfg, solver, whole, empty, seed, setting.space, work)
@@ -172,7 +158,7 @@ class AttuneTuneSchedule(io.ComfyNode):
             Curve(f"start: {tuned.start}", tuple(known[tuned.start].tolist())),
             Curve("tuned" if tuned.changed else "kept", tuple(tuned.sigmas.tolist()), told),
         ]
-        profile = tuned_profile(tuned, setting, method, preset, took)
+        profile = tuned_profile(tuned, setting, preset, took)
         plot = draw_schedules(curves, f"{steps} steps of {solver.name}")
         ProgressBar(1).update(1, plot)  # the page shows the last live preview rather than what a node hands out
         picture = to_image(plot)
@@ -195,8 +181,8 @@ class AttuneAlignTimesteps(io.ComfyNode):
                 io.Sigmas.Input("sigmas", tooltip="The levels to keep, such as those of Attune Scheduler."),
                 io.Int.Input(
                     "noises", default=2, min=1, max=16,
-                    tooltip="How many noises are fitted on; one more is held out to measure the gain. "
-                    "One costs 48 + 15 evaluations for each step.",
+                    tooltip="How many noises are fitted on, each for 48 evaluations and 15 more for each step. Six "
+                    "more pictures are held out to measure the gain.",
                 ),
                 _seed(),
             ],
@@ -212,20 +198,20 @@ class AttuneAlignTimesteps(io.ComfyNode):
                 "it worse. Connect a KSamplerSelect with 'euler', or tune the levels with Attune Tune Schedule."
             )
         levels = _own(sigmas, len(sigmas) - 1)
-        metrics, fitted, kept = run_session(
+        metrics, fitted, verdict = run_session(
             model, positive, negative, cfg, solver, levels, empty, seed, setting.space,
-            lambda solves: _align(solves, solver, setting, levels, draw_noises(empty, seed, noises + 1)),
+            lambda solves: _align(
+                solves, setting, levels, draw_noises(empty, seed, noises + _held_out(empty)), noises
+            ),
         )  # fmt: skip
-        before, after = metrics["held_out"]["start"], metrics["held_out"]["aligned"]
+        kept = verdict.accepted
         said = "kept" if kept else "not kept: the profile tells the network the true levels"
         report = "\n".join(
             [
                 f"{len(levels) - 1} steps of {solver.name}, cfg {cfg:g}, {metrics['evaluations']} evaluations.",
-                f"On held-out noise the error falls from {before:.4f} to {after:.4f}; {said}."
-                if after < before
-                else f"On held-out noise the error does not fall: {before:.4f} before, {after:.4f} after; {said}.",
+                f"On held-out pictures {verdict.said}; {said}.",
                 "sigma -> told to the network: "
-                + ", ".join(f"{s:.4g} -> {t:.4g}" for s, t in zip(fitted.sigma, fitted.sigma_hat, strict=True)),
+                + ", ".join(f"{s:.4g} -> {t:.4g}" for s, t in zip(fitted.sigma, fitted.sigma_cond, strict=True)),
             ]
         )
         LOG.info("Attune Align Timesteps:\n%s", report)
@@ -264,7 +250,7 @@ def _own(sigmas: torch.Tensor, steps: int) -> torch.Tensor:
 
 def _runner(solves: Solves, solver: Solver, setting: Setting) -> Runner:
     denoise = solves.denoise if solver.first_order else None
-    return Runner(solves.solve, solves.record, denoise, solver.order, setting.model.sigma_max, solves.denoise_at)
+    return Runner(solves.solve, solves.record, denoise, solver.order, setting.model.sigma_max)
 
 
 def _watched(fit, stopped):
@@ -288,46 +274,54 @@ def _watched(fit, stopped):
         raise
 
 
-def _stopped(now: Progress, best: torch.Tensor, known: dict[str, torch.Tensor], setting: Setting, method: str) -> None:
+def _stopped(now: Progress, best: torch.Tensor, known: dict[str, torch.Tensor], setting: Setting) -> None:
     """Keep what the search has found so far; a known schedule needs no keeping."""
     levels = ", ".join(f"{s:.4f}" for s in best.tolist())
     where = "a known schedule"
     if not any(torch.equal(best, one) for one in known.values()):
         try:
-            where = f"kept as {keep_profile(stopped_profile(now, setting, method)).name}, not proved on held-out noises"
+            where = f"kept as {keep_profile(stopped_profile(now, setting)).name}, not proved on held-out noises"
         except ValueError as error:
             where = str(error)
     LOG.warning("Attune Tune Schedule stopped while %s. Best levels so far: %s; %s", now.stage, levels, where)
 
 
-def _align(solves: Solves, solver: Solver, setting: Setting, levels: torch.Tensor, draws: list[torch.Tensor]):
-    """Metrics, the fit on all `draws` but the last, which is held out, and whether it gains there."""
-    *fitted_on, held = draws
+def _held_out(empty: torch.Tensor) -> int:
+    """How many noises hold the pictures that the gate needs."""
+    return -(-FEWEST // len(empty))
+
+
+def _align(
+    solves: Solves, solver: Solver, setting: Setting, levels: torch.Tensor, draws: list[torch.Tensor], fit_on: int
+):
+    """Metrics, the fit on the first `fit_on` of `draws`, and what the gate finds on the others, which are held out."""
     reference = reference_levels(
-        PRESETS["standard"].reference_steps, setting.space, setting.model.sigma_min, float(levels[0])
+        TUNER_PRESETS["standard"].reference_steps, setting.space, setting.model.sigma_min, float(levels[0])
     )
     paths = [solves.record(reference, noise) for noise in draws]
-    done = solves.evaluations
-    bar = ProgressBar(done + CANDIDATES * (len(levels) - 1) * len(fitted_on) + 2 * (len(levels) - 1))
-    fit = align(solves.denoise, levels, paths[:-1], setting.space, setting.model.sigma_max)
+    coarse = solves.record(torch.cat([reference[:-1:2], reference[-1:]]), draws[0]).end
+    doubt, done, steps = reference_error(paths[0].end, coarse), solves.evaluations, len(levels) - 1
+    bar = ProgressBar(done + CALLS_PER_STEP * steps * fit_on + 2 * steps * (len(draws) - fit_on))
+    fit = align(solves.denoise, levels, paths[:fit_on], setting.space, setting.model.sigma_max)
     try:
         while True:
             bar.update(done + next(fit))
     except StopIteration as end:
         fitted = end.value
-    exact = paths[-1].end
 
     def errors(a_map) -> torch.Tensor:
-        return block_norms(solves.solve(levels, held, a_map) - exact) / block_norm(exact)
+        unseen = zip(draws[fit_on:], paths[fit_on:], strict=True)
+        return torch.cat([picture_errors(solves.solve(levels, noise, a_map), path.end) for noise, path in unseen])
 
     before = errors(None)
     after = errors(fitted.through(setting.space)) if fitted.changes else before
+    verdict: Verdict = judge(before, after, doubt=doubt)
     metrics = {
-        "held_out": {"start": mean(before), "aligned": mean(after)},
+        "held_out": {"start": verdict.before, "aligned": verdict.after},
         "gain_per_step": list(fitted.gain),
         "evaluations": solves.evaluations,
     }
-    return metrics, fitted, is_gain(before, after)
+    return metrics, fitted, verdict
 
 
 NODES = [AttuneTuneSchedule, AttuneAlignTimesteps]

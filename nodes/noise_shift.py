@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
+from dataclasses import replace
 
 import torch
 
-from ..kernels.noise_shift import FEWEST, FITS, PRESETS, Preset, Shift
+from ..kernels.noise_shift import FEWEST, SHIFT_PRESETS, Shift, fit_joint
 from ..kernels.space import NoiseSpace
 from ..models.calibration import SUFFIX, Calibration, file_stem
 from ._draw.axes import to_image
@@ -66,14 +67,13 @@ class AttuneFitNoiseShift(io.ComfyNode):
                 ),
                 io.Int.Input("native_height", default=1024, min=16, max=16384, step=8, tooltip="Its height."),
                 io.Combo.Input(
-                    "preset", options=list(PRESETS), default="quick",
-                    tooltip="Per size: quick 8 pictures and 832 evaluations of the network, normal 32 and 6656, "
-                    "thorough 128 and 26624.",
+                    "preset", options=list(SHIFT_PRESETS), default="quick",
+                    tooltip="Per size: quick 8 pictures and 896 evaluations of the network, normal 32 and 7168, "
+                    "thorough 128 and 28672.",
                 ),
                 io.Combo.Input(
-                    "method", options=list(FITS), default="joint",
-                    tooltip="joint: one smooth curve, kept only if it proves itself on held-out pictures. per level: "
-                    "as published, the best candidate of every level, without proof.",
+                    "method", options=["joint"], default="joint",
+                    tooltip="joint: one smooth curve, kept only if it proves itself on held-out pictures.",
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=2**64 - 1, control_after_generate=False,
@@ -93,11 +93,11 @@ class AttuneFitNoiseShift(io.ComfyNode):
                     tooltip="What the pictures show: one prompt for all, or one for each. Without it: zeroed text.",
                 ),
                 io.Latent.Input(
-                    "latent", optional=True, tooltip="Clean pictures, encoded at the size to calibrate, at least 4."
+                    "latent", optional=True, tooltip="Clean pictures, encoded at the size to calibrate, at least 6."
                 ),
                 io.Image.Input(
                     "images", optional=True,
-                    tooltip="Clean pictures, at least 4 and as large as the largest of 'sizes': they are cut to the "
+                    tooltip="Clean pictures, at least 6 and as large as the largest of 'sizes': they are cut to the "
                     "middle, made smaller and encoded with 'vae'.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Needed with 'images' and for pictures of the model's own."),
@@ -117,7 +117,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
         cls, model, sizes, native_width, native_height, preset, method, seed, save_as, cfg=4.0, positive=None,
         latent=None, images=None, vae=None, negative=None,
     ) -> io.NodeOutput:  # fmt: skip
-        native, effort = (native_width, native_height), PRESETS[preset]
+        native, effort = (native_width, native_height), SHIFT_PRESETS[preset]
         wanted = _wanted(model, sizes, latent, images, vae)
         given = effort.pictures if latent is None and images is None else len(_pictures(latent, images))
         lines = _sources(latent, images, positive)
@@ -136,7 +136,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
         began = time.monotonic()
         if latent is None and images is None and left:
             images = draw_own(model, vae, prompts, negative, cfg, native, count, seed)
-        bar = ProgressBar(max(len(left) * count * effort.levels * effort.offsets, 1))
+        bar = ProgressBar(max(len(left) * replace(effort, pictures=count).evaluations, 1))
         profile, done = found, 0
         for size in left:
             x0 = _clean(latent, images, vae, size)[:count]
@@ -144,13 +144,11 @@ class AttuneFitNoiseShift(io.ComfyNode):
             space = NoiseSpace(about.space)
 
             def work(x0, denoise, space=space, done=done) -> Shift:
-                fit = FITS[method](
-                    denoise, x0, Preset(len(x0), effort.levels, effort.offsets), space, limits(model), seed
-                )
+                fit = fit_joint(denoise, x0, replace(effort, pictures=len(x0)), space, limits(model), seed)
                 return _finished(fit, lambda evaluations: bar.update(done + evaluations))
 
             shift = calibrate(model, prompts, x0, chunk, space, work)
-            done += count * effort.levels * effort.offsets
+            done += replace(effort, pictures=count).evaluations
             lines.append(shift_report(size, shift, space))
             LOG.info("Attune Fit Noise Shift: %s", lines[-1])
             profile = noise_shift_profile(about, native, {size: shift}, method, profile, **how)
@@ -158,7 +156,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
                 keep_profile(profile, save_as, replace=True)
         assert profile is not None
         lines.append(f"{done} evaluations in {time.monotonic() - began:.0f} s.")
-        if all(one.sigma == one.sigma_hat for one in profile.alignments):
+        if all(one.sigma == one.sigma_cond for one in profile.alignments):
             lines.append("Nothing is to be gained at any of these sizes: the profile changes nothing.")
         elif not save_as.strip():
             lines.append(keep_fit(profile))

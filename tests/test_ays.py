@@ -6,17 +6,10 @@ import math
 
 import pytest
 import torch
+from published import KlubNoise, klub_gaussian, klub_interval, klub_optimal_gaussian, minimise_klub, subdivided
 
 from oracles import end_std, finish, gaussian
-from pack.kernels.ays import (
-    KlubNoise,
-    kl_optimal,
-    klub_gaussian,
-    klub_interval,
-    klub_optimal_gaussian,
-    minimise_klub,
-    subdivided,
-)  # fmt: skip
+from pack.kernels.ays import kl_optimal
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
 

@@ -99,10 +99,10 @@ def test_a_good_file_is_read_as_it_stands(tmp_path):
         ({"metrics": {"a": 10**400}}, '"metrics" must be a small JSON object'),
         ({"alignments": {}}, '"alignments" must be a list'),
         ({"alignments": [3]}, r'"alignments"\[0\] must be a JSON object'),
-        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0]}]}, r'"alignments"\[0\] "sigma_hat" must list'),
-        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0], "sigma_hat": [9.0]}]}, "ratio beyond 8"),
-        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0, 0.5], "sigma_hat": [1, 1]}]}, "must ascend"),
-        ({"alignments": [{"resolution": [8], "sigma": [1.0], "sigma_hat": [1.0]}]}, "in pixels"),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0]}]}, r'"alignments"\[0\] "sigma_cond" must list'),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0], "sigma_cond": [9.0]}]}, "ratio beyond 8"),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0, 0.5], "sigma_cond": [1, 1]}]}, "must ascend"),
+        ({"alignments": [{"resolution": [8], "sigma": [1.0], "sigma_cond": [1.0]}]}, "in pixels"),
         ({"kind": "noise_shift"}, "no place in a noise shift"),
         ({"kind": "noise_shift", "sigmas": []}, "at least one resolution"),
         ({"id": "attune-0123456789abcdef"}, "changed after it was saved"),
@@ -280,5 +280,5 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
 def test_an_alignment_becomes_a_map_through_its_knots():
     one = FITTED.alignments[0]
     out = conditioning_map(FITTED, one)(torch.tensor(one.sigma, dtype=torch.float64))
-    torch.testing.assert_close(out, torch.tensor(one.sigma_hat, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(out, torch.tensor(one.sigma_cond, dtype=torch.float64), rtol=1e-12, atol=0)
     assert conditioning_map(FITTED, one, strength=0.0).is_identity

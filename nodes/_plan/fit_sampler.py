@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Alignment
-from ...kernels.tuner import PRESETS, Preset, Progress, Tuned
+from ...kernels.tuner import TUNER_PRESETS, Progress, Tuned, TunerPreset
 from ...models.calibration import SCHEDULE, Calibration, CondLevels, ModelIdentity, fitted, size_text
 
-METHODS = {"tuner": "tuned schedule", "ays_klub": "bound of Align Your Steps"}  # as chosen -> in words
+METHOD = "tuned schedule"
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,20 @@ def affordable(
     aligned: bool,
     seconds: float,
     minutes: float,
-    method: str = "tuner",
-) -> tuple[Preset, str]:
+) -> tuple[TunerPreset, str]:
     """The preset `wanted`, or the largest smaller one that fits into `minutes` (0: no limit), and a sentence on it.
 
     `seconds`: measured for one evaluation of the guided model. ValueError when not even the smallest fits.
     """
-    names = list(PRESETS)
-    needed = {
-        name: one.evaluations(steps, candidates, order, aligned)
-        if method == "tuner"
-        else one.bound_evaluations(steps, candidates, order)
-        for name, one in PRESETS.items()
-    }
+    names = list(TUNER_PRESETS)
+    needed = {name: one.evaluations(steps, candidates, order, aligned) for name, one in TUNER_PRESETS.items()}
     for name in reversed(names[: names.index(wanted) + 1]):
         needs = needed[name] * seconds / 60
         if not minutes or needs <= minutes:
             said = f"Preset '{name}': at most {needed[name]} evaluations of {seconds:.3g} s, {needs:.3g} minutes."
-            return PRESETS[name], said if name == wanted else f"'{wanted}' would take longer than the budget. {said}"
+            return TUNER_PRESETS[
+                name
+            ], said if name == wanted else f"'{wanted}' would take longer than the budget. {said}"
     least = needed[names[0]] * seconds / 60
     raise ValueError(
         f"One evaluation of this MODEL takes {seconds:.3g} s here, so the smallest preset '{names[0]}' needs "
@@ -62,7 +58,7 @@ def affordable(
     )
 
 
-def tuned_profile(tuned: Tuned, setting: Setting, method: str, preset: str, seconds: float) -> Calibration:
+def tuned_profile(tuned: Tuned, setting: Setting, preset: str, seconds: float) -> Calibration:
     """What was found, with its evidence and how it was found."""
     metrics = {
         "held_out": tuned.held_out,
@@ -72,16 +68,16 @@ def tuned_profile(tuned: Tuned, setting: Setting, method: str, preset: str, seco
         "refused": tuned.refused,
     }
     return _profile(
-        METHODS[method], setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
+        METHOD, setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
         preset=preset, evaluations=tuned.evaluations, seconds=round(seconds, 1),
     )  # fmt: skip
 
 
-def stopped_profile(now: Progress, setting: Setting, method: str) -> Calibration:
+def stopped_profile(now: Progress, setting: Setting) -> Calibration:
     """The best levels of a search that was stopped, which no held-out noise has seen."""
     assert now.best is not None
     metrics = {"fitted": now.error, "refused": [f"Stopped while {now.stage}: not proved on held-out noises."]}
-    profile = _profile(METHODS[method], setting, now.best.tolist(), None, metrics, evaluations=now.evaluations)
+    profile = _profile(METHOD, setting, now.best.tolist(), None, metrics, evaluations=now.evaluations)
     return replace(profile, name=f"{profile.name}, stopped")
 
 
@@ -105,9 +101,9 @@ def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> 
     if setting.runs != setting.solver:
         lines.append(f"Fitted with {setting.runs}, which {setting.solver} follows but for the noise that it adds.")
     if "aligned" in held:
-        lines.append(f"Aligned timesteps: {held['aligned']:.4f} on held-out noises, kept.")
+        lines.append(f"Aligned timesteps: {held['aligned']:.4f} on held-out noises, kept.{_seen(tuned, 'aligned')}")
     if "refined" in held:
-        lines.append(f"Refined levels: {held['refined']:.4f} on held-out noises, kept.")
+        lines.append(f"Refined levels: {held['refined']:.4f} on held-out noises, kept.{_seen(tuned, 'refined')}")
     lines += tuned.refused
     if not tuned.changed:
         lines.append(f"No better schedule found: the profile is '{tuned.start}', unchanged.")
@@ -120,6 +116,10 @@ def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> 
             "Below 6 steps no schedule reaches the reference; look at the pictures before you trust the number."
         )
     return "\n".join(lines)
+
+
+def _seen(tuned: Tuned, stage: str) -> str:
+    return f" Over what was kept before: {tuned.verdicts[stage].said}." if stage in tuned.verdicts else ""
 
 
 def _profile(

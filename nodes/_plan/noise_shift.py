@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from ...kernels.conditioning import ConditioningMap, compose
-from ...kernels.noise_shift import Preset, Shift
+from ...kernels.noise_shift import Shift, ShiftPreset
 from ...kernels.space import NoiseSpace
 from ...models.calibration import (
     NOISE_SHIFT,
@@ -120,7 +121,7 @@ def noise_shift_profile(
 ) -> Calibration:
     """The curves by size, after those of `base`, with their evidence and how they were found."""
     curves = {one.resolution: one for one in base.alignments} if base else {}
-    curves |= {size: CondLevels("", size, shift.sigma, shift.sigma_hat) for size, shift in shifts.items()}
+    curves |= {size: CondLevels("", size, shift.sigma, shift.sigma_cond) for size, shift in shifts.items()}
     evidence = dict(base.metrics) if base else {}
     evidence |= {size_text(size): _facts(shift) for size, shift in shifts.items()}
     ordered = sorted(curves.values(), key=lambda one: (math.prod(one.resolution), one.resolution))
@@ -154,11 +155,14 @@ def shift_report(size: Size, shift: Shift, space: NoiseSpace) -> str:
     return f"{size_text(size)}: {verdict}.\n  sigma, offset in log units (least loss of any candidate): {per_level}"
 
 
-def plan(sizes: Sequence[Size], preset: Preset, pictures: int) -> str:
+def plan(sizes: Sequence[Size], preset: ShiftPreset, pictures: int) -> str:
     """What the fit costs, before it starts."""
     used = min(pictures, preset.pictures)
-    each = used * preset.levels * preset.offsets
-    said = f"{used} pictures, {preset.levels} noise levels, {preset.offsets} candidates: {each} evaluations a size"
+    each = replace(preset, pictures=used).evaluations
+    said = (
+        f"{used} pictures, {preset.levels} noise levels, {preset.offsets} candidates, {preset.noises} noises: {each} "
+        "evaluations a size"
+    )
     fewer = f" (the preset would use {preset.pictures} pictures)" if used < preset.pictures else ""
     return f"{said}{fewer}, {len(sizes)} {'size' if len(sizes) == 1 else 'sizes'}, without guidance."
 

@@ -135,7 +135,7 @@ def _conditioning(
 
 
 def _said_of(alignment: CondLevels, strength: float) -> str:
-    ratios = [b / a for a, b in zip(alignment.sigma, alignment.sigma_hat, strict=True)]
+    ratios = [b / a for a, b in zip(alignment.sigma, alignment.sigma_cond, strict=True)]
     bound = f" with {alignment.solver} only; another sampler runs without it" if alignment.solver else ""
     return (
         f"Timestep alignment at strength {strength:g}: at strength 1 the network is told {min(ratios):.3g} to "

@@ -98,9 +98,9 @@ def test_a_quick_fit_finds_what_the_model_hears_wrong_and_costs_832_evaluations(
     assert sum(rows) == 832 and max(rows) <= 8 and "832 evaluations a size" in report and "kept" in report
     (fitted,) = profile.alignments
     assert fitted.resolution == (64, 64) and profile.metrics["64x64"]["accepted"]
-    told = torch.logit(torch.tensor(fitted.sigma_hat)) - torch.logit(torch.tensor(fitted.sigma))
+    told = torch.logit(torch.tensor(fitted.sigma_cond)) - torch.logit(torch.tensor(fitted.sigma))
     truth = fit(host, flow[0], prompts, latent=clean)[0].alignments[0]
-    own = torch.logit(torch.tensor(truth.sigma_hat)) - torch.logit(torch.tensor(truth.sigma))
+    own = torch.logit(torch.tensor(truth.sigma_cond)) - torch.logit(torch.tensor(truth.sigma))
     assert (told - own + 0.5).abs()[1:-1].max() < 0.15
     assert plot.shape == (1, 600, 960, 3)
 

@@ -320,7 +320,7 @@ def test_a_model_shift_before_and_after_gives_the_same_run(host, flow, encode):
 def test_two_applied_profiles_give_the_same_bits_in_both_orders(host, demo, encode):
     other = replace(
         VE, name="shift", kind="noise_shift", sigmas=(), solver="",
-        alignments=(replace(VE_KNOTS, solver="", sigma_hat=(0.42, 1.5, 4.3, 14.2)),),
+        alignments=(replace(VE_KNOTS, solver="", sigma_cond=(0.42, 1.5, 4.3, 14.2)),),
     )  # fmt: skip
     apply = lambda model, profile: host.call("AttuneApplyProfile", model=model, profile=profile)[0]
     sigmas = torch.tensor(VE.sigmas)
