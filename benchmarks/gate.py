@@ -22,12 +22,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from analytic import Mixture, PowerLawField
 from torch import Tensor
 
 import _pack  # noqa: F401
 from harness import last
 from oracles import dpmpp_2m, fine_levels, network, path, stock_schedules
-from pack.kernels.analytic import Mixture, PowerLawField
 from pack.kernels.conditioning import ConditioningMap
 from pack.kernels.gate import judge
 from pack.kernels.space import NoiseSpace

@@ -122,11 +122,14 @@ def tune(
     preset: TunerPreset,
     space: NoiseSpace,
     has_time: Callable[[], bool] = lambda: True,
+    levels: bool = True,
+    timesteps: bool = True,
 ) -> Generator[Progress, None, Tuned]:
     """Screen the first `preset.candidates` of the schedules, align, refine, keep what helps on held-out noises.
 
     All candidates have the same number of steps. `noises`: fit + held_out of them. `reference`: the levels of its run.
-    Once `has_time` says no, what is left of the search is skipped and its best goes to the gate.
+    levels, timesteps: whether these are fitted; timesteps only where the runner has `denoise`. Once `has_time` says no,
+    what is left of the search is skipped and its best goes to the gate.
     """
     if len(noises) != preset.fit + preset.held_out:
         raise ValueError(f"The preset needs {preset.fit + preset.held_out} noises, but there are {len(noises)}.")
@@ -135,9 +138,10 @@ def tune(
     yield from work.screen()
     yield from work.choose_start()
     if work.can_search():
-        if runner.denoise is not None and has_time():
-            yield from work.align()
-        yield from work.refine(has_time)
+        if timesteps and runner.denoise is not None and has_time():
+            yield from work.align(levels)
+        if levels:
+            yield from work.refine(has_time)
     return work.tuned()
 
 
@@ -271,14 +275,17 @@ class _Work:
         )
         return False
 
-    def align(self) -> Generator[Progress, None, None]:
-        """Align the timesteps of the start to the exact paths, and keep the map if the gate lets it pass."""
+    def align(self, more: bool) -> Generator[Progress, None, None]:
+        """Align the timesteps of the start to the exact paths, and keep the map if the gate lets it pass.
+
+        more: whether another look at the held-out noises follows.
+        """
         fitted = yield from self._aligned()
         a_map = fitted.through(self.space)
         if a_map is None:
             self.refused.append("The aligned timesteps were not kept: no step gains from another than the true one.")
             return
-        self.looks = 2  # this one, and that of `refine`
+        self.looks = 1 + more
         if self.passes("aligned", "aligned timesteps", self.kept, a_map):
             self.alignment, self.a_map = fitted, a_map
             self.error = self.fitted_error(self.best)

@@ -259,7 +259,8 @@ def _model_misfits(one: Calibration, model: ModelIdentity) -> Iterable[Misfit]:
             "ve": "models with Stable Diffusion's noise (sigma up to about 15)",
             "flow": "flow models (sigma 0 to 1)",
         }
-        said = f"'{one.name}' is for {kinds[one.space]}, but this MODEL ({model.family}) is one of the {kinds[model.space]}."
+        ours = kinds[model.space]
+        said = f"'{one.name}' is for {kinds[one.space]}, but this MODEL ({model.family}) is one of the {ours}."
         yield Misfit("noise", "for another kind of noise", said, True)
     elif one.sigmas and one.sigmas[0] > model.sigma_max * 1.01:
         said = (
@@ -295,8 +296,8 @@ def _model_misfits(one: Calibration, model: ModelIdentity) -> Iterable[Misfit]:
     shift = one.provenance.get("shift")
     if model.shift is not None and isinstance(shift, int | float) and abs(shift - model.shift) > 0.01 * model.shift:
         said = (
-            f"'{one.name}' was fitted beside a shift of {shift:g}, this MODEL has {model.shift:g}; levels of a profile are "
-            "absolute and do not move with it."
+            f"'{one.name}' was fitted beside a shift of {shift:g}, this MODEL has {model.shift:g}; levels of a profile "
+            "are absolute and do not move with it."
         )
         yield Misfit("shift", f"for a shift of {shift:g}", said)
 

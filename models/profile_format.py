@@ -43,7 +43,7 @@ def spell_profile(calibration: Calibration) -> dict[str, Any]:
 
 
 def read_profile(label: str, fields: Any) -> Calibration:
-    """The calibration that parsed JSON stands for; ValueError names it `label`, with the field and what was expected."""
+    """The calibration that parsed JSON stands for; ValueError names it `label`, the field and what was expected."""
 
     def need(condition: bool, expected: str) -> None:
         if not condition:

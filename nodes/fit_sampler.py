@@ -7,22 +7,19 @@ import time
 
 import torch
 
-from ..kernels.gate import FEWEST, Verdict, judge
 from ..kernels.schedules import check_sigmas
-from ..kernels.timestep_aligner import CALLS_PER_STEP, align
 from ..kernels.tuner import (
     TUNER_PRESETS,
     Progress,
     Runner,
+    Tuned,
     check_candidates,
-    picture_errors,
-    reference_error,
     reference_levels,
     tune,
 )
 from ._draw.axes import to_image
 from ._draw.schedules import Curve, draw_schedules
-from ._host.api import Profile, io, schema, shown_on
+from ._host.api import Profile, advanced, io, schema, shown_on
 from ._host.folders import keep_fit, keep_profile
 from ._host.identity import identify, pixels
 from ._host.session import ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
@@ -30,7 +27,6 @@ from ._host.stock_schedules import known_schedules
 from ._plan.fit_sampler import (
     Setting,
     affordable,
-    aligned_profile,
     stopped_profile,
     tuned_profile,
     tuning_report,
@@ -38,13 +34,6 @@ from ._plan.fit_sampler import (
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
-
-OUTPUTS = [
-    Profile.Output(display_name="profile", tooltip="For Attune Apply Profile and Attune Save Profile."),
-    io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels alone, for any custom sampler."),
-    io.Image.Output(display_name="plot", tooltip="The levels before and after; dashed, what the network is told."),
-    io.String.Output(display_name="report", tooltip="What was measured, kept and refused."),
-]
 
 
 def _run_inputs():
@@ -69,22 +58,15 @@ def _run_inputs():
     ]  # fmt: skip
 
 
-def _seed():
-    return io.Int.Input(
-        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
-        tooltip="The first of the noises that are fitted on and held out; the others follow it.",
-    )  # fmt: skip
-
-
-class AttuneTuneSchedule(io.ComfyNode):
+class AttuneFitSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneTuneSchedule",
-            display_name="Attune Tune Schedule",
+            node_id="AttuneFitSampler",
+            display_name="Attune Fit Sampler",
             category=CATEGORY,
             description="Find better noise levels and timesteps for your model, sampler and steps, and prove the gain.",
-            search_aliases=["align your steps", "optimize schedule", "sigmas", "timestep aligner", "calibrate"],
+            search_aliases=["align your steps", "optimize schedule", "sigmas", "timestep aligner", "TTA", "calibrate"],
             inputs=[
                 *_run_inputs(),
                 io.Int.Input(
@@ -96,70 +78,74 @@ class AttuneTuneSchedule(io.ComfyNode):
                     tooltip="How thorough: at 8 steps at most about 800, 1600 or 3400 evaluations of the model. The "
                     "time is measured before it starts.",
                 ),
-                io.Float.Input(
-                    "budget_minutes", default=30.0, min=0.0, max=10000.0, step=1.0,
-                    tooltip="When the preset would take longer, a smaller one is taken, or none. 0: no limit.",
+                io.Boolean.Input(
+                    "levels", default=True,
+                    tooltip="Search for better noise levels. Off: those of 'sigmas' stay, or else the best known ones.",
                 ),
-                _seed(),
+                io.Boolean.Input(
+                    "timesteps", default=True,
+                    tooltip="Fit what the network is told at each level. This works for euler (ddim) alone; other "
+                    "samplers keep the true levels.",
+                ),
+                *advanced(
+                    io.Float.Input(
+                        "budget_minutes", default=30.0, min=0.0, max=10000.0, step=1.0,
+                        tooltip="When the preset would take longer, a smaller one is taken, or none. 0: no limit.",
+                    ),
+                    io.Int.Input(
+                        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                        tooltip="The first of the noises that are fitted on and held out; the others follow it.",
+                    ),
+                ),
                 io.Sigmas.Input(
                     "sigmas", optional=True,
-                    tooltip="A schedule of your own with as many steps: it enters the contest first.",
+                    tooltip="A schedule of your own with as many steps: it enters the contest first, and is kept where "
+                    "'levels' is off.",
                 ),
             ],
-            outputs=OUTPUTS,
+            outputs=[
+                Profile.Output(display_name="profile", tooltip="For Attune Apply Profile and Attune Save Profile."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels alone, for any custom sampler."),
+                io.Image.Output(
+                    display_name="plot", tooltip="The levels before and after; dashed, what the network is told."
+                ),
+                io.String.Output(display_name="report", tooltip="What was measured, kept and refused."),
+            ],
         )  # fmt: skip
 
     @classmethod
     def execute(
-        cls,
-        model,
-        positive,
-        negative,
-        cfg,
-        sampler,
-        latent,
-        steps,
-        preset,
-        budget_minutes,
-        seed,
-        sigmas=None,
-    ) -> io.NodeOutput:
+        cls, model, positive, negative, cfg, sampler, latent, steps, preset="mini", levels=True, timesteps=True,
+        budget_minutes=30.0, seed=0, sigmas=None,
+    ) -> io.NodeOutput:  # fmt: skip
         solver, setting, empty = _setting(model, cfg, sampler, latent, seed)
-        known = known_schedules(model, steps)
-        if sigmas is not None:
-            known = {"your sigmas": _own(sigmas, steps), **known}
-        check_candidates(known)
-        began = time.monotonic()
+        _check_switches(solver, levels, timesteps)
+        known = _contest(model, steps, sigmas, levels)
+        began, what = time.monotonic(), {"levels": levels, "timesteps": timesteps}
 
         def work(solves: Solves):
             seconds = solves.seconds_per_evaluation(setting.model.sigma_max, *draw_noises(empty, seed, 1))
-            chosen, plan = affordable(
-                preset, steps, len(known), solver.order, solver.first_order, seconds, budget_minutes
-            )
-            LOG.info("Attune Tune Schedule: %s", plan)
-            reference = reference_levels(
-                chosen.reference_steps, setting.space, setting.model.sigma_min, setting.model.sigma_max
-            )
+            aligned = timesteps and solver.first_order
+            chosen, plan = affordable(preset, steps, len(known), solver.order, aligned, seconds, budget_minutes)
+            LOG.info("Attune Fit Sampler: %s", plan)
+            about = setting.model
+            reference = reference_levels(chosen.reference_steps, setting.space, about.sigma_min, about.sigma_max)
             deadline = began + 60 * budget_minutes
-            draws = draw_noises(empty, seed, chosen.fit + chosen.held_out)
             in_time = lambda: not budget_minutes or time.monotonic() < deadline
-            runner = _runner(solves, solver, setting)
-            fit = tune(runner, known, reference, draws, chosen, setting.space, in_time)
-            return _watched(fit, lambda now, levels: _stopped(now, levels, known, setting)), plan
+            runner = Runner(
+                solves.solve, solves.record, solves.denoise if solver.first_order else None, solver.order,
+                about.sigma_max,
+            )  # fmt: skip
+            draws = draw_noises(empty, seed, chosen.fit + chosen.held_out)
+            fit = tune(runner, known, reference, draws, chosen, setting.space, in_time, **what)
+            return _watched(fit, lambda now, best: _stopped(now, best, known, setting)), plan
 
         whole = torch.tensor([setting.model.sigma_max, 0.0])
         tuned, plan = run_session(model, positive, negative, cfg, solver, whole, empty, seed, setting.space, work)
         took = time.monotonic() - began
-        report = tuning_report(tuned, setting, took, plan)
-        LOG.info("Attune Tune Schedule:\n%s", report)
-        a_map = tuned.alignment and tuned.alignment.through(setting.space)
-        told = None if a_map is None else tuple(a_map(tuned.sigmas).tolist())
-        curves = [
-            Curve(f"start: {tuned.start}", tuple(known[tuned.start].tolist())),
-            Curve("tuned" if tuned.changed else "kept", tuple(tuned.sigmas.tolist()), told),
-        ]
-        profile = tuned_profile(tuned, setting, preset, took)
-        plot = draw_schedules(curves, f"{steps} steps of {solver.name}")
+        report = tuning_report(tuned, setting, took, plan, **what)
+        LOG.info("Attune Fit Sampler:\n%s", report)
+        profile, plot = tuned_profile(tuned, setting, preset, took), _plot(tuned, known, setting)
         ProgressBar(1).update(1, plot)  # the page shows the last live preview rather than what a node hands out
         picture = to_image(plot)
         if tuned.changed:
@@ -167,61 +153,32 @@ class AttuneTuneSchedule(io.ComfyNode):
         return io.NodeOutput(profile, tuned.sigmas.clone(), picture, report, ui=shown_on(cls, picture))
 
 
-class AttuneAlignTimesteps(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            node_id="AttuneAlignTimesteps",
-            display_name="Attune Align Timesteps",
-            category=CATEGORY,
-            description="Keep the noise levels; fit what the network is told at each of them, for euler (DDIM).",
-            search_aliases=["timestep aligner", "TTA", "ddim", "euler", "calibrate"],
-            inputs=[
-                *_run_inputs(),
-                io.Sigmas.Input("sigmas", tooltip="The levels to keep, such as those of Attune Scheduler."),
-                io.Int.Input(
-                    "noises", default=2, min=1, max=16,
-                    tooltip="How many noises are fitted on, each for 48 evaluations and 15 more for each step. Six "
-                    "more pictures are held out to measure the gain.",
-                ),
-                _seed(),
-            ],
-            outputs=[OUTPUTS[0], OUTPUTS[2], OUTPUTS[3]],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, model, positive, negative, cfg, sampler, latent, sigmas, noises, seed) -> io.NodeOutput:
-        solver, setting, empty = _setting(model, cfg, sampler, latent, seed)
-        if not solver.first_order:
-            raise ValueError(
-                f"Timesteps are aligned to 'euler' (or 'ddim'), but the sampler is '{solver.name}': a fit would make "
-                "it worse. Connect a KSamplerSelect with 'euler', or tune the levels with Attune Tune Schedule."
-            )
-        levels = _own(sigmas, len(sigmas) - 1)
-        metrics, fitted, verdict = run_session(
-            model, positive, negative, cfg, solver, levels, empty, seed, setting.space,
-            lambda solves: _align(
-                solves, setting, levels, draw_noises(empty, seed, noises + _held_out(empty)), noises
-            ),
-        )  # fmt: skip
-        kept = verdict.accepted
-        said = "kept" if kept else "not kept: the profile tells the network the true levels"
-        report = "\n".join(
-            [
-                f"{len(levels) - 1} steps of {solver.name}, cfg {cfg:g}, {metrics['evaluations']} evaluations.",
-                f"On held-out pictures {verdict.said}; {said}.",
-                "sigma -> told to the network: "
-                + ", ".join(f"{s:.4g} -> {t:.4g}" for s, t in zip(fitted.sigma, fitted.sigma_cond, strict=True)),
-            ]
+def _check_switches(solver: Solver, levels: bool, timesteps: bool) -> None:
+    if not (levels or timesteps):
+        raise ValueError("There is nothing to fit: switch on 'levels', 'timesteps' or both.")
+    if not levels and not solver.first_order:
+        raise ValueError(
+            f"Timesteps are aligned to 'euler' (or 'ddim'), but the sampler is '{solver.name}': a fit would make it "
+            "worse. Connect a KSamplerSelect with 'euler', or switch on 'levels'."
         )
-        LOG.info("Attune Align Timesteps:\n%s", report)
-        a_map = fitted.through(setting.space) if kept else None
-        told = None if a_map is None else tuple(a_map(levels).tolist())
-        profile = aligned_profile(fitted if kept else None, levels.tolist(), setting, metrics)
-        picture = to_image(draw_schedules([Curve("levels", tuple(levels.tolist()), told)], "Aligned timesteps"))
-        if kept:
-            report = f"{report}\n{keep_fit(profile)}"
-        return io.NodeOutput(profile, picture, report, ui=shown_on(cls, picture))
+
+
+def _contest(model, steps: int, sigmas: torch.Tensor | None, levels: bool) -> dict[str, torch.Tensor]:
+    """The schedules to start from by name, the user's first; that alone where it has to stay."""
+    own = {} if sigmas is None else {"your sigmas": _own(sigmas, steps)}
+    known = own if own and not levels else {**own, **known_schedules(model, steps)}
+    check_candidates(known)
+    return known
+
+
+def _plot(tuned: Tuned, known: dict[str, torch.Tensor], setting: Setting):
+    a_map = tuned.alignment and tuned.alignment.through(setting.space)
+    told = None if a_map is None else tuple(a_map(tuned.sigmas).tolist())
+    curves = [
+        Curve(f"start: {tuned.start}", tuple(known[tuned.start].tolist())),
+        Curve("fitted" if tuned.changed else "kept", tuple(tuned.sigmas.tolist()), told),
+    ]
+    return draw_schedules(curves, f"{len(tuned.sigmas) - 1} steps of {setting.solver}")
 
 
 def _setting(model, cfg: float, sampler, latent: dict, seed: int):
@@ -246,11 +203,6 @@ def _own(sigmas: torch.Tensor, steps: int) -> torch.Tensor:
             "SplitSigmas."
         )
     return levels
-
-
-def _runner(solves: Solves, solver: Solver, setting: Setting) -> Runner:
-    denoise = solves.denoise if solver.first_order else None
-    return Runner(solves.solve, solves.record, denoise, solver.order, setting.model.sigma_max)
 
 
 def _watched(fit, stopped):
@@ -283,45 +235,7 @@ def _stopped(now: Progress, best: torch.Tensor, known: dict[str, torch.Tensor], 
             where = f"kept as {keep_profile(stopped_profile(now, setting)).name}, not proved on held-out noises"
         except ValueError as error:
             where = str(error)
-    LOG.warning("Attune Tune Schedule stopped while %s. Best levels so far: %s; %s", now.stage, levels, where)
+    LOG.warning("Attune Fit Sampler stopped while %s. Best levels so far: %s; %s", now.stage, levels, where)
 
 
-def _held_out(empty: torch.Tensor) -> int:
-    """How many noises hold the pictures that the gate needs."""
-    return -(-FEWEST // len(empty))
-
-
-def _align(
-    solves: Solves, solver: Solver, setting: Setting, levels: torch.Tensor, draws: list[torch.Tensor], fit_on: int
-):
-    """Metrics, the fit on the first `fit_on` of `draws`, and what the gate finds on the others, which are held out."""
-    reference = reference_levels(
-        TUNER_PRESETS["standard"].reference_steps, setting.space, setting.model.sigma_min, float(levels[0])
-    )
-    paths = [solves.record(reference, noise) for noise in draws]
-    coarse = solves.record(torch.cat([reference[:-1:2], reference[-1:]]), draws[0]).end
-    doubt, done, steps = reference_error(paths[0].end, coarse), solves.evaluations, len(levels) - 1
-    bar = ProgressBar(done + CALLS_PER_STEP * steps * fit_on + 2 * steps * (len(draws) - fit_on))
-    fit = align(solves.denoise, levels, paths[:fit_on], setting.space, setting.model.sigma_max)
-    try:
-        while True:
-            bar.update(done + next(fit))
-    except StopIteration as end:
-        fitted = end.value
-
-    def errors(a_map) -> torch.Tensor:
-        unseen = zip(draws[fit_on:], paths[fit_on:], strict=True)
-        return torch.cat([picture_errors(solves.solve(levels, noise, a_map), path.end) for noise, path in unseen])
-
-    before = errors(None)
-    after = errors(fitted.through(setting.space)) if fitted.changes else before
-    verdict: Verdict = judge(before, after, doubt=doubt)
-    metrics = {
-        "held_out": {"start": verdict.before, "aligned": verdict.after},
-        "gain_per_step": list(fitted.gain),
-        "evaluations": solves.evaluations,
-    }
-    return metrics, fitted, verdict
-
-
-NODES = [AttuneTuneSchedule, AttuneAlignTimesteps]
+NODES = [AttuneFitSampler]

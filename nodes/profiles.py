@@ -45,7 +45,7 @@ class AttuneLoadProfile(io.ComfyNode):
                 ),
                 io.Model.Input(
                     "model", optional=True,
-                    tooltip="Says whether the profile suits this model, and marks those in the list that were made for it.",
+                    tooltip="Says whether the profile suits this model, and marks those that were made for it.",
                 ),
             ],
             outputs=[
@@ -139,8 +139,8 @@ class AttuneApplyProfile(io.ComfyNode):
                 )),
                 *advanced(io.Combo.Input(
                     "resolution_policy", options=list(POLICIES), default="ignore",
-                    tooltip="When the latent's size differs from that of a fitted schedule. ignore: use it, with a note. "
-                    "shift: more noise for larger pictures. strict: stop with an error.",
+                    tooltip="When the latent's size differs from that of a fitted schedule. ignore: use it, with a "
+                    "note. shift: more noise for larger pictures. strict: stop with an error.",
                 )),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=1.0, step=0.05,

@@ -11,9 +11,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from analytic import PowerLawField
 
 from oracles import dpmpp_2m, finish, stock_schedules
-from pack.kernels.analytic import PowerLawField
 from pack.kernels.gate import FEWEST, judge, students_t, students_tail
 from pack.kernels.space import NoiseSpace
 from pack.kernels.tuner import TUNER_PRESETS, Runner, picture_errors, reference_levels, tune

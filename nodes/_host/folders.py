@@ -54,7 +54,7 @@ def profile_names() -> list[str]:
 
 
 def schedule_files() -> list[str]:
-    """The user's profile files that hold a schedule; what cannot be read is left out, and said where it is asked for."""
+    """The user's profile files that hold a schedule; what cannot be read is left out here."""
     return [name for name in user_profile_names() if _kind(name) == SCHEDULE]
 
 
@@ -113,8 +113,8 @@ def _kept(save: Callable[[], Path]) -> Path:
         return save()
     except OSError as error:
         raise ValueError(
-            f"The profile could not be saved in {profile_folder()}: {error.strerror}. Make room or allow writing there, "
-            "then run again."
+            f"The profile could not be saved in {profile_folder()}: {error.strerror}. Make room or allow writing "
+            "there, then run again."
         ) from error
 
 

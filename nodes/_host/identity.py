@@ -76,7 +76,7 @@ def weights_hash(model) -> str:
 
 
 def patches_hash(model) -> str:
-    """Names the LoRAs and other patches on a MODEL's weights, their strengths among it; UNPATCHED where there are none."""
+    """Names the LoRAs and other patches on a MODEL's weights and their strengths; UNPATCHED where there are none."""
     if not model.patches:
         return UNPATCHED
     digest = hashlib.sha256()

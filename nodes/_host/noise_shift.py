@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ from .._plan.noise_shift import Size, shift_for
 from .conditioning import Remap, choose_for_solve, with_choice_per_solve, with_conditioning
 from .identity import identify, pixels_of
 from .sampling import run_stock_node, sample
+from .session import calibrating
 
 T = TypeVar("T")
 STEPS = 20  # of the model's own pictures
@@ -102,7 +104,7 @@ def calibrate(
 
     `chunk` pictures go through the network at once.
     """
-    guider = comfy.samplers.CFGGuider(with_choice_per_solve(model))
+    guider = comfy.samplers.CFGGuider(with_choice_per_solve(calibrating(model)))
     starts = range(0, len(latents), chunk)
     guider.inner_set_conds({_name(i): _part(positive, s, s + chunk, len(latents)) for i, s in enumerate(starts)})
     session = _Calibration(space, chunk, work)
@@ -133,6 +135,15 @@ def check_prompts(positive: Sequence, count: int) -> None:
         raise ValueError(
             f"'positive' holds {max(found)} prompts for {count} pictures. Give one prompt for all, or one for each."
         )
+
+
+def data_hash(latent: dict | None, images: Tensor | None, prompts: Sequence) -> str:
+    """Names the pictures and prompts that a fit is about to use: it goes on with these alone."""
+    digest = hashlib.sha256()
+    given = [None if latent is None else latent["samples"], images, *(context for context, _ in prompts)]
+    for tensor in given:
+        digest.update(b"-" if tensor is None else tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def first_prompts(positive: Sequence, count: int, of: int) -> list:

@@ -47,9 +47,8 @@ def affordable(
         needs = needed[name] * seconds / 60
         if not minutes or needs <= minutes:
             said = f"Preset '{name}': at most {needed[name]} evaluations of {seconds:.3g} s, {needs:.3g} minutes."
-            return TUNER_PRESETS[
-                name
-            ], said if name == wanted else f"'{wanted}' would take longer than the budget. {said}"
+            longer = "" if name == wanted else f"'{wanted}' would take longer than the budget. "
+            return TUNER_PRESETS[name], longer + said
     least = needed[names[0]] * seconds / 60
     raise ValueError(
         f"One evaluation of this MODEL takes {seconds:.3g} s here, so the smallest preset '{names[0]}' needs "
@@ -81,14 +80,9 @@ def stopped_profile(now: Progress, setting: Setting) -> Calibration:
     return replace(profile, name=f"{profile.name}, stopped")
 
 
-def aligned_profile(
-    alignment: Alignment | None, sigmas: list[float], setting: Setting, metrics: dict, **how
-) -> Calibration:
-    """An alignment alone, on the levels it was fitted at."""
-    return _profile("aligned timesteps", setting, sigmas, alignment, metrics, **how)
-
-
-def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> str:
+def tuning_report(
+    tuned: Tuned, setting: Setting, seconds: float, plan: str, levels: bool = True, timesteps: bool = True
+) -> str:
     """Everything that was measured, what was kept and what was refused, in lines."""
     held = tuned.held_out
     lines = [
@@ -104,9 +98,13 @@ def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> 
         lines.append(f"Aligned timesteps: {held['aligned']:.4f} on held-out noises, kept.{_seen(tuned, 'aligned')}")
     if "refined" in held:
         lines.append(f"Refined levels: {held['refined']:.4f} on held-out noises, kept.{_seen(tuned, 'refined')}")
+    if timesteps and setting.runs != "euler":
+        lines.append(f"Timesteps are fitted for euler alone; {setting.solver} keeps the true ones.")
+    if not levels:
+        lines.append("The levels stay as they are: 'levels' is off.")
     lines += tuned.refused
     if not tuned.changed:
-        lines.append(f"No better schedule found: the profile is '{tuned.start}', unchanged.")
+        lines.append(f"Nothing better was found: the profile is '{tuned.start}', unchanged.")
     lines.append(f"Levels: {' '.join(f'{s:.4g}' for s in tuned.sigmas.tolist())}")
     lines.append(
         f"{tuned.evaluations} evaluations in {seconds:.0f} s. The reference's own error: {tuned.reference_error:.4f}."

@@ -51,8 +51,8 @@ def shift_for(profile: Calibration, size: Size, strength: float = 1.0) -> tuple[
     share = math.log(math.prod(size) / math.prod(below)) / math.log(math.prod(above) / math.prod(below))
     parts = [_map(profile, curves[below], (1 - share) * strength), _map(profile, curves[above], share * strength)]
     said = (
-        f"{size_text(size)} is not calibrated: {1 - share:.0%} of {size_text(below)} and {share:.0%} of {size_text(above)}, by the "
-        "logarithm of their pixels."
+        f"{size_text(size)} is not calibrated: {1 - share:.0%} of {size_text(below)} and {share:.0%} of "
+        f"{size_text(above)}, by the logarithm of their pixels."
     )
     return compose(parts), said
 
