@@ -16,7 +16,7 @@ from ..models.calibration import ModelIdentity, Size
 from ..models.store import SUFFIX, file_stem
 from ._draw.axes import to_image
 from ._draw.noise_shift import draw_shift
-from ._host.api import Profile, io, schema, shown_on
+from ._host.api import Profile, advanced, io, schema, shown_on
 from ._host.folders import find_profile, keep_fit, keep_profile, keep_update, profile_path
 from ._host.identity import identify, pixels
 from ._host.noise_shift import (
