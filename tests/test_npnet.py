@@ -65,13 +65,21 @@ def as_matrix(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(("case", "stage"), [(case, stage) for case in RECORDED for stage in RECORDED[case]["stages"]])
 def test_every_stage_equals_the_published_networks(case, stage):
+    """Within float32 arithmetic, which differs between processors, in parts of the stage's root mean square."""
     want, found = RECORDED[case]["stages"][stage], stages(case)[stage]
     assert list(found.shape) == want["shape"]
+    size = want["l2"] / found.numel() ** 0.5
     sample = found.flatten()[torch.tensor(want["sample_idx"])]
-    assert (sample - torch.tensor(want["sample"])).abs().max() < 1e-4
-    assert float(found.norm()) == pytest.approx(want["l2"], rel=1e-5)
-    assert float(found.mean()) == pytest.approx(want["mean"], abs=1e-5)
-    assert float(found.std(correction=0)) == pytest.approx(want["std"], abs=1e-5)
+    assert (sample - torch.tensor(want["sample"])).abs().max() < tolerance(case, stage) * size
+    assert float(found.norm()) == pytest.approx(want["l2"], rel=2e-5)
+    assert float(found.mean()) == pytest.approx(want["mean"], abs=1e-5 * size)
+    assert float(found.std(correction=0)) == pytest.approx(want["std"], abs=1e-5 * size)
+
+
+def tolerance(case: str, stage: str) -> float:
+    """Near singular values share their vectors as the library's rounding has it: a float32 decomposition is less exact."""
+    decomposed = stage in ("svd_branch", "out", "out_canonical_sign")
+    return 2.5e-4 if decomposed and RECORDED[case]["svd"] == "float32" else 2e-5
 
 
 def test_a_call_repeats_to_the_bit_and_draws_no_random_numbers(sdxl):
