@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from ..kernels.conditioning import ConditioningMap
-from ..kernels.encoder_propagation import Reuse
+from ..kernels.propagation import Reuse
 from ..kernels.space import NoiseSpace
 from .store import written_whole
 

@@ -39,7 +39,7 @@ from .installed import installed
 from .noise_shift import AttuneNoiseShift
 from .one_more_step import AttuneLoadOneMoreStep, AttuneOneMoreStep
 from .profiles import AttuneApplyProfile
-from .propagation import AttuneBlockPropagation, AttuneEncoderPropagation
+from .propagation import AttunePropagation
 from .redenoise import AttuneRedenoise
 from .schedules import AttuneScheduler
 
@@ -178,14 +178,13 @@ def _with_noise(model, name: str) -> io.NodeOutput:
 
 
 def _with_speed(model, facts: Facts, name: str, wish: str) -> io.NodeOutput:
-    node = AttuneEncoderPropagation if facts.network == "unet" else AttuneBlockPropagation
     if found := key_steps_of(name):
         reuse, interval = found
-        return node.execute(model, UNIFORM, interval=interval, reuse=reuse)
+        return AttunePropagation.execute(model, UNIFORM, interval=interval, reuse=reuse)
     profile = find_profile(name)
     assert profile.calibration is not None
     fastest = max(point.speed for point in profile.calibration.points)
-    return node.execute(model, TARGET if wish == FAST else CALIBRATED, profile, speed=fastest)
+    return AttunePropagation.execute(model, TARGET if wish == FAST else CALIBRATED, profile, speed=fastest)
 
 
 NODES = [AttuneAuto]

@@ -316,7 +316,7 @@ def _reads(config: NPNetConfig, space: str, facts: Facts) -> bool:
 
 
 def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
-    """Encoder or block propagation: calibrated for this network, else as far as the demo model of its kind allows."""
+    """Propagation: calibrated for this network, else as far as the demo model of its kind allows."""
     if wish == OFF:
         return Decision(SPEED, "", "Switched off.", f"set 'speed' to '{FAITHFUL}' or '{FAST}'")
     if not facts.network:
@@ -330,7 +330,7 @@ def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
             if wish == FAST:
                 point = max(one.calibration.points, key=lambda point: point.speed)
             return Decision(SPEED, name, f"Calibrated on this network: {point.speed:.2f}x at {point.psnr:.1f} dB.")
-    enable = "Attune Fit Encoder Propagation measures this model, and keeps its profile"
+    enable = "Attune Fit Propagation measures this model, and keeps its profile"
     if facts.network == "transformer" and facts.blocks < FEWEST_BLOCKS:
         return Decision(SPEED, "", f"With {facts.blocks} blocks fewer steps are better.", enable)
     rows = [row for row in REUSE.get((facts.network, run.solver), ()) if run.steps >= row[0]]
