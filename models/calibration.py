@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from typing import Any, Literal, TypeAlias
 
 from ..kernels.conditioning import ConditioningMap
-from ..kernels.encoder_propagation import Reuse
+from ..kernels.propagation import Reuse
 from ..kernels.space import NoiseSpace
 
 Size: TypeAlias = tuple[int, int]  # width and height in pixels

@@ -8,7 +8,7 @@ import re
 from itertools import pairwise
 from typing import Any, NoReturn
 
-from ..kernels.encoder_propagation import Reuse
+from ..kernels.propagation import Reuse
 from .calibration import (
     ENCODER,
     FORMAT,

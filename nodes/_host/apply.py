@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -18,6 +18,7 @@ from .._plan.profile_on_model import REMEDY, apply_profile, doubts
 from .conditioning import Remap, with_conditioning
 from .identity import identify, pixels
 from .noise_shift import with_noise_shift
+from .propagation import with_calibration
 from .sampling import run_stock_node
 from .session import named_sampler
 
@@ -94,10 +95,8 @@ def _shift(model: Any, profile: Calibration, choice: Choice, latent: dict | None
 
 
 def _propagation(model: Any, profile: Calibration, choice: Choice) -> Ready:
-    from .propagation import with_calibration
-
     about = identify(model, weights=True)
-    patched, chosen, said = with_calibration(model, profile, choice.speed)
+    patched, chosen, said = with_calibration(model, profile, choice.speed or None)
     sigmas = apply_profile(_levels_alone(profile), about, choice.steps, choice.denoise, choice.denoise_mode).sigmas
     report = [
         f"Propagation '{profile.name}', measured at {size_text(profile.resolution)}.",
@@ -111,8 +110,6 @@ def _propagation(model: Any, profile: Calibration, choice: Choice) -> Ready:
 
 def _levels_alone(profile: Calibration) -> Calibration:
     """The schedule that a calibration of propagation was measured on."""
-    from dataclasses import replace
-
     return replace(profile, kind=SCHEDULE, key_steps=None)
 
 

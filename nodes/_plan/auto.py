@@ -311,7 +311,7 @@ def _reads(config: NPNetConfig, space: str, facts: Facts) -> bool:
 
 
 def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
-    """Encoder or block propagation: calibrated for this network, else as far as the demo model of its kind allows."""
+    """Propagation: calibrated for this network, else as far as the demo model of its kind allows."""
     if wish == OFF:
         return Decision(SPEED, "", "Switched off.", f"set 'speed' to '{FAITHFUL}' or '{FAST}'")
     if not facts.network:

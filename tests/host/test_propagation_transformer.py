@@ -1,4 +1,4 @@
-"""Block propagation on transformers inside the host: exact where it must be."""
+"""Propagation inside the host, on a transformer: exact where it must be."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def propagate(host, flow):
         inputs = {
             "mode": "uniform", "interval": 2, "speed": 1.5, "reuse": "first block fresh", "forecast": True,
             "keep_last": 2, "start_percent": 0.0, "end_percent": 1.0, "prior_noise": 0.0,
-            "cache_dtype": "as computed", "cache_device": "as computed", "memory_limit": 0, **changed,
+            "cache_dtype": "as computed", "cache_device": "as computed", "memory_limit": 0, "parallel": "auto", **changed,
         }  # fmt: skip
-        return host.call("AttuneBlockPropagation", model=model or flow, **inputs)[0]
+        return host.call("AttunePropagation", model=model or flow, **inputs)[0]
 
     return apply
 
@@ -178,16 +178,11 @@ def test_conditions_of_different_lengths_and_batches_never_mix(flow, draw, propa
     torch.testing.assert_close(alone, ours, rtol=1e-3, atol=5e-4)
 
 
-def test_a_unet_is_sent_to_the_other_node(host, demo):
-    with pytest.raises(ValueError, match=r"is a UNetModel: use 'Attune Encoder Propagation' instead"):
-        host.call("AttuneBlockPropagation", model=demo[0], mode="uniform")
-
-
 def test_a_profile_of_a_transformer_is_measured_and_used(host, flow, draw, encode, propagate, caplog):
     profile, plot, report = host.call(
-        "AttuneFitEncoderPropagation", model=flow, positive=encode("a cat on a black background"), negative=encode(""),
+        "AttuneFitPropagation", model=flow, positive=encode("a cat on a black background"), negative=encode(""),
         latent_image={"samples": torch.zeros(1, 16, 16, 16)}, seed=0, steps=10, cfg=3.0, sampler_name="euler",
-        scheduler="simple", reuse="parts that cost little", fastest=1.75, longest=3,
+        scheduler="simple", reuse="automatic", fastest=1.75, longest=3,
     )  # fmt: skip
     assert profile.kind == "block_propagation" and profile.calibration.blocks == 3 and "dB" in report
     assert plot.ndim == 4 and plot.shape[-1] == 3

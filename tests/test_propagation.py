@@ -8,17 +8,21 @@ import math
 import pytest
 import torch
 
-from pack.kernels.encoder_propagation import (
+from pack.kernels.propagation import (
+    SAME_PLACE,
     Costs,
-    Plan,
+    FeatureCache,
     Reuse,
+    ReusePlan,
     add_prior_noise_,
     boundary_keys,
     fewest_keys,
+    fine_detail,
     forecast_weight,
     make_plan,
     optimal_keys,
     published_keys,
+    resemblance,
     speedup,
     spread_keys,
     step_weights,
@@ -49,6 +53,12 @@ def times(steps: int) -> list[float]:
 )
 def test_published_keys_follow_the_training_time(steps, keys):
     assert published_keys(times(steps)) == keys
+
+
+@pytest.mark.parametrize("rounded", [lambda i: 981 - 20 * i, lambda i: round(999 - 19.98 * i), lambda i: 999 - 20 * i])
+def test_published_keys_of_50_steps_are_the_papers_where_timesteps_are_rounded(rounded):
+    """Its own DDIM steps, the host's sgm_uniform, and its simple."""
+    assert published_keys([rounded(i) / 999 for i in range(50)]) == {0, 1, 2, 3, 5, 10, 15, 25, 35}
 
 
 def test_published_keys_of_a_run_that_starts_late_keep_the_first_step():
@@ -144,16 +154,39 @@ def test_the_optimum_equals_brute_force(gaps, always):
             assert found[count][0] == pytest.approx(total) and found[count][1] == set(keys)
 
 
-def test_step_weights_are_the_euler_gain_over_the_spread():
-    ve, flow = NoiseSpace("ve"), NoiseSpace("flow")
-    assert step_weights([3.0, 1.0, 0.0], ve) == pytest.approx([2 / 3 / math.sqrt(10), 1 / math.sqrt(2)])
-    assert step_weights([0.8, 0.4, 0.0], flow) == pytest.approx([0.5 / math.sqrt(0.68), 1 / math.sqrt(0.52)])
+@pytest.mark.parametrize(("kind", "sigmas"), [("ve", [9.0, 4.0, 1.5, 0.4, 0.0]), ("flow", [1.0, 0.8, 0.5, 0.2, 0.0])])
+def test_a_step_weight_is_the_exact_effect_on_a_unit_gaussian(kind, sigmas):
+    """An error of the denoised latent in one Euler step, then the exact flow to 0."""
+    space = NoiseSpace(kind)
+    spread = lambda sigma: math.hypot(float(space.alpha(torch.tensor(sigma))), sigma)
+    for weight, (sigma, after) in zip(step_weights(sigmas, space), itertools.pairwise(sigmas), strict=True):
+        end = lambda denoised, x=1.3: (denoised + (x - denoised) * after / sigma) / spread(after)  # noqa: B023
+        assert end(0.7 + 0.01) - end(0.7) == pytest.approx(0.01 * weight, rel=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "top"), [("ve", 14.0), ("flow", 1.0)])
+@pytest.mark.parametrize("steps", [10, 30])
+def test_step_weights_are_near_the_effect_within_an_euler_run(kind, top, steps):
+    """On a unit Gaussian, where the denoised latent is alpha x / (alpha^2 + sigma^2); the last steps count most."""
+    space, sigmas = NoiseSpace(kind), [top * (1 - i / steps) ** 2 for i in range(steps + 1)]
+
+    def end(wrong: int | None) -> float:
+        x = 1.0
+        for i, (sigma, after) in enumerate(itertools.pairwise(sigmas)):
+            alpha = float(space.alpha(torch.tensor(sigma, dtype=torch.float64)))
+            denoised = alpha * x / (alpha**2 + sigma**2) + (0.01 if i == wrong else 0)
+            x = denoised + (x - denoised) * after / sigma
+        return x
+
+    effects = [(end(i) - end(None)) / 0.01 for i in range(steps)]
+    shares = [weight / effect for weight, effect in zip(step_weights(sigmas, space), effects, strict=True)]
+    assert min(shares) > 0.97 and max(shares) < (1.35 if steps == 10 else 1.1)
 
 
 # --- plans ---
 
 
-def plan(keys, steps=10, forecast=False) -> Plan:
+def plan(keys, steps=10, forecast=False) -> ReusePlan:
     return make_plan(falling(steps), [100 * (1 - i / steps) for i in range(steps)], keys, forecast=forecast)
 
 
@@ -190,6 +223,24 @@ def test_a_forecast_goes_on_along_the_line_but_not_far():
     assert forecast_weight(0, 80, 90) == 1.5 and forecast_weight(85, 80, 90) == 0.0 and forecast_weight(1, 5, 5) == 0.0
 
 
+# --- tiles ---
+
+
+def test_fine_detail_tells_a_place_from_its_neighbour_at_every_noise_level():
+    """A smooth picture under noise, as it was some steps before and as it is 1, 2 or 7 columns away."""
+    generator = torch.Generator().manual_seed(0)
+    ramp = torch.linspace(0, 6, 64)
+    smooth = torch.sin(ramp)[:, None] * torch.cos(2 * ramp)[None]
+    picture = smooth + 0.3 * torch.randn(1, 4, 64, 64, generator=generator)
+    noise = torch.randn(1, 4, 64, 64, generator=generator)
+    for before, now in ((14.0, 9.0), (3.0, 1.0), (1.0, 0.2), (0.3, 0.05)):
+        then, x = picture + before * noise, picture + now * noise
+        assert resemblance(fine_detail(then), fine_detail(x)) > 0.4 > SAME_PLACE
+        for columns in (1, 2, 7):
+            moved = picture.roll(columns, -1) + now * noise.roll(columns, -1)
+            assert resemblance(fine_detail(then), fine_detail(moved)) < 0.1 < SAME_PLACE
+
+
 # --- prior noise ---
 
 
@@ -200,3 +251,72 @@ def test_prior_noise_is_the_papers_formula_in_variance_preserving_latents():
     got = add_prior_noise_(x.clone(), noise, sigma, 0.003, NoiseSpace("ve"))
     torch.testing.assert_close(got / math.sqrt(1 + sigma**2), want)
     torch.testing.assert_close(add_prior_noise_(x.clone(), noise, 0.5, 0.01, NoiseSpace("flow")), x + 0.01 * noise)
+
+
+# --- the cache: what goes in comes out for the same condition, whatever the batches look like ---
+
+LIKE = torch.zeros(1)
+
+
+def rows(*values: float) -> dict:
+    return {"h": torch.tensor(values, dtype=torch.float32)[:, None]}
+
+
+def test_conditions_are_found_again_in_other_batches():
+    cache = FeatureCache(depth=1)
+    cache.store(["uncond", "cond"], 0, 9.0, "s", rows(1, 2, 10, 20))  # two pictures each
+    assert cache.recall(["uncond", "cond"], "s", 0, 8.0, LIKE)["h"].flatten().tolist() == [1, 2, 10, 20]
+    assert cache.recall(["cond", "uncond"], "s", 0, 8.0, LIKE)["h"].flatten().tolist() == [10, 20, 1, 2]
+    assert cache.recall(["cond"], "s", 0, 8.0, LIKE)["h"].flatten().tolist() == [10, 20]
+
+
+def test_a_whole_capture_is_recalled_without_a_copy():
+    cache, features = FeatureCache(depth=1), rows(1, 2)
+    cache.store(["a", "b"], 0, 9.0, "s", features)
+    assert cache.recall(["a", "b"], "s", 0, 8.0, LIKE)["h"].data_ptr() == features["h"].data_ptr()
+
+
+def test_missing_old_or_unfitting_features_are_never_used():
+    cache = FeatureCache(depth=1)
+    cache.store(["a"], 3, 9.0, "s", rows(1))
+    assert cache.recall(["b"], "s", 0, 8.0, LIKE) is None
+    assert cache.recall(["a"], "other shape", 0, 8.0, LIKE) is None
+    assert cache.recall(["a"], "s", 4, 8.0, LIKE) is None
+    assert cache.holds("a", 3) and not cache.holds("a", 4) and not cache.holds("b", 0)
+    cache.clear()
+    assert cache.recall(["a"], "s", 0, 8.0, LIKE) is None and cache.bytes == 0
+
+
+def test_a_forecast_is_exact_for_features_that_are_linear_in_time():
+    cache = FeatureCache(depth=2)
+    cache.store(["a"], 0, 10.0, "s", rows(1.0))
+    assert cache.recall(["a"], "s", 0, 7.0, LIKE)["h"].item() == 1.0  # one capture alone is held
+    cache.store(["a"], 2, 8.0, "s", rows(3.0))
+    assert cache.recall(["a"], "s", 0, 7.0, LIKE)["h"].item() == 4.0
+    cache.store(["a"], 2, 8.0, "s", rows(3.5))  # the same step again replaces
+    assert cache.recall(["a"], "s", 0, 8.0, LIKE)["h"].item() == 3.5
+
+
+def test_a_calibration_chooses_its_sources():
+    cache = FeatureCache(depth=4)
+    for step, value in enumerate((1.0, 3.0, 9.0)):
+        cache.store(["a"], step, 10.0 - step, "s", rows(value))
+    assert cache.recall(["a"], "s", 0, 8.0, LIKE, sources=(0, None))["h"].item() == 1.0
+    assert cache.recall(["a"], "s", 0, 8.0, LIKE, sources=(1, 0))["h"].item() == 5.0
+    assert cache.recall(["a"], "s", 0, 8.0, LIKE, sources=(1, 7)) is None
+
+
+def test_features_are_kept_in_the_type_asked_for_and_come_back_in_the_callers():
+    cache = FeatureCache(depth=1, dtype=torch.float16)
+    cache.store(["a"], 0, 9.0, "s", {"h": torch.randn(2, 8)})
+    assert cache.bytes == 2 * 8 * 2
+    assert cache.recall(["a"], "s", 0, 8.0, LIKE)["h"].dtype == torch.float32
+
+
+def test_outputs_computed_ahead_are_served_once_all_are_there_and_dropped_by_a_new_capture():
+    cache = FeatureCache(depth=1)
+    cache.keep_ahead(["a", "b"], 5, "s", torch.tensor([[1.0], [2.0]]))
+    assert cache.ahead(["b", "a"], 5, "s").flatten().tolist() == [2, 1]
+    assert cache.ahead(["a"], 4, "s") is None and cache.ahead(["a", "c"], 5, "s") is None
+    cache.store(["a"], 6, 1.0, "s", rows(0))
+    assert cache.ahead(["a", "b"], 5, "s") is None and cache.ahead(["b"], 5, "s").item() == 2.0

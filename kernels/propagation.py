@@ -1,4 +1,4 @@
-"""Encoder propagation: on which steps a network runs whole, and what the other steps reuse.
+"""Propagation: on which steps a network runs whole, what the other steps reuse, and the cache it is kept in.
 
 Faster Diffusion (Li et al. 2023, arXiv 2312.09608) runs a UNet's encoder on *key* steps only and lets the decoders of
 the steps in between work on its last features. DeepCache (Ma et al. 2023, arXiv 2312.00858) keeps one deep feature
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -26,6 +27,7 @@ from .types import Latent
 PUBLISHED_TIMES = (1.0, 0.98, 0.96, 0.94, 0.90, 0.80, 0.70, 0.50, 0.30)
 PRIOR_NOISE_TIME = 0.5  # the prior noise is injected in the second half of the training time (section 3.3)
 FURTHEST_FORECAST = 1.5  # in units of the last distance between two key steps
+ONE_TIMESTEP = 1e-3  # of the training time: hosts round the timestep of a noise level to a whole number
 SAME = 1e-5  # relative difference up to which two noise levels are one: samplers compute theirs in float32
 
 
@@ -101,10 +103,10 @@ def spread_keys(steps: int, keys: int, last: int) -> frozenset[int]:
 def published_keys(times: Sequence[float]) -> frozenset[int]:
     """The paper's key steps on any schedule: the first step at or below each published training time.
 
-    times: 0..1 per step, decreasing. On the uniform 50 steps that the paper used these are its own indices; its
-    literal indices mean other noise levels on other schedules.
+    times: 0..1 per step, decreasing, each right to one timestep. On the uniform 50 steps that the paper used these are
+    its own indices; its literal indices mean other noise levels on other schedules.
     """
-    found = (next((i for i, t in enumerate(times) if t <= bound + SAME), None) for bound in PUBLISHED_TIMES)
+    found = (next((i for i, t in enumerate(times) if t <= bound + ONE_TIMESTEP), None) for bound in PUBLISHED_TIMES)
     return frozenset({0, *(i for i in found if i is not None)})
 
 
@@ -151,13 +153,13 @@ def _position(levels: Sequence[float], sigma: float) -> float:
 
 
 def step_weights(sigmas: Sequence[float], space: NoiseSpace) -> list[float]:
-    """What an error of the denoised latent at each step does to the final one, roughly, per step.
+    """What an error of the denoised latent at each step does to the final one: exact for a unit Gaussian.
 
-    An Euler step turns it into (1 - sigma_next / sigma) of itself, and from there the flow to sigma = 0 shrinks
-    differences like the spread of x, sqrt(alpha^2 + sigma^2), to that of a unit-variance latent.
+    An Euler step turns it into (1 - sigma_next / sigma) of itself in x at sigma_next, and from there the flow to
+    sigma = 0 shrinks differences like the spread of x, sqrt(alpha^2 + sigma^2), to that of a unit-variance latent.
     """
     s = torch.tensor(list(sigmas), dtype=torch.float64)
-    spread = (space.alpha(s[:-1]) ** 2 + s[:-1] ** 2).sqrt()
+    spread = (space.alpha(s[1:]) ** 2 + s[1:] ** 2).sqrt()
     return ((1 - s[1:] / s[:-1]) / spread).tolist()
 
 
@@ -203,7 +205,7 @@ def _keep(table: dict, count: int, total: float, keys: Iterable[int]) -> None:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReusePlan:
     """What happens on each step of a run: sigmas [n+1], times [n] (the network's timesteps), the key steps."""
 
     sigmas: tuple[float, ...]
@@ -258,7 +260,7 @@ def make_plan(
     always: Iterable[int] = (),
     last: int = 0,
     active: tuple[float, float] = (math.inf, 0.0),
-) -> Plan:
+) -> ReusePlan:
     """A plan from chosen key steps, with the steps that must be key steps in any case.
 
     always: where the conditioning changes. last: how many steps at the end of a run that ends at 0 are key steps; their
@@ -269,7 +271,7 @@ def make_plan(
     if sigmas[-1] == 0:
         chosen |= set(range(max(steps - last, 0), steps))
     chosen |= {i for i in range(steps) if not active[1] <= sigmas[i] <= active[0]}
-    return Plan(tuple(map(float, sigmas)), tuple(map(float, times)), frozenset(chosen), forecast)
+    return ReusePlan(tuple(map(float, sigmas)), tuple(map(float, times)), frozenset(chosen), forecast)
 
 
 def forecast_weight(time: float, last: float, before: float) -> float:
@@ -292,3 +294,149 @@ def add_prior_noise_(x: Latent, noise: Latent, sigma: float, strength: float, sp
     """
     scale = math.sqrt(1 + sigma * sigma) if space.kind == "ve" else 1.0
     return x.add_(noise, alpha=strength * scale)
+
+
+# --- features of earlier steps ---
+
+Features = dict[Hashable, Tensor]  # block -> [rows ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """The features of one call of the network: `chunks` conditions of equally many rows each, in the order of the call.
+
+    signature: whatever must be equal for the features to fit another call (shapes, dtype, device).
+    """
+
+    step: int
+    time: float
+    signature: Hashable
+    chunks: int
+    features: Features
+
+    def chunk(self, i: int) -> Features:
+        return {name: value.chunk(self.chunks)[i] for name, value in self.features.items()}
+
+
+class FeatureCache:
+    """The last `depth` captures of every condition, and outputs that were computed ahead.
+
+    A key names a condition: (its id, the context window, how often it occurred in the evaluation). `dtype` and `device`
+    are how features are kept; None leaves them as they come.
+    """
+
+    def __init__(self, depth: int, dtype: torch.dtype | None = None, device: torch.device | None = None):
+        self.depth, self.dtype, self.device = depth, dtype, device
+        self._captures: dict[Hashable, deque[tuple[Capture, int]]] = {}
+        self._ahead: dict[Hashable, dict[Hashable, Tensor]] = {}
+
+    def store(self, keys: Sequence[Hashable], step: int, time: float, signature: Hashable, features: Features) -> None:
+        """Keep the features of a call whose batch holds the conditions `keys`; a second capture of a step replaces."""
+        kept = {name: value.to(dtype=self.dtype, device=self.device) for name, value in features.items()}
+        capture = Capture(step, time, signature, len(keys), kept)
+        for i, key in enumerate(keys):
+            history = self._captures.setdefault(key, deque(maxlen=self.depth))
+            if history and history[-1][0].step == step:
+                history.pop()
+            history.append((capture, i))
+            self._ahead.pop(key, None)
+
+    def holds(self, key: Hashable, since: int) -> bool:
+        """Whether the condition was captured at step `since` or later."""
+        return any(capture.step >= since for capture, _ in self._captures.get(key, ()))
+
+    def recall(
+        self,
+        keys: Sequence[Hashable],
+        signature: Hashable,
+        since: int,
+        time: float,
+        like: Tensor,
+        sources: tuple[int, int | None] | None = None,
+    ) -> Features | None:
+        """The features of a call at `time`, from captures at step `since` or later; None where one of them is missing.
+
+        With two captures of a condition they are extrapolated along the line through both, else held. `sources` names
+        the steps of the last capture and of the one before it, for a calibration that compares several.
+        """
+        parts = []
+        for key in keys:
+            pair = self._pair(key, signature, since, sources)
+            if pair is None:
+                return None
+            parts.append(pair)
+        last, before = ([part[i] for part in parts] for i in (0, 1))
+        features = _join(last, like)
+        if features is None or None in before:
+            return features
+        weight = forecast_weight(time, last[0][0].time, before[0][0].time)
+        old = _join(before, like) if weight > 0 else None
+        if old is None or old.keys() != features.keys():
+            return features
+        return {name: torch.lerp(old[name], value, 1 + weight) for name, value in features.items()}
+
+    def _pair(self, key, signature, since, sources):
+        history = self._captures.get(key, ())
+        if sources is not None:
+            found = {capture.step: (capture, i) for capture, i in history if capture.signature == signature}
+            last, before = found.get(sources[0]), found.get(sources[1])
+            missing = last is None or (before is None and sources[1] is not None)
+            return None if missing else (last, before)
+        if not history or history[-1][0].step < since or history[-1][0].signature != signature:
+            return None
+        fits = self.depth > 1 and len(history) > 1 and history[-2][0].signature == signature
+        return history[-1], history[-2] if fits else None
+
+    def keep_ahead(self, keys: Sequence[Hashable], step: int, signature: Hashable, output: Tensor) -> None:
+        """Keep the network's output at a coming step for a call of `keys`."""
+        for key, part in zip(keys, output.chunk(len(keys)), strict=True):
+            self._ahead.setdefault(key, {})[step, signature] = part
+
+    def ahead(self, keys: Sequence[Hashable], step: int, signature: Hashable) -> Tensor | None:
+        """The output that was computed ahead for this step, for all of `keys` or not at all."""
+        parts = [self._ahead.get(key, {}).get((step, signature)) for key in keys]
+        if any(part is None for part in parts):
+            return None
+        return torch.cat(parts) if len(parts) > 1 else parts[0].clone()  # type: ignore[arg-type, union-attr]
+
+    @property
+    def bytes(self) -> int:
+        """What the kept features take."""
+        captures = {id(c): c for history in self._captures.values() for c, _ in history}
+        return sum(v.numel() * v.element_size() for c in captures.values() for v in c.features.values())
+
+    def clear(self) -> None:
+        self._captures.clear()
+        self._ahead.clear()
+
+
+def _join(parts: list[tuple[Capture, int]], like: Tensor) -> Features | None:
+    """The chunks as one batch: without a copy where they are a whole capture; None where they do not fit together."""
+    first = parts[0][0]
+    if len(parts) == first.chunks and all(c is first and i == at for at, (c, i) in enumerate(parts)):
+        joined = first.features
+    else:
+        chunks = [capture.chunk(i) for capture, i in parts]
+        if any(chunk.keys() != chunks[0].keys() for chunk in chunks):
+            return None
+        joined = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return {name: value.to(like) for name, value in joined.items()}
+
+
+# --- tiles ---
+
+SAME_PLACE = 0.25  # of the correlation of fine detail: one place has .4 and more from step to step, another one 0
+
+
+def fine_detail(x: Latent) -> Tensor:
+    """Differences of neighbours along both sides: nearly white in a latent, so it tells one place from the next."""
+    for side in (-1, -2):
+        if x.shape[side] > 1:
+            x = x.diff(dim=side)
+    return x
+
+
+def resemblance(a: Tensor, b: Tensor) -> Tensor:
+    """The correlation of two tensors of one shape around 0, as a tensor on their device."""
+    a, b = a.float(), b.float()
+    return (a * b).sum() / (a.square().sum() * b.square().sum()).sqrt().clamp(min=1e-30)

@@ -1,4 +1,4 @@
-"""Encoder propagation inside the host: exact where it must be, and never a stale feature."""
+"""Propagation inside the host, on a UNet: exact where it must be, and never a stale feature."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def propagate(host, demo):
             "keep_last": 2, "start_percent": 0.0, "end_percent": 1.0, "parallel": "auto", "prior_noise": 0.0,
             "cache_dtype": "as computed", "cache_device": "as computed", "memory_limit": 0, **changed,
         }  # fmt: skip
-        return host.call("AttuneEncoderPropagation", model=model or demo[0], **inputs)[0]
+        return host.call("AttunePropagation", model=model or demo[0], **inputs)[0]
 
     return apply
 
@@ -83,8 +83,8 @@ def free_u(h, skip, options):
 
 
 def features_of(unet, fresh, cut, rows=2, control=None, patches=None):
-    from pack.kernels.encoder_propagation import Reuse
-    from pack.nodes._host.propagation.unet_blocks import control_features, recording
+    from pack.kernels.propagation import Reuse
+    from pack.nodes._host.propagation.unet import control_features, recording
 
     reuse, found, options = Reuse(fresh, cut), {}, {"patches": patches or {}}
     x, t, context, y = a_call(unet, rows)
@@ -99,7 +99,7 @@ def features_of(unet, fresh, cut, rows=2, control=None, patches=None):
 
 @pytest.mark.parametrize(("fresh", "cut"), [(fresh, cut) for fresh in range(7) for cut in range(6) if fresh + cut <= 6])
 def test_a_step_with_its_own_features_is_the_whole_step_bit_for_bit(unet, fresh, cut):
-    from pack.nodes._host.propagation.unet_blocks import UNetView
+    from pack.nodes._host.propagation.unet import UNetView
 
     seen: dict[str, list] = {"whole": [], "part": []}
     for control in (None, residuals(unet)):
@@ -132,7 +132,7 @@ def test_a_step_with_its_own_features_is_the_whole_step_bit_for_bit(unet, fresh,
 def test_work_per_block_is_what_torch_counts(unet):
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pack.nodes._host.propagation.unet_blocks import measure_unet
+    from pack.nodes._host.propagation.unet import measure_unet
 
     x, t, _, y = a_call(unet)
     context = torch.randn(2, 77, 128)
@@ -153,9 +153,8 @@ def test_work_per_block_is_what_torch_counts(unet):
 
 
 def test_the_size_of_sd15_is_the_published_one(host):
-    from pack.kernels.encoder_propagation import Reuse
-    from pack.nodes._host.propagation.unet import top_blocks
-    from pack.nodes._host.propagation.unet_blocks import measure_unet
+    from pack.kernels.propagation import Reuse
+    from pack.nodes._host.propagation.unet import measure_unet, top_blocks
 
     sd15 = build("SD1.5", "meta").model.diffusion_model
     size = measure_unet(sd15, 64, 64)
@@ -171,8 +170,7 @@ def test_a_shorter_step_of_a_published_network_does_the_work_and_keeps_the_featu
     from comfy.ldm.modules.attention import attention_pytorch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pack.nodes._host.propagation.unet import top_blocks
-    from pack.nodes._host.propagation.unet_blocks import UNetView, measure_unet, recording
+    from pack.nodes._host.propagation.unet import UNetView, measure_unet, recording, top_blocks
     from pack.nodes._plan.propagation import reuse_by_name
 
     unet, pixels = build(name, "meta").model.diffusion_model, FAMILIES[name].pixels
@@ -242,7 +240,7 @@ def watching(model):
 def test_it_stands_aside_where_it_cannot_help_and_says_so(draw, propagate, caplog, sampler, steps):
     with caplog.at_level("INFO"):
         out = draw(propagate(), sampler=sampler, steps=steps)
-    assert "Attune Encoder Propagation stands aside: " in caplog.text
+    assert "Attune Propagation stands aside: " in caplog.text
     assert torch.equal(out, draw(sampler=sampler, steps=steps))
 
 
@@ -277,7 +275,7 @@ def by_hand(unet, model_sampling, conds, sigmas, noise, keys, cfg):
 
 @pytest.mark.parametrize("parallel", ["off", "auto", "6"])
 def test_the_published_mode_is_the_papers_algorithm(demo, encode, draw, propagate, unet, parallel):
-    from pack.kernels.encoder_propagation import published_keys
+    from pack.kernels.propagation import published_keys
 
     ours = draw(propagate(mode="published keys", parallel=parallel), steps=20, seed=3)
     sampling = demo[0].get_model_object("model_sampling")
@@ -328,7 +326,7 @@ def test_the_list_of_solvers_with_one_evaluation_a_step_is_right(draw, propagate
     said = []
 
     def watch(executor, x, sigma, model_options, *args, **kwargs):
-        run = model_options["transformer_options"]["attune.encoder_propagation.run"]
+        run = model_options["transformer_options"]["attune.propagation.run"]
         said.append((run.clock.counts, run.clock.step, run.plan.step(float(sigma[0]))))
         return executor(x, sigma, model_options, *args, **kwargs)
 
@@ -483,7 +481,7 @@ def controlled(encode, weight=1.0):
 def test_a_controlnet_is_computed_only_where_it_is_used(draw, propagate, encode, reuse):
     from comfy.patcher_extension import WrappersMP
 
-    from pack.nodes._host.propagation.unet import KEY
+    from pack.nodes._host.propagation import KEY
 
     positive, calls = controlled(encode)
     stock = draw(positive=positive, steps=12)
@@ -741,8 +739,8 @@ def test_applied_twice_the_later_settings_count(draw, propagate):
 
 
 def test_the_features_are_freed_with_the_run(host, draw, propagate, monkeypatch):
-    node = host.nodes.NODE_CLASS_MAPPINGS["AttuneEncoderPropagation"]
-    loaded = sys.modules[node.__module__.replace("nodes.propagation", "nodes._host.propagation.run")]
+    node = host.nodes.NODE_CLASS_MAPPINGS["AttunePropagation"]
+    loaded = sys.modules[node.__module__.replace("nodes.propagation", "nodes._host.propagation")]
     kept, store = [], loaded.FeatureCache.store
 
     def watch(self, keys, step, time, signature, features):
@@ -801,11 +799,14 @@ def test_a_memory_limit_is_kept(draw, propagate, caplog):
 # --- words ---
 
 
-def test_a_network_without_an_encoder_is_refused_by_name(host):
-    with pytest.raises(
-        ValueError, match=r"needs a UNet model.*this one is a OpenAISignatureMMDITWrapper.*Block Propagation"
-    ):
-        host.call("AttuneEncoderPropagation", model=comfy_stub.tiny_model("SD3"), mode="uniform")
+def test_a_part_of_the_other_kind_of_network_is_refused(host, demo):
+    said = (
+        r"'first block fresh' is a part of a transformer, this MODEL is a UNet: set 'reuse' to one of 'automatic', 'top"
+    )
+    with pytest.raises(ValueError, match=said):
+        host.call("AttunePropagation", model=demo[0], mode="uniform", reuse="first block fresh")
+    with pytest.raises(ValueError, match="'encoder reused' is a part of a UNet, this MODEL is a transformer"):
+        host.call("AttunePropagation", model=comfy_stub.tiny_model("SD3"), mode="uniform", reuse="encoder reused")
 
 
 def test_a_profile_that_is_not_there_and_a_speed_out_of_reach_are_said(draw, propagate):
@@ -828,9 +829,9 @@ def test_a_speed_target_is_reached_by_the_count_of_blocks(draw, propagate, caplo
 @pytest.fixture(scope="module")
 def fitted(host, demo, encode):
     return host.call(
-        "AttuneFitEncoderPropagation", model=demo[0], positive=encode("a cat on a black background"),
+        "AttuneFitPropagation", model=demo[0], positive=encode("a cat on a black background"),
         negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=12, cfg=3.0,
-        sampler_name="euler", scheduler="normal", reuse="parts that cost little", fastest=1.75, longest=3,
+        sampler_name="euler", scheduler="normal", reuse="automatic", fastest=1.75, longest=3,
     )  # fmt: skip
 
 
@@ -879,11 +880,11 @@ def test_a_profile_of_another_kind_or_network_is_refused(host, demo, draw, propa
     from dataclasses import replace
 
     profile = fitted[0]
-    with pytest.raises(ValueError, match="is a block propagation, but this node needs a encoder propagation"):
+    with pytest.raises(ValueError, match="holds no key steps for a UNet: it is a block propagation"):
         propagate(profile=replace(profile, kind="block_propagation"), mode="calibrated profile")
     other = replace(profile, calibration=replace(profile.calibration, blocks=12))
-    with pytest.raises(ValueError, match="for a network of 12 blocks, but this model has 6"):
-        draw(propagate(profile=other, mode="calibrated profile"), steps=10)
+    with pytest.raises(ValueError, match="for a network of 12 blocks, but this MODEL has 6"):
+        propagate(profile=other, mode="calibrated profile")
     with pytest.raises(ValueError, match="fastest setting is"):
         draw(propagate(profile=profile, mode="speed target", speed=9.0), steps=10)
 
@@ -891,7 +892,7 @@ def test_a_profile_of_another_kind_or_network_is_refused(host, demo, draw, propa
 def test_there_is_nothing_to_calibrate_in_a_short_run(host, demo, encode):
     with pytest.raises(ValueError, match="nothing to calibrate: dpm_adaptive chooses"):
         host.call(
-            "AttuneFitEncoderPropagation", model=demo[0], positive=encode("a cat"), negative=encode(""),
+            "AttuneFitPropagation", model=demo[0], positive=encode("a cat"), negative=encode(""),
             latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=8, cfg=3.0, sampler_name="dpm_adaptive",
-            scheduler="normal", reuse="parts that cost little", fastest=1.5, longest=2,
+            scheduler="normal", reuse="automatic", fastest=1.5, longest=2,
         )  # fmt: skip
