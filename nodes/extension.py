@@ -7,7 +7,6 @@ from . import (
     compare,
     fit_sampler,
     golden_noise,
-    installed,
     noise_shift,
     one_more_step,
     profiles,
@@ -32,7 +31,6 @@ NODES = [
     *train_npnet.NODES,
     *propagation.NODES,
     *profiles.NODES,
-    *installed.NODES,
     *compare.NODES,
 ]
 

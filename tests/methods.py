@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from graphs import Kit
-from pack.models.calibration import Calibration, CondLevels, shipped_profiles
+from pack.models.calibration import Calibration, CondLevels
+from pack.models.store import shipped_profiles
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,8 @@ import pytest
 import torch
 
 from pack.kernels.schedules import check_sigmas
-from pack.models.calibration import (
-    LARGEST_FILE,
-    Calibration,
-    CondLevels,
-    conditioning_map,
-    file_stem,
-    load_profile,
-    pick_profile,
-    save_profile,
-    shipped_profiles,
-    text_hash,
-)
+from pack.models.calibration import Calibration, CondLevels, conditioning_map, pick_profile, text_hash
+from pack.models.store import file_stem, load_profile, save_profile, shipped_profiles
 from pack.nodes._plan.named_schedules import published_profiles, resample_profile
 
 GOOD = {

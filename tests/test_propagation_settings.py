@@ -8,7 +8,8 @@ from dataclasses import replace
 import pytest
 
 from pack.kernels.propagation import Costs, Reuse, speedup
-from pack.models.calibration import Calibration, KeySteps, Point, load_profile, save_profile
+from pack.models.calibration import Calibration, KeySteps, Point
+from pack.models.store import load_profile, save_profile
 from pack.nodes._plan.propagation import (
     ENCODER,
     ONE,

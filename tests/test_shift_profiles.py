@@ -10,7 +10,8 @@ import torch
 
 from pack.kernels.noise_shift import SHIFT_PRESETS, Shift
 from pack.kernels.space import NoiseSpace
-from pack.models.calibration import CondLevels, ModelIdentity, load_profile, save_profile
+from pack.models.calibration import CondLevels, ModelIdentity
+from pack.models.store import load_profile, save_profile
 from pack.nodes._draw.noise_shift import draw_shift
 from pack.nodes._plan.noise_shift import (
     check_noise_shift,

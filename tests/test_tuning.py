@@ -8,7 +8,8 @@ import torch
 from pack.kernels.gate import judge
 from pack.kernels.timestep_aligner import Alignment
 from pack.kernels.tuner import TUNER_PRESETS, Progress, Tuned
-from pack.models.calibration import ModelIdentity, load_profile, save_profile
+from pack.models.calibration import ModelIdentity
+from pack.models.store import load_profile, save_profile
 from pack.nodes._plan.fit_sampler import (
     Setting,
     affordable,

@@ -84,7 +84,7 @@ def _shift(model: Any, profile: Calibration, choice: Choice, latent: dict | None
     asked = [one.resolution for one in profile.alignments] if size is None else [size]
     steps = choice.steps or STEPS
     report = [
-        f"Noise shift '{profile.name}' at strength {choice.strength:g}. Every run gets that of the size that it samples.",
+        f"Noise shift '{profile.name}' at strength {choice.strength:g}. Every run gets its own size's.",
         *(shift_for(profile, one, choice.strength)[1] for one in asked),
         *doubts(profile, identify(model, weights=True)),
         f"It has no schedule of its own: SIGMAS are {steps} steps of the stock '{STOCK}', SAMPLER is euler.",

@@ -14,8 +14,8 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...models.calibration import file_stem
 from ...models.noise_pairs import Job, Shard, published_pairs, remaining, save_shard, shard_path
+from ...models.store import file_stem
 from .identity import config_hash
 from .redenoise import Redenoise, redenoised
 

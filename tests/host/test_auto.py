@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import FAMILIES
 
-from pack.models.calibration import save_profile, shipped_profiles
+from pack.models.store import save_profile, shipped_profiles
 from pack.nodes._plan.auto import ALWAYS, FAITHFUL, OFF, SHOWN
 
 ROOT = Path(__file__).resolve().parents[2]

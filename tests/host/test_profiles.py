@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pack.models.calibration import Calibration, CondLevels, save_profile, shipped_profiles, spell_profile
+from pack.models.calibration import Calibration, CondLevels
+from pack.models.profile_format import spell_profile
+from pack.models.store import save_profile, shipped_profiles
 
 VE_KNOTS = CondLevels("euler", (128, 128), (0.4, 1.4, 4.0, 14.0), (0.33, 1.1, 3.3, 13.0))
 VE = Calibration(

@@ -869,7 +869,7 @@ def test_calibrated_key_steps_are_better_than_even_ones(draw, propagate, fitted)
 
 
 def test_a_calibration_survives_its_file(fitted, tmp_path):
-    from pack.models.calibration import load_profile
+    from pack.models.store import load_profile
 
     saved = sys.modules[type(fitted[0]).__module__].save_profile(fitted[0], tmp_path)
     assert vars(load_profile(saved).calibration)["sigmas"] == fitted[0].calibration.sigmas

@@ -10,7 +10,7 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[2] / "training"))
 import tune_profiles as script
 
-from pack.models.calibration import load_profile, save_profile
+from pack.models.store import load_profile, save_profile
 
 
 @pytest.fixture
