@@ -22,10 +22,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from analytic import Mixture, PowerLawField
 from torch import Tensor
 
 import _pack  # noqa: F401
+from analytic import Mixture, PowerLawField
 from harness import last
 from oracles import dpmpp_2m, fine_levels, network, path, stock_schedules
 from pack.kernels.conditioning import ConditioningMap

@@ -11,8 +11,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from analytic import PowerLawField
 
+from analytic import PowerLawField
 from oracles import dpmpp_2m, finish, stock_schedules
 from pack.kernels.gate import FEWEST, judge, students_t, students_tail
 from pack.kernels.space import NoiseSpace

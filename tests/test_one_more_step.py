@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from analytic import SharedLevel, euler_gain
 from torch import nn
 
+from analytic import SharedLevel, euler_gain
 from oracles import euler, fine_levels
 from pack.kernels.one_more_step import SignalLeak, clean_of_v, first_state, guided, keyed_noise, noise_for, v_loss
 from pack.kernels.one_more_step_training import Training

@@ -10,7 +10,7 @@ import torch
 
 from pack.kernels.schedules import check_sigmas
 from pack.models.calibration import Calibration, CondLevels, conditioning_map, pick_profile, text_hash
-from pack.models.store import file_stem, load_profile, save_profile, shipped_profiles
+from pack.models.store import LARGEST_PROFILE, file_stem, load_profile, save_profile, shipped_profiles
 from pack.nodes._plan.named_schedules import published_profiles, resample_profile
 
 GOOD = {
@@ -130,8 +130,8 @@ def test_bytes_that_are_not_text_are_refused(tmp_path):
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "p.json"
     with path.open("wb") as file:
-        file.truncate(LARGEST_FILE + 1)
-    with pytest.raises(ValueError, match=f"the {LARGEST_FILE} bytes"):
+        file.truncate(LARGEST_PROFILE + 1)
+    with pytest.raises(ValueError, match=f"the {LARGEST_PROFILE} bytes"):
         load_profile(path)
 
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from analytic import SharedLevel, euler_gain
 from safetensors.torch import save_file
 
 import comfy_stub
+from analytic import SharedLevel, euler_gain
 from pack.kernels.one_more_step import SignalLeak, first_state, keyed_noise
 
 KNOWN = json.loads((Path(__file__).parents[1] / "data" / "one_more_step.json").read_text("utf-8"))
