@@ -93,7 +93,7 @@ class AttuneTuneSchedule(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset", options=list(TUNER_PRESETS), default="mini",
-                    tooltip="How thorough: at 8 steps at most about 800, 1600 or 3400 evaluations of the model. The "
+                    tooltip="How thorough: at 8 steps at most about 800, 1700 or 3400 evaluations of the model. The "
                     "time is measured before it starts.",
                 ),
                 io.Float.Input(
@@ -291,9 +291,7 @@ def _held_out(empty: torch.Tensor) -> int:
     return -(-FEWEST // len(empty))
 
 
-def _align(
-    solves: Solves, solver: Solver, setting: Setting, levels: torch.Tensor, draws: list[torch.Tensor], fit_on: int
-):
+def _align(solves: Solves, setting: Setting, levels: torch.Tensor, draws: list[torch.Tensor], fit_on: int):
     """Metrics, the fit on the first `fit_on` of `draws`, and what the gate finds on the others, which are held out."""
     reference = reference_levels(
         TUNER_PRESETS["standard"].reference_steps, setting.space, setting.model.sigma_min, float(levels[0])
