@@ -259,7 +259,7 @@ def test_small_pictures_are_measured_beside_an_oracle_and_the_stock_shift(tmp_pa
     # A model that was only ever shown 128 px draws a crop at 64 px.
     assert rows["drawn at 128 px, made smaller"]["frechet"][0] < rows["plain"]["frechet"][0]
     wrong, mended = rows["told wrong"]["frechet"][0], rows["told wrong + noise shift, joint"]["frechet"][0]
-    assert "832 evaluations a size" in printed and mended != wrong and rows["told right"]["change"] is None
+    assert "896 evaluations a size" in printed and mended != wrong and rows["told right"]["change"] is None
     assert "| plain |" in printed and " old " not in (tmp_path / "noise_shift.md").read_text()
     assert min(Image.open(tmp_path / "noise_shift_flow.jpg").size) > 200
 
