@@ -23,6 +23,7 @@ SMOKE = {
     "demo_model": ["--flow", "--pictures", "6", "--per-word", "2", "--objects", "32"],
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "exact_fitted": ["--spaces", "ve", "--solvers", "euler", "--steps", "5", "--samples", "256"],
+    "gate": ["--quick"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
     "schedules": [
         "--models",
