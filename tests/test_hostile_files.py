@@ -106,7 +106,8 @@ def shard() -> Shard:
 def use_shard(path: Path) -> None:
     got = load_shard(path)
     assert len(got.jobs) == len(got.noise) == len(rows(got, True)) + len(rows(got, False))
-    assert bool(got.tokens[got.which].isfinite().all()) and min(got.noise.shape) > 0 and dict(got.facts) is not None
+    assert bool(got.tokens[got.which].isfinite().all()) and min(got.noise.shape) > 0
+    assert all(isinstance(name, str) for name in got.facts)
 
 
 RECIPE = Recipe(epochs=1, batch=40, size="small", text="flat")
