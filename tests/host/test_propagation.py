@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import re
 import sys
@@ -298,7 +297,8 @@ def test_decoding_several_steps_at_once_changes_nothing(draw, propagate, sampler
     with caplog.at_level("INFO"):
         many = draw(many, sampler=sampler, steps=12)
     torch.testing.assert_close(many, one, rtol=1e-3, atol=2e-4)
-    assert "and 0 outputs were ready" not in caplog.text
+    (ready,) = re.findall(r"and (\d+) outputs were ready", caplog.text)
+    assert int(ready) > 0
 
 
 TWICE_A_STEP = [(sampler, reuse) for sampler in ("heun", "dpm_2") for reuse in ("top level fresh", "encoder reused")]
@@ -718,7 +718,7 @@ def test_an_interrupted_run_leaves_nothing(draw, propagate):
 
         stopped = model.clone()
         stopped.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test.stop", interrupt)
-        with contextlib.suppress(InterruptProcessingException):
+        with pytest.raises(InterruptProcessingException):
             draw(stopped, steps=8)
         assert torch.equal(draw(model, steps=8), want)
 
