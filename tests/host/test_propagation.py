@@ -360,6 +360,64 @@ def test_prior_noise_is_added_in_the_second_half(demo, encode, draw, propagate):
     assert not torch.equal(ours, draw(steps=10))
 
 
+def watching_x(model):
+    """A clone, and a list of (noise level, latent) of every call of the guided model."""
+    from comfy.patcher_extension import WrappersMP
+
+    seen = []
+
+    def watch(executor, x, sigma, *args, **kwargs):
+        seen.append((float(sigma[0]), x.clone()))
+        return executor(x, sigma, *args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test.watch", watch)
+    return model, seen
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_prior_noise_stays_in_the_state_of_every_solver_or_is_refused(host, draw, propagate, monkeypatch, masked):
+    """Added at one step: all of it is there when the model is asked, and much of it a step later; LCM keeps no state."""
+    import comfy.samplers
+    from comfy.patcher_extension import WrappersMP
+
+    loaded = host.module("nodes._host.propagation")
+    facts_of, at, begin = host.module("nodes._host.solvers").facts_of, 5, loaded.Propagation.__init__
+    noise = torch.randn(1, 4, 8, 8, generator=torch.manual_seed(0))
+    inside = torch.zeros(1, 4, 8, 8) if masked else torch.ones(1, 4, 8, 8)
+    inside[..., 2:6, 2:6] = 1
+    latent = {"samples": torch.zeros(1, 4, 8, 8), **({"noise_mask": inside[0, :1]} if masked else {})}
+
+    def states(name, step):
+        def once(self, *args):
+            begin(self, *args)
+            self.noisy &= {step}
+            sigmas[:] = self.plan.sigmas
+
+        monkeypatch.setattr(loaded.Propagation, "__init__", once)
+        model, seen = watching_x(propagate(interval=1, prior_noise=0.01))
+        model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test.model", lambda executor, x, *args, **kwargs: x / 2)
+        draw(model, sampler=name, steps=8, latent_image=latent)
+        return seen
+
+    sigmas: list[float] = []
+    share = lambda a, b, added: float(((b - a) * added).sum() / added.square().sum())
+    for name in ["euler", "heun", "dpm_2", "dpmpp_2m"] if masked else comfy.samplers.KSampler.SAMPLERS:
+        facts = facts_of(comfy.samplers.sampler_object(name))
+        if facts.own_levels:
+            continue  # the node stands aside
+        if not facts.keeps_state:
+            with pytest.raises(ValueError, match=f"cannot add 'prior_noise' with the sampler '{name}'"):
+                states(name, at)
+            continue
+        pairs = list(zip(states(name, -1), states(name, at), strict=True))
+        added = 0.01 * (1 + sigmas[at] ** 2) ** 0.5 * noise * inside
+        here = [share(a, b, added) for (level, a), (_, b) in pairs if level == pytest.approx(sigmas[at], rel=1e-4)]
+        after = [share(a, b, added) for (level, a), (_, b) in pairs if level == pytest.approx(sigmas[at + 1], rel=1e-4)]
+        assert here[-1] == pytest.approx(1, abs=0.01) and not any(here[:-1]), name
+        assert after[-1] > 0.3 or facts.jumps, name
+
+
 # --- conditions never mix ---
 
 
@@ -544,6 +602,80 @@ def test_free_u_works_before_and_after(host, demo, draw, propagate, first):
     stock = draw(scale(demo[0]), steps=14)
     ours = propagate(scale(demo[0]), interval=2) if first else scale(propagate(interval=2))
     assert psnr(draw(ours, steps=14), stock) > 22
+
+
+@pytest.mark.parametrize("reuse", REUSES)
+@pytest.mark.parametrize("part", [(0.0, 0.35), (0.2, 0.6)])
+def test_where_deep_shrink_begins_and_ends_the_network_runs_whole(host, demo, draw, propagate, caplog, reuse, part):
+    """Its features have other shapes. Beside a run without any node in its part every shorter step is as it was."""
+    start, end = part
+    (shrunk,) = host.call(
+        "PatchModelAddDownscale", model=demo[0], block_number=3, downscale_factor=2.0, start_percent=start,
+        end_percent=end, downscale_after_skip=True, downscale_method="bicubic", upscale_method="bicubic",
+    )  # fmt: skip
+    stock = draw(shrunk, steps=20)
+    with caplog.at_level("INFO"):
+        ours = draw(propagate(shrunk, reuse=reuse, interval=2, parallel="off"), steps=20)
+    sampling = demo[0].get_model_object("model_sampling")
+    edges = [end] if start == 0 else [start, end]
+    first = [float(sampling.timestep(sampling.percent_to_sigma(at) * torch.ones(1))) for at in edges]
+    steps = [999 - 999 * i / 19 for i in range(20)]
+    after = [next(i for i, t in enumerate(steps) if t < edge) for edge in first]
+    whole = {*range(0, 20, 2), 18, 19, *after, *(i + 1 for i in after)}
+    assert f"the network ran whole {len(whole)} times" in caplog.text
+    assert psnr(ours, stock) > 34
+
+
+def test_another_pack_may_deep_copy_the_options_and_evaluate_once_more(host, demo, draw, propagate, encode):
+    import copy
+
+    import comfy.samplers
+
+    def once_more(args):
+        options = copy.deepcopy(args["model_options"])
+        comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        return args["denoised"]
+
+    def asked_twice(model):
+        model = model.clone()
+        model.set_model_sampler_post_cfg_function(once_more)
+        return model
+
+    positive, _ = controlled(encode)
+    copy.deepcopy(host.module("nodes._host.propagation").DeferredControl(positive[0][1]["control"]))
+    for given in ({}, {"positive": positive}):
+        ours = propagate(interval=2)
+        assert torch.equal(draw(asked_twice(ours), **given), draw(ours, **given))
+
+
+@pytest.mark.parametrize("reuse", REUSES)
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+@pytest.mark.parametrize("moving", [False, True])
+def test_tiles_that_move_never_reuse_features_of_another_place(demo, draw, propagate, caplog, reuse, sampler, moving):
+    """As SpotDiffusion does it: the network sees the latent rolled and in halves, the answer is rolled back."""
+
+    def tiled(model):
+        model, calls = model.clone(), []
+
+        def wrapper(apply_model, args):
+            by = (7 * len(calls)) % 32 if moving else 0
+            calls.append(1)
+            halves = torch.roll(args["input"], by, -1).split(16, -1)
+            parts = [apply_model(part, args["timestep"], **args["c"]) for part in halves]
+            return torch.roll(torch.cat(parts, -1), -by, -1)
+
+        model.set_model_unet_function_wrapper(wrapper)
+        return model
+
+    wide = {"latent_image": {"samples": torch.zeros(1, 4, 16, 32)}, "steps": 16, "sampler": sampler}
+    stock = draw(tiled(demo[0]), **wide)
+    with caplog.at_level("INFO"):
+        ours = draw(tiled(propagate(reuse=reuse, interval=2)), **wide)
+    if moving:
+        assert torch.equal(ours, stock) and "tiles moved, so 14 calls of the network ran whole" in caplog.text
+    else:
+        assert "tiles moved" not in caplog.text
+        assert psnr(ours, stock) > (30 if sampler == "euler" else 20)
 
 
 @pytest.mark.parametrize("other", ["EasyCache", "LazyCache"])
@@ -805,8 +937,11 @@ def test_a_part_of_the_other_kind_of_network_is_refused(host, demo):
     )
     with pytest.raises(ValueError, match=said):
         host.call("AttunePropagation", model=demo[0], mode="uniform", reuse="first block fresh")
+    flow = host.call("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")[0]
     with pytest.raises(ValueError, match="'encoder reused' is a part of a UNet, this MODEL is a transformer"):
-        host.call("AttunePropagation", model=comfy_stub.tiny_model("SD3"), mode="uniform", reuse="encoder reused")
+        host.call("AttunePropagation", model=flow, mode="uniform", reuse="encoder reused")
+    with pytest.raises(ValueError, match=r"a transformer .* of at least 2 blocks, but this MODEL is a OpenAISig"):
+        host.call("AttunePropagation", model=comfy_stub.tiny_model("SD3"), mode="uniform")
 
 
 def test_a_profile_that_is_not_there_and_a_speed_out_of_reach_are_said(draw, propagate):
