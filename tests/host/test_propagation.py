@@ -1031,3 +1031,132 @@ def test_there_is_nothing_to_calibrate_in_a_short_run(host, demo, encode):
             latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=8, cfg=3.0, sampler_name="dpm_adaptive",
             scheduler="normal", reuse="automatic", fastest=1.5, longest=2,
         )  # fmt: skip
+
+
+def test_a_fit_names_its_network_and_weights_and_auto_takes_it(host, demo, fitted):
+    identity = host.module("nodes._host.identity").identify(demo[0], weights=True)
+    profile = fitted[0]
+    assert identity.config_hash and identity.weights_hash
+    for name in ("config_hash", "weights_hash", "prediction"):
+        assert getattr(profile, name) == getattr(identity, name)
+    assert profile.families == identity.families[:1] and profile.provenance["patched"] is False
+    host.module("nodes._host.folders").keep_fit(profile)
+    *_, report = host.call(
+        "AttuneAuto", model=demo[0], latent={"samples": torch.zeros(1, 4, 16, 16)}, steps=12, sampler_name="euler",
+        cfg=3.0, denoise=1.0, scheduler="normal", schedule="off", one_more_step="off", noise_shift="off",
+        golden_noise="off", speed="fast",
+    )  # fmt: skip
+    assert f"propagation: {profile.name}" in report and "Calibrated on this network" in report
+
+
+def test_a_fit_behind_the_node_measures_whole_runs(host, demo, encode, propagate, fitted):
+    """The calibration is the one without it, and so is that of any other fit: a session counts whole evaluations."""
+    behind = host.call(
+        "AttuneFitPropagation", model=propagate(interval=4), positive=encode("a cat on a black background"),
+        negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=12, cfg=3.0,
+        sampler_name="euler", scheduler="normal", reuse="automatic", fastest=1.75, longest=3,
+    )  # fmt: skip
+    assert behind[0].calibration == fitted[0].calibration
+    session, space = host.module("nodes._host.session"), host.module("kernels.space").NoiseSpace("ve")
+    solver = session.solver_of(session.named_sampler("euler"), demo[0])
+    sigmas = torch.linspace(14, 0, 13)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    calls = []
+
+    def ends(model):
+        hook = model.model.diffusion_model.middle_block[0].register_forward_hook(lambda *_: calls.append(1))
+        try:
+            return session.run_session(
+                model, encode("a cat"), encode(""), 3.0, solver, sigmas, torch.zeros(1, 4, 16, 16), 0, space,
+                lambda solves: solves.solve(sigmas, noise),
+            )  # fmt: skip
+        finally:
+            hook.remove()
+
+    assert torch.equal(ends(propagate(interval=4)), ends(demo[0])) and len(calls) == 24
+
+
+def test_a_fit_refuses_a_sampler_that_the_table_does_not_know(host, demo, encode, monkeypatch):
+    import comfy.samplers
+
+    def sample_of_tomorrow(*args, **kwargs):
+        raise AssertionError
+
+    monkeypatch.setattr(comfy.samplers, "sampler_object", lambda name: comfy.samplers.KSAMPLER(sample_of_tomorrow))
+    with pytest.raises(ValueError, match=r"does not know the sampler 'of_tomorrow'.*choose one of euler"):
+        host.call(
+            "AttuneFitPropagation", model=demo[0], positive=encode("a cat"), negative=encode(""),
+            latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=8, cfg=3.0, sampler_name="of_tomorrow",
+            scheduler="normal",
+        )  # fmt: skip
+
+
+def test_a_calibration_is_applied_in_one_call(host, demo, draw, propagate, fitted):
+    with_calibration, profile = host.module("nodes._host.propagation").with_calibration, fitted[0]
+    model, said = with_calibration(demo[0], profile)
+    assert torch.equal(draw(model, steps=12), draw(propagate(mode="calibrated profile", profile=profile), steps=12))
+    assert "calibrated with euler over 12 steps: " in said[0]
+    fastest = profile.calibration.points[-1]
+    model, said = with_calibration(demo[0], profile, fastest.speed)
+    ours = draw(propagate(mode="speed target", speed=fastest.speed, profile=profile), steps=12)
+    assert torch.equal(draw(model, steps=12), ours) and f"{fastest.speed:.2f}x at {fastest.psnr:.1f} dB" in said[0]
+
+
+@pytest.mark.parametrize("scheduler", ["normal", "sgm_uniform", "simple", "ddim_uniform"])
+def test_published_keys_of_50_steps_are_the_papers_on_the_hosts_own_schedules(host, demo, scheduler):
+    import comfy.samplers
+
+    from pack.kernels.propagation import published_keys
+
+    sampling = demo[0].get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, scheduler, 50)
+    times, top = host.module("nodes._host.clock").step_times(sampling, sigmas)
+    assert {k for k in published_keys([t / top for t in times]) if k < 50} == {0, 1, 2, 3, 5, 10, 15, 25, 35}
+
+
+# --- what a prompt may hold ---
+
+ODD = {"missing": ..., "null": None, "a word": "many", "a list": [], "a mapping": {}, "a negative number": -5}
+
+
+@pytest.mark.parametrize("node", ["AttunePropagation", "AttuneFitPropagation"])
+@pytest.mark.parametrize("odd", ODD)
+def test_a_prompt_with_odd_values_is_refused_by_the_host_or_in_a_sentence(host, node, odd):
+    """Never a Python error: the host names the input, or the node does before it runs."""
+    import json
+    from pathlib import Path
+
+    name = {"AttunePropagation": "propagation", "AttuneFitPropagation": "fit_propagation"}[node]
+    prompt = json.loads((Path(__file__).parents[1] / f"prompts/{name}.json").read_text("utf-8"))
+    (number,) = (key for key, one in prompt.items() if one["class_type"] == node)
+    widgets = [key for key, value in prompt[number]["inputs"].items() if not isinstance(value, list)]
+    for widget in [*widgets, "profile"] if node == "AttunePropagation" else widgets:
+        changed = json.loads(json.dumps(prompt))
+        if ODD[odd] is ...:
+            changed[number]["inputs"].pop(widget, None)
+        else:
+            changed[number]["inputs"][widget] = ODD[odd]
+        said = refusal(host, changed)
+        assert "Error" not in said and "Traceback" not in said and "object has no" not in said, (widget, said)
+
+
+def refusal(host, prompt) -> str:
+    """What the host's validation says to a prompt, "" where it lets it pass."""
+    import asyncio
+
+    import execution
+
+    given = execution.validate_prompt("test", prompt, None)
+    valid, error, _, errors = asyncio.run(given) if asyncio.iscoroutine(given) else given
+    if valid:
+        return ""
+    return " ".join(f"{one['message']} {one['details']}" for node in errors.values() for one in node["errors"])
+
+
+def test_at_most_six_widgets_are_in_sight(host):
+    for name in ("AttunePropagation", "AttuneFitPropagation"):
+        inputs = host.nodes.NODE_CLASS_MAPPINGS[name].INPUT_TYPES()
+        given = {**inputs["required"], **inputs.get("optional", {})}
+        sockets = {"MODEL", "CONDITIONING", "LATENT", "ATTUNE_PROFILE"}
+        shown = [key for key, (kind, *more) in given.items() if kind not in sockets and not more[0].get("advanced")]
+        assert len(shown) <= 6, shown
