@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from families import EVERYTHING, FAMILIES, FRESH, FULL, SD15, SDXL
 
-from pack.kernels.encoder_propagation import Reuse
+from pack.kernels.propagation import Reuse
 from pack.models.calibration import Calibration, CondLevels, KeySteps, Point
 from pack.models.store import shipped_profiles
 from pack.nodes._plan.auto import (
