@@ -134,7 +134,7 @@ class AttuneAuto(io.ComfyNode):
             model, _ = AttuneNoiseShift.execute(model, find_profile(picked[SHIFT])).result
         if START in picked:
             (module,) = AttuneLoadOneMoreStep.execute(picked[START]).result
-            (model,) = AttuneOneMoreStep.execute(model, module, positive).result
+            model, _ = AttuneOneMoreStep.execute(model, module, positive).result
         if NOISE in picked:
             (model,) = _with_noise(model, picked[NOISE]).result
         if SPEED in picked:
@@ -173,7 +173,7 @@ def _with_schedule(model, latent: dict, run: Run, name: str, told: bool) -> tupl
 
 def _with_noise(model, name: str) -> io.NodeOutput:
     if name == REDENOISE:
-        return AttuneRedenoise.execute(model)
+        return io.NodeOutput(AttuneRedenoise.execute(model).result[0])
     return AttuneGoldenNoiseModel.execute(model, AttuneLoadNPNet.execute(name).result[0])
 
 
