@@ -17,6 +17,7 @@ from ..models.store import SUFFIX, file_stem
 from ._draw.axes import to_image
 from ._draw.noise_shift import draw_shift
 from ._host.api import Profile, advanced, io, schema, shown_on
+from ._host.calibrating import calibrating
 from ._host.folders import find_profile, keep_fit, keep_profile, keep_update, profile_path
 from ._host.identity import identify, pixels
 from ._host.noise_shift import (
@@ -30,7 +31,7 @@ from ._host.noise_shift import (
     limits,
     without_text,
 )
-from ._host.session import ProgressBar, calibrating
+from ._host.session import ProgressBar
 from ._plan.noise_shift import (
     continues,
     noise_shift_profile,

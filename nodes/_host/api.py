@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 
+from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
 from torch import Tensor
 
@@ -39,9 +40,14 @@ def say_on_node(node: type[io.ComfyNode], text: str) -> None:
         PromptServer.instance.send_progress_text(html.escape(text, quote=False), node.hidden.unique_id)
 
 
+def blocked(why: str) -> ExecutionBlocker:
+    """An output that is not there: a node that uses it does not run, and the page says why."""
+    return ExecutionBlocker(why)
+
+
 def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
     """A preview of an IMAGE on the node that is running; None where another node calls it."""
     return None if node.hidden is None else ui.PreviewImage(image)
 
 
-__all__ = ["ComfyExtension", "Profile", "advanced", "io", "say_on_node", "schema", "shown_on", "ui"]
+__all__ = ["ComfyExtension", "Profile", "advanced", "blocked", "io", "say_on_node", "schema", "shown_on", "ui"]

@@ -148,6 +148,14 @@ def module_folder() -> Path:
     return Path(folder_paths.get_folder_paths(MODULES)[0])
 
 
+def state_of(kind: str, name: str | None) -> tuple:
+    """A file of a folder kind with its time and size: another value once it changes; for one that is not there, its
+    name, for the node that loads it says so."""
+    path = folder_paths.get_full_path(kind, name) if isinstance(name, str) else None
+    stat = None if path is None else os.stat(path)
+    return (name,) if stat is None else (path, stat.st_mtime_ns, stat.st_size)
+
+
 def installed_files() -> tuple:
     """Every profile, module and NPNet of the user's with its time and size: another value once one of them changes."""
     found = [
