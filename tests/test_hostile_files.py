@@ -23,7 +23,7 @@ from torch import nn
 
 import hostile
 import npnets
-from pack.kernels.encoder_propagation import Reuse
+from pack.kernels.propagation import Reuse
 from pack.kernels.one_more_step_training import Training
 from pack.kernels.schedules import check_sigmas
 from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, conditioning_map
