@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import _pack  # noqa: F401
 from comfy_process import Host
 from exact import (
     GROUPS,

@@ -158,7 +158,7 @@ class Problem:
 
     def _aligned(self, population: Latent) -> ConditioningMap | None:
         self.right = None
-        exact = path(self.target, population[: max(32, self.count // 4)], fine_levels(SPACE, 48))
+        exact = path(self.target, population, fine_levels(SPACE, 48))
         return last(align(self.denoise, self.best, [exact], SPACE, HIGHEST)).through(SPACE)
 
     def _searched(self, move: float) -> Sigmas:

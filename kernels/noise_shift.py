@@ -25,9 +25,9 @@ from .types import Latent, Sigma
 WIDEST = 1.2  # offsets of ln(sigma / alpha) that are tried, either way
 LOWEST, HIGHEST = -3.0, 3.0  # ln(sigma / alpha): beyond, a picture hardly changes what the best answer is
 PENALTIES = (1e3, 10.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of roughness, from one constant to almost none
-FINEST = 0.006  # log units between the offsets that the joint fit can choose
+FINEST = 0.008  # log units between the offsets that the joint fit can choose
 SAME = 2.0  # standard errors within which a smoother curve counts as equally good
-FOLDS = 8  # of the pictures; each is judged by the curve of the others
+FOLDS = 4  # of the pictures; each is judged by the curve of the others
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class TunerPreset:
 
 TUNER_PRESETS = {
     "mini": TunerPreset(1, 6, 40, 9, 10),
-    "quick": TunerPreset(2, 8, 48, 14, 24),
+    "quick": TunerPreset(2, 9, 48, 14, 24),
     "standard": TunerPreset(4, 12, 48, 14, 40),
 }
 
@@ -233,7 +233,7 @@ class _Work:
         for i, noise in enumerate(noises):
             path = self.runner.record(reference, noise)
             self.evaluations += len(reference) - 1
-            self.ends.append(path.end)
+            self.ends.append(path.end.clone())  # alone, without the states before it
             if i < self.preset.fit and self.runner.denoise is not None:
                 self.paths.append(path)
             yield self.progress("reference")

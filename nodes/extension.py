@@ -18,6 +18,7 @@ from . import (
 from ._host.api import ComfyExtension
 from ._host.demo_model import register_demo_model
 from ._host.folders import register_folders
+from ._host.replaced import register_replacements
 from ._host.workflow_profiles import register_exchange
 
 NODES = [
@@ -40,5 +41,8 @@ register_exchange()
 
 
 class AttuneExtension(ComfyExtension):
+    async def on_load(self):
+        await register_replacements()
+
     async def get_node_list(self):
         return NODES

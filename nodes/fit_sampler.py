@@ -75,7 +75,7 @@ class AttuneFitSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset", options=list(TUNER_PRESETS), default="mini",
-                    tooltip="How thorough: at 8 steps at most about 800, 1600 or 3400 evaluations of the model. The "
+                    tooltip="How thorough: at 8 steps at most about 800, 1700 or 3400 evaluations of the model. The "
                     "time is measured before it starts.",
                 ),
                 io.Boolean.Input(

@@ -94,7 +94,7 @@ class AttuneSaveProfile(io.ComfyNode):
             search_aliases=["schedule profile", "save schedule", "calibration"],
             is_output_node=True,
             inputs=[
-                Profile.Input("profile", tooltip="What Attune Tune Schedule or Attune Align Timesteps found."),
+                Profile.Input("profile", tooltip="What a fit found, such as Attune Fit Sampler."),
                 io.String.Input(
                     "name", default="",
                     tooltip="The file's name; empty takes the profile's own. A name that is taken gets a number.",

@@ -78,13 +78,13 @@ METHODS = {
         {**APPLY, "profile": aligned("flow", "flow", (0.4, 0.7, 0.9), (0.35, 0.62, 0.88))}, {"strength": 0.0},
     ),
     "encoder propagation": Method(
-        "unet", "AttuneEncoderPropagation", {**REUSE, "reuse": "encoder reused", "parallel": "auto"}, {"interval": 1}
+        "unet", "AttunePropagation", {**REUSE, "reuse": "encoder reused", "parallel": "auto"}, {"interval": 1}
     ),
     "top level fresh": Method(
-        "unet", "AttuneEncoderPropagation", {**REUSE, "reuse": "top level fresh", "parallel": "off"}, {"interval": 1}
+        "unet", "AttunePropagation", {**REUSE, "reuse": "top level fresh", "parallel": "off"}, {"interval": 1}
     ),
     "block propagation": Method(
-        "flow", "AttuneBlockPropagation", {**REUSE, "reuse": "first block fresh"}, {"interval": 1}
+        "flow", "AttunePropagation", {**REUSE, "reuse": "first block fresh"}, {"interval": 1}
     ),
     "noise shift": Method(
         "flow", "AttuneNoiseShift", {"profile": next(p for p in shipped_profiles().values() if p.kind == "noise_shift"),

@@ -117,7 +117,7 @@ def test_euler_on_a_flow_model():
     shift = lambda s, a: a * s / (1 + (a - 1) * s)
     line = torch.linspace(1, 0, 9, dtype=torch.float64)
     known = {f"simple, shift {a}": shift(line, a) for a in (1.0, 3.0)}
-    tuned, _ = finish(tune(bench.runner, known, fine_levels(FLOW, 48), bench.noises(10), TUNER_PRESETS["quick"], FLOW))
+    tuned, _ = finish(tune(bench.runner, known, fine_levels(FLOW, 48), bench.noises(11), TUNER_PRESETS["quick"], FLOW))
     truth = bench.truth()
     best = min(bench.error(sigmas, truth) for sigmas in known.values())
     assert bench.error(tuned.sigmas, truth, tuned.alignment.through(FLOW)) <= 0.8 * best

@@ -168,14 +168,21 @@ def file_stamp(path: Path) -> tuple:
 
 
 def find_folder(name: str) -> Path:
-    """A folder by its path, or by its name inside the host's input or output; ValueError when there is none."""
-    places = [Path(name), *(Path(get()) / name for get in
-                            (folder_paths.get_input_directory, folder_paths.get_output_directory))]  # fmt: skip
-    found = next((place for place in places if name and place.is_absolute() and place.is_dir()), None)
+    """A folder inside the host's input or output, by its name there or its whole path; ValueError for any other.
+
+    A link that lies inside leads where the user who made it wanted; `..` and other whole paths do not get out.
+    """
+    roots = [Path(get()) for get in (folder_paths.get_input_directory, folder_paths.get_output_directory)]
+    inside = [place for root in roots if (place := root / name).is_relative_to(root) and ".." not in Path(name).parts]
+    if not inside or not name.strip():
+        raise ValueError(
+            f"'{name}' is not inside ComfyUI's input or output, where alone folders are read. Move or link the folder "
+            "into one of them, and give its name there."
+        )
+    found = next((place for place in inside if place.is_dir()), None)
     if found is None:
         raise ValueError(
-            f"There is no folder '{name}' in ComfyUI's input or output. Save latents there with SaveLatent, or give "
-            "a whole path."
+            f"There is no folder '{name}' in ComfyUI's input or output. Save latents there with SaveLatent."
         )
     return found
 

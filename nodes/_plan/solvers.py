@@ -70,8 +70,8 @@ SOLVERS = {
     "seeds_3": SolverFacts(3, 1, "dpmpp_2m", on_grid=False),
     "exp_heun_2_x0": SolverFacts(2, 2, on_grid=False),
     "exp_heun_2_x0_sde": SolverFacts(2, 1, "exp_heun_2_x0", on_grid=False),
-    "sa_solver": SolverFacts(sibling="dpmpp_2m", on_grid=False),
-    "sa_solver_pece": SolverFacts(2, 1, "dpmpp_2m", on_grid=False),
+    "sa_solver": SolverFacts(sibling="dpmpp_2m", on_grid=False, keeps_state=False),
+    "sa_solver_pece": SolverFacts(2, 1, "dpmpp_2m", on_grid=False, keeps_state=False),
     "uni_pc": SolverFacts(order=3, on_grid=False, keeps_state=False),
     "uni_pc_bh2": SolverFacts(order=3, on_grid=False, keeps_state=False),
 }

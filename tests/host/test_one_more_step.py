@@ -625,6 +625,21 @@ def test_a_trained_module_is_used_loaded_and_continued_alike(host, kit, demo, en
     torch.testing.assert_close(again(noise, context), module(noise, context), rtol=0, atol=1e-6)
 
 
+def test_folders_are_read_inside_input_and_output_alone(host, pictures, tmp_path):
+    from pack.nodes._host.folders import find_folder
+
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    hops = "/".join([".."] * 30)
+    for name in (str(outside), f"{hops}{outside}", "../output/examples", "examples/../examples", "", " ", "/", "~"):
+        with pytest.raises(ValueError, match=r"is not inside ComfyUI's|no folder '~'"):
+            find_folder(name)
+    assert find_folder("examples") == find_folder(str(pictures)) == pictures
+    (pictures.parent / "link").symlink_to(outside)  # whoever may make one there may read what it leads to
+    assert find_folder("link").resolve() == outside
+    (pictures.parent / "link").unlink()
+
+
 def test_what_cannot_be_trained_on_is_said_before_training(host, demo, pictures):
     with pytest.raises(ValueError, match="no folder 'nowhere' in ComfyUI's input or output"):
         train(host, demo, "bad", folder="nowhere")
