@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pack.kernels.schedules import check_sigmas, for_denoise
 from pack.kernels.propagation import Reuse
+from pack.kernels.schedules import check_sigmas, for_denoise
 from pack.models.calibration import (
     PROPAGATION,
     Calibration,
@@ -173,7 +173,11 @@ def test_a_profile_for_another_model_is_refused_with_both_names(profile, model, 
     ("changes", "model", "words"),
     [
         ({}, replace(SD15, config_hash="cccc"), "another network configuration"),
-        ({"weights_hash": "1"}, replace(SD15, weights_hash="2"), "fitted on other weights than the model has, of the same architecture"),
+        (
+            {"weights_hash": "1"},
+            replace(SD15, weights_hash="2"),
+            "fitted on other weights than the model has, of the same architecture",
+        ),
         (
             {"patches": "none"},
             replace(SD15, patches="some"),
