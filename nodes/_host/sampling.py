@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 import comfy.samplers
 import nodes as host_nodes
-from torch import Tensor
 
 from .solvers import sampler_names
 

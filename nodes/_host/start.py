@@ -12,10 +12,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 import comfy.model_patcher
 import comfy.samplers
 from comfy.patcher_extension import WrappersMP
-from torch import Tensor
 
 from .calibrating import calibrating, stands_aside
 
@@ -52,11 +53,14 @@ class Start:
     """
 
     place: ClassVar[str]
-    strength: float
     partial: bool = False
 
     def __deepcopy__(self, memo: dict) -> Start:
         return self
+
+    @property
+    def strength(self) -> float:
+        raise NotImplementedError
 
     @property
     def who(self) -> str:

@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import comfy.model_patcher
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
+
+import comfy.model_patcher
+from comfy.patcher_extension import WrappersMP
 
 from ....kernels.propagation import (
     PRIOR_NOISE_TIME,

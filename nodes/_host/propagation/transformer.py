@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
+
+import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+from comfy.patcher_extension import WrappersMP
 
 from ....kernels.propagation import Costs, Features, Reuse
 from ..._plan.propagation import Choice, choose_blocks, part_of_transformer
