@@ -12,6 +12,8 @@ from common import ROOT, WORK, assets, load_checkpoint, pack, use_host
 use_host()
 pack()
 
+import comfy.latent_formats  # noqa: E402
+import comfy.taesd.taesd  # noqa: E402
 from autoencoder import decoder, encoder, widen  # noqa: E402
 from captions import WORDS  # noqa: E402
 from data import background_colours, compose, load_objects  # noqa: E402
@@ -20,8 +22,6 @@ from torch import Tensor  # noqa: E402
 from train_autoencoder import psnr  # noqa: E402
 from train_diffusion import CHANNELS  # noqa: E402
 
-import comfy.latent_formats  # noqa: E402
-import comfy.taesd.taesd  # noqa: E402
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary  # noqa: E402
 
 WEIGHTS = Path(os.environ.get("ATTUNE_WEIGHTS", ROOT / "models" / "weights"))

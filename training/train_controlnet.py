@@ -25,8 +25,10 @@ from common import DEVICE, ROOT, WORK, assets, autocast, load_checkpoint, pack, 
 use_host()
 pack()
 
+import comfy.ops  # noqa: E402
 from autoencoder import encoder  # noqa: E402
 from captions import ANY, draw  # noqa: E402
+from comfy.cldm.cldm import ControlNet  # noqa: E402
 from data import background_colours, load_objects, place  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -35,8 +37,6 @@ from train_diffusion import build_unet, sd_alphas_bar  # noqa: E402
 from train_text import build as build_text  # noqa: E402
 from train_text import encode, initialise  # noqa: E402
 
-import comfy.ops  # noqa: E402
-from comfy.cldm.cldm import ControlNet  # noqa: E402
 from pack.models.demo import UNET_CONFIG, VOCABULARY_KEY  # noqa: E402
 from pack.models.store import save_tensors  # noqa: E402
 

@@ -25,18 +25,18 @@ from common import DEVICE, WORK, assets, autocast, load_checkpoint, pack, save_c
 use_host()
 pack()
 
+import comfy.ops  # noqa: E402
 from autoencoder import decoder, encoder  # noqa: E402
 from captions import ANY, BACKGROUND_SPELLINGS, BRIGHTNESS_NAMES, VOCABULARY, draw  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, get_2d_sincos_pos_embed_torch  # noqa: E402
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
+from comfy.utils import common_upscale  # noqa: E402
 from data import BACKGROUND_NAMES, OBJECT_NAMES, SIDE, background_colours, compose, load_objects  # noqa: E402
 from PIL import Image  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from train_text import build as build_text  # noqa: E402
 from train_text import encode, initialise  # noqa: E402
 
-import comfy.ops  # noqa: E402
-from comfy.ldm.modules.diffusionmodules.mmdit import MMDiT, get_2d_sincos_pos_embed_torch  # noqa: E402
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel  # noqa: E402
-from comfy.utils import common_upscale  # noqa: E402
 from pack.models.demo import MMDIT_CONFIG, TEXT_WIDTH, UNET_CONFIG  # noqa: E402
 
 PLACEMENTS = 6  # random sizes and positions kept per object and background

@@ -22,6 +22,7 @@ from common import DEVICE, ROOT, WORK, autocast, load_checkpoint, pack, save_che
 use_host()
 pack()
 
+import comfy.latent_formats  # noqa: E402
 from autoencoder import decoder, encoder, narrow  # noqa: E402
 from data import SIDE  # noqa: E402
 from export import WEIGHTS as SHIPPED  # noqa: E402
@@ -29,8 +30,6 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
 from train_diffusion import CHANNELS, batches, build_flow, encoded, flow_loss  # noqa: E402
-
-import comfy.latent_formats  # noqa: E402
 
 SIDES = (64, 80, 96, 112, SIDE)  # pixels
 PLACEMENTS = 1  # random size and position kept per object and background

@@ -16,11 +16,11 @@ from common import DEVICE, WORK, load_checkpoint, pack, save_checkpoint, use_hos
 use_host()
 pack()
 
+import comfy.clip_model  # noqa: E402
 from captions import ANY, BACKGROUND_SPELLINGS, BRIGHTNESS_NAMES, WORDS, draw  # noqa: E402
 from data import BACKGROUND_NAMES, OBJECT_NAMES  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-import comfy.clip_model  # noqa: E402
 from pack.models.demo import MAX_TOKENS, TEXT_WIDTH, WordTokenizer  # noqa: E402
 from pack.nodes._host.demo_model import DemoTextEncoder  # noqa: E402
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import html
 
-from torch import Tensor
-
 from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
+from torch import Tensor
 
 try:
     from comfy_api.v0_0_2 import ComfyExtension, io, ui

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import comfy.model_sampling
 import torch
 from torch import Tensor
-
-import comfy.model_sampling
 
 from ...kernels.propagation import ReusePlan
 from ...kernels.space import NoiseSpace

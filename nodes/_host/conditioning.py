@@ -10,12 +10,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 import comfy.model_base
 import comfy.model_sampling
+import torch
 from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
 from ...kernels.conditioning import ConditioningMap, compose
 from .calibrating import stands_aside

@@ -6,14 +6,13 @@ has, so the entry can never claim somebody else's file; it is appended last, aft
 
 from __future__ import annotations
 
-import torch
-
 import comfy.latent_formats
 import comfy.model_base
 import comfy.ops
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import torch
 
 from ...models.demo import (
     END,

@@ -6,11 +6,10 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import comfy.model_management
 import comfy.model_patcher
+import torch
+from torch import Tensor
 
 from ...models.npnet import prompt_texts
 from ...models.npnet_files import NPNetFile, load_npnet

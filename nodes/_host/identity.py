@@ -6,10 +6,9 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+import comfy.model_sampling
 from torch import Tensor
 from torch.nn import Parameter
-
-import comfy.model_sampling
 
 from ...models.calibration import UNPATCHED, ModelIdentity
 

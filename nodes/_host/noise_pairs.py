@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import folder_paths
+import torch
+from torch import Tensor
 
 from ...models.noise_pairs import Job, Shard, published_pairs, remaining, save_shard, shard_path
 from ...models.store import file_stem

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
 import comfy.model_management
 import comfy.samplers
 import comfy.utils
+import torch
+from torch import Tensor
 
 from ...kernels.conditioning import ConditioningMap
 from ...kernels.noise_shift import Limits

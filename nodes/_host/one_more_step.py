@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import comfy.model_management
 import comfy.model_patcher
 import comfy.model_sampling
 import comfy.ops
 import comfy.sample
 import comfy.utils
+import torch
+from torch import Tensor
 
 from ...kernels.one_more_step import SignalLeak, clean_of_v, first_state, guided, keyed_noise, noise_for
 from ...models.one_more_step import (

@@ -8,13 +8,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import comfy.conds
 import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
+import torch
+from torch import Tensor
 
 from ...kernels.golden_noise import mix
 from ...kernels.redenoise import (

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 import comfy.samplers
 import nodes as host_nodes
+from torch import Tensor
 
 from .solvers import sampler_names
 

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-import torch
-from torch import Tensor
-
 import comfy.model_management
 import comfy.sample
 import comfy.samplers
 import comfy.utils
+import torch
+from torch import Tensor
 
 from ...kernels.conditioning import ConditioningMap
 from ...kernels.space import NoiseSpace

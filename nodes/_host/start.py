@@ -12,11 +12,10 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from torch import Tensor
-
 import comfy.model_patcher
 import comfy.samplers
 from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
 from .calibrating import calibrating, stands_aside
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import comfy.samplers
 import torch
 from torch import Tensor
-
-import comfy.samplers
 
 from .._plan.named_schedules import AUTO, CLOSED_FORMS, published_profiles, schedule
 from .identity import identify

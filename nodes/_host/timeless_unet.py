@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
-
 import comfy.ops
 import comfy.utils
+import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from torch import Tensor, nn
 
 from ...models.one_more_step import Architecture
 

@@ -8,12 +8,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
 import comfy.model_management
 import comfy.utils
 import latent_preview
+import torch
+from torch import Tensor
 
 from ...kernels.one_more_step import SignalLeak, clean_of_v
 from ...kernels.one_more_step_training import Training

@@ -116,9 +116,8 @@ def test_an_inpaint_mask_protects_its_part(host, demo, draw):
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])
 def test_a_lora_file_loads_through_the_stock_node(host, demo, draw, strength):
-    from safetensors.torch import save_file
-
     import folder_paths
+    from safetensors.torch import save_file
 
     key = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_q"
     generator = torch.Generator().manual_seed(0)

@@ -56,6 +56,7 @@ class ToldNetwork(torch.nn.Module):
 @pytest.fixture(scope="module")
 def kit(host):
     from comfy.model_patcher import ModelPatcher
+
     from pack.models.one_more_step import Architecture
     from pack.nodes._host import one_more_step, start, timeless_unet, train_one_more_step
 

@@ -73,6 +73,7 @@ def test_the_folder_is_in_the_users_models_and_lists_json_only(host, folder):
 
 def test_extra_model_paths_are_honoured_and_registering_twice_changes_nothing(host, tmp_path):
     import folder_paths
+
     from pack.nodes._host.folders import find_profile, register_folders
 
     before = folder_paths.folder_names_and_paths["attune"]

@@ -166,9 +166,9 @@ def test_the_size_of_sd15_is_the_published_one(host):
 @pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
 def test_a_shorter_step_of_a_published_network_does_the_work_and_keeps_the_features_that_are_predicted(host, name):
     """At 512 and 1024 pixels, on tensors that have shapes but no storage."""
+    from comfy.ldm.modules.attention import attention_pytorch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from comfy.ldm.modules.attention import attention_pytorch
     from pack.nodes._host.propagation.unet import UNetView, measure_unet, recording, top_blocks
     from pack.nodes._plan.propagation import reuse_by_name
 
@@ -320,6 +320,7 @@ def test_where_the_solver_adds_noise_something_fresh_must_see_it(draw, propagate
 def test_the_list_of_solvers_with_one_evaluation_a_step_is_right(draw, propagate):
     """The clock counts for these and reads the noise level for the others: both must say the same."""
     from comfy.patcher_extension import WrappersMP
+
     from pack.nodes._plan.solvers import SOLVERS
 
     said = []
@@ -537,6 +538,7 @@ def controlled(encode, weight=1.0):
 @pytest.mark.parametrize("reuse", REUSES)
 def test_a_controlnet_is_computed_only_where_it_is_used(draw, propagate, encode, reuse):
     from comfy.patcher_extension import WrappersMP
+
     from pack.nodes._host.propagation import KEY
 
     positive, calls = controlled(encode)
@@ -1103,6 +1105,7 @@ def test_a_calibration_is_applied_in_one_call(host, demo, draw, propagate, fitte
 @pytest.mark.parametrize("scheduler", ["normal", "sgm_uniform", "simple", "ddim_uniform"])
 def test_published_keys_of_50_steps_are_the_papers_on_the_hosts_own_schedules(host, demo, scheduler):
     import comfy.samplers
+
     from pack.kernels.propagation import published_keys
 
     sampling = demo[0].get_model_object("model_sampling")

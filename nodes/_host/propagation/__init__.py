@@ -10,11 +10,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import comfy.model_patcher
+import torch
 from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
 from ....kernels.propagation import (
     PRIOR_NOISE_TIME,

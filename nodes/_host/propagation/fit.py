@@ -9,12 +9,11 @@ from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 import comfy.samplers
 import comfy.utils
+import torch
 from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
 from ....kernels.propagation import FeatureCache, Reuse, optimal_keys, speedup, step_weights
 from ....models.calibration import Calibration, KeySteps, ModelIdentity, Point, fitted

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
+import torch
 from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
 
 from ....kernels.propagation import Costs, Features, Reuse
 from ..._plan.propagation import Choice, choose_blocks, part_of_transformer

@@ -12,13 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
 import comfy.model_base
 import comfy.model_management
+import torch
 from comfy.patcher_extension import WrapperExecutor, WrappersMP
+from torch import Tensor, nn
 
 from ....kernels.propagation import Costs, Features, Reuse
 from ..._plan.propagation import ONE, Choice, choose, part_of_unet, reuse_by_name
