@@ -181,7 +181,9 @@ def find_folder(name: str) -> Path:
         )
     found = next((place for place in inside if place.is_dir()), None)
     if found is None:
-        raise ValueError(f"There is no folder '{name}' in ComfyUI's input or output. Save latents there with SaveLatent.")
+        raise ValueError(
+            f"There is no folder '{name}' in ComfyUI's input or output. Save latents there with SaveLatent."
+        )
     return found
 
 
