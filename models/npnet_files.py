@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .npnet import NPNet, NPNetConfig, grid
 from .store import save_tensors, shortened
+from .training import MADE
 
 SAFE, PICKLED = (".safetensors", ".sft"), (".pth", ".pt")
 LARGEST_FILE = 1 << 30  # bytes; the published ones have 122 MB
@@ -47,7 +48,8 @@ class NPNetFile:
         c = self.net.config
         text = f"{c.tokens} x {c.width}" if c.text == "flat" else f"{c.text}, {c.width}"
         head = f"{self.name}: golden noise for {c.channels} x {c.side} x {c.side} latents, prompts {text}"
-        return "\n".join([head, *(f"{key}: {shortened(value, 500)}" for key, value in self.facts.items())])
+        facts = (f"{key}: {shortened(value, 500)}" for key, value in sorted(self.facts.items()) if key != MADE)
+        return "\n".join([head, *facts])
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,11 @@ def read_config(path: Path) -> tuple[NPNetConfig, Mapping[str, str]]:
         return _empty_network(path.name, content)[1].config, content.facts
 
 
-def save_npnet(net: NPNet, path: Path, facts: Mapping[str, Any]) -> Path:
-    """Write the weights under the published flat names with the facts as metadata; whole or not at all."""
+def save_npnet(net: NPNet, path: Path, facts: Mapping[str, Any], exclusive: bool = False) -> Path:
+    """Write the weights under the published flat names with the facts as metadata; whole or not at all.
+
+    exclusive: FileExistsError where there is a file of that name.
+    """
     config = net.config
     said = {
         "npnet_version": VERSION, "arch": json.dumps({"attention": True}), "channels": config.channels,
@@ -87,7 +92,7 @@ def save_npnet(net: NPNet, path: Path, facts: Mapping[str, Any]) -> Path:
         "svd": config.signs, **facts,
     }  # fmt: skip
     weights = {name: value.float() for name, value in net.state_dict().items()}
-    save_tensors(path, weights, {key: str(value) for key, value in said.items()})
+    save_tensors(path, weights, {key: str(value) for key, value in said.items()}, exclusive)
     return path
 
 

@@ -14,6 +14,7 @@ from . import (
     redenoise,
     schedules,
     train_npnet,
+    train_one_more_step,
 )
 from ._host.api import ComfyExtension
 from ._host.demo_model import register_demo_model
@@ -26,6 +27,7 @@ NODES = [
     *fit_sampler.NODES,
     *noise_shift.NODES,
     *one_more_step.NODES,
+    *train_one_more_step.NODES,
     *golden_noise.NODES,
     *redenoise.NODES,
     *train_npnet.NODES,

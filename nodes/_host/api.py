@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 
+from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
 from torch import Tensor
 
@@ -33,6 +34,11 @@ def advanced(*inputs: io.Input) -> list[io.Input]:
     return list(inputs)
 
 
+def blocked() -> ExecutionBlocker:
+    """An output that there is none of: the nodes behind it do not run, and nothing is said."""
+    return ExecutionBlocker(None)
+
+
 def say_on_node(node: type[io.ComfyNode], text: str) -> None:
     """Show `text` on the node that is running; the page takes it for HTML."""
     if node.hidden is not None and PromptServer.instance is not None:
@@ -44,4 +50,4 @@ def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
     return None if node.hidden is None else ui.PreviewImage(image)
 
 
-__all__ = ["ComfyExtension", "Profile", "advanced", "io", "say_on_node", "schema", "shown_on", "ui"]
+__all__ = ["ComfyExtension", "Profile", "advanced", "blocked", "io", "say_on_node", "schema", "shown_on", "ui"]
