@@ -639,10 +639,12 @@ def test_a_trained_module_is_used_loaded_and_continued_alike(host, demo, encode,
     torch.testing.assert_close(again(noise, context), module(noise, context), rtol=0, atol=1e-6)
 
 
-def test_a_finished_module_is_returned_and_not_trained_again(host, kit, demo, pictures, monkeypatch):
+def test_a_finished_module_is_returned_and_not_trained_again(host, demo, pictures, monkeypatch):
     """After a restart the host runs the node again: nothing of it is in its cache."""
     _, report = train(host, demo, "once")
-    monkeypatch.setattr(kit.training, "_train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(
+        host.module("nodes._host.train_one_more_step"), "_train", lambda *_: pytest.fail("trained again")
+    )
     again, same = train(host, demo, "once")
     assert same == report and again.patcher.model is not None
     with pytest.raises(pytest.fail.Exception, match="trained again"):
