@@ -34,6 +34,7 @@ def lenient(kit, monkeypatch):
     gate = sys.modules[kit.judge.__module__]
     monkeypatch.setattr(gate, "FEWEST", 1)
     monkeypatch.setattr(gate, "students_t", lambda *_: 0.0)
+    monkeypatch.setattr(gate, "sign_count", lambda *_: 0)
     for module in (kit, sys.modules[kit.tune.__module__]):
         monkeypatch.setattr(module, "judge", lambda before, after, *_, **__: gate.judge(before, after, least=0.0))
 
