@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pack.models.calibration import ModelIdentity, shipped_profiles
+from pack.models.calibration import ModelIdentity
 from pack.models.npnet import NPNetConfig
+from pack.models.store import shipped_profiles
 from pack.nodes._plan.auto import ALWAYS, FAITHFUL, Facts, Run, Shelf, Wishes
 
 SIGMA = (0.0292, 14.6146)  # of Stable Diffusion's betas

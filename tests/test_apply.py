@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from pack.kernels.schedules import check_sigmas, for_denoise
-from pack.models.calibration import Calibration, CondLevels, ModelIdentity, conditioning_map, shipped_profiles
+from pack.models.calibration import Calibration, CondLevels, ModelIdentity, conditioning_map
+from pack.models.store import shipped_profiles
 from pack.nodes._plan.named_schedules import resample_profile, schedule
 from pack.nodes._plan.profile_on_model import DENOISE_MODES, apply_profile
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from families import EVERYTHING, FAMILIES, FRESH, FULL, SD15, SDXL
 
-from pack.kernels.encoder_propagation import Reuse
-from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, shipped_profiles
+from pack.kernels.propagation import Reuse
+from pack.models.calibration import Calibration, CondLevels, KeySteps, Point
+from pack.models.store import shipped_profiles
 from pack.nodes._plan.auto import (
     ALWAYS,
     FAITHFUL,

@@ -23,18 +23,10 @@ from torch import nn
 
 import hostile
 import npnets
-from pack.kernels.encoder_propagation import Reuse
 from pack.kernels.one_more_step_training import Training
+from pack.kernels.propagation import Reuse
 from pack.kernels.schedules import check_sigmas
-from pack.models.calibration import (
-    Calibration,
-    CondLevels,
-    KeySteps,
-    Point,
-    conditioning_map,
-    load_profile,
-    save_profile,
-)
+from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, conditioning_map
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
 from pack.models.noise_pairs import Job, Shard, load_shard, published_pairs, rows, save_shard, shard_path
 from pack.models.npnet_files import load_npnet, save_npnet
@@ -46,7 +38,7 @@ from pack.models.one_more_step import (
     read_leak,
     save_module,
 )
-from pack.models.store import load_tensors
+from pack.models.store import load_profile, load_tensors, save_profile
 from pack.models.train_npnet import Recipe, Trainer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from families import FAMILIES, FULL
 
-from pack.models.calibration import Calibration, CondLevels, shipped_profiles
+from pack.models.calibration import Calibration, CondLevels
+from pack.models.store import shipped_profiles
 from pack.nodes._plan.auto import Shelf
 from pack.nodes._plan.installed import listing
 

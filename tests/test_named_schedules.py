@@ -8,7 +8,8 @@ import torch
 from pack.kernels.ays import kl_optimal
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
-from pack.models.calibration import ModelIdentity, shipped_profiles
+from pack.models.calibration import ModelIdentity
+from pack.models.store import shipped_profiles
 from pack.nodes._plan.named_schedules import (
     CLOSED_FORMS,
     TUNED,

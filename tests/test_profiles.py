@@ -9,18 +9,8 @@ import pytest
 import torch
 
 from pack.kernels.schedules import check_sigmas
-from pack.models.calibration import (
-    LARGEST_FILE,
-    Calibration,
-    CondLevels,
-    conditioning_map,
-    file_stem,
-    load_profile,
-    pick_profile,
-    save_profile,
-    shipped_profiles,
-    text_hash,
-)
+from pack.models.calibration import Calibration, CondLevels, conditioning_map, pick_profile, text_hash
+from pack.models.store import LARGEST_PROFILE, file_stem, load_profile, save_profile, shipped_profiles
 from pack.nodes._plan.named_schedules import published_profiles, resample_profile
 
 GOOD = {
@@ -99,10 +89,10 @@ def test_a_good_file_is_read_as_it_stands(tmp_path):
         ({"metrics": {"a": 10**400}}, '"metrics" must be a small JSON object'),
         ({"alignments": {}}, '"alignments" must be a list'),
         ({"alignments": [3]}, r'"alignments"\[0\] must be a JSON object'),
-        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0]}]}, r'"alignments"\[0\] "sigma_hat" must list'),
-        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0], "sigma_hat": [9.0]}]}, "ratio beyond 8"),
-        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0, 0.5], "sigma_hat": [1, 1]}]}, "must ascend"),
-        ({"alignments": [{"resolution": [8], "sigma": [1.0], "sigma_hat": [1.0]}]}, "in pixels"),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0]}]}, r'"alignments"\[0\] "sigma_cond" must list'),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0], "sigma_cond": [9.0]}]}, "ratio beyond 8"),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0, 0.5], "sigma_cond": [1, 1]}]}, "must ascend"),
+        ({"alignments": [{"resolution": [8], "sigma": [1.0], "sigma_cond": [1.0]}]}, "in pixels"),
         ({"kind": "noise_shift"}, "no place in a noise shift"),
         ({"kind": "noise_shift", "sigmas": []}, "at least one resolution"),
         ({"id": "attune-0123456789abcdef"}, "changed after it was saved"),
@@ -140,8 +130,8 @@ def test_bytes_that_are_not_text_are_refused(tmp_path):
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "p.json"
     with path.open("wb") as file:
-        file.truncate(LARGEST_FILE + 1)
-    with pytest.raises(ValueError, match=f"the {LARGEST_FILE} bytes"):
+        file.truncate(LARGEST_PROFILE + 1)
+    with pytest.raises(ValueError, match=f"the {LARGEST_PROFILE} bytes"):
         load_profile(path)
 
 
@@ -280,5 +270,5 @@ def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
 def test_an_alignment_becomes_a_map_through_its_knots():
     one = FITTED.alignments[0]
     out = conditioning_map(FITTED, one)(torch.tensor(one.sigma, dtype=torch.float64))
-    torch.testing.assert_close(out, torch.tensor(one.sigma_hat, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(out, torch.tensor(one.sigma_cond, dtype=torch.float64), rtol=1e-12, atol=0)
     assert conditioning_map(FITTED, one, strength=0.0).is_identity

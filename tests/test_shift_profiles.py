@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pack.kernels.noise_shift import PRESETS, Shift
+from pack.kernels.noise_shift import SHIFT_PRESETS, Shift
 from pack.kernels.space import NoiseSpace
-from pack.models.calibration import CondLevels, ModelIdentity, load_profile, save_profile
+from pack.models.calibration import CondLevels, ModelIdentity
+from pack.models.store import load_profile, save_profile
 from pack.nodes._draw.noise_shift import draw_shift
 from pack.nodes._plan.noise_shift import (
     check_noise_shift,
@@ -140,9 +141,11 @@ def test_the_report_says_what_was_kept_and_what_was_not():
     assert "nothing to gain" in shift_report((64, 64), refused(), space)
     unproved = replace(shifted(0.4), t=math.nan)
     assert "nothing was held out" in shift_report((64, 64), unproved, space)
-    said = plan([(64, 64), (96, 96)], PRESETS["quick"], 6)
-    assert "6 pictures, 8 noise levels, 13 candidates: 624 evaluations a size" in said and "would use 8" in said
-    assert PRESETS["quick"].evaluations <= 900
+    said = plan([(64, 64), (96, 96)], SHIFT_PRESETS["quick"], 6)
+    assert (
+        "6 pictures, 8 noise levels, 7 candidates, 2 noises: 672 evaluations a size" in said and "would use 8" in said
+    )
+    assert SHIFT_PRESETS["quick"].evaluations <= 900
 
 
 @pytest.mark.parametrize("space", ["flow", "ve"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 
+from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
 from torch import Tensor
 
@@ -23,10 +24,25 @@ def schema(**fields) -> io.Schema:
     return io.Schema(**{name: value for name, value in fields.items() if name in _FIELDS})
 
 
+def advanced(*inputs: io.Input) -> list[io.Input]:
+    """These inputs, which the page folds away until the user asks for them."""
+    for one in inputs:
+        if hasattr(one, "advanced"):
+            one.advanced = True
+        else:  # 0.3.75: the page knows the word, the classes do not
+            one.extra_dict = {**one.extra_dict, "advanced": True}
+    return list(inputs)
+
+
 def say_on_node(node: type[io.ComfyNode], text: str) -> None:
     """Show `text` on the node that is running; the page takes it for HTML."""
     if node.hidden is not None and PromptServer.instance is not None:
         PromptServer.instance.send_progress_text(html.escape(text, quote=False), node.hidden.unique_id)
+
+
+def blocked(why: str) -> ExecutionBlocker:
+    """An output that is not there: a node that uses it does not run, and the page says why."""
+    return ExecutionBlocker(why)
 
 
 def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
@@ -34,4 +50,4 @@ def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
     return None if node.hidden is None else ui.PreviewImage(image)
 
 
-__all__ = ["ComfyExtension", "Profile", "io", "say_on_node", "schema", "shown_on", "ui"]
+__all__ = ["ComfyExtension", "Profile", "advanced", "blocked", "io", "say_on_node", "schema", "shown_on", "ui"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -18,8 +19,9 @@ from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import ToldDenoiser
 from ...models.calibration import Calibration
 from .._plan.noise_shift import Size, shift_for
+from .calibrating import calibrating
 from .conditioning import Remap, choose_for_solve, with_choice_per_solve, with_conditioning
-from .identity import identify, pixels_of
+from .identity import identify
 from .sampling import run_stock_node, sample
 
 T = TypeVar("T")
@@ -74,14 +76,13 @@ class _Calibration(comfy.samplers.Sampler):
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
         base, whole = model_wrap.inner_model, extra_args["model_options"]
-        size = pixels_of(base.latent_format, latent_image.shape)
         x0 = latent_image.float()
 
         def denoise(x: Tensor, sigma: Tensor, told: Tensor) -> Tensor:
             """All pictures at one level, told one level, by their prompts alone (no guidance)."""
             level, heard = float(sigma[0]), float(told[0])
             a_map = None if level == heard else ConditioningMap.through(self.space, [level], [heard])
-            options = choose_for_solve(whole.get("transformer_options", {}), "", size, a_map)
+            options = choose_for_solve(whole.get("transformer_options", {}), a_map)
             model_options = {**whole, "transformer_options": {**options, "sample_sigmas": sigma[:1]}}
             parts = []
             for i, start in enumerate(range(0, len(x), self.chunk)):
@@ -102,7 +103,7 @@ def calibrate(
 
     `chunk` pictures go through the network at once.
     """
-    guider = comfy.samplers.CFGGuider(with_choice_per_solve(model))
+    guider = comfy.samplers.CFGGuider(with_choice_per_solve(calibrating(model)))
     starts = range(0, len(latents), chunk)
     guider.inner_set_conds({_name(i): _part(positive, s, s + chunk, len(latents)) for i, s in enumerate(starts)})
     session = _Calibration(space, chunk, work)
@@ -133,6 +134,15 @@ def check_prompts(positive: Sequence, count: int) -> None:
         raise ValueError(
             f"'positive' holds {max(found)} prompts for {count} pictures. Give one prompt for all, or one for each."
         )
+
+
+def data_hash(latent: dict | None, images: Tensor | None, prompts: Sequence) -> str:
+    """Names the pictures and prompts that a fit is about to use: it goes on with these alone."""
+    digest = hashlib.sha256()
+    given = [None if latent is None else latent["samples"], images, *(context for context, _ in prompts)]
+    for tensor in given:
+        digest.update(b"-" if tensor is None else tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def first_prompts(positive: Sequence, count: int, of: int) -> list:

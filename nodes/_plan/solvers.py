@@ -15,7 +15,8 @@ class SolverFacts:
     step, at the step's own level, and reports the step afterwards. told: whether its step is Euler's, so that the
     timesteps of its levels can be aligned. amplification: by how much more than Euler it spreads errors of the model's
     answers that are independent from step to step. own_levels: whether it ignores the inner levels of a schedule.
-    jumps: whether it goes to the picture at every step (LCM), so that there is no path to follow.
+    jumps: whether it goes to the picture at every step (LCM), so that there is no path to follow. keeps_state: whether
+    the tensor that it first asks the model about in a step is the state that it goes on with.
     """
 
     calls: int = 1
@@ -26,6 +27,7 @@ class SolverFacts:
     amplification: float = 1.0
     own_levels: bool = False
     jumps: bool = False
+    keeps_state: bool = True
 
     @property
     def adds_noise(self) -> bool:
@@ -68,10 +70,10 @@ SOLVERS = {
     "seeds_3": SolverFacts(3, 1, "dpmpp_2m", on_grid=False),
     "exp_heun_2_x0": SolverFacts(2, 2, on_grid=False),
     "exp_heun_2_x0_sde": SolverFacts(2, 1, "exp_heun_2_x0", on_grid=False),
-    "sa_solver": SolverFacts(sibling="dpmpp_2m", on_grid=False),
-    "sa_solver_pece": SolverFacts(2, 1, "dpmpp_2m", on_grid=False),
-    "uni_pc": SolverFacts(order=3, on_grid=False),
-    "uni_pc_bh2": SolverFacts(order=3, on_grid=False),
+    "sa_solver": SolverFacts(sibling="dpmpp_2m", on_grid=False, keeps_state=False),
+    "sa_solver_pece": SolverFacts(2, 1, "dpmpp_2m", on_grid=False, keeps_state=False),
+    "uni_pc": SolverFacts(order=3, on_grid=False, keeps_state=False),
+    "uni_pc_bh2": SolverFacts(order=3, on_grid=False, keeps_state=False),
 }
 SAME = {"ddim": "euler", "unipc": "uni_pc", "unipc_bh2": "uni_pc_bh2"}  # other names for the same steps
 

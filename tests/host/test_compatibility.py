@@ -13,6 +13,7 @@ docs/compatibility.md is what this file has passed:
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -63,6 +64,26 @@ def alone(kits):
         return kit.ksampler(METHODS[name].on(kit)(kit.model))
 
     return lru_cache(maxsize=None)(run)
+
+
+def asked_twice(model):
+    """A clone with another pack's function that deep-copies the options it is given and evaluates once more."""
+    import comfy.samplers
+
+    def once_more(args):
+        options = copy.deepcopy(args["model_options"])
+        comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        return args["denoised"]
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(once_more)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_another_pack_may_deep_copy_the_options_while_it_samples(kits, alone, method):
+    kit = kits[METHODS[method].model]
+    assert torch.equal(kit.ksampler(asked_twice(METHODS[method].on(kit)(kit.model))), alone(method))
 
 
 def of_model(model: str) -> list[str]:

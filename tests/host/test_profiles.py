@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pack.models.calibration import Calibration, CondLevels, save_profile, shipped_profiles, spell_profile
+from pack.models.calibration import Calibration, CondLevels
+from pack.models.profile_format import spell_profile
+from pack.models.store import save_profile, shipped_profiles
 
 VE_KNOTS = CondLevels("euler", (128, 128), (0.4, 1.4, 4.0, 14.0), (0.33, 1.1, 3.3, 13.0))
 VE = Calibration(
@@ -320,7 +322,7 @@ def test_a_model_shift_before_and_after_gives_the_same_run(host, flow, encode):
 def test_two_applied_profiles_give_the_same_bits_in_both_orders(host, demo, encode):
     other = replace(
         VE, name="shift", kind="noise_shift", sigmas=(), solver="",
-        alignments=(replace(VE_KNOTS, solver="", sigma_hat=(0.42, 1.5, 4.3, 14.2)),),
+        alignments=(replace(VE_KNOTS, solver="", sigma_cond=(0.42, 1.5, 4.3, 14.2)),),
     )  # fmt: skip
     apply = lambda model, profile: host.call("AttuneApplyProfile", model=model, profile=profile)[0]
     sigmas = torch.tensor(VE.sigmas)
