@@ -306,6 +306,7 @@ class _Work:
         """Search for better levels, and keep them if the gate lets them pass."""
         yield from self._search(has_time)
         if torch.equal(self.best, self.kept):
+            self.refused.append("The levels stay as they are: no move of a level helped on the fitted noises.")
             return
         if self.passes("refined", "refined levels", self.best, self.a_map):
             self.kept = self.best

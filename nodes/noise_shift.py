@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -136,7 +137,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
         for size in left:
             x0 = _clean(latent, images, vae, size)[:count]
             chunk = max(1, 2 * math.prod(native) // math.prod(size))
-            shift = _fitted(model, prompts, x0, chunk, effort, seed, lambda now, done=done: bar.update(done + now))
+            shift = _fitted(model, prompts, x0, chunk, effort, seed, partial(_moved, bar, done))
             done += effort.evaluations
             lines.append(shift_report(size, shift, kept.space))
             LOG.info("Attune Fit Noise Shift: %s", lines[-1])
@@ -181,6 +182,10 @@ class _Kept:
             self.path = keep_update(self.path, old, self.profile)
         elif self.save_as:
             self.path = keep_profile(self.profile, self.save_as)
+
+
+def _moved(bar: ProgressBar, before: int, now: int) -> None:
+    bar.update(before + now)
 
 
 def _fitted(model, prompts, x0, chunk: int, effort: ShiftPreset, seed: int, update: Callable[[int], None]) -> Shift:

@@ -6,7 +6,7 @@ import logging
 
 from ..kernels.one_more_step import NOISE_LEVELS
 from ..models.one_more_step import LATENT_SPACES, PREDICTIONS, colour_map
-from ._host.api import advanced, blocked, io, schema, shown_on
+from ._host.api import advanced, blocked, check_choices, io, schema, shown_on
 from ._host.folders import MODULES, module_names, module_path, state_of
 from ._host.one_more_step import (
     MODULE_DTYPES,
@@ -84,9 +84,11 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
     def execute(
         cls, oms_name, latent_space=AUTO, weight_dtype=DEFAULT, prediction=AUTO, head_dim=0
     ) -> io.NodeOutput:  # fmt: skip
+        path = module_path(oms_name)
+        check_choices(cls, latent_space=latent_space, weight_dtype=weight_dtype, prediction=prediction)
         space, dtype, says = ("" if value in (AUTO, DEFAULT) else value
                               for value in (latent_space, weight_dtype, prediction))  # fmt: skip
-        return io.NodeOutput(load_module(module_path(oms_name), space, dtype, says, head_dim))
+        return io.NodeOutput(load_module(path, space, dtype, says, head_dim))
 
 
 class AttuneOneMoreStep(io.ComfyNode):
@@ -154,6 +156,7 @@ class AttuneOneMoreStep(io.ComfyNode):
         cls, model, oms_model, positive, cfg=1.0, strength=1.0, solver="ddpm", noise_level="exact", diversity=0.0,
         share_noise=False, negative=None, signal_leak=None, latent=None,
     ) -> io.NodeOutput:  # fmt: skip
+        check_choices(cls, solver=solver, noise_level=noise_level)
         start = FirstState(
             oms_model, positive, negative, cfg, strength, solver, noise_level, signal_leak, diversity, share_noise
         )
@@ -213,6 +216,7 @@ class AttuneSignalLeak(io.ComfyNode):
     def execute(
         cls, model, examples, frequencies=3, strength=1.0, diversity=1.0, noise_level="exact"
     ) -> io.NodeOutput:  # fmt: skip
+        check_choices(cls, noise_level=noise_level)
         leak = fitted_leak(model, examples, frequencies)
         start = FirstState(None, None, None, strength=strength, level=noise_level, leak=leak, diversity=diversity)
         return io.NodeOutput(with_first_state(model, start), leak)

@@ -181,7 +181,7 @@ def test_a_table_is_left_out_where_it_was_not_shown_or_does_not_fit_the_noise():
 
 def test_a_users_table_for_the_family_is_found():
     mine = replace(fit(), name="my table", families=("SD20",), sigmas=(14.6, 4.0, 1.0, 0.1), alignments=(), solver="")
-    facts = replace(SD15, model=replace(SD15.model, families=("SD20", "BASE")))
+    facts = replace(SD15, model=replace(SD15.model, families=("SD20",)))
     assert picks(facts, EULER, shelf=with_fits(**{"table.json": mine})) == {SCHEDULE: "table.json"}
 
 
@@ -258,7 +258,7 @@ def test_a_calibration_of_this_network_comes_first_and_both_speeds_mean_its_poin
     points = (Point(Reuse(1, 8, True), (0, 2), 1.5, 50.0), Point(Reuse(1, 8, True), (0, 3), 2.5, 38.0))
     mine = replace(
         fit(), kind="encoder_propagation", sigmas=(14.6, 4.0, 1.0, 0.4, 0.1, 0.0),
-        calibration=KeySteps(12, "euler", (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), points),
+        key_steps=KeySteps(12, "euler", (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), points),
     )  # fmt: skip
     faithful, fast = (decide(SD15, EULER, Wishes(speed=wish), with_fits(mine=mine))[5] for wish in (FAITHFUL, FAST))
     assert faithful.pick == fast.pick == "mine"

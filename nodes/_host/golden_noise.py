@@ -72,7 +72,7 @@ class GoldenNoise(Start):
     place = "golden noise"
 
     @property
-    def strength(self) -> float:
+    def strength(self) -> float:  # type: ignore[override]
         return self.settings.strength
 
     def check(self, positive: list | None) -> None:

@@ -19,7 +19,8 @@ from ...kernels.conditioning import ConditioningMap
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
 from .._plan.solvers import SOLVERS, SolverFacts
-from .calibrating import calibrating
+from .calibrating import calibrating as calibrating
+from .calibrating import stands_aside as stands_aside
 from .conditioning import choose_for_solve, with_choice_per_solve
 from .identity import is_distilled
 from .solvers import adds_noise, known, solver_name

@@ -220,6 +220,44 @@ def test_zigzags_cost_two_calls_each_and_keep_what_a_mask_keeps(host, demo, flow
     torch.testing.assert_close(out[..., :7], picture["samples"][..., :7], rtol=0, atol=1e-5)
 
 
+def wrapped(inner, factor, hidden=False):
+    """As other packs wrap a SAMPLER (Detail Daemon, Lying Sigma): what the inner one gets is a plain function."""
+    import comfy.samplers
+
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        def lower(x, sigma, **more):
+            return model(x, sigma * factor, **more)
+
+        if not hidden:
+            lower.inner_model, lower.sigmas = model.inner_model, sigmas
+        return inner.sampler_function(lower, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
+
+    return comfy.samplers.KSAMPLER(sample)
+
+
+@pytest.mark.parametrize("kind", ["unet", "flow"])
+@pytest.mark.parametrize("strong", [0.0, 4.0])
+def test_a_wrapped_zigzag_keeps_what_the_wrapper_and_the_mask_do(host, demo, flow, common, kind, strong):
+    model, calls, _ = counted({"unet": demo[0], "flow": flow}[kind])
+    (noise,) = host.call("RandomNoise", noise_seed=5)
+    zigzag = zigzags(host, model, 2, strong_cfg=strong)
+    picture = {"samples": torch.randn(empty(model)["samples"].shape), "noise_mask": torch.zeros(1, 1, 128, 128)}
+    picture["noise_mask"][..., 64:] = 1
+    for latent in (empty(model, 2), picture):
+        bare = advanced(host, model, common, noise, zigzag, latent)
+        assert torch.equal(advanced(host, model, common, noise, wrapped(zigzag, 1.0), latent), bare)
+    calls.clear()
+    out = advanced(host, model, common, noise, wrapped(zigzag, 0.95), picture)
+    assert len(calls) == STEPS + 2 * 2 and not torch.equal(out, bare)
+    torch.testing.assert_close(out[..., :7], picture["samples"][..., :7], rtol=0, atol=1e-5)
+
+
+def test_a_wrapper_that_hides_the_guider_is_told_so(host, demo, common):
+    (noise,) = host.call("RandomNoise", noise_seed=5)
+    with pytest.raises(ValueError, match="what wraps its SAMPLER hides the guider"):
+        advanced(host, demo[0], common, noise, wrapped(zigzags(host, demo[0], 1), 1.0, hidden=True))
+
+
 def test_one_zigzag_is_the_redenoise_node_at_the_runs_own_depth(host, demo, common):
     (noise,) = host.call("RandomNoise", noise_seed=5)
     zigzag = zigzags(host, demo[0], 1)
