@@ -151,7 +151,7 @@ def test_what_is_no_schedule_is_refused_where_a_schedule_is_needed(profile, mode
 def test_where_no_schedule_is_needed_each_kind_names_those_that_are():
     refuse_unfit(SHIFT, SD3, "Try another.", ("noise_shift",))
     refuse_unfit(REUSE, SD15, "Try another.", PROPAGATION)
-    with pytest.raises(ValueError, match="but a calibration of propagation is needed here. Try another."):
+    with pytest.raises(ValueError, match=r"but a calibration of propagation is needed here\. Try another\."):
         refuse_unfit(FITTED, SD15, "Try another.", PROPAGATION)
 
 
