@@ -189,7 +189,7 @@ def _plot(model, profile, ready: Ready, denoise: float):
     if ready.point is not None:
         return draw_speeds(profile.key_steps.points, ready.point)
     steps = len(ready.sigmas) - 1
-    if steps < 1:
+    if steps < 1 or ready.applied is None:
         return draw_schedules([profile_curve(profile)], profile.name)
     stock = Curve(f"stock '{STOCK}'", tuple(stock_levels(model, steps, denoise).tolist()))
     return draw_schedules([applied_curve(ready.applied), stock], profile.name)

@@ -33,10 +33,9 @@ def pytest_addoption(parser):
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     """Of what was selected: the nightly only with --all; kernels first, the browser last; what the machine lacks skipped."""
-    nightly = [] if config.getoption("--all") else [item for item in items if item.get_closest_marker("nightly")]
-    if nightly:
-        left_out = set(nightly)
-        items[:] = [item for item in items if item not in left_out]
+    if not config.getoption("--all"):
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
         config.hook.pytest_deselected(items=nightly)
     items.sort(
         key=lambda item: max([0, *(1 + i for i, mark in enumerate(HOST_MARKS) if item.get_closest_marker(mark))])

@@ -106,7 +106,7 @@ METHODS = {
     ),
     "re-denoise": Method(
         "flow", "AttuneRedenoise",
-        {"strong_cfg": 5.5, "weak_cfg": 1.0, "rounds": 1, "strength": 1.0, "mode": "two-step", "depth": 0.39,
+        {"strong_cfg": 5.5, "weak_cfg": 1.0, "rounds": 1, "strength": 1.0, "zigzag_steps": 0, "mode": "two-step", "depth": 0.39,
          "evaluate_at": "next level", "renormalize": False, "partial_denoise": "skip"},
         {"strength": 0.0},
         where={"img2img": FROM_A_PICTURE,

@@ -13,7 +13,11 @@ from pack.nodes._plan.auto import Shelf
 from pack.nodes._plan.installed import listing, made_for
 
 MINE = replace(
-    shipped_profiles()["Attune demo unet, euler, 8 steps"], families=("SD15",), prediction="eps", config_hash="theirs", cfg=3.0
+    shipped_profiles()["Attune demo unet, euler, 8 steps"],
+    families=("SD15",),
+    prediction="eps",
+    config_hash="theirs",
+    cfg=3.0,
 )
 SHIFT = Calibration(
     "s", "m", "flow", ("SD3",), (1024, 1024), (), "", kind="noise_shift",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 
+from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
 from torch import Tensor
 
@@ -33,10 +34,23 @@ def advanced(*inputs: io.Input) -> list[io.Input]:
     return list(inputs)
 
 
+def check_choices(node: type[io.ComfyNode], **chosen) -> None:
+    """ValueError for a value that the node's list of that name does not have: older hosts let it through."""
+    lists = {one.id: one.options for one in node.GET_SCHEMA().inputs if isinstance(one, io.Combo.Input)}
+    for name, value in chosen.items():
+        if value not in lists[name]:
+            raise ValueError(f"'{name}' is {value!r}. Choose one of: {', '.join(map(str, lists[name]))}.")
+
+
 def say_on_node(node: type[io.ComfyNode], text: str) -> None:
     """Show `text` on the node that is running; the page takes it for HTML."""
     if node.hidden is not None and PromptServer.instance is not None:
         PromptServer.instance.send_progress_text(html.escape(text, quote=False), node.hidden.unique_id)
+
+
+def blocked(why: str) -> ExecutionBlocker:
+    """An output that is not there: a node that uses it does not run, and the page says why."""
+    return ExecutionBlocker(why)
 
 
 def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
@@ -44,4 +58,15 @@ def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
     return None if node.hidden is None else ui.PreviewImage(image)
 
 
-__all__ = ["ComfyExtension", "Profile", "advanced", "io", "say_on_node", "schema", "shown_on", "ui"]
+__all__ = [
+    "ComfyExtension",
+    "Profile",
+    "advanced",
+    "blocked",
+    "check_choices",
+    "io",
+    "say_on_node",
+    "schema",
+    "shown_on",
+    "ui",
+]

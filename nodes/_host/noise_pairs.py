@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...models.noise_pairs import Job, Shard, published_pairs, remaining, save_shard, shard_path
 from ...models.store import file_stem
+from .calibrating import calibrating
 from .identity import config_hash
 from .redenoise import Redenoise, redenoised
 
@@ -123,9 +124,8 @@ class _Collector(comfy.samplers.Sampler):
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
         full = self.max_denoise(model_wrap, sigmas)
-        self.golden = redenoised(
-            model_wrap, sigmas, extra_args, noise, latent_image, full, self.settings, quiet=True
-        ).cpu()
+        golden, _ = redenoised(model_wrap, sigmas, extra_args, noise, latent_image, full, self.settings)
+        self.golden = golden.cpu()
         return latent_image
 
 
@@ -136,7 +136,7 @@ def _golden(
     comfy.model_management.throw_exception_if_processing_interrupted()
     tokens, pooled = _stack(encoded)
     extra = dict(encoded[0][1]) | ({} if pooled is None else {"pooled_output": pooled})
-    guider = comfy.samplers.CFGGuider(model)
+    guider = comfy.samplers.CFGGuider(calibrating(model))
     guider.set_conds([[tokens, extra]], negative)
     guider.set_cfg(cfg)
     collector = _Collector(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Alignment
@@ -121,7 +122,7 @@ def _seen(tuned: Tuned, stage: str) -> str:
 
 
 def _profile(
-    method: str, setting: Setting, sigmas: list[float], alignment: Alignment | None, metrics: dict, **how
+    method: str, setting: Setting, sigmas: list[float], alignment: Alignment | None, metrics: dict[str, Any], **how: Any
 ) -> Calibration:
     levels: tuple[CondLevels, ...] = ()
     if alignment is not None and alignment.changes:

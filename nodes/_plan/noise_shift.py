@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ...kernels.conditioning import ConditioningMap, compose
 from ...kernels.noise_shift import Shift, ShiftPreset
@@ -117,7 +118,7 @@ def parse_sizes(text: str, multiple: int) -> list[Size]:
 
 
 def noise_shift_profile(
-    model: ModelIdentity, native: Size, shifts: Mapping[Size, Shift], base: Calibration | None, **how
+    model: ModelIdentity, native: Size, shifts: Mapping[Size, Shift], base: Calibration | None, **how: Any
 ) -> Calibration:
     """The curves by size, after those of `base`, with their evidence and how they were found."""
     curves = {one.resolution: one for one in base.alignments} if base else {}
@@ -128,7 +129,7 @@ def noise_shift_profile(
     return fitted(model, NOISE_SHIFT, "noise shift", METHOD, native, evidence, alignments=ordered, **how)
 
 
-def continues(profile: Calibration, model: ModelIdentity, native: Size, **how) -> bool:
+def continues(profile: Calibration, model: ModelIdentity, native: Size, **how: Any) -> bool:
     """Whether `profile` holds finished sizes of this very fit: same model, weights, native size and settings."""
     made = noise_shift_profile(model, native, {}, None)
     same = ("kind", "config_hash", "weights_hash", "patches", "prediction", "resolution", "method")

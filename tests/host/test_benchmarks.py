@@ -1,7 +1,12 @@
-"""A minute of each benchmark: it runs through the host from the command line and writes what the docs quote."""
+"""A minute of each benchmark: it runs through the host from the command line and writes what the docs quote.
+
+Nightly are those whose harness, tables and pages others exercise each time: schedules (aligned), peers and samples
+(golden_noise), whole_runs (step_kinds), demo_model (thumbnails).
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -63,6 +68,13 @@ def test_every_benchmark_is_in_the_list_above():
     assert scripts == set(SMOKE)
 
 
+@pytest.mark.parametrize("name", SMOKE)
+def test_it_finds_what_it_imports(name):
+    """All of them, each time: some run in the night alone, where others have what they do."""
+    assert callable(importlib.import_module(name).main)
+
+
+@pytest.mark.nightly
 @pytest.mark.host
 def test_the_demo_models_numbers_and_pictures(tmp_path):
     (tmp_path / "demo_model.md").write_text(
@@ -88,6 +100,7 @@ def test_thumbnails_have_a_row_for_each_batch_that_is_compared(tmp_path):
     assert difference.mean() < 4  # JPEG, and another machine's arithmetic
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_the_schedules_are_ranked_and_noise_that_is_left_is_seen(tmp_path):
     (tmp_path / "schedules.md").write_text(
@@ -136,6 +149,7 @@ def test_fitted_schedules_are_weighed_against_the_free_ones(tmp_path):
         assert min(Image.open(tmp_path / picture).size) > 100
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_the_caches_save_evaluations_and_the_mends_do_not(tmp_path):
     run("peers", tmp_path, *SMOKE["peers"])
@@ -158,6 +172,7 @@ def test_golden_noise_stands_beside_plain_runs_of_equal_cost(tmp_path):
     assert rows["plain"]["summary"]["variety"][0] == 100 and rows["plain"]["summary"]["psnr"][0] == 100
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_the_distances_are_ranked_by_all_and_by_fewer_pictures(tmp_path):
     printed = run("samples", tmp_path, *SMOKE["samples"])
@@ -236,6 +251,7 @@ def test_the_cost_of_each_kind_of_step(tmp_path):
     assert [step["whole"] for step in result["data"][0]["steps"]] == [i % 4 == 0 for i in range(9)]
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_a_whole_run_takes_less_time_with_shorter_steps(tmp_path):
     run("whole_runs", tmp_path, *SMOKE["whole_runs"])

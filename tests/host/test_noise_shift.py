@@ -89,11 +89,17 @@ def heard(model, run):
 
 
 def test_a_quick_fit_finds_what_the_model_hears_wrong_and_costs_896_evaluations(host, flow, prompts, clean, shift):
-    """The flow model with every level told 0.5 log units too high: the fit takes that back."""
-    (wrong, _) = host.call("AttuneNoiseShift", model=flow[0], profile=shift({(64, 64): 0.5}))
+    """A network that hears every level 0.5 log units too high: the fit takes that back, and a shift on the MODEL is not
+    in its way."""
+    (shifted, *_) = host.call("AttuneApplyProfile", model=flow[0], profile=shift({(64, 64): 0.5}))
     rows = []
-    hook = flow[0].model.diffusion_model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    profile, plot, report = fit(host, wrong, prompts, latent=clean)
+
+    def mishear(module, args):
+        rows.append(len(args[0]))
+        return args[0], 1000 * torch.sigmoid(torch.logit(args[1] / 1000) + 0.5), *args[2:]
+
+    hook = flow[0].model.diffusion_model.register_forward_pre_hook(mishear)
+    profile, plot, report = fit(host, shifted, prompts, latent=clean)
     hook.remove()
     assert sum(rows) == 896 and max(rows) <= 8 and "896 evaluations a size" in report and "kept" in report
     (fitted,) = profile.alignments

@@ -1147,7 +1147,7 @@ def refusal(host, prompt) -> str:
     import execution
 
     given = execution.validate_prompt("test", prompt, None)
-    valid, error, _, errors = asyncio.run(given) if asyncio.iscoroutine(given) else given
+    valid, _, _, errors = asyncio.run(given) if asyncio.iscoroutine(given) else given
     if valid:
         return ""
     return " ".join(f"{one['message']} {one['details']}" for node in errors.values() for one in node["errors"])
