@@ -455,15 +455,17 @@ def test_the_name_of_loras_changes_with_strength_and_file_and_not_with_the_order
     assert patches_hash(few) != named((one, 1.0))
 
 
-def test_a_lora_file_of_the_hosts_own_loader_has_a_name_for_each_strength(host, demo):
+def test_a_lora_file_of_the_hosts_own_loader_has_a_name_for_each_strength(host, flow):
     import folder_paths
 
     from pack.nodes._host.identity import patches_hash
 
     load = lambda strength: host.call(
-        "LoraLoaderModelOnly", model=demo[0], lora_name=folder_paths.get_filename_list("loras")[0], strength_model=strength
+        "LoraLoaderModelOnly", model=flow[0], lora_name=folder_paths.get_filename_list("loras")[0], strength_model=strength
     )[0]
-    assert len({patches_hash(load(strength)) for strength in (0.5, 1.0)} | {patches_hash(demo[0])}) == 3
+    assert len({patches_hash(load(strength)) for strength in (0.5, 1.0)} | {patches_hash(flow[0])}) == 3
+    (sizes,) = (one for one in shipped_profiles().values() if one.kind == "noise_shift" and one.patches != "none")
+    assert sizes.patches == patches_hash(load(1.0))  # the one that was fitted with it
 
 
 def test_every_shipped_calibration_names_its_weights(demo, flow):
