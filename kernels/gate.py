@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-LEVEL = 0.05  # chance of a false pass in all looks of one run together
+CHANCE = 0.05  # chance of a false pass in all looks of one run together
 LEAST_GAIN = 0.01  # of the mean error; less may be real, but is not worth a change
 FEWEST = 6  # pictures; with fewer, Student's t asks for gains that no fit has
 
@@ -61,7 +61,7 @@ class Verdict:
 
 
 def judge(
-    before: Tensor, after: Tensor, looks: int = 1, doubt: float = 0.0, level: float = LEVEL, least: float = LEAST_GAIN
+    before: Tensor, after: Tensor, looks: int = 1, doubt: float = 0.0, level: float = CHANCE, least: float = LEAST_GAIN
 ) -> Verdict:
     """Errors [pictures] of the same held-out pictures: did they fall, surely, by `least` and by more than `doubt`?
 

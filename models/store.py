@@ -130,7 +130,7 @@ def file_stem(name: str) -> str:
     stem = re.sub(r"[^\w .,()+=-]+", "_", name).strip(" .")
     stem = stem.encode()[:100].decode(errors="ignore").strip(" .")  # bytes are what file systems count
     if not re.search(r"\w", stem.replace("_", "")):
-        raise ValueError(f"'{name[:100]}' is no file name: give the profile a name with letters or digits.")
+        raise ValueError(f"'{name[:100]}' is no file name: use letters or digits in 'name'.")
     return f"_{stem}" if stem.split(".")[0].lower() in RESERVED else stem
 
 
@@ -181,9 +181,11 @@ def _id_of(path: Path) -> str:
 # --- tensors ---
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file in the place of an older one."""
-    with written_whole(path) as temporary:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], exclusive: bool = False
+) -> None:
+    """A safetensors file in the place of an older one; exclusive: FileExistsError where there is one."""
+    with written_whole(path, exclusive) as temporary:
         kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(kept, temporary, metadata=dict(metadata))
 

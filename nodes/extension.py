@@ -15,6 +15,7 @@ from . import (
     redenoise,
     schedules,
     train_npnet,
+    train_one_more_step,
 )
 from ._host.api import ComfyExtension
 from ._host.demo_model import register_demo_model
@@ -28,6 +29,7 @@ NODES = [
     *fit_sampler.NODES,
     *noise_shift.NODES,
     *one_more_step.NODES,
+    *train_one_more_step.NODES,
     *golden_noise.NODES,
     *noise.NODES,
     *redenoise.NODES,

@@ -37,7 +37,7 @@ from ._plan.noise_shift import (
     continues,
     noise_shift_profile,
     parse_sizes,
-    plan,
+    shift_plan,
     shift_report,
 )
 
@@ -128,7 +128,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
         left = [size for size in wanted if size not in kept.sizes]
         if kept.sizes:
             lines.append(f"Continued from '{save_as}': {len(wanted) - len(left)} of {len(wanted)} sizes were there.")
-        lines.append(plan(left, effort, count))
+        lines.append(shift_plan(left, effort, count))
         LOG.info("Attune Fit Noise Shift: %s", " ".join(lines))
         began = time.monotonic()
         if latent is None and images is None and left:

@@ -11,7 +11,7 @@ from ._draw.noise_shift import draw_shift
 from ._draw.propagation import draw_speeds
 from ._draw.schedules import Curve, applied_curve, draw_schedules, profile_curve
 from ._host.api import Profile, advanced, io, say_on_node, schema, shown_on, ui
-from ._host.apply import STOCK, Choice, Ready, put_to_use, stock_levels
+from ._host.apply import STOCK, Ready, Use, put_to_use, stock_levels
 from ._host.folders import (
     find_profile,
     has_profile,
@@ -171,7 +171,7 @@ class AttuneApplyProfile(io.ComfyNode):
         cls, model, profile, steps=0, denoise=1.0, denoise_mode="exact", resolution_policy="ignore", strength=1.0,
         speed=0.0, latent=None,
     ) -> io.NodeOutput:  # fmt: skip
-        choice = Choice(steps, denoise, denoise_mode, resolution_policy, strength, speed)
+        choice = Use(steps, denoise, denoise_mode, resolution_policy, strength, speed)
         ready = put_to_use(model, profile, choice, latent)
         said = list(ready.report)
         if latent is not None and latent.get("noise_mask") is not None:

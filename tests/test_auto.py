@@ -31,9 +31,9 @@ from pack.nodes._plan.auto import (
     Run,
     Shelf,
     Wishes,
+    auto_report,
     decide,
     key_steps_of,
-    report,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -300,12 +300,12 @@ def test_a_calibration_of_this_network_comes_first_and_both_speeds_mean_its_poin
 
 def test_the_report_names_what_is_used_first_and_then_what_would_enable_the_rest():
     case = FAMILIES["SD 1.5"]
-    said = report(case.facts, case.run, decide(case.facts, case.run, Wishes(), FRESH), ["x.json is damaged."])
+    said = auto_report(case.facts, case.run, decide(case.facts, case.run, Wishes(), FRESH), ["x.json is damaged."])
     lines = said.splitlines()
     assert lines[0] == "SD15, sigma up to 14.61; 512x512; 20 steps of dpmpp_2m at cfg 7."
     assert lines[1].startswith("+ schedule: AYS SD 1.5.") and lines[-1] == "! x.json is damaged."
     assert any("oms_b_openclip_15_21 in models/one_more_step" in line for line in lines if line.startswith("- "))
-    off = report(case.facts, case.run, decide(case.facts, case.run, NOTHING, FRESH))
+    off = auto_report(case.facts, case.run, decide(case.facts, case.run, NOTHING, FRESH))
     assert "The levels are those of 'stock'." in off
 
 

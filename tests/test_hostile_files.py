@@ -24,13 +24,12 @@ from torch import nn
 
 import hostile
 import npnets
-from pack.kernels.one_more_step_training import Training
 from pack.kernels.propagation import Reuse
 from pack.kernels.schedules import check_sigmas
 from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, conditioning_map
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
-from pack.models.noise_pairs import Job, Shard, load_shard, published_pairs, rows, save_shard, shard_path
-from pack.models.npnet_files import load_npnet, save_npnet
+from pack.models.noise_pairs import Job, Shard, load_shard, published_pairs, read_jobs, rows, save_shard, shard_path
+from pack.models.npnet_files import load_npnet, read_config, save_npnet
 from pack.models.one_more_step import (
     architecture_of,
     latent_space_of,
@@ -41,7 +40,9 @@ from pack.models.one_more_step import (
 )
 from pack.models.profile_format import spell_profile
 from pack.models.store import load_profile, load_tensors, save_profile, update_profile
-from pack.models.train_npnet import Recipe, Trainer
+from pack.models.train_npnet import NPNetTraining, Pairs, Recipe
+from pack.models.train_one_more_step import ModuleTraining
+from pack.models.training import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARE = 48 << 20  # bytes of address space that a reader may take beyond eight times its file
@@ -83,7 +84,14 @@ def use_profile(path: Path) -> None:
 
 
 def use_npnet(path: Path) -> None:
+    listed, said = None, ""
+    try:
+        listed, _ = read_config(path)
+    except ValueError as refusal:
+        said = str(refusal)
+    assert listed is not None or (path.name in said and len(said) < 1000 and "\n" not in said), said
     net = load_npnet(path).net
+    assert listed == net.config  # what loads is listed as it is
     c = net.config
     assert all(weight.dtype == torch.float32 and not weight.is_meta for weight in net.parameters())
     if c.side <= 32 and c.text_size <= 4096 and all(bool(weight.isfinite().all()) for weight in net.parameters()):
@@ -110,43 +118,59 @@ def shard() -> Shard:
 
 def use_shard(path: Path) -> None:
     got = load_shard(path)
-    assert len(got.jobs) == len(got.noise) == len(rows(got, True)) + len(rows(got, False))
-    assert bool(got.tokens[got.which].isfinite().all()) and min(got.noise.shape) > 0
-    assert all(isinstance(name, str) for name in got.facts)
+    held = {job.prompt for job in got.jobs[::3]}
+    assert len(got.jobs) == len(got.noise) == len(rows(got, held, True)) + len(rows(got, held, False))
+    assert read_jobs(path) == (got.jobs, got.facts)
+    assert (
+        bool(got.tokens[got.which].isfinite().all())
+        and min(got.noise.shape) > 0
+        and all(isinstance(name, str) for name in got.facts)
+    )
 
 
-RECIPE = Recipe(epochs=1, batch=40, size="small", text="flat")
+RECIPE = Recipe(epochs=1, batch_size=40, size="small", text_mode="flat")
 
 
-def state(folder: Path) -> Path:
-    """A resumable training, and the pairs that it belongs to."""
+def npnet_training(folder: Path, **more) -> NPNetTraining:
+    return NPNetTraining(Pairs.scan([shard_path(folder, 0)]), replace(RECIPE, **more))
+
+
+def make_state(folder: Path) -> Path:
+    """A training, and the pairs that it belongs to."""
     save_shard(shard_path(folder, 0), shard())
-    trainer = Trainer([shard_path(folder, 0)], RECIPE)
-    list(trainer.run())
-    trainer.save(folder / "good.safetensors")
+    list(npnet_training(folder).run(folder / "good.safetensors"))
     return folder / "good.safetensors"
 
 
 def use_state(path: Path) -> None:
-    """A state that is not this training's is no error: the training starts anew, from nothing of the file."""
-    trainer = Trainer([shard_path(path.parent, 0)], RECIPE)
-    fresh = {name: value.clone() for name, value in trainer.net.state_dict().items()}
-    if not trainer.resume(path):
-        assert trainer.epoch == 0 and not trainer.optimizer.state_dict()["state"]
-        assert all(torch.equal(value, fresh[name]) for name, value in trainer.net.state_dict().items())
-        raise ValueError(f"{path.name} is not resumed")
-    assert 0 <= trainer.best_epoch <= trainer.epoch <= RECIPE.epochs
-    assert all(bool(value.isfinite().all()) for value in trainer.result().state_dict().values())
+    use_training(npnet_training(path.parent), path)
+
+
+def use_training(training: Training, path: Path) -> None:
+    """Of a state that is not this training's nothing is used."""
+    fresh = {name: value.clone() for name, value in training.network.state_dict().items()}
+    try:
+        training.resume(path)
+    except ValueError:
+        assert training.step == 0 and not training.optimizer.state_dict()["state"]
+        assert all(torch.equal(value, fresh[name]) for name, value in training.network.state_dict().items())
+        raise
+    assert 0 <= training.step <= training.steps
+    assert all(bool(value.isfinite().all()) for value in training.result().state_dict().values())
+
+
+def module_training() -> ModuleTraining:
+    draw = lambda generator: (torch.ones(2, 3), torch.ones(2, 3))
+    return ModuleTraining(Told(3, 3), draw, {"seed": 0}, 10)
+
+
+class Told(nn.Linear):
+    def forward(self, x, cond):
+        return super().forward(x + cond)
 
 
 def use_unfinished(path: Path) -> None:
-    training = Training(nn.Linear(3, 3), 10)
-    try:
-        training.go_on(load_tensors(path)[0])
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error  # as the node does
-    assert 0 <= training.step <= training.steps and len(training.losses) == training.step
-    assert all(bool(value.isfinite().all()) for value in training.network.state_dict().values())
+    use_training(module_training(), path)
 
 
 def use_vocabulary(path: Path) -> None:
@@ -201,15 +225,9 @@ def make_shard(folder: Path) -> Path:
 
 
 def make_unfinished(folder: Path) -> Path:
-    training = Training(nn.Linear(3, 3), 10)
-    for parameter in training._parameters.values():
-        training._optimizer.state[parameter] = {
-            "exp_avg": torch.ones_like(parameter),
-            "exp_avg_sq": torch.ones_like(parameter),
-        }
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in training.state().items()}, folder / "good.safetensors"
-    )
+    torch.manual_seed(0)
+    steps = module_training().run(folder / "good.safetensors")
+    next(steps)
     return folder / "good.safetensors"
 
 
@@ -259,7 +277,7 @@ READERS = {
     "noise pairs": Reader(make_shard, use_shard),
     "published pairs, lines": Reader(make_lines, use_published, hostile.hostile_json, named=True),
     "published pairs, arrays": Reader(make_npz, use_published, hostile.hostile_npz, named=True),
-    "NPNet training": Reader(state, use_state),
+    "NPNet training": Reader(make_state, use_state),
     "One More Step training": Reader(make_unfinished, use_unfinished),
     "vocabulary": Reader(make_vocabulary, use_vocabulary),
 }
@@ -325,8 +343,7 @@ def saved_pairs(folder: Path, again: bool) -> Path:
 def saved_state(folder: Path, again: bool) -> Path:
     if not again:
         save_shard(shard_path(folder.parent, 0), shard())
-    trainer = Trainer([shard_path(folder.parent, 0)], replace(RECIPE, seed=int(again)))
-    trainer.save(folder / "x.safetensors")
+    npnet_training(folder.parent, seed=int(again)).save(folder / "x.safetensors")
     return folder / "x.safetensors"
 
 

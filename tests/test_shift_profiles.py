@@ -17,8 +17,8 @@ from pack.nodes._plan.noise_shift import (
     continues,
     noise_shift_profile,
     parse_sizes,
-    plan,
     shift_for,
+    shift_plan,
     shift_report,
 )
 
@@ -145,7 +145,7 @@ def test_the_report_says_what_was_kept_and_what_was_not():
     assert "nothing to gain" in shift_report((64, 64), refused(), space)
     unproved = replace(shifted(0.4), t=math.nan)
     assert "nothing was held out" in shift_report((64, 64), unproved, space)
-    said = plan([(64, 64), (96, 96)], SHIFT_PRESETS["quick"], 6)
+    said = shift_plan([(64, 64), (96, 96)], SHIFT_PRESETS["quick"], 6)
     assert (
         "6 pictures, 8 noise levels, 7 candidates, 2 noises: 672 evaluations a size" in said and "would use 8" in said
     )

@@ -17,12 +17,12 @@ from .propagation import with_calibration
 from .sampling import run_stock_node
 from .session import named_sampler
 
-STEPS = 20  # where neither the user nor the profile says how many
+USUAL_STEPS = 20  # where neither the user nor the profile says how many
 STOCK = "simple"  # the schedule where the profile has none
 
 
 @dataclass(frozen=True)
-class Choice:
+class Use:
     """How a profile is put to use; see the inputs of Attune Apply Profile."""
 
     steps: int = 0
@@ -45,7 +45,7 @@ class Ready:
     point: Point | None = None
 
 
-def put_to_use(model: Any, profile: Calibration, choice: Choice, latent: dict | None = None) -> Ready:
+def put_to_use(model: Any, profile: Calibration, choice: Use, latent: dict | None = None) -> Ready:
     """A MODEL with `profile` on it; ValueError, in the names on screen, where the profile does not fit the model."""
     if profile.kind == SCHEDULE:
         return _schedule(model, profile, choice, latent)
@@ -55,7 +55,7 @@ def put_to_use(model: Any, profile: Calibration, choice: Choice, latent: dict | 
     return _propagation(model, profile, choice)
 
 
-def _schedule(model: Any, profile: Calibration, choice: Choice, latent: dict | None) -> Ready:
+def _schedule(model: Any, profile: Calibration, choice: Use, latent: dict | None) -> Ready:
     size = None if latent is None else pixels(model, latent)
     applied = apply_profile(
         profile, identify(model, weights=True), choice.steps, choice.denoise, choice.denoise_mode, choice.policy, size,
@@ -68,10 +68,10 @@ def _schedule(model: Any, profile: Calibration, choice: Choice, latent: dict | N
     return Ready(out, named_sampler(profile.solver or "euler"), applied.sigmas, applied.report, applied)
 
 
-def _shift(model: Any, profile: Calibration, choice: Choice, latent: dict | None) -> Ready:
+def _shift(model: Any, profile: Calibration, choice: Use, latent: dict | None) -> Ready:
     size = None if latent is None else pixels(model, latent)
     asked = [one.resolution for one in profile.alignments] if size is None else [size]
-    steps = choice.steps or STEPS
+    steps = choice.steps or USUAL_STEPS
     report = [
         f"Noise shift '{profile.name}' at strength {choice.strength:g}. Every run gets its own size's.",
         *(shift_for(profile, one, choice.strength)[1] for one in asked),
@@ -83,7 +83,7 @@ def _shift(model: Any, profile: Calibration, choice: Choice, latent: dict | None
     return Ready(shifted, named_sampler("euler"), sigmas, report)
 
 
-def _propagation(model: Any, profile: Calibration, choice: Choice) -> Ready:
+def _propagation(model: Any, profile: Calibration, choice: Use) -> Ready:
     about = identify(model, weights=True)
     patched, chosen, said = with_calibration(model, profile, choice.speed or None)
     sigmas = apply_profile(_levels_alone(profile), about, choice.steps, choice.denoise, choice.denoise_mode).sigmas

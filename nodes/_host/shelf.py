@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from ...models.npnet import NPNetConfig
-from ...models.npnet_files import load_npnet
+from ...models.npnet_files import read_config
 from ...models.one_more_step import architecture_of, latent_space_of, read_header
 from .._plan.auto import Shelf
 from .folders import find_profile, module_names, module_path, npnet_names, npnet_path, profile_names
@@ -44,5 +44,5 @@ def _module(name: str) -> tuple[str, int]:
 
 
 def _npnet(name: str) -> tuple[NPNetConfig, str]:
-    file = load_npnet(npnet_path(name))
-    return file.net.config, file.facts.get("latent_format", "")
+    config, facts = read_config(npnet_path(name))
+    return config, facts.get("latent_format", "")

@@ -52,11 +52,14 @@ class Start:
     """
 
     place: ClassVar[str]
-    strength: float
     partial: bool = False
 
     def __deepcopy__(self, memo: dict) -> Start:
         return self
+
+    @property
+    def strength(self) -> float:
+        raise NotImplementedError
 
     @property
     def who(self) -> str:

@@ -21,7 +21,7 @@ from ...models.calibration import (
     size_text,
 )
 
-METHOD = "noise shift"
+SHIFT_METHOD = "noise shift"
 FIT = "Attune Fit Noise Shift"
 MOST_SIZES = 24
 LARGEST_SIDE = 16384  # pixels
@@ -126,7 +126,7 @@ def noise_shift_profile(
     evidence = dict(base.metrics) if base else {}
     evidence |= {size_text(size): _facts(shift) for size, shift in shifts.items()}
     ordered = sorted(curves.values(), key=lambda one: (math.prod(one.resolution), one.resolution))
-    return fitted(model, NOISE_SHIFT, "noise shift", METHOD, native, evidence, alignments=ordered, **how)
+    return fitted(model, NOISE_SHIFT, "noise shift", SHIFT_METHOD, native, evidence, alignments=ordered, **how)
 
 
 def continues(profile: Calibration, model: ModelIdentity, native: Size, **how: Any) -> bool:
@@ -156,7 +156,7 @@ def shift_report(size: Size, shift: Shift, space: NoiseSpace) -> str:
     return f"{size_text(size)}: {verdict}.\n  sigma, offset in log units (least loss of any candidate): {per_level}"
 
 
-def plan(sizes: Sequence[Size], preset: ShiftPreset, pictures: int) -> str:
+def shift_plan(sizes: Sequence[Size], preset: ShiftPreset, pictures: int) -> str:
     """What the fit costs, before it starts."""
     used = min(pictures, preset.pictures)
     each = replace(preset, pictures=used).evaluations

@@ -76,10 +76,10 @@ SOLVERS = {
     "uni_pc": SolverFacts(order=2, on_grid=False, keeps_state=False, amplification=1.1),
     "uni_pc_bh2": SolverFacts(order=2, on_grid=False, keeps_state=False, amplification=1.1),
 }
-SAME = {"ddim": "euler", "unipc": "uni_pc", "unipc_bh2": "uni_pc_bh2"}  # other names for the same steps
+ALIASES = {"ddim": "euler", "unipc": "uni_pc", "unipc_bh2": "uni_pc_bh2"}  # other names for the same steps
 
 
 def table_name(name: str) -> str:
     """The name in the table of a solver as lists and functions call it; GPU variants share it."""
     plain = name.removesuffix("_gpu")
-    return SAME.get(plain, plain)
+    return ALIASES.get(plain, plain)
