@@ -26,7 +26,6 @@ IDS = [
     "AttuneRedenoise",
     "AttuneZigzagSampler",
     "AttuneSelectNoise",
-    "AttuneCollectNoisePairs",
     "AttuneTrainNPNet",
     "AttuneLoadProfile",
     "AttuneSaveProfile",
