@@ -25,7 +25,6 @@ IDS = [
     "AttuneGoldenNoiseModel",
     "AttuneRedenoise",
     "AttuneSelectNoise",
-    "AttuneCollectNoisePairs",
     "AttuneTrainNPNet",
     "AttuneLoadProfile",
     "AttuneSaveProfile",
