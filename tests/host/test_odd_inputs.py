@@ -16,7 +16,10 @@ def ours(host) -> dict:
 
 def checked(host, inputs: dict, class_type: str) -> list[dict]:
     """What the host answers to a prompt with one of our nodes, and a node that needs it."""
-    prompt = {"1": {"class_type": class_type, "inputs": inputs}, "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}}
+    prompt = {
+        "1": {"class_type": class_type, "inputs": inputs},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
     _, error, _, node_errors = host.loop.run_until_complete(host.execution.validate_prompt("odd", prompt, None))
     assert "exception" not in (error or {}).get("type", ""), error
     return [one for node in node_errors.values() for one in node["errors"]]
