@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -58,11 +59,10 @@ def test_our_own_checks_take_any_value(host, value):
             ask = getattr(node, check)
             ask()
             for one in node.GET_SCHEMA().inputs:
-                try:
-                    answer = ask(**{one.id: value})
-                except TypeError as error:
-                    assert "unexpected keyword" in str(error), (name, check, one.id, error)
-                    continue
+                takes = inspect.signature(ask).parameters
+                if one.id not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+                    continue  # the host asks for no more than what is named
+                answer = ask(**{one.id: value})
                 assert check == "fingerprint_inputs" or answer is True or isinstance(answer, str), (name, one.id)
 
 
