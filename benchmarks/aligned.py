@@ -28,11 +28,11 @@ from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import published
 import torch
 from PIL import Image
 
 import _pack  # noqa: F401
+import published
 from comfy_process import ROOT, Host
 from harness import BATCH, CACHE, Cell, Lab, Noise, Task, last, prompt, tasks
 from looks import CONVERGED, GROUPS, Look, converged, data, look, to_data

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from published import TOP_OF_FLOW, align_published, klub_optimal_gaussian, minimise_klub, ve_denoiser
 from torch import Tensor
 
+import _pack  # noqa: F401
 from comfy_process import Host
 from exact import (
     GROUPS,
@@ -44,6 +44,7 @@ from exact import (
 )
 from harness import last
 from pack.models.calibration import Calibration, CondLevels
+from published import TOP_OF_FLOW, align_published, klub_optimal_gaussian, minimise_klub, ve_denoiser
 from results import DOCS, Table, markdown, record
 
 TARGETS = {"mixture": mixture, "1/f field": field}

@@ -22,10 +22,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from analytic import Mixture, PowerLawField
 from torch import Tensor
 
 import _pack  # noqa: F401
+from analytic import Mixture, PowerLawField
 from harness import last
 from oracles import dpmpp_2m, fine_levels, network, path, stock_schedules
 from pack.kernels.conditioning import ConditioningMap
@@ -158,7 +158,7 @@ class Problem:
 
     def _aligned(self, population: Latent) -> ConditioningMap | None:
         self.right = None
-        exact = path(self.target, population[: max(32, self.count // 4)], fine_levels(SPACE, 48))
+        exact = path(self.target, population, fine_levels(SPACE, 48))
         return last(align(self.denoise, self.best, [exact], SPACE, HIGHEST)).through(SPACE)
 
     def _searched(self, move: float) -> Sigmas:

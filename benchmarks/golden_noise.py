@@ -66,7 +66,7 @@ def cells(lab: Lab, model: str, steps: int, cfg: float, wanted: list[str]) -> di
         "plain": (plain(steps), steps),
         "re-denoise": (node("AttuneRedenoise", strong_cfg=STRONG), steps + 2),
         f"zigzag, {zigzags} steps": (
-            replace(plain(steps), sampler=("AttuneZigzagSampler", (("zigzag_steps", zigzags),))),
+            replace(plain(steps), sampler=("AttuneRedenoise", (("zigzag_steps", zigzags),))),
             steps + 2 * zigzags,
         ),
         "best of 2 by inversion": (replace(plain(steps), noise=select), steps + 4 * downs),

@@ -205,8 +205,10 @@ class Lab:
     def _draw(self, cell: Cell, part: list[Task]) -> Drawn:
         call, model = self.host.call, self.patched(cell.model, cell.nodes, part)
         channels = model.get_model_object("latent_format").latent_channels
-        node = ("KSamplerSelect", (("sampler_name", cell.sampler),)) if isinstance(cell.sampler, str) else cell.sampler
-        (solver,) = call(node[0], **dict(node[1]))
+        if isinstance(cell.sampler, str):
+            (solver,) = call("KSamplerSelect", sampler_name=cell.sampler)
+        else:
+            _, solver = call(cell.sampler[0], model=model, **dict(cell.sampler[1]))
         (guider,) = call(
             "CFGGuider",
             model=model,

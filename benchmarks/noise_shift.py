@@ -248,7 +248,7 @@ def measure(bench: Bench, side: int, work: list[Task], sweep: list[Task]) -> lis
 def measure_injected(bench: Bench, work: list[Task], sweep: list[Task]) -> list[Row]:
     """The native size with every level told wrong on purpose: here the told level is all that is to be repaired.
 
-    Both fits get eight latents that the right model drew of other tasks; two thirds of a minute on one core.
+    The fit gets eight latents that the right model drew of other tasks; two thirds of a minute on one core.
     """
     wrong = ("AttuneNoiseShift", (("profile", bench._line(INJECTED)), ("strength", 1.0)))
     pictures = sweep[:8]
@@ -257,7 +257,7 @@ def measure_injected(bench: Bench, work: list[Task], sweep: list[Task]) -> list[
     given = {"native_width": NATIVE, "native_height": NATIVE, "preset": "quick", "seed": 0, "save_as": "", "sizes": ""}
     right = bench.seen(bench.cell(NATIVE), work)
     settings = {"told right": right, "told wrong": bench.seen(bench.cell(NATIVE, wrong), work)}
-    for method in ("joint", "per level"):
+    for method in ("joint",):
         profile, _, report = bench.lab.host.call(
             "AttuneFitNoiseShift", model=bench.lab.patched(bench.model, (*bench.loaders, wrong)), method=method,
             latent={"samples": clean}, positive=prompts, **given,

@@ -25,9 +25,9 @@ from .types import Latent, Sigma
 WIDEST = 1.2  # offsets of ln(sigma / alpha) that are tried, either way
 LOWEST, HIGHEST = -3.0, 3.0  # ln(sigma / alpha): beyond, a picture hardly changes what the best answer is
 PENALTIES = (1e3, 10.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of roughness, from one constant to almost none
-FINEST = 0.006  # log units between the offsets that the joint fit can choose
-SAME = 2.0  # standard errors within which a smoother curve counts as equally good
-FOLDS = 8  # of the pictures; each is judged by the curve of the others
+FINEST = 0.008  # log units between the offsets that the joint fit can choose
+EQUALLY_GOOD = 2.0  # standard errors within which a smoother curve counts as equally good
+FOLDS = 4  # of the pictures; each is judged by the curve of the others
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def joint_shift(losses: Tensor, tried: Tensor, sigmas: Tensor, space: NoiseSpace
     fine = fine / fine[..., len(grid) // 2].mean(0)[:, None]  # L_i(0) = 1
     judged = {mu: _judged(fine, grid, mu) for mu in PENALTIES}  # mu -> [pictures]
     best = min(judged.values(), key=lambda one: float(one.mean()))
-    mu = next(mu for mu in PENALTIES if in_standard_errors(judged[mu] - best) <= SAME)
+    mu = next(mu for mu in PENALTIES if in_standard_errors(judged[mu] - best) <= EQUALLY_GOOD)
     verdict = judge(fine[..., len(grid) // 2].mean(1), judged[mu])
     chosen = grid[smoothest(fine.mean(0), grid, mu)] if verdict.accepted else torch.zeros_like(sigmas)
     sigma_cond = cond_level(sigmas, chosen, space, limits) if verdict.accepted else sigmas

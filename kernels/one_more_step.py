@@ -101,7 +101,8 @@ class SignalLeak:
         away = (amplitudes - amplitudes.mean(0)).flatten(1)  # [n c*k*k]
         values, vectors = torch.linalg.eigh(away.T @ away / (len(x) - 1))
         above = x - _synthesise(amplitudes, *x.shape[2:])
-        rest = (above - above.mean(0)).square().sum((0, 2, 3)) / ((len(x) - 1) * math.prod(x.shape[2:]))
+        waves_above = max(math.prod(x.shape[2:]) - frequencies**2, 1)  # of a channel; the low ones are taken out
+        rest = (above - above.mean(0)).square().sum((0, 2, 3)) / ((len(x) - 1) * waves_above)
         root = vectors * values.clamp(min=0).sqrt()
         return cls(amplitudes.mean(0).float(), root.float(), rest.sqrt().float())
 

@@ -382,10 +382,9 @@ class FeatureCache:
             last, before = found.get(sources[0]), found.get(sources[1])
             missing = last is None or (before is None and sources[1] is not None)
             return None if missing else (last, before)
-        if not history or history[-1][0].step < since or history[-1][0].signature != signature:
-            return None
-        fits = self.depth > 1 and len(history) > 1 and history[-2][0].signature == signature
-        return history[-1], history[-2] if fits else None
+        if not history or history[-1][0].step < since or any(c.signature != signature for c, _ in history):
+            return None  # where something changed, a forecast waits for its second capture
+        return history[-1], history[-2] if len(history) > 1 else None
 
     def keep_ahead(self, keys: Sequence[Hashable], step: int, signature: Hashable, output: Tensor) -> None:
         """Keep the network's output at a coming step for a call of `keys`."""

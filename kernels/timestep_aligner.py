@@ -26,7 +26,7 @@ ToldDenoiser: TypeAlias = Callable[
     [Latent, Sigma, Sigma], Latent
 ]  # x, sigma, sigma_cond (what the network is told) -> denoised
 
-LEAST_GAIN = 0.01  # of a step's deviation; below it the step keeps its true level
+LEAST_STEP_GAIN = 0.01  # of a step's deviation; below it the step keeps its true level
 RANGE = (0.2, 1.3)  # tau / sigma, on flow the ratio of their odds
 COARSE, FINE = 9, 6
 CALLS_PER_STEP = COARSE + FINE  # calls of the network for each step and noise, at most
@@ -166,7 +166,7 @@ def search_tau(
                 continue
             reached = step(candidate)
             score[offset] = loss(reached)
-            if score[offset] < min(least, (1 - LEAST_GAIN) * plain):
+            if score[offset] < min(least, (1 - LEAST_STEP_GAIN) * plain):
                 tau, best, least = candidate, reached, score[offset]
             yield
     return tau, best, least, plain

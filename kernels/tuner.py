@@ -51,7 +51,7 @@ class TunerPreset:
 
 TUNER_PRESETS = {
     "mini": TunerPreset(1, 6, 40, 9, 10),
-    "quick": TunerPreset(2, 8, 48, 14, 24),
+    "quick": TunerPreset(2, 9, 48, 14, 24),
     "standard": TunerPreset(4, 12, 48, 14, 40),
 }
 
@@ -233,7 +233,7 @@ class _Work:
         for i, noise in enumerate(noises):
             path = self.runner.record(reference, noise)
             self.evaluations += len(reference) - 1
-            self.ends.append(path.end)
+            self.ends.append(path.end.clone())  # alone, without the states before it
             if i < self.preset.fit and self.runner.denoise is not None:
                 self.paths.append(path)
             yield self.progress("reference")
@@ -306,6 +306,7 @@ class _Work:
         """Search for better levels, and keep them if the gate lets them pass."""
         yield from self._search(has_time)
         if torch.equal(self.best, self.kept):
+            self.refused.append("The levels stay as they are: no move of a level helped on the fitted noises.")
             return
         if self.passes("refined", "refined levels", self.best, self.a_map):
             self.kept = self.best

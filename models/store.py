@@ -57,7 +57,11 @@ def _claim(path: Path, temporary: Path) -> None:
         raise
     except OSError:  # a file system without hard links: the name first, empty for a moment, then the content
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(temporary, path)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            path.unlink()
+            raise
 
 
 # --- profiles ---
@@ -87,15 +91,15 @@ def save_profile(calibration: Calibration, folder: Path, name: str = "") -> Path
     """
     stem, text = file_stem(name or calibration.name), spelled(calibration)
     folder.mkdir(parents=True, exist_ok=True)
-    for path in _numbered(folder, stem):
-        if path.exists() and _id_of(path) == calibration.id:
+    for number in itertools.count(1):
+        path = folder / (f"{stem}{SUFFIX}" if number == 1 else f"{stem} ({number}){SUFFIX}")
+        with contextlib.suppress(FileExistsError):
+            if not os.path.lexists(path):
+                with written_whole(path, exclusive=True) as temporary:
+                    temporary.write_text(text, "utf-8")
+                return path
+        if _id_of(path) == calibration.id:
             return path
-        try:
-            with written_whole(path, exclusive=True) as temporary:
-                temporary.write_text(text, "utf-8")
-            return path
-        except FileExistsError:
-            continue
     raise AssertionError
 
 
@@ -158,20 +162,13 @@ class ProfileReader:
             try:
                 self._read[path] = stamp, load_profile(path)
             except ValueError as error:
+                if isinstance(error.__cause__, OSError):
+                    raise  # which may be over at the next look, and would not show in the stamp
                 self._read[path] = stamp, error
         kept = self._read[path][1]
         if isinstance(kept, ValueError):
             raise ValueError(str(kept))
         return kept
-
-
-def _numbered(folder: Path, stem: str) -> Iterator[Path]:
-    """ "stem.json", "stem (2).json", … in a folder."""
-    for number in itertools.count(1):
-        path = folder / (f"{stem}{SUFFIX}" if number == 1 else f"{stem} ({number}){SUFFIX}")
-        if path.resolve().parent != folder.resolve():
-            raise ValueError(f"'{path.name}' leads out of the profile folder. Choose another name.")
-        yield path
 
 
 def _id_of(path: Path) -> str:

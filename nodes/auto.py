@@ -31,9 +31,9 @@ from ._plan.auto import (
     Run,
     Shelf,
     Wishes,
+    auto_report,
     decide,
     key_steps_of,
-    report,
 )
 from ._plan.propagation import UNIFORM
 from .golden_noise import AttuneGoldenNoiseModel, AttuneLoadNPNet
@@ -133,7 +133,7 @@ class AttuneAuto(io.ComfyNode):
         decisions = decide(facts, run, wishes, shelf, float(sigmas[0]) if len(sigmas) else None)
         picked = {one.method: one.pick for one in decisions if one.pick}
         out, levels = _composed(inside, facts, run, wishes, picked, shelf)
-        said = report(facts, run, decisions, unread)
+        said = auto_report(facts, run, decisions, unread)
         LOG.info("Attune Auto: %s", said)
         say_on_node(cls, said)
         used = inside.graph is not None

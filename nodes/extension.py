@@ -7,6 +7,7 @@ from . import (
     compare,
     fit_sampler,
     golden_noise,
+    noise,
     noise_shift,
     one_more_step,
     profiles,
@@ -19,6 +20,7 @@ from . import (
 from ._host.api import ComfyExtension
 from ._host.demo_model import register_demo_model
 from ._host.folders import register_folders
+from ._host.replaced import register_replacements
 from ._host.workflow_profiles import register_exchange
 
 NODES = [
@@ -29,6 +31,7 @@ NODES = [
     *one_more_step.NODES,
     *train_one_more_step.NODES,
     *golden_noise.NODES,
+    *noise.NODES,
     *redenoise.NODES,
     *train_npnet.NODES,
     *propagation.NODES,
@@ -42,5 +45,8 @@ register_exchange()
 
 
 class AttuneExtension(ComfyExtension):
+    async def on_load(self):
+        await register_replacements()
+
     async def get_node_list(self):
         return NODES

@@ -75,7 +75,7 @@ class AttuneFitSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset", options=list(TUNER_PRESETS), default="mini",
-                    tooltip="How thorough: at 8 steps at most about 800, 1600 or 3400 evaluations of the model. The "
+                    tooltip="How thorough: at 8 steps at most about 800, 1700 or 3400 evaluations of the model. The "
                     "time is measured before it starts.",
                 ),
                 io.Boolean.Input(
@@ -172,7 +172,7 @@ def _contest(model, steps: int, sigmas: torch.Tensor | None, levels: bool) -> di
 
 
 def _plot(tuned: Tuned, known: dict[str, torch.Tensor], setting: Setting):
-    a_map = tuned.alignment and tuned.alignment.through(setting.space)
+    a_map = None if tuned.alignment is None else tuned.alignment.through(setting.space)
     told = None if a_map is None else tuple(a_map(tuned.sigmas).tolist())
     curves = [
         Curve(f"start: {tuned.start}", tuple(known[tuned.start].tolist())),

@@ -1,46 +1,15 @@
-"""Golden noise from an NPNet: as a NOISE for the custom samplers, and on a MODEL for the stock KSampler."""
+"""Golden noise from an NPNet, on a MODEL: for the stock KSampler and every other sampler."""
 
 from __future__ import annotations
 
-from ._host.api import io, schema
-from ._host.folders import npnet_names, npnet_path
-from ._host.golden_noise import GoldenNoise, HostNPNet, NPNetType, check_prompt, with_golden_noise
-from ._plan.golden_noise import LONG_PROMPTS, OTHER_SIZES, Settings
+from ._host.api import advanced, check_choices, io, schema
+from ._host.folders import NPNETS, npnet_names, npnet_path, state_of
+from ._host.golden_noise import GoldenNoise, HostNPNet, NPNetType
+from ._host.start import with_start
+from ._plan.golden_noise import LONG_PROMPTS, OTHER_SIZES, GoldenSettings
 
 CATEGORY = "attune/noise"
 SVD = ("cpu", "model device")
-
-
-def _npnet():
-    return NPNetType.Input("npnet", tooltip="From Attune Load NPNet or Attune Train NPNet, made for this model's kind.")
-
-
-def _choices() -> list:
-    return [
-        io.Float.Input(
-            "strength", default=1.0, min=0.0, max=2.0, step=0.05,
-            tooltip="How much of the correction: 0 is the plain noise to the bit, 1 what the network was trained for.",
-        ),
-        io.Combo.Input(
-            "other_sizes", options=list(OTHER_SIZES), default="windows",
-            tooltip="For latents of another size than the network's. windows: its own size, side by side, blended. "
-            "refuse: stop with an error.",
-        ),
-        io.Combo.Input(
-            "long_prompt", options=list(LONG_PROMPTS), default="first part",
-            tooltip="The network reads as many tokens as one part of a prompt has (77 for SDXL). first part: leave the "
-            "rest out. average: the mean of the noises for all parts.",
-        ),
-        io.Combo.Input(
-            "svd_on", options=list(SVD), default="cpu",
-            tooltip="Where singular values are computed. cpu: the same picture on every machine. model device: faster "
-            "for large latents.",
-        ),
-    ]  # fmt: skip
-
-
-def _settings(strength: float, other_sizes: str, long_prompt: str, svd_on: str) -> Settings:
-    return Settings(strength, other_sizes, long_prompt, svd_on == SVD[0])
 
 
 class AttuneLoadNPNet(io.ComfyNode):
@@ -60,15 +29,14 @@ class AttuneLoadNPNet(io.ComfyNode):
                 )
             ],
             outputs=[
-                NPNetType.Output(display_name="npnet", tooltip="For Attune Golden Noise or Attune Golden Noise Model."),
+                NPNetType.Output(display_name="npnet", tooltip="For Attune Golden Noise."),
                 io.String.Output(display_name="info", tooltip="What it was made for, as the file says."),
             ],
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, npnet_name):
-        path = npnet_path(npnet_name)
-        return str(path), path.stat().st_mtime_ns, path.stat().st_size
+    def fingerprint_inputs(cls, npnet_name=None):
+        return state_of(NPNETS, npnet_name)
 
     @classmethod
     def execute(cls, npnet_name) -> io.NodeOutput:
@@ -76,61 +44,61 @@ class AttuneLoadNPNet(io.ComfyNode):
         return io.NodeOutput(npnet, npnet.file.describe())
 
 
-class AttuneGoldenNoise(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            node_id="AttuneGoldenNoise",
-            display_name="Attune Golden Noise",
-            category=CATEGORY,
-            description="Noise that a network has fitted to the prompt, for SamplerCustomAdvanced.",
-            search_aliases=["golden noise", "NPNet", "noise prompt"],
-            inputs=[
-                io.Noise.Input("noise", tooltip="The noise to start from, as from RandomNoise."),
-                _npnet(),
-                io.Conditioning.Input("positive", tooltip="The prompt to fit the noise to, as the sampler gets it."),
-                *_choices(),
-            ],
-            outputs=[io.Noise.Output(display_name="noise", tooltip="For SamplerCustomAdvanced.")],
-        )
-
-    @classmethod
-    def execute(
-        cls, noise, npnet, positive, strength=1.0, other_sizes="windows", long_prompt="first part", svd_on="cpu"
-    ) -> io.NodeOutput:
-        settings = _settings(strength, other_sizes, long_prompt, svd_on)
-        check_prompt(npnet, positive, settings)
-        return io.NodeOutput(GoldenNoise(noise, npnet, positive, settings))
-
-
 class AttuneGoldenNoiseModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
             node_id="AttuneGoldenNoiseModel",
-            display_name="Attune Golden Noise Model",
+            display_name="Attune Golden Noise",
             category=CATEGORY,
             description="A MODEL whose samplers, the stock KSampler too, start from noise fitted to their prompt.",
             search_aliases=["golden noise", "NPNet", "noise prompt", "KSampler"],
+            is_experimental=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled."),
-                _npnet(),
-                *_choices(),
-                io.Combo.Input(
-                    "partial_denoise", options=["skip", "apply"], default="skip",
-                    tooltip="Runs that start from a picture (img2img, a second pass): skip keeps their noise.",
+                NPNetType.Input(
+                    "npnet", tooltip="From Attune Load NPNet or Attune Train NPNet, made for this model's kind."
+                ),
+                io.Float.Input(
+                    "strength", default=1.0, min=0.0, max=2.0, step=0.05,
+                    tooltip="How much of the correction: 0 is the plain noise to the bit, 1 what the network was "
+                    "trained for.",
+                ),
+                *advanced(
+                    io.Combo.Input(
+                        "other_sizes", options=list(OTHER_SIZES), default="windows",
+                        tooltip="For latents of another size than the network's. windows: its own size, side by side, "
+                        "blended. refuse: stop with an error.",
+                    ),
+                    io.Combo.Input(
+                        "long_prompt", options=list(LONG_PROMPTS), default="first part",
+                        tooltip="The network reads as many tokens as one part of a prompt has (77 for SDXL). first "
+                        "part: leave the rest out. average: the mean of the noises for all parts.",
+                    ),
+                    io.Combo.Input(
+                        "svd_on", options=list(SVD), default=SVD[0],
+                        tooltip="Where singular values are computed. cpu: the same picture on every machine. model "
+                        "device: faster for large latents.",
+                    ),
+                    io.Combo.Input(
+                        "partial_denoise", options=["skip", "apply"], default="skip",
+                        tooltip="Runs that start from a picture (img2img, a second pass): skip keeps their noise.",
+                    ),
                 ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="For any sampler.")],
+            outputs=[io.Model.Output(display_name="model", tooltip="For any sampler, or for Attune Noise.")],
         )  # fmt: skip
 
     @classmethod
     def execute(
-        cls, model, npnet, strength=1.0, other_sizes="windows", long_prompt="first part", svd_on="cpu",
+        cls, model, npnet, strength=1.0, other_sizes="windows", long_prompt="first part", svd_on=SVD[0],
         partial_denoise="skip",
     ) -> io.NodeOutput:  # fmt: skip
-        settings = _settings(strength, other_sizes, long_prompt, svd_on)
-        return io.NodeOutput(with_golden_noise(model, npnet, settings, partial_denoise == "apply"))
+        check_choices(
+            cls, other_sizes=other_sizes, long_prompt=long_prompt, svd_on=svd_on, partial_denoise=partial_denoise
+        )
+        settings = GoldenSettings(strength, other_sizes, long_prompt, svd_on == SVD[0])
+        return io.NodeOutput(with_start(model, GoldenNoise(npnet, settings, partial_denoise == "apply")))
 
 
-NODES = [AttuneLoadNPNet, AttuneGoldenNoise, AttuneGoldenNoiseModel]
+NODES = [AttuneLoadNPNet, AttuneGoldenNoiseModel]

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -17,6 +18,7 @@ from ..models.store import SUFFIX, file_stem
 from ._draw.axes import to_image
 from ._draw.noise_shift import draw_shift
 from ._host.api import Profile, advanced, io, schema, shown_on
+from ._host.calibrating import calibrating
 from ._host.folders import find_profile, keep_fit, keep_profile, keep_update, profile_path
 from ._host.identity import identify, pixels
 from ._host.noise_shift import (
@@ -30,12 +32,12 @@ from ._host.noise_shift import (
     limits,
     without_text,
 )
-from ._host.session import ProgressBar, calibrating
+from ._host.session import ProgressBar
 from ._plan.noise_shift import (
     continues,
     noise_shift_profile,
     parse_sizes,
-    plan,
+    shift_plan,
     shift_report,
 )
 
@@ -126,7 +128,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
         left = [size for size in wanted if size not in kept.sizes]
         if kept.sizes:
             lines.append(f"Continued from '{save_as}': {len(wanted) - len(left)} of {len(wanted)} sizes were there.")
-        lines.append(plan(left, effort, count))
+        lines.append(shift_plan(left, effort, count))
         LOG.info("Attune Fit Noise Shift: %s", " ".join(lines))
         began = time.monotonic()
         if latent is None and images is None and left:
@@ -135,7 +137,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
         for size in left:
             x0 = _clean(latent, images, vae, size)[:count]
             chunk = max(1, 2 * math.prod(native) // math.prod(size))
-            shift = _fitted(model, prompts, x0, chunk, effort, seed, lambda now, done=done: bar.update(done + now))
+            shift = _fitted(model, prompts, x0, chunk, effort, seed, partial(_moved, bar, done))
             done += effort.evaluations
             lines.append(shift_report(size, shift, kept.space))
             LOG.info("Attune Fit Noise Shift: %s", lines[-1])
@@ -180,6 +182,10 @@ class _Kept:
             self.path = keep_update(self.path, old, self.profile)
         elif self.save_as:
             self.path = keep_profile(self.profile, self.save_as)
+
+
+def _moved(bar: ProgressBar, before: int, now: int) -> None:
+    bar.update(before + now)
 
 
 def _fitted(model, prompts, x0, chunk: int, effort: ShiftPreset, seed: int, update: Callable[[int], None]) -> Shift:

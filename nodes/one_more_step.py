@@ -1,16 +1,15 @@
-"""One More Step: load its network, begin runs from its prediction, look at it; signal leak from examples."""
+"""One More Step: load its network, begin runs from its prediction; signal leak from examples."""
 
 from __future__ import annotations
 
 from ..kernels.one_more_step import NOISE_LEVELS
 from ..models.one_more_step import LATENT_SPACES, PREDICTIONS, colour_map
-from ._host.api import io, schema, shown_on
-from ._host.folders import module_names, module_path
+from ._host.api import advanced, blocked, check_choices, io, schema, shown_on
+from ._host.folders import MODULES, module_names, module_path, state_of
 from ._host.one_more_step import (
-    DTYPES,
-    SOLVERS,
-    Noise,
-    Plan,
+    MODULE_DTYPES,
+    SEEN_NOISE,
+    FirstState,
     fitted_leak,
     load_module,
     predicted_latent,
@@ -37,43 +36,6 @@ DIVERSITY = (
 )
 
 
-def _prompts() -> list:
-    return [
-        io.Conditioning.Input(
-            "positive",
-            tooltip="The prompt for this step, from the text encoder the module was trained with. It may differ from "
-            "the sampler's: then it rules colour and brightness, the sampler's prompt the content.",
-        ),
-        io.Conditioning.Input(
-            "negative", optional=True,
-            tooltip="For cfg other than 1. The authors always use the empty prompt here, not the sampler's negative.",
-        ),
-    ]  # fmt: skip
-
-
-def _guidance() -> io.Float.Input:
-    return io.Float.Input("cfg", default=1.0, min=0.0, max=20.0, step=0.1, tooltip=CFG)
-
-
-def _start() -> list:
-    return [
-        io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
-        io.Combo.Input(
-            "solver", options=list(SOLVERS), default="ddpm",
-            tooltip="ddpm: the module sees noise of its own. ddim: the sampler's. There is hardly a difference.",
-        ),
-        io.Combo.Input("noise_level", options=list(NOISE_LEVELS), default="exact", tooltip=LEVEL),
-        io.Float.Input("diversity", default=0.0, min=0.0, max=2.0, step=0.05, tooltip=DIVERSITY),
-    ]  # fmt: skip
-
-
-def _leak():
-    return Leak.Input(
-        "signal_leak", optional=True,
-        tooltip="From Attune Signal Leak, fitted to examples of this kind of prompt; replaces the module's own.",
-    )  # fmt: skip
-
-
 class AttuneLoadOneMoreStep(io.ComfyNode):
     @classmethod
     def define_schema(cls):
@@ -95,7 +57,7 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
                     "when auto cannot tell.",
                 ),
                 io.Combo.Input(
-                    "weight_dtype", options=[DEFAULT, *DTYPES], default=DEFAULT,
+                    "weight_dtype", options=[DEFAULT, *MODULE_DTYPES], default=DEFAULT,
                     tooltip="Precision of its weights; fp32 where the default gives no numbers.",
                 ),
                 io.Combo.Input(
@@ -111,17 +73,18 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def fingerprint_inputs(cls, oms_name, **others):
-        path = module_path(oms_name)
-        return (str(path), path.stat().st_mtime_ns, path.stat().st_size, *others.values())
+    def fingerprint_inputs(cls, oms_name=None, **others):
+        return (*state_of(MODULES, oms_name), *others.values())
 
     @classmethod
     def execute(
         cls, oms_name, latent_space=AUTO, weight_dtype=DEFAULT, prediction=AUTO, head_dim=0
     ) -> io.NodeOutput:  # fmt: skip
+        path = module_path(oms_name)
+        check_choices(cls, latent_space=latent_space, weight_dtype=weight_dtype, prediction=prediction)
         space, dtype, says = ("" if value in (AUTO, DEFAULT) else value
                               for value in (latent_space, weight_dtype, prediction))  # fmt: skip
-        return io.NodeOutput(load_module(module_path(oms_name), space, dtype, says, head_dim))
+        return io.NodeOutput(load_module(path, space, dtype, says, head_dim))
 
 
 class AttuneOneMoreStep(io.ComfyNode):
@@ -137,97 +100,78 @@ class AttuneOneMoreStep(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled, with its LoRAs."),
                 OmsModel.Input("oms_model", tooltip="From Attune Load One More Step, for the model's latents."),
-                *_prompts(),
-                _guidance(),
-                *_start(),
-                io.Boolean.Input(
-                    "share_noise", default=False,
-                    tooltip="One prediction for the whole batch, for the frames of a video.",
+                io.Conditioning.Input(
+                    "positive",
+                    tooltip="The prompt for this step, from the text encoder the module was trained with. It may "
+                    "differ from the sampler's: then it rules colour and brightness, the sampler's prompt the content.",
                 ),
-                _leak(),
+                io.Float.Input("cfg", default=1.0, min=0.0, max=20.0, step=0.1, tooltip=CFG),
+                io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
+                *advanced(
+                    io.Combo.Input(
+                        "solver", options=list(SEEN_NOISE), default="ddpm",
+                        tooltip="ddpm: the module sees noise of its own. ddim: the sampler's. There is hardly a "
+                        "difference.",
+                    ),
+                    io.Combo.Input("noise_level", options=list(NOISE_LEVELS), default="exact", tooltip=LEVEL),
+                ),
+                io.Float.Input("diversity", default=0.0, min=0.0, max=2.0, step=0.05, tooltip=DIVERSITY),
+                *advanced(
+                    io.Boolean.Input(
+                        "share_noise", default=False,
+                        tooltip="One prediction for the whole batch, for the frames of a video.",
+                    )
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True,
+                    tooltip="For cfg other than 1. The authors always use the empty prompt here, not the sampler's "
+                    "negative.",
+                ),
+                Leak.Input(
+                    "signal_leak", optional=True,
+                    tooltip="From Attune Signal Leak, fitted to examples of this kind of prompt; replaces the module's "
+                    "own.",
+                ),
+                io.Latent.Input(
+                    "latent", optional=True,
+                    tooltip="For the output 'prediction' alone: the latent that the sampler gets, which tells size and "
+                    "batch.",
+                ),
             ],
-            outputs=[io.Model.Output(display_name="model", tooltip="For any sampler or guider.")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="For any sampler or guider, or for Attune Noise."),
+                io.Latent.Output(
+                    display_name="prediction",
+                    tooltip="With 'latent' connected: what the module expects, blurred. Decode it to look at it.",
+                ),
+            ],
         )  # fmt: skip
 
     @classmethod
     def execute(
         cls, model, oms_model, positive, cfg=1.0, strength=1.0, solver="ddpm", noise_level="exact", diversity=0.0,
-        share_noise=False, negative=None, signal_leak=None,
+        share_noise=False, negative=None, signal_leak=None, latent=None,
     ) -> io.NodeOutput:  # fmt: skip
-        plan = Plan(
+        check_choices(cls, solver=solver, noise_level=noise_level)
+        start = FirstState(
             oms_model, positive, negative, cfg, strength, solver, noise_level, signal_leak, diversity, share_noise
         )
-        return io.NodeOutput(with_first_state(model, plan))
-
-
-class AttuneOneMoreStepPredict(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            node_id="AttuneOneMoreStepPredict",
-            display_name="Attune One More Step Predict",
-            category=CATEGORY,
-            description="What the module expects of a prompt, as a blurred picture: decode it to look at it.",
-            search_aliases=["oms preview", "colour map", "color map"],
-            inputs=[
-                io.Model.Input("model", tooltip="A model of the module's latents; it is not run."),
-                OmsModel.Input("oms_model", tooltip="From Attune Load One More Step."),
-                *_prompts(),
-                _guidance(),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="As in the KSampler; the prediction hardly depends on it.",
-                ),
-                io.Latent.Input("latent", tooltip="Tells size and batch."),
-            ],
-            outputs=[
-                io.Latent.Output(
-                    display_name="latent",
-                    tooltip="The prediction. A KSampler at denoise 1 that gets it starts as with noise_level unit.",
-                )
-            ],
-        )  # fmt: skip
+        patched = with_first_state(model, start)
+        if latent is None:
+            missing = (
+                "Attune One More Step: 'prediction' is used, but 'latent' is not connected. Connect the sampler's."
+            )
+            return io.NodeOutput(patched, blocked(missing))
+        found = predicted_latent(model, FirstState(oms_model, positive, negative, cfg), latent)
+        return io.NodeOutput(patched, found, ui=cls._colours(model, found))
 
     @classmethod
-    def execute(cls, model, oms_model, positive, latent, cfg=1.0, seed=0, negative=None) -> io.NodeOutput:
-        found = predicted_latent(model, Plan(oms_model, positive, negative, cfg), latent, seed)
+    def _colours(cls, model, found: dict):
         latents = model.get_model_object("latent_format")
         if not latents.latent_rgb_factors:
-            return io.NodeOutput(found)
+            return None
         x0 = latents.process_in(found["samples"])
-        colours = colour_map(x0, latents.latent_rgb_factors, latents.latent_rgb_factors_bias)
-        return io.NodeOutput(found, ui=shown_on(cls, colours))
-
-
-class AttuneOneMoreStepNoise(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            node_id="AttuneOneMoreStepNoise",
-            display_name="Attune One More Step Noise",
-            category=CATEGORY,
-            description="The same start as NOISE for SamplerCustomAdvanced, for guiders that leave MODEL options out.",
-            search_aliases=["oms noise", "custom noise"],
-            inputs=[
-                io.Noise.Input("noise", tooltip="From RandomNoise."),
-                io.Model.Input("model", tooltip="The model that will be sampled, without Attune One More Step."),
-                OmsModel.Input("oms_model", tooltip="From Attune Load One More Step."),
-                io.Sigmas.Input("sigmas", tooltip="The same that the sampler gets: its first level rules the start."),
-                *_prompts(),
-                _guidance(),
-                *_start(),
-                _leak(),
-            ],
-            outputs=[io.Noise.Output(display_name="noise", tooltip="For SamplerCustomAdvanced.")],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(
-        cls, noise, model, oms_model, sigmas, positive, cfg=1.0, strength=1.0, solver="ddpm", noise_level="exact",
-        diversity=0.0, negative=None, signal_leak=None,
-    ) -> io.NodeOutput:  # fmt: skip
-        plan = Plan(oms_model, positive, negative, cfg, strength, solver, noise_level, signal_leak, diversity)
-        return io.NodeOutput(Noise(model, noise, sigmas, plan))
+        return shown_on(cls, colour_map(x0, latents.latent_rgb_factors, latents.latent_rgb_factors_bias))
 
 
 class AttuneSignalLeak(io.ComfyNode):
@@ -253,7 +197,7 @@ class AttuneSignalLeak(io.ComfyNode):
                     "diversity", default=1.0, min=0.0, max=2.0, step=0.05,
                     tooltip="How much of the examples' variety to draw; 0 starts every picture from their mean.",
                 ),
-                io.Combo.Input("noise_level", options=list(NOISE_LEVELS), default="exact", tooltip=LEVEL),
+                *advanced(io.Combo.Input("noise_level", options=list(NOISE_LEVELS), default="exact", tooltip=LEVEL)),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For any sampler or guider."),
@@ -268,15 +212,14 @@ class AttuneSignalLeak(io.ComfyNode):
     def execute(
         cls, model, examples, frequencies=3, strength=1.0, diversity=1.0, noise_level="exact"
     ) -> io.NodeOutput:  # fmt: skip
+        check_choices(cls, noise_level=noise_level)
         leak = fitted_leak(model, examples, frequencies)
-        plan = Plan(None, None, None, strength=strength, level=noise_level, leak=leak, diversity=diversity)
-        return io.NodeOutput(with_first_state(model, plan), leak)
+        start = FirstState(None, None, None, strength=strength, level=noise_level, leak=leak, diversity=diversity)
+        return io.NodeOutput(with_first_state(model, start), leak)
 
 
 NODES = [
     AttuneLoadOneMoreStep,
     AttuneOneMoreStep,
-    AttuneOneMoreStepPredict,
-    AttuneOneMoreStepNoise,
     AttuneSignalLeak,
 ]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from ..models.calibration import misfits
+from ..models.calibration import NOISE_SHIFT, misfits
 from ..models.store import shipped_profiles
 from ._draw.axes import to_image
-from ._draw.schedules import Curve, draw_schedules, profile_curve
+from ._draw.noise_shift import draw_shift
+from ._draw.propagation import draw_speeds
+from ._draw.schedules import Curve, applied_curve, draw_schedules, profile_curve
 from ._host.api import Profile, advanced, io, say_on_node, schema, shown_on, ui
-from ._host.apply import Choice, put_to_use
+from ._host.apply import STOCK, Ready, Use, put_to_use, stock_levels
 from ._host.folders import (
     find_profile,
     has_profile,
@@ -92,7 +94,7 @@ class AttuneSaveProfile(io.ComfyNode):
             search_aliases=["schedule profile", "save schedule", "calibration"],
             is_output_node=True,
             inputs=[
-                Profile.Input("profile", tooltip="What Attune Tune Schedule or Attune Align Timesteps found."),
+                Profile.Input("profile", tooltip="What a fit found, such as Attune Fit Sampler."),
                 io.String.Input(
                     "name", default="",
                     tooltip="The file's name; empty takes the profile's own. A name that is taken gets a number.",
@@ -170,14 +172,27 @@ class AttuneApplyProfile(io.ComfyNode):
         cls, model, profile, steps=0, denoise=1.0, denoise_mode="exact", resolution_policy="ignore", strength=1.0,
         speed=0.0, latent=None,
     ) -> io.NodeOutput:  # fmt: skip
-        choice = Choice(steps, denoise, denoise_mode, resolution_policy, strength, speed)
+        choice = Use(steps, denoise, denoise_mode, resolution_policy, strength, speed)
         ready = put_to_use(model, profile, choice, latent)
         said = list(ready.report)
         if latent is not None and latent.get("noise_mask") is not None:
             said.append("Note: the latent has a mask; profiles are measured on whole pictures.")
         LOG.info("Attune Apply Profile: %s", " ".join(said))
-        plot = None if cls.hidden is None else shown_on(cls, to_image(ready.plot()))
+        plot = None if cls.hidden is None else shown_on(cls, to_image(_plot(model, profile, ready, denoise)))
         return io.NodeOutput(ready.model, ready.sampler, ready.sigmas, "\n".join(said), ui=plot)
+
+
+def _plot(model, profile, ready: Ready, denoise: float):
+    """What is applied: a schedule beside a stock one, the curves of a noise shift, or speed against fidelity."""
+    if profile.kind == NOISE_SHIFT:
+        return draw_shift(profile)
+    if ready.point is not None:
+        return draw_speeds(profile.key_steps.points, ready.point)
+    steps = len(ready.sigmas) - 1
+    if steps < 1 or ready.applied is None:
+        return draw_schedules([profile_curve(profile)], profile.name)
+    stock = Curve(f"stock '{STOCK}'", tuple(stock_levels(model, steps, denoise).tolist()))
+    return draw_schedules([applied_curve(ready.applied), stock], profile.name)
 
 
 class AttunePlotSigmas(io.ComfyNode):

@@ -20,11 +20,11 @@ class Case:
 
 
 def ve(family: str, prediction: str = "eps", sigmas=SIGMA, config: str = "theirs") -> ModelIdentity:
-    return ModelIdentity((family, "BASE"), "ve", *sigmas, prediction, config)
+    return ModelIdentity((family,), "ve", *sigmas, prediction, config)
 
 
 def flow(family: str, shift: float, config: str = "theirs") -> ModelIdentity:
-    return ModelIdentity((family, "BASE"), "flow", 0.001, 1.0, "flow", config, shift)
+    return ModelIdentity((family,), "flow", 0.001, 1.0, "flow", config, shift)
 
 
 def unet(model: ModelIdentity, latents: str, width: int, side: int, text: int, **more) -> Facts:

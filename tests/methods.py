@@ -78,13 +78,13 @@ METHODS = {
         {**APPLY, "profile": aligned("flow", "flow", (0.4, 0.7, 0.9), (0.35, 0.62, 0.88))}, {"strength": 0.0},
     ),
     "encoder propagation": Method(
-        "unet", "AttuneEncoderPropagation", {**REUSE, "reuse": "encoder reused", "parallel": "auto"}, {"interval": 1}
+        "unet", "AttunePropagation", {**REUSE, "reuse": "encoder reused", "parallel": "auto"}, {"interval": 1}
     ),
     "top level fresh": Method(
-        "unet", "AttuneEncoderPropagation", {**REUSE, "reuse": "top level fresh", "parallel": "off"}, {"interval": 1}
+        "unet", "AttunePropagation", {**REUSE, "reuse": "top level fresh", "parallel": "off"}, {"interval": 1}
     ),
     "block propagation": Method(
-        "flow", "AttuneBlockPropagation", {**REUSE, "reuse": "first block fresh"}, {"interval": 1}
+        "flow", "AttunePropagation", {**REUSE, "reuse": "first block fresh"}, {"interval": 1}
     ),
     "noise shift": Method(
         "flow", "AttuneNoiseShift", {"profile": next(p for p in shipped_profiles().values() if p.kind == "noise_shift"),
@@ -106,7 +106,7 @@ METHODS = {
     ),
     "re-denoise": Method(
         "flow", "AttuneRedenoise",
-        {"strong_cfg": 5.5, "weak_cfg": 1.0, "rounds": 1, "strength": 1.0, "mode": "two-step", "depth": 0.39,
+        {"strong_cfg": 5.5, "weak_cfg": 1.0, "rounds": 1, "strength": 1.0, "zigzag_steps": 0, "mode": "two-step", "depth": 0.39,
          "evaluate_at": "next level", "renormalize": False, "partial_denoise": "skip"},
         {"strength": 0.0},
         where={"img2img": FROM_A_PICTURE,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from families import EVERYTHING, FAMILIES, FRESH, FULL, SD15, SDXL
 
-from pack.kernels.encoder_propagation import Reuse
+from pack.kernels.propagation import Reuse
 from pack.models.calibration import Calibration, CondLevels, KeySteps, Point
 from pack.models.store import shipped_profiles
 from pack.nodes._plan.auto import (
@@ -31,9 +31,9 @@ from pack.nodes._plan.auto import (
     Run,
     Shelf,
     Wishes,
+    auto_report,
     decide,
     key_steps_of,
-    report,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -181,7 +181,7 @@ def test_a_table_is_left_out_where_it_was_not_shown_or_does_not_fit_the_noise():
 
 def test_a_users_table_for_the_family_is_found():
     mine = replace(fit(), name="my table", families=("SD20",), sigmas=(14.6, 4.0, 1.0, 0.1), alignments=(), solver="")
-    facts = replace(SD15, model=replace(SD15.model, families=("SD20", "BASE")))
+    facts = replace(SD15, model=replace(SD15.model, families=("SD20",)))
     assert picks(facts, EULER, shelf=with_fits(**{"table.json": mine})) == {SCHEDULE: "table.json"}
 
 
@@ -258,7 +258,7 @@ def test_a_calibration_of_this_network_comes_first_and_both_speeds_mean_its_poin
     points = (Point(Reuse(1, 8, True), (0, 2), 1.5, 50.0), Point(Reuse(1, 8, True), (0, 3), 2.5, 38.0))
     mine = replace(
         fit(), kind="encoder_propagation", sigmas=(14.6, 4.0, 1.0, 0.4, 0.1, 0.0),
-        calibration=KeySteps(12, "euler", (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), points),
+        key_steps=KeySteps(12, "euler", (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), points),
     )  # fmt: skip
     faithful, fast = (decide(SD15, EULER, Wishes(speed=wish), with_fits(mine=mine))[5] for wish in (FAITHFUL, FAST))
     assert faithful.pick == fast.pick == "mine"
@@ -270,12 +270,12 @@ def test_a_calibration_of_this_network_comes_first_and_both_speeds_mean_its_poin
 
 def test_the_report_names_what_is_used_first_and_then_what_would_enable_the_rest():
     case = FAMILIES["SD 1.5"]
-    said = report(case.facts, case.run, decide(case.facts, case.run, Wishes(), FRESH), ["x.json is damaged."])
+    said = auto_report(case.facts, case.run, decide(case.facts, case.run, Wishes(), FRESH), ["x.json is damaged."])
     lines = said.splitlines()
     assert lines[0] == "SD15, sigma up to 14.61; 512x512; 20 steps of dpmpp_2m at cfg 7."
     assert lines[1].startswith("+ schedule: AYS SD 1.5.") and lines[-1] == "! x.json is damaged."
     assert any("oms_b_openclip_15_21 in models/one_more_step" in line for line in lines if line.startswith("- "))
-    off = report(case.facts, case.run, decide(case.facts, case.run, NOTHING, FRESH))
+    off = auto_report(case.facts, case.run, decide(case.facts, case.run, NOTHING, FRESH))
     assert "The levels are those of 'stock'." in off
 
 

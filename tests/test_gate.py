@@ -11,10 +11,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from analytic import PowerLawField
 
+from analytic import PowerLawField
 from oracles import dpmpp_2m, finish, stock_schedules
-from pack.kernels.gate import FEWEST, judge, students_t, students_tail
+from pack.kernels.gate import FEWEST, judge, sign_count, students_t, students_tail
 from pack.kernels.space import NoiseSpace
 from pack.kernels.tuner import TUNER_PRESETS, Runner, picture_errors, reference_levels, tune
 
@@ -27,6 +27,33 @@ def test_students_t_by_tables(chance, freedom, want):
     assert students_t(chance, freedom) == pytest.approx(want, abs=6e-4)
     assert students_tail(want, freedom) == pytest.approx(chance, rel=2e-3)
     assert students_tail(-want, freedom) == pytest.approx(1 - chance, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("chance", "count", "want"),
+    [
+        (0.05, 6, 6),
+        (0.025, 6, 6),
+        (0.05, 8, 7),
+        (0.025, 8, 8),
+        (0.025, 9, 8),
+        (0.025, 12, 10),
+        (0.05, 128, 74),
+        (0.01, 5, 6),
+    ],
+)
+def test_the_sign_test_by_tables(chance, count, want):
+    assert sign_count(chance, count) == want
+
+
+def test_rare_pictures_that_get_much_worse_seldom_hide_behind_many_that_get_a_little_better():
+    """Changes of mean 0 with a long tail upwards (exponential): the t alone passes twice as many."""
+    generator = torch.Generator().manual_seed(0)
+    found = [
+        judge(torch.ones(6), 1 + 0.05 * (torch.empty(6).exponential_(generator=generator) - 1)) for _ in range(1000)
+    ]
+    by_t = sum(one.mean <= -one.least and one.t < one.needed for one in found)
+    assert sum(one.accepted for one in found) <= 90 < 120 <= by_t
 
 
 def pictures(gain, spread, count, draws, seed=0):
@@ -58,21 +85,21 @@ def test_the_blocks_of_a_picture_are_not_counted():
 
 
 def test_a_true_gain_passes():
-    for gain, least in ((0.1, 0.5), (0.2, 0.9)):
+    for gain, least in ((0.1, 0.25), (0.2, 0.75)):
         passed = [judge(b, a, looks=2).accepted for b, a in zip(*pictures(gain, 0.1, 6, 200), strict=True)]
         assert sum(passed) >= least * 200, (gain, sum(passed))
 
 
 def test_the_verdict_by_numbers():
     before = torch.ones(6)
-    after = torch.tensor([0.7, 0.8, 0.9, 0.8, 0.7, 1.05])
+    after = torch.tensor([0.7, 0.8, 0.9, 0.8, 0.7, 0.99])
     found = judge(before, after)
-    assert found.accepted and found.pictures == 6 and found.share_improved == pytest.approx(5 / 6)
-    assert found.mean == pytest.approx(-0.175) and found.median == pytest.approx(-0.2) and found.least == 0.01
+    assert found.accepted and found.pictures == 6 and found.share_improved == found.share_needed == 1
+    assert found.mean == pytest.approx(-0.185) and found.median == pytest.approx(-0.2) and found.least == 0.01
     change = after - 1
     assert found.t == pytest.approx(float(change.mean() / change.std() * 6**0.5), rel=1e-6)
     assert found.needed == pytest.approx(-2.015, abs=1e-3)
-    assert "-17.5%, median -20.0%, 83% of 6 pictures better" in found.said
+    assert "-18.5%, median -20.0%, 100% of 6 pictures better" in found.said
     assert not judge(after, before).accepted
 
 
@@ -81,7 +108,13 @@ def test_the_verdict_by_numbers():
     [
         (torch.ones(8), torch.full((8,), 0.995), {}, "-1.0% was needed"),
         (torch.ones(8), torch.full((8,), 0.9), {"doubt": 0.06}, "-12.0% was needed"),
-        (torch.ones(6), torch.tensor([0.1, 1.04, 1.02, 1.08, 1.0, 1.0]), {}, "may be chance: t -0.8, needed -2.0"),
+        (torch.ones(6), torch.tensor([0.1, 0.99, 0.99, 0.99, 0.99, 0.99]), {}, "may be chance: t -1.1, needed -2.0"),
+        (
+            torch.ones(6),
+            torch.tensor([0.7, 0.8, 0.9, 0.8, 0.7, 1.05]),
+            {},
+            "chance: 100% of the pictures had to get better",
+        ),
         (torch.ones(5), torch.full((5,), 0.5), {}, "at least 6 pictures are needed"),
     ],
 )
@@ -159,8 +192,8 @@ def test_on_the_field_the_truth_gets_better_or_the_fit_is_refused(kind, solver, 
             assert (after < before).all(), (name, before, after)
             changed += 1
         else:
-            assert tuned.refused
-    assert changed or steps == 20
+            assert torch.equal(tuned.sigmas, sigmas)
+    assert changed or (solver, steps) != ("dpmpp_2m", 8)
 
 
 BEST = torch.tensor([14.6146, 7.1759, 2.7252, 1.3414, 0.6017, 0.2913, 0.2822, 0.0634, 0.0], dtype=torch.float64)

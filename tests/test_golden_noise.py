@@ -16,7 +16,7 @@ import npnets
 from pack.kernels.golden_noise import mix, refine_in_windows, windows
 from pack.models.npnet import NPNetConfig, prompt_texts
 from pack.models.npnet_files import load_npnet, read_config, save_npnet
-from pack.nodes._plan.golden_noise import Settings, check_size, golden_noise
+from pack.nodes._plan.golden_noise import GoldenSettings, check_size, golden_noise
 
 SIZES = [(16, 16), (14, 18), (19, 13), (8, 8), (24, 24), (32, 20), (33, 50), (5, 40)]
 
@@ -77,25 +77,25 @@ def net():
 def test_a_sample_is_the_same_alone_in_a_batch_and_again(net, size):
     x, (_, text) = noise(*size, batch=3), npnets.tiny_inputs(3)
     before = torch.get_rng_state()
-    together = golden_noise(net, x, [text], Settings())
+    together = golden_noise(net, x, [text], GoldenSettings())
     assert torch.equal(torch.get_rng_state(), before)
     for i in range(3):
-        assert torch.equal(golden_noise(net, x[i : i + 1], [text[i : i + 1]], Settings()), together[i : i + 1])
+        assert torch.equal(golden_noise(net, x[i : i + 1], [text[i : i + 1]], GoldenSettings()), together[i : i + 1])
 
 
 def test_strength_zero_and_zeros_stay_as_they_are(net):
     x, text = npnets.tiny_inputs()
-    assert golden_noise(net, x, [text], Settings(strength=0)) is x
-    assert not golden_noise(net, torch.zeros_like(x), [text], Settings()).any()
-    half, whole = (golden_noise(net, x, [text], Settings(strength=s)) for s in (0.5, 1.0))
+    assert golden_noise(net, x, [text], GoldenSettings(strength=0)) is x
+    assert not golden_noise(net, torch.zeros_like(x), [text], GoldenSettings()).any()
+    half, whole = (golden_noise(net, x, [text], GoldenSettings(strength=s)) for s in (0.5, 1.0))
     torch.testing.assert_close(half, (x + whole) / 2)
 
 
 def test_one_frame_is_a_picture_and_two_are_not(net):
     x, text = npnets.tiny_inputs()
-    out = golden_noise(net, x[:, :, None], [text], Settings())
-    assert torch.equal(out[:, :, 0], golden_noise(net, x, [text], Settings()))
-    with pytest.raises(ValueError, match=r"image latents only; got \(1, 4, 2, 16, 16\)"):
+    out = golden_noise(net, x[:, :, None], [text], GoldenSettings())
+    assert torch.equal(out[:, :, 0], golden_noise(net, x, [text], GoldenSettings()))
+    with pytest.raises(ValueError, match=r"latents of pictures, .* but got \(1, 4, 2, 16, 16\)"):
         check_size(net.config, (1, 4, 2, 16, 16), "windows")
 
 
@@ -104,8 +104,8 @@ def test_one_frame_is_a_picture_and_two_are_not(net):
     [
         ((1, 16, 128, 128), "windows", "works on 4-channel latents; this model's latent has 16"),
         ((1, 4, 112, 144), "refuse", r"128 x 128 latents \(1024 x 1024 px\); got 112 x 144. Set other_sizes"),
-        ((1, 1, 4096), "windows", r"image latents only; got \(1, 1, 4096\)"),
-        ((1, 16, 21, 60, 104), "windows", r"image latents only; got \(1, 16, 21, 60, 104\)"),
+        ((1, 1, 4096), "windows", r"latents of pictures, .* but got \(1, 1, 4096\)"),
+        ((1, 16, 21, 60, 104), "windows", r"latents of pictures, .* but got \(1, 16, 21, 60, 104\)"),
     ],
 )
 def test_latents_that_do_not_fit_are_refused_with_both_sizes(shape, sizes, message):
@@ -139,8 +139,8 @@ def test_a_long_prompt_is_cut_or_averaged_over_its_parts(net):
     long = torch.cat([text, other], dim=1)
     first = prompt_texts(net.config, long, None, "first part")
     assert len(first) == 1 and torch.equal(first[0], text.flatten(1))
-    mean = golden_noise(net, x, prompt_texts(net.config, long, None, "average"), Settings())
-    both = [golden_noise(net, x, [part], Settings()) for part in (text, other)]
+    mean = golden_noise(net, x, prompt_texts(net.config, long, None, "average"), GoldenSettings())
+    both = [golden_noise(net, x, [part], GoldenSettings()) for part in (text, other)]
     torch.testing.assert_close(mean, (both[0] + both[1]) / 2)
 
 
@@ -149,7 +149,7 @@ def test_a_damaged_network_is_named(net):
     broken.alpha.fill_(float("nan"))
     x, text = npnets.tiny_inputs()
     with pytest.raises(ValueError, match="non-finite noise"):
-        golden_noise(broken, x, [text], Settings())
+        golden_noise(broken, x, [text], GoldenSettings())
 
 
 def write(folder, name: str, weights: dict, **facts: str):

@@ -1,12 +1,13 @@
 """Every file the pack reads, mutated: one clear sentence or a use that is right; no code runs, nothing is written, and no
 memory is taken beyond the file's own size.
 
-A short run here; `python dev.py test tests/test_hostile_files.py --fuzz 2000 -s` is the long one, and counts.
+A short run here; `python dev.py test tests/test_hostile_files.py --fuzz 10000 -s` is the long one, and counts.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
@@ -37,7 +38,8 @@ from pack.models.one_more_step import (
     read_leak,
     save_module,
 )
-from pack.models.store import load_profile, load_tensors, save_profile
+from pack.models.profile_format import spell_profile
+from pack.models.store import load_profile, load_tensors, save_profile, update_profile
 from pack.models.train_npnet import NPNetTraining, Pairs, Recipe
 from pack.models.train_one_more_step import ModuleTraining
 from pack.models.training import Training
@@ -50,20 +52,31 @@ SMALL = replace(npnets.TINY, tokens=77, width=4)
 # --- the files, and what is done with one that is accepted ---
 
 
-def profile() -> Calibration:
+def kinds() -> list[Calibration]:
+    """One calibration of each kind, with every field that the kind can have."""
     knots = CondLevels("euler", (512, 512), (0.5, 2.0, 9.0), (0.4, 1.8, 8.0))
     levels = (14.0, 5.0, 1.0, 0.0)
-    reuse = KeySteps(12, "euler", levels, (Point(Reuse(2, 3, True), (0, 2), 1.4, 30.0),))
-    return Calibration(
-        "mine", "by hand", "ve", ("SD15",), (512, 512), levels, "a test", "encoder_propagation", "euler", "eps", 7.0, "ab",
-        "cd", (knots,), reuse, {"gain": 0.1}, {"seed": 3},
+    made = Calibration(
+        "mine", "by hand", "ve", ("SD15",), (512, 512), levels, "a test", solver="euler", prediction="eps", cfg=7.0,
+        config_hash="ab", weights_hash="cd", patches="ef", alignments=(knots,), metrics={"gain": 0.1},
+        provenance={"seed": 3},
     )  # fmt: skip
+    reuse = lambda fresh, cut: KeySteps(12, "euler", levels, (Point(Reuse(fresh, cut, True), (0, 2), 1.4, 30.0),))
+    flow = tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768))
+    return [
+        made,
+        replace(made, kind="noise_shift", space="flow", families=("SD3",), sigmas=(), alignments=flow),
+        replace(made, kind="encoder_propagation", key_steps=reuse(2, 3)),
+        replace(made, kind="block_propagation", key_steps=reuse(1, 3)),
+    ]
 
 
 def use_profile(path: Path) -> None:
     got = load_profile(path)
     with hostile.unwatched():
-        assert load_profile(save_profile(got, path.parent / "again", replace=True)) == got
+        again = save_profile(got, path.parent / "again", "again")
+        assert load_profile(again) == got
+        again.unlink()
     if got.sigmas:
         check_sigmas(torch.tensor(got.sigmas, dtype=torch.float64))
     for one in got.alignments:
@@ -108,7 +121,11 @@ def use_shard(path: Path) -> None:
     held = {job.prompt for job in got.jobs[::3]}
     assert len(got.jobs) == len(got.noise) == len(rows(got, held, True)) + len(rows(got, held, False))
     assert read_jobs(path) == (got.jobs, got.facts)
-    assert bool(got.tokens[got.which].isfinite().all()) and min(got.noise.shape) > 0 and dict(got.facts) is not None
+    assert (
+        bool(got.tokens[got.which].isfinite().all())
+        and min(got.noise.shape) > 0
+        and all(isinstance(name, str) for name in got.facts)
+    )
 
 
 RECIPE = Recipe(epochs=1, batch_size=40, size="small", text_mode="flat")
@@ -170,15 +187,13 @@ def use_vocabulary(path: Path) -> None:
 
 
 def make_profile(folder: Path) -> Path:
-    return save_profile(profile(), folder, "good")
+    return save_profile(kinds()[0], folder, "good")
 
 
-def make_shift(folder: Path) -> Path:
-    knots = tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768))
-    shift = Calibration(
-        "shift", "by hand", "flow", ("SD3",), (1024, 1024), (), "a test", "noise_shift", alignments=knots
-    )
-    return save_profile(shift, folder, "good")
+def hostile_profile(rng: random.Random, content: bytes) -> bytes:
+    """A mutation of a calibration of any kind, which has more to change than the one in `content`."""
+    made = rng.choice(kinds())
+    return hostile.hostile_json(rng, json.dumps(spell_profile(made)).encode())
 
 
 def make_npnet(folder: Path) -> Path:
@@ -245,17 +260,17 @@ def use_published(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Reader:
-    """A good file, how it is mutated, its use, and whether its name counts."""
+    """A good file, how it is mutated, its use, whether its name counts, and how much of all cases it gets."""
 
     make: Callable[[Path], Path]
     use: Callable[[Path], None]
     mutate: Callable = hostile.hostile_safetensors
     named: bool = False
+    share: float = 0.05
 
 
 READERS = {
-    "profile": Reader(make_profile, use_profile, hostile.hostile_json),
-    "noise shift": Reader(make_shift, use_profile, hostile.hostile_json),
+    "profile": Reader(make_profile, use_profile, hostile_profile, share=0.55),
     "NPNet": Reader(make_npnet, use_npnet),
     "NPNet, .pth": Reader(make_pth, use_npnet, hostile.hostile_pickle),
     "One More Step": Reader(make_module, use_module),
@@ -268,9 +283,13 @@ READERS = {
 }
 
 
+def test_the_cases_are_shared_out():
+    assert sum(reader.share for reader in READERS.values()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("name", READERS)
-def test_a_mutated_file_is_refused_in_a_sentence_or_used_rightly(tmp_path, cases, name):
-    reader, canary = READERS[name], tmp_path / "canary"
+def test_a_mutated_file_is_refused_in_a_sentence_or_used_rightly(tmp_path, fuzz, name):
+    reader, canary, cases = READERS[name], tmp_path / "canary", math.ceil(fuzz * READERS[name].share)
     good = reader.make(tmp_path)
     content = good.read_bytes()
     path = good if reader.named else tmp_path / f"hostile{good.suffix}"
@@ -303,7 +322,8 @@ def test_a_mutated_file_is_refused_in_a_sentence_or_used_rightly(tmp_path, cases
 
 
 def saved_profile(folder: Path, again: bool) -> Path:
-    return save_profile(profile().with_facts({"again": again}), folder, "x", replace=True)
+    one, two = kinds()[0], replace(kinds()[0], cfg=1.0)
+    return update_profile(folder / "x.json", one, two) if again else save_profile(one, folder, "x")
 
 
 def saved_npnet(folder: Path, again: bool) -> Path:

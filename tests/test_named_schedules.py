@@ -19,9 +19,9 @@ from pack.nodes._plan.named_schedules import (
     tuned_profiles,
 )
 
-SD15 = ModelIdentity(("SD15", "BASE"), "ve", 0.0292, 14.6146)
-SDXL = ModelIdentity(("SSD1B", "SDXL", "BASE"), "ve", 0.0292, 14.6146)
-SD3 = ModelIdentity(("SD3", "BASE"), "flow", 0.003, 1.0)
+SD15 = ModelIdentity(("SD15",), "ve", 0.0292, 14.6146)
+SDXL = ModelIdentity(("SSD1B", "SDXL"), "ve", 0.0292, 14.6146)
+SD3 = ModelIdentity(("SD3",), "flow", 0.003, 1.0)
 
 
 def test_the_list_starts_with_auto_and_has_every_profile_and_closed_form():

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from published import fit_per_level
 
 from oracles import finish, gaussian, mixture_2d, mixture_latent, network
 from pack.kernels.noise_shift import (
@@ -21,6 +20,7 @@ from pack.kernels.noise_shift import (
     spline,
 )
 from pack.kernels.space import NoiseSpace
+from published import fit_per_level
 
 VE, FLOW = NoiseSpace("ve"), NoiseSpace("flow")
 LIMITS = {"ve": Limits(0.0292, 14.61), "flow": Limits(0.001, 1.0)}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from analytic import SharedLevel, euler_gain
 from torch import nn
 
+from analytic import SharedLevel, euler_gain
 from oracles import euler, fine_levels
 from pack.kernels.one_more_step import SignalLeak, clean_of_v, first_state, guided, keyed_noise, noise_for, v_loss
 from pack.kernels.space import NoiseSpace
@@ -174,6 +174,17 @@ def test_a_leak_of_white_noise_is_white_noise():
     leak = SignalLeak(torch.zeros(4, 3, 3), torch.eye(36) * 0.8 / math.sqrt(8 * 5), torch.full((4,), 0.8))
     white = torch.randn(2, 4, 8, 5)
     torch.testing.assert_close(leak.residual(white), 0.8 * white, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [4, 16])
+def test_the_spread_above_the_low_waves_is_that_of_exact_white_noise(side):
+    """4,000 pictures in which every wave has exactly the same variance: the fit has no chance to scatter."""
+    n, pixels = 4000, side * side
+    basis = torch.linalg.qr(torch.randn(n, pixels, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    basis = torch.linalg.qr(basis - basis.mean(0))[0]  # orthonormal columns of mean 0: sample covariance 1 / (n - 1)
+    white = 0.7 * math.sqrt(n - 1) * basis.reshape(n, 1, side, side)
+    for frequencies in (1, 3):
+        assert float(SignalLeak.fit(white, frequencies).rest) == pytest.approx(0.7, rel=1e-5)
 
 
 def test_what_no_leak_can_be_fitted_to_or_drawn_at_is_said():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pack.kernels.encoder_propagation import Reuse
+from pack.kernels.propagation import Reuse
 from pack.models.calibration import Calibration, CondLevels, Point
 from pack.models.store import shipped_profiles
 from pack.nodes._draw.axes import BOTTOM, COLOURS, HEIGHT, INK, LEFT, PAPER, RIGHT, TOP, WIDTH, Axes, sheet, to_image

@@ -120,7 +120,7 @@ def test_transformers_choose_alike():
 def profile(**changed) -> Calibration:
     fields = {
         "name": "test", "method": "measured", "space": "ve", "families": ("SD15",), "resolution": (512, 512),
-        "sigmas": FIT.sigmas, "source": "test", "kind": "encoder_propagation", "solver": "euler", "calibration": FIT,
+        "sigmas": FIT.sigmas, "source": "test", "kind": "encoder_propagation", "solver": "euler", "key_steps": FIT,
         **changed,
     }  # fmt: skip
     return Calibration(**fields)
@@ -129,7 +129,7 @@ def profile(**changed) -> Calibration:
 def test_a_calibration_comes_back_from_its_file(tmp_path):
     loaded = load_profile(save_profile(profile(), tmp_path))
     assert loaded == profile() and loaded.id == profile().id
-    assert loaded.id != profile(calibration=replace(FIT, points=POINTS[:2])).id
+    assert loaded.id != profile(key_steps=replace(FIT, points=POINTS[:2])).id
 
 
 @pytest.mark.parametrize(

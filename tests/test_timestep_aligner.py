@@ -7,7 +7,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from published import align_published
 
 from oracles import euler, finish, gaussian, mixture_2d, network, path
 from pack.kernels.space import NoiseSpace
@@ -19,6 +18,7 @@ from pack.kernels.timestep_aligner import (
     block_norm,
     gaussian_alignment,
 )
+from published import align_published
 
 VE, FLOW = NoiseSpace("ve"), NoiseSpace("flow")
 SD = torch.tensor([14.6146, 6.3, 2.7, 1.2, 0.5, 0.2, 0.03, 0.0], dtype=torch.float64)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import os
 from itertools import pairwise
 
 import pytest
 import torch
 
+from nightly import daily
 from oracles import (
     dpmpp_2m,
     fine_levels,
@@ -94,18 +94,20 @@ def ratio_to_the_best_known(data, solver, steps, preset="quick"):
     return bench.error(tuned.sigmas, truth, a_map) / best
 
 
-LONG = bool(os.environ.get("ATTUNE_LONG_TESTS"))  # every number of steps in place of the two that differ most
-STEPS = (5, 8, 10, 20) if LONG else (5, 10)
+# The two that differ most, and every number of steps.
+SOME_STEPS = pytest.mark.parametrize("steps", daily([(5, 10), (5, 8, 10, 20)], (5, 10)), ids=["two", "four"])
 
 
-def test_euler_is_at_least_two_fifths_nearer_than_the_best_known_schedule():
-    ratios = [ratio_to_the_best_known(data, "euler", steps) for data in DATA for steps in STEPS]
+@SOME_STEPS
+def test_euler_is_at_least_two_fifths_nearer_than_the_best_known_schedule(steps):
+    ratios = [ratio_to_the_best_known(data, "euler", n) for data in DATA for n in steps]
     assert max(ratios) <= 0.60, ratios
     assert math.prod(ratios) ** (1 / len(ratios)) <= 0.40, ratios
 
 
-def test_dpmpp_2m_is_never_much_worse_and_mostly_better():
-    found = {data: [ratio_to_the_best_known(data, "dpmpp_2m", steps) for steps in STEPS] for data in DATA}
+@SOME_STEPS
+def test_dpmpp_2m_is_never_much_worse_and_mostly_better(steps):
+    found = {data: [ratio_to_the_best_known(data, "dpmpp_2m", n) for n in steps] for data in DATA}
     ratios = [ratio for of_data in found.values() for ratio in of_data]
     assert max(ratios) <= 1.15, found
     assert math.prod(ratios) ** (1 / len(ratios)) <= 0.90, found
@@ -117,7 +119,7 @@ def test_euler_on_a_flow_model():
     shift = lambda s, a: a * s / (1 + (a - 1) * s)
     line = torch.linspace(1, 0, 9, dtype=torch.float64)
     known = {f"simple, shift {a}": shift(line, a) for a in (1.0, 3.0)}
-    tuned, _ = finish(tune(bench.runner, known, fine_levels(FLOW, 48), bench.noises(10), TUNER_PRESETS["quick"], FLOW))
+    tuned, _ = finish(tune(bench.runner, known, fine_levels(FLOW, 48), bench.noises(11), TUNER_PRESETS["quick"], FLOW))
     truth = bench.truth()
     best = min(bench.error(sigmas, truth) for sigmas in known.values())
     assert bench.error(tuned.sigmas, truth, tuned.alignment.through(FLOW)) <= 0.8 * best

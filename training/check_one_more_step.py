@@ -52,8 +52,8 @@ def predictions(lab: OneMoreStepLab, objects: list[int]) -> Tensor:
     """What the module says of every caption in full, [objects backgrounds c h w]."""
     n, rows = len(BACKGROUND_NAMES), []
     for obj in objects:
-        (x0,) = lab.host.call(
-            "AttuneOneMoreStepPredict", model=lab.models["unet"], oms_model=lab.module, seed=obj,
+        _, x0 = lab.host.call(
+            "AttuneOneMoreStep", model=lab.models["unet"], oms_model=lab.module,
             positive=lab.conditioning([prompt(obj, b) for b in range(n)]),
             latent={"samples": torch.zeros(n, 4, 16, 16)},
         )  # fmt: skip

@@ -34,9 +34,12 @@ def advanced(*inputs: io.Input) -> list[io.Input]:
     return list(inputs)
 
 
-def blocked() -> ExecutionBlocker:
-    """An output that there is none of: the nodes behind it do not run, and nothing is said."""
-    return ExecutionBlocker(None)
+def check_choices(node: type[io.ComfyNode], **chosen) -> None:
+    """ValueError for a value that the node's list of that name does not have: older hosts let it through."""
+    lists = {one.id: one.options for one in node.GET_SCHEMA().inputs if isinstance(one, io.Combo.Input)}
+    for name, value in chosen.items():
+        if value not in lists[name]:
+            raise ValueError(f"'{name}' is {value!r}. Choose one of: {', '.join(map(str, lists[name]))}.")
 
 
 def say_on_node(node: type[io.ComfyNode], text: str) -> None:
@@ -45,9 +48,25 @@ def say_on_node(node: type[io.ComfyNode], text: str) -> None:
         PromptServer.instance.send_progress_text(html.escape(text, quote=False), node.hidden.unique_id)
 
 
+def blocked(why: str) -> ExecutionBlocker:
+    """An output that is not there: a node that uses it does not run, and the page says why."""
+    return ExecutionBlocker(why)
+
+
 def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
     """A preview of an IMAGE on the node that is running; None where another node calls it."""
     return None if node.hidden is None else ui.PreviewImage(image)
 
 
-__all__ = ["ComfyExtension", "Profile", "advanced", "blocked", "io", "say_on_node", "schema", "shown_on", "ui"]
+__all__ = [
+    "ComfyExtension",
+    "Profile",
+    "advanced",
+    "blocked",
+    "check_choices",
+    "io",
+    "say_on_node",
+    "schema",
+    "shown_on",
+    "ui",
+]

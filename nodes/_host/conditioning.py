@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.conditioning import ConditioningMap, compose
+from .calibrating import stands_aside
 from .identity import pixels_of
 from .solvers import solver_name
 
@@ -88,7 +89,7 @@ def _choose(executor, guider, sigmas, extra_args, *args, **kwargs):
     running, cfg = solver_name(executor.class_obj), getattr(guider, "cfg", None)
     size = _size(guider.inner_model, args[1] if len(args) > 1 else kwargs["noise"])
     fitting = []
-    for remap in options.get(KEY, ()):
+    for remap in _own(options):
         if remap.solver in ("", running):
             fitting.append(remap.at(size))
             if said := remap.said(size):
@@ -138,8 +139,13 @@ def _size(base_model, x: Tensor) -> tuple[int, int] | None:
 
 def _without_solver(options, size: tuple[int, int] | None) -> ConditioningMap | None:
     """For a call outside of any sampler: the maps that hold for all of them."""
-    fitting = [remap.at(size) for remap in options.get(KEY, ()) if not remap.solver]
+    fitting = [remap.at(size) for remap in _own(options) if not remap.solver]
     return compose(fitting) if fitting else None
+
+
+def _own(options: dict) -> tuple[Remap, ...]:
+    """The MODEL's own maps; none while a fit measures."""
+    return () if stands_aside({"transformer_options": options}, KEY) else options.get(KEY, ())
 
 
 def with_choice_per_solve(model):
@@ -150,10 +156,6 @@ def with_choice_per_solve(model):
     return clone
 
 
-def choose_for_solve(
-    transformer_options: dict, solver: str, size: tuple[int, int] | None, extra: ConditioningMap | None
-) -> dict:
-    """The options of one solve: the MODEL's own maps that suit `solver` and the picture's size, and `extra`."""
-    own = [remap.at(size) for remap in transformer_options.get(KEY, ()) if remap.solver in ("", solver)]
-    maps = own if extra is None else [*own, extra]
-    return {**transformer_options, CHOSEN: compose(maps) if maps else None}
+def choose_for_solve(transformer_options: dict, a_map: ConditioningMap | None) -> dict:
+    """The options of one solve of a session: told `a_map`, and none of the MODEL's own."""
+    return {**transformer_options, CHOSEN: a_map}

@@ -134,7 +134,7 @@ def module_names() -> list[str]:
 
 def module_path(name: str) -> Path:
     """The file of that name; ValueError with the choices when there is none."""
-    path = folder_paths.get_full_path(MODULES, name)
+    path = _full_path(MODULES, name)
     if path is None:
         raise ValueError(
             f"There is no '{name}' in {module_folder()}. Put the file there and press R to refresh, or choose one of: "
@@ -146,6 +146,19 @@ def module_path(name: str) -> Path:
 def module_folder() -> Path:
     """Where new networks of One More Step are kept."""
     return Path(folder_paths.get_folder_paths(MODULES)[0])
+
+
+def state_of(kind: str, name: str | None) -> tuple:
+    """A file of a folder kind with its time and size: another value once it changes; for one that is not there, its
+    name, for the node that loads it says so."""
+    path = _full_path(kind, name)
+    stat = None if path is None else os.stat(path)
+    return (name,) if stat is None else (path, stat.st_mtime_ns, stat.st_size)
+
+
+def _full_path(kind: str, name: str | None) -> str | None:
+    """Where the host finds a file; None where there is none, or the name is no name."""
+    return folder_paths.get_full_path(kind, name) if isinstance(name, str) else None
 
 
 def installed_files() -> tuple:
@@ -193,7 +206,7 @@ def npnet_names() -> list[str]:
 
 def npnet_path(name: str) -> Path:
     """The file of an NPNet; ValueError with the folder when there is none."""
-    path = folder_paths.get_full_path(NPNETS, name)
+    path = _full_path(NPNETS, name)
     if path is None:
         raise ValueError(f"There is no NPNet '{name}'. Put the file into {npnet_folder()} and press R to refresh.")
     return Path(path)

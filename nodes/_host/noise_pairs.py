@@ -29,9 +29,9 @@ from ...models.noise_pairs import (
 from ...models.store import file_stem, shortened
 from ...models.train_npnet import Recipe, config_for
 from ...models.training import UNFINISHED, check_writable, outline
+from .calibrating import calibrating
 from .identity import config_hash, patches_hash, weights_hash
 from .redenoise import Redenoise, redenoised
-from .session import calibrating
 
 
 def pairs_folder(name: str) -> Path:
@@ -183,9 +183,8 @@ class _Collector(comfy.samplers.Sampler):
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
         full = self.max_denoise(model_wrap, sigmas)
-        self.golden = redenoised(
-            model_wrap, sigmas, extra_args, noise, latent_image, full, self.settings, quiet=True
-        ).cpu()
+        golden, _ = redenoised(model_wrap, sigmas, extra_args, noise, latent_image, full, self.settings)
+        self.golden = golden.cpu()
         return latent_image
 
 

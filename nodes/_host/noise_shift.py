@@ -19,10 +19,10 @@ from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import ToldDenoiser
 from ...models.calibration import Calibration
 from .._plan.noise_shift import Size, shift_for
+from .calibrating import calibrating
 from .conditioning import Remap, choose_for_solve, with_choice_per_solve, with_conditioning
-from .identity import identify, pixels_of
+from .identity import identify
 from .sampling import run_stock_node, sample
-from .session import calibrating
 
 T = TypeVar("T")
 STEPS = 20  # of the model's own pictures
@@ -76,14 +76,13 @@ class _Calibration(comfy.samplers.Sampler):
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
         base, whole = model_wrap.inner_model, extra_args["model_options"]
-        size = pixels_of(base.latent_format, latent_image.shape)
         x0 = latent_image.float()
 
         def denoise(x: Tensor, sigma: Tensor, told: Tensor) -> Tensor:
             """All pictures at one level, told one level, by their prompts alone (no guidance)."""
             level, heard = float(sigma[0]), float(told[0])
             a_map = None if level == heard else ConditioningMap.through(self.space, [level], [heard])
-            options = choose_for_solve(whole.get("transformer_options", {}), "", size, a_map)
+            options = choose_for_solve(whole.get("transformer_options", {}), a_map)
             model_options = {**whole, "transformer_options": {**options, "sample_sigmas": sigma[:1]}}
             parts = []
             for i, start in enumerate(range(0, len(x), self.chunk)):

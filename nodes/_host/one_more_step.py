@@ -1,12 +1,7 @@
-"""One More Step inside the host: load the network, and hand the sampler the noise of a better first state.
-
-The noise is replaced where the host calls the sampler: there the latent is in the model's scale, the levels are final,
-masks have their shape and the network is loaded beside the model. Everything lives on a MODEL clone.
-"""
+"""One More Step inside the host: load the network, and begin runs from a better first state."""
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 from dataclasses import dataclass
@@ -20,7 +15,6 @@ import comfy.ops
 import comfy.sample
 import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.one_more_step import SignalLeak, clean_of_v, first_state, guided, keyed_noise, noise_for
@@ -35,12 +29,12 @@ from ...models.one_more_step import (
     read_header,
     read_leak,
 )
+from .start import Run, Start, with_start
 from .timeless_unet import TimelessUNet, diffusers_names
 
 LOG = logging.getLogger(__name__)
-KEY = "attune.one_more_step"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-SOLVERS = ("ddpm", "ddim")
+MODULE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+SEEN_NOISE = ("ddpm", "ddim")  # a noise of its own, or the sampler's
 ZERO_SNR, SMALL_EFFECT = 500, 30  # sigma_max of models that begin at pure noise, and nearly there
 LATENT_NAMES = {"SD15": "SD1.x, SD2.x", "SDXL": "SDXL", "DemoLatent": "the demo model's"}
 REPOSITORIES = {"SD15": "h1t/oms_b_openclip_15_21", "SDXL": "h1t/oms_b_openclip_xl", "DemoLatent": "attune_demo"}
@@ -65,30 +59,10 @@ class Module:
             out = self.patcher.model(noise.to(self.dtype), context=context).float()
         if not bool(torch.isfinite(out).all()):
             raise ValueError(
-                f"One More Step: '{self.name}' produced values that are not numbers. Choose weight_dtype fp32 in Load "
-                "One More Step."
+                f"Attune One More Step: '{self.name}' produced values that are not numbers. Set 'weight_dtype' to "
+                "fp32 in Attune Load One More Step."
             )
         return clean_of_v(out) if self.prediction == "v" else out
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run shall begin with: a prediction, a leak, or both.
-
-    cfg: guidance of the prediction. diversity: how much of the leak's variety to add. solver: "ddpm" gives the network
-    a noise of its own, "ddim" the sampler's. share: one prediction for the whole batch, for frames of a video.
-    """
-
-    module: Module | None
-    positive: list | None
-    negative: list | None
-    cfg: float = 1.0
-    strength: float = 1.0
-    solver: str = "ddpm"
-    level: str = "exact"
-    leak: SignalLeak | None = None
-    diversity: float = 0.0
-    share: bool = False
 
 
 def load_module(path: Path, latent_space: str, dtype: str, prediction: str, head_dim: int) -> Module:
@@ -103,8 +77,8 @@ def load_module(path: Path, latent_space: str, dtype: str, prediction: str, head
     space = latent_space_of(header, architecture.context_dim, latent_space)
     device = comfy.model_management.get_torch_device()
     count = sum(parameter.numel() for parameter in network.parameters())
-    kept = DTYPES.get(dtype) or comfy.model_management.unet_dtype(model_params=count)
-    if comfy.model_management.is_device_cpu(device) and not DTYPES.get(dtype):
+    kept = MODULE_DTYPES.get(dtype) or comfy.model_management.unet_dtype(model_params=count)
+    if comfy.model_management.is_device_cpu(device) and not MODULE_DTYPES.get(dtype):
         kept = torch.float32
     tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
     network.load_state_dict({names[k]: v.to(kept) for k, v in tensors.items() if not k.startswith(LEAK)}, assign=True)
@@ -123,8 +97,8 @@ def check_model(model) -> None:
     top = highest_noise(model.get_model_object("model_sampling"), type(model.model).__name__)
     if top > SMALL_EFFECT:
         LOG.warning(
-            "One More Step: terminal SNR %.1e, it will have little effect: the share of the missing trace in the "
-            "brightness of 1024 x 1024 pixels is %.2g of the noise (76.7 for SDXL).", top**-2, 128**2 / top**2,
+            "Attune One More Step: terminal SNR %.1e, it will have little effect: the share of the missing trace in "
+            "the brightness of 1024 x 1024 pixels is %.2g of the noise (76.7 for SDXL).", top**-2, 128**2 / top**2,
         )  # fmt: skip
 
 
@@ -134,19 +108,19 @@ def highest_noise(sampling: Any, kind: str) -> float:
     kinds = {one.__name__ for one in type(sampling).__mro__}
     if isinstance(sampling, comfy.model_sampling.CONST) or "COSMOS_RFLOW" in kinds:
         raise ValueError(
-            f"One More Step: {kind} is a flow-matching model. It already starts from pure noise (terminal SNR 0), so "
-            "there is nothing to correct. Remove this node."
+            f"Attune One More Step: {kind} is a flow-matching model. It already starts from pure noise (terminal SNR "
+            "0), so there is nothing to correct. Remove this node."
         )
     top = float(sampling.sigma_max) / float(getattr(sampling, "sigma_data", 1.0))
     if top > ZERO_SNR:
         raise ValueError(
-            f"One More Step: this model already uses a zero-terminal-SNR schedule (sigma_max {top:.1f}). Remove this "
-            "node, or turn zsnr off in ModelSamplingDiscrete if that was not intended."
+            f"Attune One More Step: this model already uses a zero-terminal-SNR schedule (sigma_max {top:.1f}). Remove "
+            "this node, or turn zsnr off in ModelSamplingDiscrete if that was not intended."
         )
     return top
 
 
-def check_plan(model, plan: Plan) -> None:
+def check_plan(model, plan: FirstState) -> None:
     """ValueError where the module, the model and the prompts do not belong together."""
     if plan.module is None:
         return
@@ -155,14 +129,17 @@ def check_plan(model, plan: Plan) -> None:
         known = LATENT_NAMES.get(theirs)
         remedy = f"load {REPOSITORIES[theirs]}" if known else "there is no module for this model; remove this node"
         raise ValueError(
-            f"One More Step: '{name}' was trained on {LATENT_NAMES.get(plan.module.latent_space)} latents but the "
-            f"model uses {known or theirs} latents. The two are not interchangeable; {remedy}."
+            f"Attune One More Step: '{name}' was trained on {LATENT_NAMES.get(plan.module.latent_space)} latents but "
+            f"the model uses {known or theirs} latents. The two are not interchangeable; {remedy}."
         )
     if not plan.positive:
-        raise ValueError("One More Step: connect a positive conditioning.")
+        raise ValueError(
+            f"Attune One More Step: '{name}' predicts from a prompt, but 'positive' is empty. Connect a CLIP Text "
+            "Encode with the text encoder that the module was trained with."
+        )
     if plan.cfg != 1 and not plan.negative:
         raise ValueError(
-            "One More Step: cfg other than 1 needs a negative conditioning. Connect an empty prompt to 'negative'."
+            "Attune One More Step: cfg other than 1 needs a negative prompt. Connect an empty one to 'negative'."
         )
     wanted = plan.module.architecture.context_dim
     for context, _ in [*plan.positive, *(plan.negative or [])]:
@@ -170,8 +147,8 @@ def check_plan(model, plan: Plan) -> None:
         if width != wanted:
             found, needed = (f" ({ENCODERS[d]})" if d in ENCODERS else "" for d in (width, wanted))
             raise ValueError(
-                f"One More Step: '{name}' needs {wanted}-dim conditioning{needed}, but got {width}{found}. Encode its "
-                "prompt with the text encoder it was trained with."
+                f"Attune One More Step: '{name}' needs {wanted}-dim conditioning{needed}, but got {width}{found}. "
+                "Encode its prompt with the text encoder it was trained with."
             )
 
 
@@ -187,89 +164,70 @@ def fitted_leak(model, examples: dict, frequencies: int) -> SignalLeak:
     return SignalLeak.fit(model.model.process_latent_in(samples), frequencies)
 
 
-def with_first_state(model, plan: Plan):
-    """A clone of MODEL whose runs begin as `plan` says, in place of an earlier plan; MODEL itself at strength 0."""
+@dataclass(frozen=True)
+class FirstState(Start):
+    """What a run shall begin with: a prediction, a leak, or both.
+
+    cfg: guidance of the prediction. diversity: how much of the leak's variety to add. solver: "ddpm" gives the network
+    a noise of its own, "ddim" the sampler's. share: one prediction for the whole batch, for frames of a video.
+    """
+
+    module: Module | None
+    positive: list | None
+    negative: list | None
+    cfg: float = 1.0
+    strength: float = 1.0
+    solver: str = "ddpm"
+    level: str = "exact"
+    leak: SignalLeak | None = None
+    diversity: float = 0.0
+    share: bool = False
+    place = "first state"
+
+    @property
+    def who(self) -> str:
+        return "Attune One More Step" if self.module else "Attune Signal Leak"
+
+    @property
+    def patchers(self) -> list[comfy.model_patcher.ModelPatcher]:
+        return [self.module.patcher] if self.module else []
+
+    def objection(self, run: Run) -> None:
+        highest_noise(run.sampling, type(run.guider.inner_model).__name__)  # nodes behind this one may have changed it
+
+    def begin(self, run: Run) -> tuple[Tensor, str]:
+        sigma, highest = float(run.sigmas[0]), float(run.sampling.sigma_max)
+        check_latent(self, run.noise)
+        if sigma > 1.01 * highest:
+            LOG.warning("%s: the run starts at sigma %.4g, above the model's own %.4g.", self.who, sigma, highest)
+        x0, covered = predict(self, run.noise)
+        one = torch.ones(1, 1, 1, 1, device=run.sigmas.device)
+        scale = float(run.sampling.noise_scaling(run.sigmas[0], one, torch.zeros_like(one), run.top))
+        state = first_state(x0, run.noise, sigma, self.level)
+        within = [m for m in (run.mask, covered) if m is not None]
+        weight = math.prod(within[1:], start=within[0]) if within else 1.0
+        noise = noise_for(state, run.noise, scale, run.latent, weight, self.strength)
+        return noise, f"{len(noise)} latents begin at sigma {sigma:.4g}, strength {self.strength:.3g}"
+
+
+def with_first_state(model, plan: FirstState):
+    """A clone of MODEL whose runs begin as `plan` says, checked now; MODEL itself at strength 0."""
     check_model(model)
     check_plan(model, plan)
-    if plan.strength == 0:
-        return model
-    clone = model.clone()
-    clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, functools.partial(_begin, plan))
-    clone.set_additional_models(KEY, [plan.module.patcher] if plan.module else [])
-    return clone
+    return with_start(model, plan)
 
 
-def _begin(
-    plan: Plan, executor, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest, **newer
-):
-    """SAMPLER_SAMPLE: another noise, all else as it came."""
-    sampling = guider.inner_model.model_sampling
-    highest_noise(sampling, type(guider.inner_model).__name__)  # nodes behind this one may have changed it
-    top = _from_the_top(executor.class_obj, guider, sampling, sigmas)
-    noise = begin(plan, sampling, sigmas, noise, latent_image, denoise_mask, top)
-    return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *rest, **newer)
-
-
-def _from_the_top(sampler: Any, guider: Any, sampling: Any, sigmas: Tensor) -> bool:
-    if hasattr(sampler, "max_denoise"):
-        return bool(sampler.max_denoise(guider, sigmas))
-    return from_the_top(sampling, sigmas)
-
-
-def from_the_top(sampling: Any, sigmas: Tensor) -> bool:
-    """Whether the host takes a run for one from pure noise, by the host's own rule."""
-    first, highest = float(sigmas[0]), float(sampling.sigma_max)
-    return first > highest or math.isclose(first, highest, rel_tol=1e-5)
-
-
-def begin(
-    plan: Plan, sampling: Any, sigmas: Tensor, noise: Tensor, latent: Tensor, mask: Tensor | None, top: bool
-) -> Tensor:  # fmt: skip
-    """The noise to hand to the sampler in place of `noise`; `noise` itself where the run begins otherwise.
-
-    noise and latent [b c h w] in the model's scale, mask like noise or None; top: see `from_the_top`.
-    """
-    reason = why_not(sigmas, noise, latent, top)
-    if reason:
-        LOG.info("One More Step: stands aside, %s.", reason)
-        return noise
-    check_latent(plan, noise)
-    sigma = float(sigmas[0])
-    if sigma > 1.01 * float(sampling.sigma_max):
-        LOG.warning("One More Step: the run starts at sigma %.4g, above the model's own %.4g.", sigma,
-                    float(sampling.sigma_max))  # fmt: skip
-    x0, covered = predict(plan, noise)
-    one = torch.ones(1, 1, 1, 1, device=sigmas.device)
-    scale = float(sampling.noise_scaling(sigmas[0], one, torch.zeros_like(one), top))
-    state = first_state(x0, noise, sigma, plan.level)
-    within = [m for m in (mask, covered) if m is not None]
-    weight = math.prod(within[1:], start=within[0]) if within else 1.0
-    LOG.info("One More Step: %d latents begin at sigma %.4g, strength %.3g.", len(noise), sigma, plan.strength)
-    return noise_for(state, noise, scale, latent, weight, plan.strength)
-
-
-def why_not(sigmas: Tensor, noise: Tensor, latent: Tensor, top: bool) -> str | None:
-    """Why a run does not begin from noise alone, in the user's words."""
-    if len(sigmas) < 2 or float(sigmas[0]) <= float(sigmas[-1]):
-        return "the noise levels do not fall"
-    if not bool(noise.any()):
-        return "no noise is added"
-    if not top and bool(latent.any()):
-        return "the run starts from a picture"
-    return None
-
-
-def check_latent(plan: Plan, noise: Tensor) -> None:
+def check_latent(plan: FirstState, noise: Tensor) -> None:
     channels = plan.module.architecture.in_channels if plan.module else len(plan.leak.mean) if plan.leak else None
     if noise.ndim != 4 or channels not in (None, noise.shape[1]) or noise.shape[2] * noise.shape[3] < 2:
         kind = f"{channels}-channel latents" if channels else "latents"
         raise ValueError(
-            f"One More Step expects {kind} of pictures, of more than one pixel, but got {list(noise.shape)}."
+            f"{plan.who} expects {kind} of pictures, of more than one pixel, but got {list(noise.shape)}. Give the "
+            "sampler an empty latent of this model's kind."
         )
 
 
-def predict(plan: Plan, noise: Tensor) -> tuple[Tensor, Tensor | None]:
+def predict(plan: FirstState, noise: Tensor) -> tuple[Tensor, Tensor | None]:
     """The clean latents to begin from [b c h w]; where (1) anything is known of them or not (0), None: everywhere."""
     keyed = noise[:1] if plan.share else noise
     x0, covered = torch.zeros_like(keyed, dtype=torch.float32), None
@@ -284,8 +242,8 @@ def predict(plan: Plan, noise: Tensor) -> tuple[Tensor, Tensor | None]:
     if plan.diversity:
         if leak is None:
             raise ValueError(
-                f"One More Step: '{plan.module.name if plan.module else ''}' does not say how pictures differ. Connect "
-                "'signal_leak' from Attune Signal Leak, or set diversity to 0."
+                f"Attune One More Step: '{plan.module.name if plan.module else ''}' does not say how pictures differ. "
+                "Connect 'signal_leak' from Attune Signal Leak, or set diversity to 0."
             )
         x0 = x0 + plan.diversity * leak.residual(keyed_noise(keyed, "leak").float())
     return x0.expand(noise.shape), covered
@@ -321,47 +279,11 @@ def _weight(options: dict, noise: Tensor) -> Tensor:
     return weight
 
 
-def predicted_latent(model, plan: Plan, latent: dict, seed: int) -> dict:
-    """The prediction alone as a LATENT of the shape of `latent`."""
-    check_model(model)
-    check_plan(model, plan)
+def predicted_latent(model, plan: FirstState, latent: dict, seed: int = 0) -> dict:
+    """The prediction alone as a LATENT of the shape of `latent`; it hardly depends on the seed."""
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     check_latent(plan, noise)
-    x0, _ = predict(plan, noise.to(_load(plan)))
+    comfy.model_management.load_models_gpu(plan.patchers)
+    x0, _ = predict(plan, noise.to(comfy.model_management.get_torch_device()))
     return {**latent, "samples": model.model.process_latent_out(x0).cpu()}
-
-
-def _load(plan: Plan) -> torch.device:
-    """Make the network ready; the device it runs on."""
-    if plan.module is None:
-        return comfy.model_management.get_torch_device()
-    comfy.model_management.load_models_gpu([plan.module.patcher])
-    return plan.module.patcher.load_device
-
-
-class Noise:
-    """A NOISE whose runs begin as `plan` says, for guiders that do not run through the host's own."""
-
-    def __init__(self, model, noise, sigmas: Tensor, plan: Plan):
-        check_model(model)
-        check_plan(model, plan)
-        self.seed = noise.seed
-        self._model, self._noise, self._sigmas, self._plan = model, noise, sigmas, plan
-
-    def generate_noise(self, latent: dict) -> Tensor:
-        noise, samples = self._noise.generate_noise(latent), latent["samples"]
-        if self._plan.strength == 0 or len(self._sigmas) < 2:
-            return noise
-        if getattr(samples, "is_nested", False):
-            raise ValueError("One More Step expects latents of pictures, not of sound with pictures.")
-        device = _load(self._plan)
-        if bool(samples.any()):
-            samples = self._model.model.process_latent_in(samples)
-        mask = latent.get("noise_mask")
-        if mask is not None:
-            mask = comfy.utils.reshape_mask(mask, noise.shape).to(device)
-        sampling = self._model.get_model_object("model_sampling")
-        top = from_the_top(sampling, self._sigmas)
-        sigmas = self._sigmas.to(device)
-        return begin(self._plan, sampling, sigmas, noise.to(device), samples.to(device), mask, top).to(noise)

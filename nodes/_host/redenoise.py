@@ -1,8 +1,10 @@
-"""Strong and weak guidance of a running guider, for golden noise without a network and for the zigzag sampler."""
+"""Strong and weak guidance of a running guider: re-denoised noise as a start, the zigzag sampler, selected noise."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +13,6 @@ import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.golden_noise import mix
@@ -24,18 +25,22 @@ from ...kernels.redenoise import (
     sample_zigzag,
     turning_level,
 )
+from ...kernels.types import Denoiser
 from .._plan.solvers import SOLVERS
 from .clock import noise_space
-from .golden_noise import why_not
 from .session import Solver, Solves, draw_noises, run_session
+from .start import Run, Start
 
 LOG = logging.getLogger(__name__)
-KEY = "attune.redenoise"
+WHO = "Attune Redenoise"
 
 
 @dataclass(frozen=True)
-class Redenoise:
-    """strong_cfg 0 is the sampler's own; depth 0 turns at the run's second level. See the kernel for the rest."""
+class Redenoise(Start):
+    """strong_cfg 0 is the sampler's own; depth 0 turns at the run's second level. See the kernel for the rest.
+
+    partial: also where a run starts from a picture.
+    """
 
     strong_cfg: float = 0.0
     weak_cfg: float = 1.0
@@ -45,24 +50,60 @@ class Redenoise:
     depth: float = 0.39
     evaluate: Evaluate = "next level"
     renormalize: bool = False
+    partial: bool = False
+    who = WHO
+    place = "re-denoise"
+
+    def check(self, positive: list | None) -> None:
+        if not positive:
+            raise ValueError(
+                f"{WHO} asks the model: connect 'positive' and 'negative' of Attune Noise, as the guider's."
+            )
+
+    def objection(self, run: Run) -> str | None:
+        windows = run.extra_args["model_options"].get("context_handler") is not None
+        return "context windows know the run's own noise levels only" if windows else None
+
+    def begin(self, run: Run) -> tuple[Tensor, str]:
+        golden, done = redenoised(run.guider, run.sigmas, run.extra_args, run.noise, run.latent, run.top, self)
+        return golden if run.mask is None else run.noise * (1 - run.mask) + golden * run.mask, done
 
 
-class Guided:
-    """A guider at another scale: it stands where the guider stands, for samplers and for the inpainting around them."""
+@contextmanager
+def guidance(guider: Any, scale: float) -> Iterator[None]:
+    """The guider at another scale for everyone who calls it in the block; 0 is the guider as it is, whatever it mixes.
 
-    def __init__(self, guider: Any, scale: float):
-        self._guider, self._scale = guider, scale
-        self.inner_model = guider.inner_model
-        self._positive, self._distilled = _with_guidance(guider, scale)
+    So masks stay, and whatever another pack's wrapper of the sampler does around the guider.
+    """
+    if scale == 0:
+        yield
+        return
+    positive, distilled = _with_guidance(guider, scale)
+    negative, used = guider.conds.get("negative"), 1.0 if distilled else scale
 
-    def __call__(self, x: Tensor, sigma: Tensor, model_options: dict, seed: int | None = None, **_: Any) -> Tensor:
-        if self._scale == 0:  # the guider as it is, whatever it mixes
-            return self._guider(x, sigma, model_options=model_options, seed=seed)
-        negative = self._guider.conds.get("negative")
-        scale = 1.0 if self._distilled else self._scale
+    def predict(x: Tensor, sigma: Tensor, model_options: dict, seed: int | None = None) -> Tensor:
         return comfy.samplers.sampling_function(
-            self.inner_model, x, sigma, negative, self._positive, scale, model_options=model_options, seed=seed
+            guider.inner_model, x, sigma, negative, positive, used, model_options=model_options, seed=seed
         )
+
+    guider.outer_predict_noise = predict  # of this guider alone, which lives as long as the run
+    try:
+        yield
+    finally:
+        del guider.outer_predict_noise
+
+
+def guider_of(denoise: Any) -> Any:
+    """The guider behind what a sampler is given: the host's masking, or another pack's function around it."""
+    found = denoise
+    while found is not None and not hasattr(found, "conds"):
+        found = getattr(found, "inner_model", None)
+    if found is None:
+        raise ValueError(
+            f"{WHO}: what wraps its SAMPLER hides the guider, and with it the guidance. Connect the sampler of {WHO} "
+            "to SamplerCustom or SamplerCustomAdvanced without that wrapper."
+        )
+    return found
 
 
 def _with_guidance(guider: Any, scale: float) -> tuple[list, bool]:
@@ -75,51 +116,22 @@ def _with_guidance(guider: Any, scale: float) -> tuple[list, bool]:
     if not told or (guider.conds.get("negative") and getattr(guider, "cfg", 1.0) != 1.0):
         return positive, False
     number = comfy.conds.CONDRegular(torch.tensor([float(scale)]))
-    if scale == 0:
-        return positive, True
     return [{**cond, "model_conds": {**cond["model_conds"], "guidance": number}} for cond in positive], True
 
 
-def guidance_gap(who: str, guider: Any, strong_cfg: float, weak_cfg: float) -> str:
+def guidance_gap(guider: Any, strong_cfg: float, weak_cfg: float) -> str:
     """What the log says of the two scales; ValueError where they cannot differ."""
     _, distilled = _with_guidance(guider, weak_cfg)
     if not distilled and not guider.conds.get("negative"):
         raise ValueError(
-            f"{who}: this guider has no negative conditioning, so strong and weak guidance are the same. Use CFGGuider "
-            "or KSampler; for Flux, set the guidance with FluxGuidance."
+            f"{WHO}: this guider has no negative conditioning, so strong and weak guidance are the same. Use CFGGuider "
+            "or KSampler, with Attune Noise connect 'negative'; for Flux, set the guidance with FluxGuidance."
         )
     strong = strong_cfg or (None if distilled else getattr(guider, "cfg", None))
     if strong is not None and strong <= weak_cfg:
-        LOG.warning("%s: strong guidance %g is not above weak %g, which takes guidance away.", who, strong, weak_cfg)
+        LOG.warning("%s: strong guidance %g is not above weak %g, which takes guidance away.", WHO, strong, weak_cfg)
     said = "the sampler's own" if strong is None else f"{strong:g}"
     return f"guidance {said} down, {weak_cfg:g} back"
-
-
-def with_redenoise(model: Any, settings: Redenoise, partial: bool) -> Any:
-    """A clone of MODEL whose runs start from re-denoised noise; MODEL itself at strength 0."""
-    if settings.strength == 0:
-        return model
-
-    def sampler_sample(
-        executor, guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs
-    ):
-        why = why_not(guider.model_patcher, noise, latent_image, sigmas, partial)
-        if extra_args["model_options"].get("context_handler") is not None:
-            why = "context windows know the run's own noise levels only"
-        if why is None:
-            full = executor.class_obj.max_denoise(guider, sigmas)
-            golden = redenoised(guider, sigmas, extra_args, noise, latent_image, full, settings)
-            if denoise_mask is not None:
-                golden = noise * (1 - denoise_mask) + golden * denoise_mask
-            noise = golden
-        else:
-            LOG.info("Attune Redenoise: stands aside, %s.", why)
-        return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
-
-    clone = model.clone()
-    clone.remove_wrappers_with_key(WrappersMP.SAMPLER_SAMPLE, KEY)
-    clone.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, sampler_sample)
-    return clone
 
 
 def redenoised(
@@ -130,16 +142,16 @@ def redenoised(
     latent: Tensor,
     full: bool,
     settings: Redenoise,
-    quiet: bool = False,
-) -> Tensor:
-    """Golden noise for a run of this guider from `sigmas`, float32; `full` as in the host's noise_scaling."""
+) -> tuple[Tensor, str]:
+    """Golden noise for a run of this guider from `sigmas`, float32, and what was done; `full` as in the host's
+    noise_scaling."""
     noise = noise.float()  # a difference of two denoised latents is more than half precision holds
     sampling = guider.inner_model.model_sampling
     sigma = sigmas[0]
-    gap = guidance_gap("Attune Redenoise", guider, settings.strong_cfg, settings.weak_cfg)
+    gap = guidance_gap(guider, settings.strong_cfg, settings.weak_cfg)
     if settings.evaluate == "first level" and noise_space(sampling).kind == "flow":
         raise ValueError(
-            "Attune Redenoise: 'first level' is arithmetic of SD and SDXL; this is a flow model. Set 'evaluate_at' to "
+            f"{WHO}: 'first level' is arithmetic of SD and SDXL; this is a flow model. Set 'evaluate_at' to "
             "'next level'."
         )
 
@@ -152,33 +164,28 @@ def redenoised(
         (sampling.noise_scaling(sigma, one, none, full) - sampling.noise_scaling(sigma, none, none, full)).max()
     )
     turn = turning_level(sigmas, settings.depth, unit, float(sampling.sigma_min))
-    strong, weak = (_denoiser(Guided(guider, scale), extra_args) for scale in (settings.strong_cfg, settings.weak_cfg))
+    strong, weak = (_denoiser(guider, guider, scale, extra_args) for scale in (settings.strong_cfg, settings.weak_cfg))
     golden = redenoise(
         strong, weak, noise, to_state, unit, sigma, turn, settings.rounds, settings.mode, settings.evaluate
     )
     if settings.renormalize:
         golden = keep_norm(noise, golden)
-    if quiet:
-        return mix(noise, golden, settings.strength)
-    change = (golden - noise).square().mean().sqrt() / noise.square().mean().sqrt()
-    LOG.info(
-        "Attune Redenoise: %s, sigma %.4g to %.4g and back, %d x 2 calls of the model; changed the noise by %.3g of "
-        "its size at strength %g.",
-        gap, float(sigma), float(turn), settings.rounds, float(change), settings.strength,
-    )  # fmt: skip
-    return mix(noise, golden, settings.strength)
+    change = float((golden - noise).square().mean().sqrt() / noise.square().mean().sqrt())
+    return mix(noise, golden, settings.strength), (
+        f"{gap}, sigma {float(sigma):.4g} to {float(turn):.4g} and back, {settings.rounds} x 2 calls of the model; "
+        f"changed the noise by {change:.3g} of its size at strength {settings.strength:g}"
+    )
 
 
-def _denoiser(guided: Any, extra_args: dict):
-    """x, sigma [] -> denoised, interruptible, by a guider with the options of the run."""
+def _denoiser(denoise: Any, guider: Any, scale: float, extra_args: dict) -> Denoiser:
+    """x, sigma [] -> denoised, interruptible: what `denoise` says while the guider behind it has another scale."""
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+    def at_scale(x: Tensor, sigma: Tensor) -> Tensor:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        options = {key: extra_args[key] for key in ("model_options", "seed", "denoise_mask") if key in extra_args}
-        with torch.no_grad():
-            return guided(x, sigma.expand(len(x)).to(x), **options)
+        with torch.no_grad(), guidance(guider, scale):
+            return denoise(x, sigma.expand(len(x)).to(x), **extra_args)
 
-    return denoise
+    return at_scale
 
 
 def zigzag_sampler(zigzag_steps: int, strong_cfg: float, weak_cfg: float, rounds: int) -> Any:
@@ -186,15 +193,14 @@ def zigzag_sampler(zigzag_steps: int, strong_cfg: float, weak_cfg: float, rounds
 
     @torch.no_grad()
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
-        inpainting, extra_args = model, extra_args or {}
+        guider, scales = None, (0.0, 0.0)
         if zigzag_steps:
+            guider, scales = guider_of(model), (strong_cfg, weak_cfg)
+            turning = min(zigzag_steps, int((sigmas[1:] > 0).sum()))
             LOG.info(
-                "Attune Zigzag Sampler: %s; %d of %d steps.",
-                guidance_gap("Attune Zigzag Sampler", inpainting.inner_model, strong_cfg, weak_cfg),
-                min(zigzag_steps, int((sigmas[1:] > 0).sum())), len(sigmas) - 1,
-            )  # fmt: skip
-        strong = _denoiser(_inpainting(inpainting, strong_cfg) if strong_cfg else inpainting, extra_args)
-        weak = _denoiser(_inpainting(inpainting, weak_cfg), extra_args)
+                "%s: %s; %d of %d steps.", WHO, guidance_gap(guider, strong_cfg, weak_cfg), turning, len(sigmas) - 1
+            )
+        strong, weak = (_denoiser(model, guider, scale, extra_args or {}) for scale in scales)
         for i, state, denoised, x_next in sample_zigzag(strong, weak, x, sigmas, zigzag_steps, rounds):
             if callback is not None:
                 callback({"x": state, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
@@ -203,13 +209,6 @@ def zigzag_sampler(zigzag_steps: int, strong_cfg: float, weak_cfg: float, rounds
 
     sample.__name__ = "sample_attune_zigzag"
     return comfy.samplers.KSAMPLER(sample)
-
-
-def _inpainting(around: Any, scale: float) -> Any:
-    """The host's mask handling around the guider at another scale."""
-    other = comfy.samplers.KSamplerX0Inpaint(Guided(around.inner_model, scale), around.sigmas)
-    other.latent_image, other.noise = around.latent_image, around.noise
-    return other
 
 
 @dataclass(frozen=True)

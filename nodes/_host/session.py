@@ -19,13 +19,14 @@ from ...kernels.conditioning import ConditioningMap
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
 from .._plan.solvers import SOLVERS, SolverFacts
+from .calibrating import calibrating as calibrating
+from .calibrating import stands_aside as stands_aside
 from .conditioning import choose_for_solve, with_choice_per_solve
-from .identity import is_distilled, pixels_of
+from .identity import is_distilled
 from .solvers import adds_noise, known, solver_name
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "dpmpp_2m"
-CALIBRATING = "attune.calibrating"  # of a MODEL's options: which of our wrappers acts while a fit measures, "" for none
 
 
 @dataclass(frozen=True)
@@ -74,19 +75,6 @@ def named_sampler(name: str) -> Any:
     return comfy.samplers.sampler_object(there)
 
 
-def calibrating(model, key: str = ""):
-    """A clone of MODEL on which every wrapper of ours stands aside, but for the one under `key`."""
-    clone = model.clone()
-    clone.model_options["transformer_options"][CALIBRATING] = key
-    return clone
-
-
-def stands_aside(model_options: dict, key: str) -> bool:
-    """Whether the wrapper under `key` must leave a run alone, because a fit measures in it."""
-    acts = model_options.get("transformer_options", {}).get(CALIBRATING)
-    return acts is not None and acts != key
-
-
 class Solves:
     """The solves of one session. Every noise is [b ...] on the CPU, b of the latent, and so is every answer.
 
@@ -96,7 +84,6 @@ class Solves:
     def __init__(self, solver: Solver, guider, extra_args: dict, latent: Tensor, space: NoiseSpace):
         self._solver, self._guider, self._extra_args = solver, _Counted(guider), extra_args
         self._latent, self._space = latent, space
-        self._size = pixels_of(guider.inner_model.latent_format, latent.shape)
         self._reference = comfy.samplers.ksampler(REFERENCE)
 
     @property
@@ -105,7 +92,7 @@ class Solves:
 
     def solve(self, sigmas: Tensor, noise: Tensor, a_map: ConditioningMap | None = None) -> Tensor:
         """Where the solver ends from `noise`, told the map; a copy of `sigmas`, for some samplers write into theirs."""
-        return self._run(self._solver.sampler, self._solver.runs, sigmas, noise, a_map, None)
+        return self._run(self._solver.sampler, sigmas, noise, a_map, None)
 
     def record(self, sigmas: Tensor, noise: Tensor) -> Trajectory:
         """The whole path of the reference solver."""
@@ -115,7 +102,7 @@ class Solves:
             states.append(x.float().cpu())
             denoised.append(x0.float().cpu())
 
-        end = self._run(self._reference, REFERENCE, sigmas, noise, None, note)
+        end = self._run(self._reference, sigmas, noise, None, note)
         return Trajectory.recorded(sigmas, [*states, end], denoised)
 
     def denoise(self, x: Tensor, sigma: Tensor, told: Tensor) -> Tensor:
@@ -123,7 +110,7 @@ class Solves:
         level, heard = float(sigma[0]), float(told[0])
         a_map = None if level == heard else ConditioningMap.through(self._space, [level], [heard])
         here, seed = self._latent.device, self._extra_args.get("seed")
-        options = self._options(torch.stack([sigma[0], torch.zeros_like(sigma[0])]).to(here), a_map, self._solver.runs)
+        options = self._options(torch.stack([sigma[0], torch.zeros_like(sigma[0])]).to(here), a_map)
         with torch.no_grad():
             answer = self._guider(x.to(here), sigma.to(here), model_options=options, seed=seed)
         return answer.float().cpu()
@@ -133,9 +120,7 @@ class Solves:
         here, seed, each = self._latent.device, self._extra_args.get("seed"), len(self._latent)
         answers = []
         for part, levels in zip(x.split(each), sigma.split(each), strict=True):
-            options = self._options(
-                torch.stack([levels.max(), torch.zeros_like(levels[0])]).to(here), None, self._solver.runs
-            )
+            options = self._options(torch.stack([levels.max(), torch.zeros_like(levels[0])]).to(here), None)
             with torch.no_grad():
                 answers.append(
                     self._guider(part.to(here), levels.to(here), model_options=options, seed=seed).float().cpu()
@@ -150,21 +135,19 @@ class Solves:
         self.denoise(x, level, level)
         return time.perf_counter() - began
 
-    def _run(
-        self, sampler, name: str, sigmas: Tensor, noise: Tensor, a_map: ConditioningMap | None, callback
-    ) -> Tensor:
+    def _run(self, sampler, sigmas: Tensor, noise: Tensor, a_map: ConditioningMap | None, callback) -> Tensor:
         here = self._latent.device
         levels = sigmas.float().to(here, copy=True)
-        arguments = {**self._extra_args, "model_options": self._options(levels, a_map, name)}
+        arguments = {**self._extra_args, "model_options": self._options(levels, a_map)}
         end = sampler.sample(
             self._guider, levels.clone(), arguments, callback, noise.to(here), self._latent, None, True
         )
         return end.float().cpu()
 
-    def _options(self, sigmas: Tensor, a_map: ConditioningMap | None, solver: str) -> dict:
+    def _options(self, sigmas: Tensor, a_map: ConditioningMap | None) -> dict:
         """The run's model_options as one solve must see them."""
         whole = self._extra_args["model_options"]
-        told = choose_for_solve(whole.get("transformer_options", {}), solver, self._size, a_map)
+        told = choose_for_solve(whole.get("transformer_options", {}), a_map)
         return {**whole, "transformer_options": {**told, "sample_sigmas": sigmas}}
 
 

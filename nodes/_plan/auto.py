@@ -44,11 +44,13 @@ REDENOISE = "re-denoise"
 
 TABLE_SOLVERS = ("euler", "ddim", "dpmpp_2m", "dpmpp_2m_sde")  # those that Align Your Steps was published with
 TABLE_STEPS = range(5, 51)
-CLOSED_FORMS = {  # solver -> what beats every stock schedule on the demo model of these families, and at which steps
+SHOWN_FORMS = {  # solver -> what beats every stock schedule on the demo model of these families, and at which steps
     "dpmpp_2m": ("KL-optimal, c = 1.4", range(5, 9), ("SD3",)),
     "uni_pc": ("KL-optimal", range(5, 11), ("SD3", "SD15", "AttuneDemo")),
 }
-LEAK = 5.0  # of the missing trace to the noise of the mean: at 1.2 nothing was gained with guidance, at 19 it was
+MISSING_TRACE = (
+    5.0  # of the missing trace to the noise of the mean: at 1.2 nothing was gained with guidance, at 19 it was
+)
 PURE_NOISE = 500  # sigma_max of models that begin at pure noise
 REUSE = {  # network, solver -> (steps at least, one key step in so many, dB to the run without): docs/results.md
     ("unet", "euler"): ((50, 5, 48.0), (25, 3, 45.8), (20, 2, 53.0)),
@@ -187,7 +189,7 @@ def _table(facts: Facts, run: Run, wish: str, shelf: Shelf, near: str) -> Decisi
 
 
 def _closed_form(facts: Facts, run: Run, wish: str, near: str) -> Decision:
-    name, steps, families = CLOSED_FORMS.get(run.solver, ("KL-optimal, c = 1.4", range(0), ()))
+    name, steps, families = SHOWN_FORMS.get(run.solver, ("KL-optimal, c = 1.4", range(0), ()))
     shown = run.steps in steps and bool({*families} & {*facts.model.families})
     if shown:
         return Decision(SCHEDULE, name, f"Nearer than stock schedules on the demo model of this kind.{near}", TUNE)
@@ -268,7 +270,7 @@ def decide_start(facts: Facts, run: Run, wish: str, shelf: Shelf, start: float) 
         enable = f"{file} in models/one_more_step" if file else "Attune Train One More Step makes a module"
         return Decision(START, "", f"No module for {facts.latent_space} latents.", enable)
     trace = facts.area / start**2
-    if wish == SHOWN and trace < LEAK:
+    if wish == SHOWN and trace < MISSING_TRACE:
         why = f"Little leaks: the missing trace is {trace:.2g} of the noise (SD 1.5 at 512 px: 19)."
         return Decision(START, "", why, f"set 'one_more_step' to '{ALWAYS}'")
     if wish == SHOWN and looks_distilled(facts, run):
@@ -343,7 +345,7 @@ def key_steps_of(pick: str) -> tuple[str, int] | None:
     return (reuse, int(interval)) if every else None
 
 
-def report(facts: Facts, run: Run, decisions: Collection[Decision], unread: Collection[str] = ()) -> str:
+def auto_report(facts: Facts, run: Run, decisions: Collection[Decision], unread: Collection[str] = ()) -> str:
     """What was seen, then one line a method, those in use first; then what could not be read."""
     size = "no picture" if facts.size is None else size_text(facts.size)
     kind = {"ve": f"sigma up to {facts.model.sigma_max:.4g}", "flow": "flow"}[facts.model.space]

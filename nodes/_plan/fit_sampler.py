@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Alignment
 from ...kernels.tuner import TUNER_PRESETS, Progress, Tuned, TunerPreset
 from ...models.calibration import SCHEDULE, Calibration, CondLevels, ModelIdentity, fitted, size_text
 
-METHOD = "tuned schedule"
+FIT_METHOD = "tuned schedule"
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def tuned_profile(tuned: Tuned, setting: Setting, preset: str, seconds: float) -
         "refused": tuned.refused,
     }
     return _profile(
-        METHOD, setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
+        FIT_METHOD, setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
         preset=preset, evaluations=tuned.evaluations, seconds=round(seconds, 1),
     )  # fmt: skip
 
@@ -76,7 +77,7 @@ def stopped_profile(now: Progress, setting: Setting) -> Calibration:
     """The best levels of a search that was stopped, which no held-out noise has seen."""
     assert now.best is not None
     metrics = {"fitted": now.error, "refused": [f"Stopped while {now.stage}: not proved on held-out noises."]}
-    profile = _profile(METHOD, setting, now.best.tolist(), None, metrics, evaluations=now.evaluations)
+    profile = _profile(FIT_METHOD, setting, now.best.tolist(), None, metrics, evaluations=now.evaluations)
     return replace(profile, name=f"{profile.name}, stopped")
 
 
@@ -121,7 +122,7 @@ def _seen(tuned: Tuned, stage: str) -> str:
 
 
 def _profile(
-    method: str, setting: Setting, sigmas: list[float], alignment: Alignment | None, metrics: dict, **how
+    method: str, setting: Setting, sigmas: list[float], alignment: Alignment | None, metrics: dict[str, Any], **how: Any
 ) -> Calibration:
     levels: tuple[CondLevels, ...] = ()
     if alignment is not None and alignment.changes:

@@ -16,7 +16,7 @@ LONG_PROMPTS = ("first part", "average")
 
 
 @dataclass(frozen=True)
-class Settings:
+class GoldenSettings:
     """strength: 0 the plain noise, 1 the network's. other_sizes, long_prompt: see above. svd_on_cpu: the same picture
     on every machine, for libraries differ in the signs of singular vectors."""
 
@@ -29,7 +29,9 @@ class Settings:
 def check_size(config: NPNetConfig, shape: tuple[int, ...], other_sizes: str) -> None:
     """ValueError unless the network can make noise of this shape [b c h w], or [b c 1 h w]."""
     if len(shape) not in (4, 5) or (len(shape) == 5 and shape[2] != 1):
-        raise ValueError(f"Golden Noise is for image latents only; got {tuple(shape)}. {INSTEAD}")
+        raise ValueError(
+            f"Attune Golden Noise works on latents of pictures, [b c h w], but got {tuple(shape)}. {INSTEAD}"
+        )
     if shape[1] != config.channels:
         raise ValueError(
             f"This NPNet works on {config.channels}-channel latents; this model's latent has {shape[1]}. {INSTEAD}"
@@ -42,7 +44,11 @@ def check_size(config: NPNetConfig, shape: tuple[int, ...], other_sizes: str) ->
 
 
 def golden_noise(
-    net: NPNet, noise: Tensor, texts: list[Tensor], settings: Settings, before_each: Callable[[], None] = lambda: None
+    net: NPNet,
+    noise: Tensor,
+    texts: list[Tensor],
+    settings: GoldenSettings,
+    before_each: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Golden noise of the shape, dtype and device of `noise`; each sample with its own prompt, one after the other.
 

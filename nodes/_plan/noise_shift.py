@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ...kernels.conditioning import ConditioningMap, compose
 from ...kernels.noise_shift import Shift, ShiftPreset
@@ -20,7 +21,7 @@ from ...models.calibration import (
     size_text,
 )
 
-METHOD = "noise shift"
+SHIFT_METHOD = "noise shift"
 FIT = "Attune Fit Noise Shift"
 MOST_SIZES = 24
 LARGEST_SIDE = 16384  # pixels
@@ -117,7 +118,7 @@ def parse_sizes(text: str, multiple: int) -> list[Size]:
 
 
 def noise_shift_profile(
-    model: ModelIdentity, native: Size, shifts: Mapping[Size, Shift], base: Calibration | None, **how
+    model: ModelIdentity, native: Size, shifts: Mapping[Size, Shift], base: Calibration | None, **how: Any
 ) -> Calibration:
     """The curves by size, after those of `base`, with their evidence and how they were found."""
     curves = {one.resolution: one for one in base.alignments} if base else {}
@@ -125,10 +126,10 @@ def noise_shift_profile(
     evidence = dict(base.metrics) if base else {}
     evidence |= {size_text(size): _facts(shift) for size, shift in shifts.items()}
     ordered = sorted(curves.values(), key=lambda one: (math.prod(one.resolution), one.resolution))
-    return fitted(model, NOISE_SHIFT, "noise shift", METHOD, native, evidence, alignments=ordered, **how)
+    return fitted(model, NOISE_SHIFT, "noise shift", SHIFT_METHOD, native, evidence, alignments=ordered, **how)
 
 
-def continues(profile: Calibration, model: ModelIdentity, native: Size, **how) -> bool:
+def continues(profile: Calibration, model: ModelIdentity, native: Size, **how: Any) -> bool:
     """Whether `profile` holds finished sizes of this very fit: same model, weights, native size and settings."""
     made = noise_shift_profile(model, native, {}, None)
     same = ("kind", "config_hash", "weights_hash", "patches", "prediction", "resolution", "method")
@@ -155,7 +156,7 @@ def shift_report(size: Size, shift: Shift, space: NoiseSpace) -> str:
     return f"{size_text(size)}: {verdict}.\n  sigma, offset in log units (least loss of any candidate): {per_level}"
 
 
-def plan(sizes: Sequence[Size], preset: ShiftPreset, pictures: int) -> str:
+def shift_plan(sizes: Sequence[Size], preset: ShiftPreset, pictures: int) -> str:
     """What the fit costs, before it starts."""
     used = min(pictures, preset.pictures)
     each = replace(preset, pictures=used).evaluations

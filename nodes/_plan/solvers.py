@@ -70,15 +70,15 @@ SOLVERS = {
     "seeds_3": SolverFacts(3, 1, "dpmpp_2m", on_grid=False),
     "exp_heun_2_x0": SolverFacts(2, 2, on_grid=False),
     "exp_heun_2_x0_sde": SolverFacts(2, 1, "exp_heun_2_x0", on_grid=False),
-    "sa_solver": SolverFacts(sibling="dpmpp_2m", on_grid=False),
-    "sa_solver_pece": SolverFacts(2, 1, "dpmpp_2m", on_grid=False),
+    "sa_solver": SolverFacts(sibling="dpmpp_2m", on_grid=False, keeps_state=False),
+    "sa_solver_pece": SolverFacts(2, 1, "dpmpp_2m", on_grid=False, keeps_state=False),
     "uni_pc": SolverFacts(order=3, on_grid=False, keeps_state=False),
     "uni_pc_bh2": SolverFacts(order=3, on_grid=False, keeps_state=False),
 }
-SAME = {"ddim": "euler", "unipc": "uni_pc", "unipc_bh2": "uni_pc_bh2"}  # other names for the same steps
+ALIASES = {"ddim": "euler", "unipc": "uni_pc", "unipc_bh2": "uni_pc_bh2"}  # other names for the same steps
 
 
 def table_name(name: str) -> str:
     """The name in the table of a solver as lists and functions call it; GPU variants share it."""
     plain = name.removesuffix("_gpu")
-    return SAME.get(plain, plain)
+    return ALIASES.get(plain, plain)

@@ -45,9 +45,15 @@ def golden_model(host, model, npnet, **more):
     return host.call("AttuneGoldenNoiseModel", model=model, npnet=npnet, **more)[0]
 
 
-def golden_noise(host, npnet, positive, seed=5, **more):
-    (noise,) = host.call("RandomNoise", noise_seed=seed)
-    return host.call("AttuneGoldenNoise", noise=noise, npnet=npnet, positive=positive, **more)[0]
+def golden_noise(host, model, npnet, positive, seed=5, noise=None, **more):
+    """The start of the patched MODEL, as NOISE."""
+    noise = noise or host.call("RandomNoise", noise_seed=seed)[0]
+    patched, (sigmas,) = golden_model(host, model, npnet, **more), levels(host, model)
+    return host.call("AttuneNoise", noise=noise, model=patched, sigmas=sigmas, positive=positive)[0]
+
+
+def levels(host, model):
+    return host.call("BasicScheduler", model=model, scheduler="normal", steps=STEPS, denoise=1.0)
 
 
 def guiders(host, model, positive, negative):
@@ -64,7 +70,7 @@ def guiders(host, model, positive, negative):
 
 def advanced(host, guider, noise, model, size=(2, 4, 16, 16)):
     (sampler,) = host.call("KSamplerSelect", sampler_name="euler")
-    (sigmas,) = host.call("BasicScheduler", model=model, scheduler="normal", steps=STEPS, denoise=1.0)
+    (sigmas,) = levels(host, model)
     latent = {"samples": torch.zeros(size)}
     given = {"noise": noise, "guider": guider, "sampler": sampler, "sigmas": sigmas, "latent_image": latent}
     return host.call("SamplerCustomAdvanced", **given)[0]["samples"]
@@ -76,14 +82,15 @@ def test_the_model_node_equals_the_noise_node_bit_for_bit(host, demo, npnet, com
     patched = golden_model(host, demo[0], npnet)
     (plain,) = host.call("RandomNoise", noise_seed=5)
     on_model = advanced(host, guiders(host, patched, **common)[kind], plain, demo[0], size)
-    as_noise = advanced(host, guiders(host, demo[0], **common)[kind], golden_noise(host, npnet, common["positive"]), demo[0], size)  # fmt: skip
+    noise = golden_noise(host, demo[0], npnet, common["positive"])
+    as_noise = advanced(host, guiders(host, demo[0], **common)[kind], noise, demo[0], size)
     assert torch.equal(on_model, as_noise)
     assert not torch.equal(on_model, advanced(host, guiders(host, demo[0], **common)[kind], plain, demo[0], size))
 
 
 def test_the_stock_ksampler_equals_the_advanced_sampler_with_the_noise_node(host, demo, npnet, common):
     ours = ksampler(host, golden_model(host, demo[0], npnet), common)
-    noise = golden_noise(host, npnet, common["positive"])
+    noise = golden_noise(host, demo[0], npnet, common["positive"])
     assert torch.equal(ours, advanced(host, guiders(host, demo[0], **common)["CFGGuider"], noise, demo[0]))
 
 
@@ -92,7 +99,7 @@ def test_strength_zero_is_the_stock_run_to_the_bit(host, demo, npnet, common):
     assert torch.equal(ksampler(host, golden_model(host, demo[0], npnet, strength=0.0), common), plain)
     (latent,) = host.call("EmptyLatentImage", width=128, height=128, batch_size=1)
     (noise,) = host.call("RandomNoise", noise_seed=5)
-    golden = golden_noise(host, npnet, common["positive"], strength=0.0)
+    golden = golden_noise(host, demo[0], npnet, common["positive"], strength=0.0)
     assert torch.equal(golden.generate_noise(latent), noise.generate_noise(latent))
 
 
@@ -126,26 +133,26 @@ def test_a_mask_keeps_the_picture_outside(host, demo, npnet, common):
     torch.testing.assert_close(out[..., :7], picture["samples"][..., :7], rtol=0, atol=1e-5)
 
 
-def test_a_batch_index_picks_the_same_noise(host, npnet, common):
-    noise = golden_noise(host, npnet, common["positive"])
+def test_a_batch_index_picks_the_same_noise(host, demo, npnet, common):
+    noise = golden_noise(host, demo[0], npnet, common["positive"])
     three = noise.generate_noise({"samples": torch.zeros(3, 4, 16, 16)})
     one = noise.generate_noise({"samples": torch.zeros(1, 4, 16, 16), "batch_index": [2]})
     assert torch.equal(one, three[2:])
 
 
-def test_a_noise_keeps_its_prompt_and_tells_its_seed(host, npnet, common):
-    first = golden_noise(host, npnet, common["positive"], seed=7)
+def test_a_noise_keeps_its_prompt_and_tells_its_seed(host, demo, npnet, common):
+    first = golden_noise(host, demo[0], npnet, common["positive"], seed=7)
     assert first.seed == 7
     latent = {"samples": torch.zeros(1, 4, 16, 16)}
     before = first.generate_noise(latent)
-    second = golden_noise(host, npnet, common["negative"], seed=8)
+    second = golden_noise(host, demo[0], npnet, common["negative"], seed=8)
     assert torch.equal(first.generate_noise(latent), before)
     assert not torch.equal(second.generate_noise(latent), before)
 
 
-def test_no_noise_stays_no_noise(host, npnet, common):
+def test_no_noise_stays_no_noise(host, demo, npnet, common):
     (nothing,) = host.call("DisableNoise")
-    (noise,) = host.call("AttuneGoldenNoise", noise=nothing, npnet=npnet, positive=common["positive"])
+    noise = golden_noise(host, demo[0], npnet, common["positive"], noise=nothing)
     assert not noise.generate_noise({"samples": torch.zeros(1, 4, 16, 16)}).any()
 
 
@@ -163,8 +170,8 @@ def test_an_area_prompt_is_passed_over(host, demo, npnet, common, caplog):
     (both,) = host.call("ConditioningCombine", conditioning_1=area, conditioning_2=common["positive"])
     latent = {"samples": torch.zeros(1, 4, 16, 16)}
     with caplog.at_level("INFO"):
-        found = golden_noise(host, npnet, both).generate_noise(latent)
-    assert torch.equal(found, golden_noise(host, npnet, common["positive"]).generate_noise(latent))
+        found = golden_noise(host, demo[0], npnet, both).generate_noise(latent)
+    assert torch.equal(found, golden_noise(host, demo[0], npnet, common["positive"]).generate_noise(latent))
     assert "of 2 prompts it reads number 2" in caplog.text
 
 
@@ -189,16 +196,16 @@ def test_bad_input_is_refused_before_the_first_call_of_the_model(host, demo, npn
         ksampler(host, golden_model(host, flow, npnet), common, latent={"samples": torch.zeros(1, 16, 16, 16)})
     wide = [[torch.zeros(1, 16, 64), {}]]
     with pytest.raises(ValueError, match="expects 16 x 128 prompt embeddings; the conditioning has 16 x 64"):
-        golden_noise(host, npnet, wide)
-    with pytest.raises(ValueError, match="needs a text conditioning"):
-        golden_noise(host, npnet, [])
+        golden_noise(host, demo[0], npnet, wide)
+    with pytest.raises(ValueError, match=r"there is none\. Connect 'positive'"):
+        golden_noise(host, demo[0], npnet, [])
     assert not seen
 
 
-def test_the_network_is_the_hosts_to_free(host, npnet, common):
+def test_the_network_is_the_hosts_to_free(host, demo, npnet, common):
     from comfy import model_management
 
-    golden_noise(host, npnet, common["positive"]).generate_noise({"samples": torch.zeros(1, 4, 16, 16)})
+    golden_noise(host, demo[0], npnet, common["positive"]).generate_noise({"samples": torch.zeros(1, 4, 16, 16)})
     assert any(loaded.model is npnet.patcher for loaded in model_management.current_loaded_models)
     model_management.free_memory(1e30, npnet.patcher.load_device)
     assert not any(loaded.model is npnet.patcher for loaded in model_management.current_loaded_models)

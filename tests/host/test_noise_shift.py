@@ -88,20 +88,28 @@ def heard(model, run):
         hook.remove()
 
 
-def test_a_quick_fit_finds_what_the_model_hears_wrong_and_costs_832_evaluations(host, flow, prompts, clean, shift):
-    """The flow model with every level told 0.5 log units too high: the fit takes that back."""
-    (wrong, _) = host.call("AttuneNoiseShift", model=flow[0], profile=shift({(64, 64): 0.5}))
+def test_a_quick_fit_finds_what_the_model_hears_wrong_and_costs_896_evaluations(host, flow, prompts, clean, shift):
+    """A network that hears every level 0.5 log units too high: the fit takes that back, and a shift on the MODEL is not
+    in its way."""
+    (shifted, *_) = host.call("AttuneApplyProfile", model=flow[0], profile=shift({(64, 64): 0.5}))
     rows = []
-    hook = flow[0].model.diffusion_model.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
-    profile, plot, report = fit(host, wrong, prompts, latent=clean)
+
+    def mishear(module, args):
+        rows.append(len(args[0]))
+        return args[0], 1000 * torch.sigmoid(torch.logit(args[1] / 1000) + 0.5), *args[2:]
+
+    hook = flow[0].model.diffusion_model.register_forward_pre_hook(mishear)
+    profile, plot, report = fit(host, shifted, prompts, latent=clean)
     hook.remove()
-    assert sum(rows) == 832 and max(rows) <= 8 and "832 evaluations a size" in report and "kept" in report
+    assert sum(rows) == 896 and max(rows) <= 8 and "896 evaluations a size" in report and "kept" in report
     (fitted,) = profile.alignments
     assert fitted.resolution == (64, 64) and profile.metrics["64x64"]["accepted"]
     told = torch.logit(torch.tensor(fitted.sigma_cond)) - torch.logit(torch.tensor(fitted.sigma))
     truth = fit(host, flow[0], prompts, latent=clean)[0].alignments[0]
     own = torch.logit(torch.tensor(truth.sigma_cond)) - torch.logit(torch.tensor(truth.sigma))
-    assert (told - own + 0.5).abs()[1:-1].max() < 0.15
+    assert (told - own + 0.5).abs()[
+        3:-1
+    ].max() < 0.15  # below, the loss hardly changes, and to it this model is not right
     assert plot.shape == (1, 600, 960, 3)
 
 
@@ -182,9 +190,9 @@ def test_images_are_encoded_at_every_size_and_a_stopped_run_is_continued(host, d
 
 def test_without_pictures_and_prompts_the_model_draws_its_own(host, demo):
     small = {"sizes": "16x16", "native_width": 32, "native_height": 32}
-    profile, _, report = fit(host, demo[0], None, vae=demo[2], method="per level", **small)
-    assert "draws its own" in report and "the text is zeroed" in report and "nothing was held out" in report
-    assert profile.resolution == (32, 32) and profile.method == "noise shift, per level"
+    profile, _, report = fit(host, demo[0], None, vae=demo[2], **small)
+    assert "draws its own" in report and "the text is zeroed" in report and "on held-out pictures" in report
+    assert profile.resolution == (32, 32) and profile.method == "noise shift"
 
 
 def test_interruption_leaves_the_model_as_it_was(host, flow, prompts, clean):
@@ -211,13 +219,13 @@ def test_what_cannot_be_calibrated_is_refused_in_a_sentence_before_the_first_cal
     images = torch.rand(8, 64, 64, 3)
     never = flow[0].model.diffusion_model.register_forward_pre_hook(lambda *_: pytest.fail("the network was called"))
     for more, words in (
-        ({"latent": few}, "'latent' holds 3 pictures, but at least 4"),
+        ({"latent": few}, "'latent' holds 3 pictures, but at least 6"),
         ({"latent": {"samples": torch.zeros(8, 16, 8, 8)}}, "'latent' is empty"),
         ({"latent": clean, "images": images}, "not both"),
         ({"images": images}, "Connect 'vae'"),
         ({"images": images, "vae": flow[2], "sizes": "128x128"}, "'images' are 64x64, smaller than 128x128"),
         ({"images": images, "vae": flow[2], "sizes": ""}, "'sizes' is empty"),
-        ({"images": images[:5], "vae": flow[2]}, "8 prompts for 5 pictures"),
+        ({"images": images[:7], "vae": flow[2]}, "8 prompts for 7 pictures"),
     ):
         with pytest.raises(ValueError, match=words):
             fit(host, flow[0], prompts, **more)

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from analytic import SharedLevel, euler_gain
 from safetensors.torch import save_file
 
 import comfy_stub
+from analytic import SharedLevel, euler_gain
 from pack.kernels.one_more_step import SignalLeak, first_state, keyed_noise
 
 KNOWN = json.loads((Path(__file__).parents[1] / "data" / "one_more_step.json").read_text("utf-8"))
@@ -59,7 +59,7 @@ def kit(host):
     from comfy.model_patcher import ModelPatcher
 
     from pack.models.one_more_step import Architecture
-    from pack.nodes._host import one_more_step, timeless_unet, train_one_more_step
+    from pack.nodes._host import one_more_step, start, timeless_unet, train_one_more_step
 
     cpu = torch.device("cpu")
     architecture = Architecture(4, (32, 64, 128), (2, 2, 2), (0, 0, 1, 1, 1, 1), 1, (1,) * 6 + (0,) * 3, 48, False, 32)
@@ -79,7 +79,7 @@ def kit(host):
 
     return SimpleNamespace(
         module=module, toy=toy, architecture=architecture, net=timeless_unet, oms=one_more_step,
-        training=train_one_more_step,
+        training=train_one_more_step, start=start,
     )  # fmt: skip
 
 
@@ -87,8 +87,8 @@ def text(value=1.0, width=WIDTH):
     return [[torch.full((1, 4, width), value), {}]]
 
 
-def apply(host, model, module, positive=None, **more):
-    return host.call("AttuneOneMoreStep", model=model, oms_model=module, positive=positive or text(), **more)[0]
+def apply(host, model, module, positive=None, output=0, **more):
+    return host.call("AttuneOneMoreStep", model=model, oms_model=module, positive=positive or text(), **more)[output]
 
 
 def sample(host, model, batch=4, steps=20, scheduler="simple", seed=1234, latent=None, side=SIDE, **more):
@@ -198,14 +198,13 @@ def test_every_sampling_node_begins_alike(host, kit):
     assert torch.equal(custom * 0.18215, wanted)
     for used, start in (
         (patched, noise),
-        (model, host.call("AttuneOneMoreStepNoise", noise=noise, model=model, oms_model=kit.module(), sigmas=sigmas,
-                          positive=text())[0]),
+        (model, host.call("AttuneNoise", noise=noise, model=patched, sigmas=sigmas)[0]),
     ):  # fmt: skip
         (guider,) = host.call("CFGGuider", model=used, **guided)
         out = host.call(
             "SamplerCustomAdvanced", noise=start, guider=guider, sampler=solver, sigmas=sigmas, latent_image=latent
         )
-        torch.testing.assert_close(out[0]["samples"] * 0.18215, wanted, rtol=0, atol=0 if used is patched else 1e-6)
+        assert torch.equal(out[0]["samples"] * 0.18215, wanted)
 
 
 def test_inpainting_repaints_with_the_right_mean_and_keeps_the_rest(host, kit):
@@ -225,9 +224,7 @@ def test_inpainting_repaints_with_the_right_mean_and_keeps_the_rest(host, kit):
 def test_the_unit_level_is_the_stock_sampler_on_the_prediction(host, kit):
     model, module = kit.toy(), kit.module()
     empty = {"samples": torch.zeros(2, 4, 16, 16)}
-    (predicted,) = host.call(
-        "AttuneOneMoreStepPredict", model=model, oms_model=module, positive=text(), latent=empty, seed=1
-    )
+    predicted = apply(host, model, module, latent=empty, output=1)
     torch.testing.assert_close(predicted["samples"] * 0.18215, MU.expand(2, 4, 16, 16))
     stock = sample(host, model, latent=predicted, steps=3)
     unit = sample(host, apply(host, model, module, noise_level="unit"), batch=2, steps=3, side=16)
@@ -246,11 +243,12 @@ def test_a_run_of_every_kind_begins_as_it_should(kit, caplog):
 
     sampling = type("Sampling", (ModelSamplingDiscrete, EPS), {})()
     noise, empty = noise_of(7, (2, 4, 8, 8)), torch.zeros(2, 4, 8, 8)
-    plan = kit.oms.Plan(kit.module(), text(), None)
+    plan = kit.oms.FirstState(kit.module(), text(), None)
 
     def start(levels, noise=noise, latent=empty, plan=plan):
         sigmas = torch.tensor(levels)
-        return kit.oms.begin(plan, sampling, sigmas, noise, latent, None, kit.oms.from_the_top(sampling, sigmas))
+        run = kit.start.Run(None, sampling, sigmas, noise, latent, None, kit.start.from_the_top(sampling, sigmas), {})
+        return noise if kit.start.not_from_noise(run, False) else plan.begin(run)[0]
 
     for first, scale, warned in ((3.65, 3.65, False), (20.0, (1 + 20.0**2) ** 0.5, True)):
         caplog.clear()
@@ -261,10 +259,10 @@ def test_a_run_of_every_kind_begins_as_it_should(kit, caplog):
     ):  # fmt: skip
         assert start(levels, given, latent) is given
     later = [[torch.full((1, 4, WIDTH), 9.0), {"start_percent": 0.2}]]
-    of_now = kit.oms.Plan(kit.module(), text() + later, None)
+    of_now = kit.oms.FirstState(kit.module(), text() + later, None)
     assert torch.equal(start([5.0, 0.0], plan=of_now), start([5.0, 0.0]))
     leak = SignalLeak(torch.zeros(4, 3, 3), 0.1 * torch.eye(36), torch.ones(4))
-    shared = kit.oms.Plan(kit.module(leak=leak), text(), None, diversity=1.0, share=True)
+    shared = kit.oms.FirstState(kit.module(leak=leak), text(), None, diversity=1.0, share=True)
     x0 = 5.0 * (start([5.0, 0.0], plan=shared) - noise)
     torch.testing.assert_close(x0[0], x0[1], rtol=0, atol=1e-4)
     assert float((x0 - MU).abs().max()) > 0.1
@@ -361,8 +359,8 @@ def test_a_second_node_replaces_the_first_and_neither_touches_the_model(host, ki
     [
         ({"latent_space": "SDXL"}, "trained on SDXL latents but the model uses SD1.x, SD2.x latents"),
         ({"positive": text(width=768)}, "needs 16-dim conditioning, but got 768 .CLIP-L, SD1.5."),
-        ({"positive": []}, "connect a positive conditioning"),
-        ({"cfg": 2.0}, "Connect an empty prompt to 'negative'"),
+        ({"positive": []}, "'positive' is empty. Connect a CLIP Text Encode"),
+        ({"cfg": 2.0}, "Connect an empty one to 'negative'"),
         ({"zsnr": True}, "already uses a zero-terminal-SNR schedule .sigma_max 4518"),
         ({"flow": True}, "SD3 is a flow-matching model"),
     ],
@@ -379,18 +377,12 @@ def test_what_does_not_belong_together_is_refused_at_once(host, kit, change, mes
         host.call("AttuneOneMoreStep", **inputs)
 
 
-@pytest.mark.parametrize("node", ["AttuneOneMoreStepNoise", "AttuneOneMoreStepPredict", "AttuneSignalLeak"])
+@pytest.mark.parametrize("node", ["AttuneOneMoreStep", "AttuneSignalLeak"])
 def test_no_node_takes_a_model_that_begins_at_pure_noise(host, kit, node):
     (zero,) = host.call("ModelSamplingDiscrete", model=kit.toy(), sampling="eps", zsnr=True)
-    latent, (noise,) = {"samples": torch.randn(3, 4, 8, 8)}, host.call("RandomNoise", noise_seed=1)
+    latent = {"samples": torch.randn(3, 4, 8, 8)}
     inputs = {
-        "AttuneOneMoreStepNoise": {
-            "oms_model": kit.module(),
-            "positive": text(),
-            "noise": noise,
-            "sigmas": torch.ones(2),
-        },
-        "AttuneOneMoreStepPredict": {"oms_model": kit.module(), "positive": text(), "latent": latent, "seed": 1},
+        "AttuneOneMoreStep": {"oms_model": kit.module(), "positive": text(), "latent": latent},
         "AttuneSignalLeak": {"examples": latent},
     }[node]
     for model, message in ((zero, "zero-terminal-SNR schedule"), (comfy_stub.tiny_model("SD3"), "flow-matching model")):
@@ -415,9 +407,9 @@ def test_a_nearly_zero_terminal_snr_is_warned_of(host, kit, caplog):
 
 
 def test_values_that_are_no_numbers_and_latents_of_other_kinds_are_said(host, kit):
-    with pytest.raises(ValueError, match="Choose weight_dtype fp32"):
+    with pytest.raises(ValueError, match="Set 'weight_dtype' to fp32"):
         sample(host, apply(host, kit.toy(), kit.module(MU * torch.nan)), batch=1, steps=1, side=16)
-    plan = kit.oms.Plan(kit.module(), text(), None)
+    plan = kit.oms.FirstState(kit.module(), text(), None)
     with pytest.raises(ValueError, match=r"expects 4-channel latents of pictures, .* but got \[1, 16, 8, 8\]"):
         kit.oms.check_latent(plan, torch.zeros(1, 16, 8, 8))
 
@@ -498,9 +490,7 @@ def test_a_real_network_through_the_sampler_is_the_references(host, kit, tiny_fi
     context = torch.cos(torch.arange(2 * 77 * 48, dtype=torch.float64) * 0.37 + 0.5).float().reshape(2, 77, 48)[:1]
     model, positive = kit.toy(), [[context, {}]]
     empty = {"samples": torch.zeros(2, 4, 16, 16)}
-    (x0,) = host.call(
-        "AttuneOneMoreStepPredict", model=model, oms_model=module, positive=positive, latent=empty, seed=11
-    )
+    x0 = kit.oms.predicted_latent(model, kit.oms.FirstState(module, positive, None), empty, seed=11)
     means = (x0["samples"] * 0.18215).mean((2, 3))
     torch.testing.assert_close(means, torch.tensor(known["x0hat"]["per_channel_mean"]), rtol=0, atol=1e-4)
     out = sample(host, apply(host, model, module, positive), latent=empty, steps=6, seed=11)
@@ -727,9 +717,7 @@ def test_the_shipped_module_knows_how_bright_each_background_is(host, demo, enco
     corner = {}
     for word in ("black", "gray", "white"):
         positive = encode(f"a panda on a {word} background")
-        (x0,) = host.call(
-            "AttuneOneMoreStepPredict", model=demo[0], oms_model=module, positive=positive, latent=empty, seed=1
-        )
+        x0 = apply(host, demo[0], module, positive, latent=empty, output=1)
         (picture,) = host.call("VAEDecode", samples=x0, vae=demo[2])
         corner[word] = float(picture[0, :12, :12].mean())
     assert corner["black"] < 0.08 and corner["white"] > 0.9 and corner["gray"] == pytest.approx(0.5, abs=0.08)

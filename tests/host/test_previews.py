@@ -37,19 +37,19 @@ GRAPHS = {
     },
     "encoder propagation": {
         "1": LOADER, "2": LATENT, "3": N("CLIPTextEncode", clip=["1", 1], text="a cat"),
-        "6": N("AttuneFitEncoderPropagation", model=["1", 0], positive=["3", 0], negative=["3", 0], latent_image=["2", 0],
+        "6": N("AttuneFitPropagation", model=["1", 0], positive=["3", 0], negative=["3", 0], latent_image=["2", 0],
                sampler_name="euler", scheduler="simple", steps=8, cfg=1.0, seed=0, reuse="top level fresh", fastest=1.5,
                longest=2),
-        "7": N("AttuneEncoderPropagation", model=["1", 0], profile=["6", 0], **PROPAGATE),
+        "7": N("AttunePropagation", model=["1", 0], profile=["6", 0], **PROPAGATE),
         "8": N("PreviewAny", source=["7", 0]),
     },
     "one more step": {
         "1": LOADER, "2": LATENT, "3": N("AttuneLoadOneMoreStep", oms_name="attune_demo.safetensors",
                                          latent_space="auto", weight_dtype="default", prediction="auto", head_dim=0),
         "4": N("CLIPTextEncode", clip=["1", 1], text="a cat on a blue background"),
-        "7": N("AttuneOneMoreStepPredict", model=["1", 0], oms_model=["3", 0], positive=["4", 0], cfg=1.0, seed=0,
-               latent=["2", 0]),
-        "8": N("VAEDecode", samples=["7", 0], vae=["1", 2]), "9": N("PreviewImage", images=["8", 0]),
+        "7": N("AttuneOneMoreStep", model=["1", 0], oms_model=["3", 0], positive=["4", 0], cfg=1.0, strength=1.0,
+               solver="ddpm", noise_level="exact", diversity=0.0, share_noise=False, latent=["2", 0]),
+        "8": N("VAEDecode", samples=["7", 1], vae=["1", 2]), "9": N("PreviewImage", images=["8", 0]),
     },
 }  # fmt: skip
 

@@ -34,6 +34,12 @@ def redenoise(host, model, **more):
     return host.call("AttuneRedenoise", model=model, **more)[0]
 
 
+def zigzags(host, model, steps, **more):
+    same, sampler = host.call("AttuneRedenoise", model=model, zigzag_steps=steps, **more)
+    assert (same is model) == (steps > 0)
+    return sampler
+
+
 def counted(model):
     """A clone that notes every call of the network, and the noise that reaches its sampler last."""
     clone, calls, noises = model.clone(), [], []
@@ -149,7 +155,7 @@ def test_img2img_is_untouched_unless_asked(host, demo, common, caplog):
     plain = ksampler(host, demo[0], common, latent=picture, denoise=0.5)
     with caplog.at_level("INFO"):
         assert torch.equal(ksampler(host, redenoise(host, demo[0]), common, latent=picture, denoise=0.5), plain)
-    assert "Attune Redenoise: stands aside, this run starts from a picture" in caplog.text
+    assert "Attune Redenoise: stands aside, the run starts from a picture" in caplog.text
     asked = redenoise(host, demo[0], partial_denoise="apply", renormalize=True)
     assert not torch.equal(ksampler(host, asked, common, latent=picture, denoise=0.5), plain)
 
@@ -162,10 +168,10 @@ def test_what_cannot_work_is_said_before_the_first_call(host, demo, flow, common
         ValueError, match=r"no negative conditioning, so strong and weak guidance are the same\. Use CFG"
     ):
         advanced(host, model, common, noise, guider=basic)
-    (zigzag,) = host.call("AttuneZigzagSampler")
+    zigzag = zigzags(host, demo[0], 5)
     plain, more_calls, _ = counted(demo[0])
     (basic,) = host.call("BasicGuider", model=plain, conditioning=common["positive"])
-    with pytest.raises(ValueError, match="Attune Zigzag Sampler: this guider has no negative"):
+    with pytest.raises(ValueError, match="Attune Redenoise: this guider has no negative"):
         advanced(host, plain, common, noise, guider=basic, sampler=zigzag)
     model, flow_calls, _ = counted(redenoise(host, flow, evaluate_at="first level"))
     with pytest.raises(ValueError, match=r"this is a flow model\. Set 'evaluate_at' to 'next level'"):
@@ -174,7 +180,7 @@ def test_what_cannot_work_is_said_before_the_first_call(host, demo, flow, common
 
 
 def test_guidance_that_the_network_is_told_is_what_changes(host):
-    from pack.nodes._host.redenoise import Guided, guidance_gap
+    from pack.nodes._host.redenoise import _with_guidance, guidance_gap
 
     class Number:
         def __init__(self, cond):
@@ -184,17 +190,17 @@ def test_guidance_that_the_network_is_told_is_what_changes(host):
         conds = {"positive": [{"model_conds": {"guidance": Number(3.5)}}]}
         cfg, inner_model = 1.0, None
 
-    weak = Guided(Guider(), 1.0)
-    assert float(weak._positive[0]["model_conds"]["guidance"].cond) == 1.0
+    positive, distilled = _with_guidance(Guider(), 1.0)
+    assert distilled and float(positive[0]["model_conds"]["guidance"].cond) == 1.0
     assert Guider.conds["positive"][0]["model_conds"]["guidance"].cond == 3.5
-    assert guidance_gap("x", Guider(), 0.0, 1.0) == "guidance the sampler's own down, 1 back"
+    assert guidance_gap(Guider(), 0.0, 1.0) == "guidance the sampler's own down, 1 back"
 
 
 @pytest.mark.parametrize("kind", ["unet", "flow"])
 def test_no_zigzags_are_the_stock_euler_to_the_bit(host, demo, flow, common, kind):
     model = {"unet": demo[0], "flow": flow}[kind]
     (noise,) = host.call("RandomNoise", noise_seed=5)
-    (zigzag,) = host.call("AttuneZigzagSampler", zigzag_steps=0)
+    zigzag = zigzags(host, model, 0, strong_cfg=4.0)
     picture = {"samples": torch.randn_like(empty(model)["samples"]), "noise_mask": torch.zeros(1, 1, 128, 128)}
     picture["noise_mask"][..., 64:] = 1
     for latent in (empty(model, 2), picture):
@@ -206,7 +212,7 @@ def test_no_zigzags_are_the_stock_euler_to_the_bit(host, demo, flow, common, kin
 def test_zigzags_cost_two_calls_each_and_keep_what_a_mask_keeps(host, demo, flow, common, kind):
     model, calls, _ = counted({"unet": demo[0], "flow": flow}[kind])
     (noise,) = host.call("RandomNoise", noise_seed=5)
-    (zigzag,) = host.call("AttuneZigzagSampler", zigzag_steps=2, strong_cfg=4.0)
+    zigzag = zigzags(host, model, 2, strong_cfg=4.0)
     picture = {"samples": torch.randn_like(empty(model)["samples"]), "noise_mask": torch.zeros(1, 1, 128, 128)}
     picture["noise_mask"][..., 64:] = 1
     out = advanced(host, model, common, noise, zigzag, picture)
@@ -214,9 +220,47 @@ def test_zigzags_cost_two_calls_each_and_keep_what_a_mask_keeps(host, demo, flow
     torch.testing.assert_close(out[..., :7], picture["samples"][..., :7], rtol=0, atol=1e-5)
 
 
+def wrapped(inner, factor, hidden=False):
+    """As other packs wrap a SAMPLER (Detail Daemon, Lying Sigma): what the inner one gets is a plain function."""
+    import comfy.samplers
+
+    def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        def lower(x, sigma, **more):
+            return model(x, sigma * factor, **more)
+
+        if not hidden:
+            lower.inner_model, lower.sigmas = model.inner_model, sigmas
+        return inner.sampler_function(lower, x, sigmas, extra_args=extra_args, callback=callback, disable=disable)
+
+    return comfy.samplers.KSAMPLER(sample)
+
+
+@pytest.mark.parametrize("kind", ["unet", "flow"])
+@pytest.mark.parametrize("strong", [0.0, 4.0])
+def test_a_wrapped_zigzag_keeps_what_the_wrapper_and_the_mask_do(host, demo, flow, common, kind, strong):
+    model, calls, _ = counted({"unet": demo[0], "flow": flow}[kind])
+    (noise,) = host.call("RandomNoise", noise_seed=5)
+    zigzag = zigzags(host, model, 2, strong_cfg=strong)
+    picture = {"samples": torch.randn(empty(model)["samples"].shape), "noise_mask": torch.zeros(1, 1, 128, 128)}
+    picture["noise_mask"][..., 64:] = 1
+    for latent in (empty(model, 2), picture):
+        bare = advanced(host, model, common, noise, zigzag, latent)
+        assert torch.equal(advanced(host, model, common, noise, wrapped(zigzag, 1.0), latent), bare)
+    calls.clear()
+    out = advanced(host, model, common, noise, wrapped(zigzag, 0.95), picture)
+    assert len(calls) == STEPS + 2 * 2 and not torch.equal(out, bare)
+    torch.testing.assert_close(out[..., :7], picture["samples"][..., :7], rtol=0, atol=1e-5)
+
+
+def test_a_wrapper_that_hides_the_guider_is_told_so(host, demo, common):
+    (noise,) = host.call("RandomNoise", noise_seed=5)
+    with pytest.raises(ValueError, match="what wraps its SAMPLER hides the guider"):
+        advanced(host, demo[0], common, noise, wrapped(zigzags(host, demo[0], 1), 1.0, hidden=True))
+
+
 def test_one_zigzag_is_the_redenoise_node_at_the_runs_own_depth(host, demo, common):
     (noise,) = host.call("RandomNoise", noise_seed=5)
-    (zigzag,) = host.call("AttuneZigzagSampler", zigzag_steps=1)
+    zigzag = zigzags(host, demo[0], 1)
     ours = advanced(host, demo[0], common, noise, zigzag)
     other = advanced(host, redenoise(host, demo[0], depth=0.0), common, noise)
     torch.testing.assert_close(ours, other, rtol=0, atol=1e-3)
@@ -229,6 +273,7 @@ def test_the_selected_noise_is_the_draw_with_the_best_score(host, demo, flow, co
     given = {"model": model, "latent_image": latent, "seed": 7, "candidates": 3, "steps": 2, **common}
     noise, said = host.call("AttuneSelectNoise", **given)
     chosen = noise.generate_noise(latent)
+    assert len(said.splitlines()) == 2
     for i, line in enumerate(said.splitlines()):
         scores = {int(part.split()[0]): float(part.split("(")[1][:-1]) for part in line.split(" of ")[1].split(", ")}
         best = max(scores, key=scores.get)

@@ -30,8 +30,8 @@ from ....kernels.propagation import (
 )
 from ....models.calibration import Calibration, KeySteps, Point
 from ..._plan.propagation import CALIBRATED, TARGET, Choice, ReuseSettings, chosen_point, said_of
+from ..calibrating import stands_aside
 from ..clock import Clock, active_levels, conditioning_changes, noise_space, step_times, why_not
-from ..session import stands_aside
 from ..solvers import adds_noise, facts_of, solver_name
 
 LOG = logging.getLogger(__name__)

@@ -31,10 +31,10 @@ from ..._plan.propagation import (
     block_reuse_by_name,
     reuse_by_name,
 )
+from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, pixels
 from ..sampling import run_stock_node, sample
-from ..session import calibrating
 from ..solvers import adds_noise, known
 from . import KEY, Propagation, applied, outer_sample, propagation_for, run_of
 from .transformer import blocks_of

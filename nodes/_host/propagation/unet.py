@@ -84,7 +84,8 @@ def watching(options: dict, shapes: Shapes) -> dict:
     def watched(patch: Callable, *place) -> Callable:
         def note(h, options):
             before, out = tuple(h.shape[1:]), patch(h, options)
-            shapes[(*place, options["block"][1])] = before, tuple(out.shape[1:])
+            at = (*place, options["block"][1])
+            shapes[at] = before, tuple(out.shape[1:])
             return out
 
         return note

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,13 +15,12 @@ from pack.models.store import load_profile, save_profile
 from pack.nodes._plan.fit_sampler import (
     Setting,
     affordable,
-    aligned_profile,
     stopped_profile,
     tuned_profile,
     tuning_report,
 )
 
-RANGE = ModelIdentity(("SDXL", "BASE"), "ve", 0.0292, 14.6146, "eps", "0123456789abcdef")
+RANGE = ModelIdentity(("SDXL",), "ve", 0.0292, 14.6146, "eps", "0123456789abcdef")
 SETTING = Setting(RANGE, "euler", "euler", 6.0, (1024, 768), 3)
 LEVELS = torch.tensor([14.6146, 4.0, 1.0, 0.0])
 FITTED = Alignment((14.6146, 4.0, 1.0), (12.0, 3.0, 0.7), (0.5, 0.4, 0.3))
@@ -40,7 +41,7 @@ NOTHING = Tuned(
 
 @pytest.mark.parametrize(
     ("preset", "aligned", "calls"),
-    [("mini", True, 772), ("mini", False, 596), ("quick", True, 1624), ("standard", True, 3416)],
+    [("mini", True, 772), ("mini", False, 596), ("quick", True, 1704), ("standard", True, 3416)],
 )
 def test_the_presets_cost_what_the_help_page_says(preset, aligned, calls):
     assert TUNER_PRESETS[preset].evaluations(8, 20, 1, aligned) == calls
@@ -49,7 +50,7 @@ def test_the_presets_cost_what_the_help_page_says(preset, aligned, calls):
 def test_a_preset_that_takes_too_long_becomes_a_smaller_one():
     assert affordable("standard", 8, 20, 1, True, 1.5, 0)[0] is TUNER_PRESETS["standard"]
     preset, said = affordable("standard", 8, 20, 1, True, 1.5, 45)
-    assert preset is TUNER_PRESETS["quick"] and "'standard' would take longer" in said and "40.6 minutes" in said
+    assert preset is TUNER_PRESETS["quick"] and "'standard' would take longer" in said and "42.6 minutes" in said
     with pytest.raises(ValueError, match=r"smallest preset 'mini' needs 19\.3 minutes, but 'budget_minutes' is 5"):
         affordable("quick", 8, 20, 1, True, 1.5, 5)
 
@@ -69,9 +70,9 @@ def test_nothing_found_is_said():
     )
     assert profile.method == "tuned schedule"
     assert profile.alignments == () and list(profile.sigmas) == LEVELS.tolist()
-    assert "No better schedule found" in report and "refined levels were not kept" in report
+    assert "Nothing better was found" in report and "refined levels were not kept" in report
     found = tuning_report(FOUND, SETTING, 9.0, "plan")
-    assert "No better" not in found and "(-35.5%, median -36.1%, 100% of 6 pictures better)" in found
+    assert "Nothing better" not in found and "(-35.5%, median -36.1%, 100% of 6 pictures better)" in found
 
 
 def test_a_sampler_with_noise_names_the_one_that_was_run():
@@ -79,9 +80,21 @@ def test_a_sampler_with_noise_names_the_one_that_was_run():
     assert "Fitted with dpmpp_2m, which dpmpp_2m_sde follows" in tuning_report(NOTHING, sde, 9.0, "plan")
 
 
-def test_an_alignment_that_was_not_kept_leaves_the_levels_alone():
-    profile = aligned_profile(None, LEVELS.tolist(), SETTING, {"held_out": {"start": 0.3}})
-    assert profile.alignments == () and profile.method == "aligned timesteps"
+def test_the_report_says_what_was_switched_off_and_what_the_sampler_cannot_have():
+    second = Setting(RANGE, "dpmpp_2m", "dpmpp_2m", 6.0, (1024, 768), 3)
+    said = lambda setting, **what: tuning_report(NOTHING, setting, 9.0, "plan", **what)
+    assert "'levels' is off" in said(SETTING, levels=False) and "'levels' is off" not in said(SETTING)
+    assert "Timesteps are fitted for euler alone; dpmpp_2m keeps the true ones." in said(second)
+    assert "Timesteps are fitted" not in said(second, timesteps=False) + said(SETTING)
+
+
+def test_a_fit_names_the_network_the_weights_and_the_loras_and_needs_the_first():
+    known = replace(SETTING, model=replace(RANGE, weights_hash="w", patches="p", shift=3.0))
+    profile = tuned_profile(FOUND, known, "mini", 9.0)
+    assert (profile.config_hash, profile.weights_hash, profile.patches) == ("0123456789abcdef", "w", "p")
+    assert profile.provenance["shift"] == 3.0 and profile.solver == "euler" and profile.cfg == 6.0
+    with pytest.raises(ValueError, match="does not say what network it has"):
+        tuned_profile(FOUND, replace(SETTING, model=replace(RANGE, config_hash="")), "mini", 9.0)
 
 
 def test_a_stopped_search_leaves_a_profile_that_says_so(tmp_path):

@@ -7,14 +7,24 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pack.kernels.propagation import Reuse
 from pack.kernels.schedules import check_sigmas, for_denoise
-from pack.models.calibration import Calibration, CondLevels, ModelIdentity, conditioning_map
+from pack.models.calibration import (
+    PROPAGATION,
+    Calibration,
+    CondLevels,
+    KeySteps,
+    ModelIdentity,
+    Point,
+    conditioning_map,
+    refuse_unfit,
+)
 from pack.models.store import shipped_profiles
 from pack.nodes._plan.named_schedules import resample_profile, schedule
 from pack.nodes._plan.profile_on_model import DENOISE_MODES, apply_profile
 
-SD15 = ModelIdentity(("SD15", "BASE"), "ve", 0.0292, 14.6146, "eps", "aaaa")
-SD3 = ModelIdentity(("SD3", "BASE"), "flow", 0.003, 1.0, "flow", "bbbb")
+SD15 = ModelIdentity(("SD15",), "ve", 0.0292, 14.6146, "eps", "aaaa")
+SD3 = ModelIdentity(("SD3",), "flow", 0.003, 1.0, "flow", "bbbb")
 ALIGNED = CondLevels("euler", (512, 512), (0.7, 3.0, 14.6), (0.6, 2.5, 13.9))
 FITTED = Calibration(
     "mine", "tuner", "ve", ("SD15",), (512, 512), (14.6146, 3.0, 0.7, 0.2, 0.0), "tuned", solver="euler", cfg=7.0,
@@ -121,14 +131,28 @@ def test_another_parameterisation_keeps_the_schedule_and_skips_the_map():
     assert "timestep alignment skipped: made for eps prediction, this MODEL has v" in said(applied)
 
 
-def test_a_noise_shift_gives_the_map_of_the_nearest_size_and_no_levels():
-    shift = Calibration(
-        "shift", "noise_shift", "flow", ("SD3",), (1024, 1024), (), "fitted", kind="noise_shift", prediction="flow",
-        alignments=tuple(CondLevels("", (n, n), (0.5,), (0.5 + n / 10000,)) for n in (512, 768)),
-    )  # fmt: skip
-    applied = apply_profile(shift, SD3, resolution=(800, 700))
-    assert applied.sigmas.numel() == 0 and applied.solver == ""
-    assert applied.conditioning == conditioning_map(shift, shift.alignments[1])
+SHIFT = Calibration(
+    "shift", "noise_shift", "flow", ("SD3",), (1024, 1024), (), "fitted", kind="noise_shift", prediction="flow",
+    alignments=(CondLevels("", (512, 512), (0.5,), (0.55,)),),
+)  # fmt: skip
+REUSE = replace(
+    FITTED, kind="encoder_propagation", name="reuse", alignments=(),
+    key_steps=KeySteps(12, "euler", FITTED.sigmas, (Point(Reuse(1, 8, True), (0, 2), 1.5, 50.0),)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("profile", "model"), [(SHIFT, SD3), (REUSE, SD15)], ids=["noise shift", "propagation"])
+def test_what_is_no_schedule_is_refused_where_a_schedule_is_needed(profile, model):
+    kind = "noise shift" if profile is SHIFT else "calibration of propagation"
+    with pytest.raises(ValueError, match=f"^'{profile.name}' is a {kind}, but a schedule is needed here. Choose a"):
+        apply_profile(profile, model)
+
+
+def test_where_no_schedule_is_needed_each_kind_names_those_that_are():
+    refuse_unfit(SHIFT, SD3, "Try another.", ("noise_shift",))
+    refuse_unfit(REUSE, SD15, "Try another.", PROPAGATION)
+    with pytest.raises(ValueError, match=r"but a calibration of propagation is needed here\. Try another\."):
+        refuse_unfit(FITTED, SD15, "Try another.", PROPAGATION)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +160,7 @@ def test_a_noise_shift_gives_the_map_of_the_nearest_size_and_no_levels():
     [
         (FITTED, SD3, r"'mine' is for models with Stable Diffusion's noise.*\(SD3\)"),
         (FLOW, SD15, r"'mine' is for flow models.*\(SD15\)"),
-        (FITTED, replace(SD15, families=("SDXL", "BASE")), r"another architecture \(SD15, this MODEL is SDXL\)"),
+        (FITTED, replace(SD15, families=("SDXL",)), "another architecture: SD15, this MODEL is SDXL"),
         (replace(FITTED, sigmas=(700.0, 1.0, 0.0)), SD15, "starts at sigma 700.*up to 14.61"),
     ],
 )
@@ -149,15 +173,24 @@ def test_a_profile_for_another_model_is_refused_with_both_names(profile, model, 
     ("changes", "model", "words"),
     [
         ({}, replace(SD15, config_hash="cccc"), "another network configuration"),
-        ({"weights_hash": "1"}, replace(SD15, weights_hash="2"), "same architecture, but other weights"),
         (
-            {"provenance": {"patched": False}},
-            replace(SD15, patched=True),
-            "fitted without LoRAs or other weight patches",
+            {"weights_hash": "1"},
+            replace(SD15, weights_hash="2"),
+            "fitted on other weights than the model has, of the same architecture",
         ),
-        ({"provenance": {"patched": True}}, SD15, "fitted with LoRAs or other weight patches, this MODEL has none"),
+        (
+            {"patches": "none"},
+            replace(SD15, patches="some"),
+            "fitted without LoRAs, this MODEL has some",
+        ),
+        (
+            {"patches": "some"},
+            replace(SD15, patches="none"),
+            "fitted with LoRAs or other weight patches, this MODEL has none",
+        ),
+        ({"patches": "some"}, replace(SD15, patches="more"), "LoRAs or other weight patches, this MODEL has others"),
         ({}, replace(SD15, sigma_max=4518.0), "starts at sigma 14.61, below this model's 4518"),
-        ({"alignments": ()}, replace(SD15, prediction="v"), "fitted on eps prediction, this MODEL has v"),
+        ({"alignments": ()}, replace(SD15, prediction="v"), "made for eps prediction, this MODEL has v"),
         ({}, SD15, "Fitted for euler at cfg 7"),
     ],
 )

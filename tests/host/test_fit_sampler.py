@@ -11,6 +11,7 @@ import torch
 
 from live_memory import LiveMemory
 from pack.kernels.space import NoiseSpace
+from pack.kernels.timestep_aligner import block_norm
 
 ROOT = Path(__file__).resolve().parents[2]
 SIDE = 8  # of the latents: small, for speed
@@ -29,14 +30,18 @@ def kit(host):
 
 @pytest.fixture
 def lenient(kit, monkeypatch):
-    """A gate that keeps every gain: pictures this small have too few blocks to be sure of one (tests/test_tuner.py)."""
-    monkeypatch.setattr(sys.modules[kit.tune.__module__], "SURE", 0.0)
+    """A gate that keeps every gain, whatever chance says: there are few pictures here, of few blocks (test_gate.py)."""
+    gate = sys.modules[kit.judge.__module__]
+    monkeypatch.setattr(gate, "FEWEST", 1)
+    monkeypatch.setattr(gate, "students_t", lambda *_: 0.0)
+    for module in (kit, sys.modules[kit.tune.__module__]):
+        monkeypatch.setattr(module, "judge", lambda before, after, *_, **__: gate.judge(before, after, least=0.0))
 
 
 @pytest.fixture
 def tiny(kit, monkeypatch, lenient):
     """A preset for tests: a few dozen evaluations."""
-    monkeypatch.setitem(kit.PRESETS, "mini", type(kit.PRESETS["mini"])(1, 1, 12, 3, 2))
+    monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 12, 3, 2))
 
 
 @pytest.fixture
@@ -68,13 +73,13 @@ def tuned(host, demo, encode, sampler="euler", **more):
     return host.call("AttuneTuneSchedule", **setting(host, demo, encode, sampler, **options))
 
 
-def test_mini_needs_at_most_400_evaluations_at_eight_steps(host, demo, encode, counted, lenient):
+def test_mini_needs_at_most_800_evaluations_at_eight_steps(host, demo, encode, counted, lenient):
     seen = set()
     network = demo[0].model.diffusion_model
     hook = network.register_forward_pre_hook(lambda _, args: seen.add((len(args[0]), torch.is_grad_enabled())))
     (profile, sigmas, plot, report), calls = counted(demo[0], lambda: tuned(host, demo, encode, steps=8))
     hook.remove()
-    assert 300 < calls <= 400
+    assert 600 < calls <= 800
     assert seen == {(4, False)}  # two pictures with and without the prompt, one noise at a time, no gradients
     assert profile.provenance["evaluations"] <= calls <= profile.provenance["evaluations"] + 2  # two measure the time
     assert len(sigmas) == 9 and float(sigmas[-1]) == 0 and bool((sigmas.diff() < 0).all())
@@ -94,8 +99,10 @@ def test_mini_needs_no_more_memory_than_one_sampling_and_the_latents_that_it_kee
         )  # fmt: skip
     with LiveMemory() as tuning:
         tuned(host, demo, encode, steps=5)
-    latents = 2 * 2 * (32 + 16)  # x and denoised of two references, one at half the steps, too
-    assert 5e5 < sampling.most < tuning.most < sampling.most + latents * inputs["latent"]["samples"].nbytes
+    kept = (
+        inputs["latent"]["samples"].nbytes * 2 * (40 + 20 + 2 * 40)
+    )  # x and denoised of the fitted reference, of one at half the steps, and of a held-out one; slopes
+    assert 5e5 < sampling.most < tuning.most < sampling.most + kept  # bytes
 
 
 def test_the_error_on_the_report_is_what_the_stock_sampler_shows(host, demo, encode, kit, tiny):
@@ -127,7 +134,7 @@ def test_the_error_on_the_report_is_what_the_stock_sampler_shows(host, demo, enc
     sampling = demo[0].get_model_object("model_sampling")
     levels = kit.reference_levels(12, NoiseSpace("ve"), float(sampling.sigma_min), float(sampling.sigma_max)).float()
     exact = end(demo[0], "dpmpp_2m", levels)
-    error = kit.block_norm(end(model, "euler", applied) - exact) / kit.block_norm(exact)
+    error = block_norm(end(model, "euler", applied) - exact) / block_norm(exact)
     assert error == pytest.approx(min(profile.metrics["held_out"].values()), rel=1e-3)
 
 
@@ -139,19 +146,6 @@ def test_other_samplers_get_levels_without_an_alignment(host, demo, encode, tiny
     sibling = {"dpmpp_2m_sde": "dpmpp_2m", "euler_ancestral": "euler"}.get(sampler)
     assert (sibling is not None) == ("Fitted with" in report) and profile.provenance["ran"] == (sibling or sampler)
     assert torch.equal(tuned(host, demo, encode, sampler)[1], sigmas)  # nothing is left over from the run before
-
-
-def test_the_bound_of_align_your_steps_by_its_name(host, demo, flow, encode, kit, tiny, counted, monkeypatch):
-    kernel = sys.modules[kit.tune_by_bound.__module__]
-    monkeypatch.setattr(kernel, "BOUND_DRAWS", 1)
-    monkeypatch.setattr(kernel, "BOUND_SWEEPS", 1)
-    for model in (demo, flow):
-        run = lambda model=model: tuned(host, model, encode, "dpmpp_2m", method="ays_klub", steps=3)
-        (profile, sigmas, _, report), calls = counted(model[0], run)
-        assert profile.method == "bound of Align Your Steps" and profile.alignments == ()
-        assert calls <= profile.provenance["evaluations"] + 2 and profile.provenance["evaluations"] >= 2 * 44
-        assert len(sigmas) == 4 and float(sigmas[-1]) == 0 and bool((sigmas.diff() < 0).all())
-        assert "levels of the bound were not kept" in report or "Refined levels" in report
 
 
 def test_a_batch_of_latents_is_fitted_together_with_a_prompt_each(host, demo, encode, tiny, counted):
@@ -179,10 +173,10 @@ def test_alignment_alone_keeps_the_levels(host, demo, encode, counted, lenient):
     own = host.call("BasicScheduler", model=demo[0], scheduler="karras", steps=4, denoise=1.0)[0]
     run = lambda: host.call("AttuneAlignTimesteps", **setting(host, demo, encode, sigmas=own, noises=1))
     (profile, _, report), calls = counted(demo[0], run)
-    assert list(profile.sigmas) == own.tolist() and calls <= 2 * 48 + 15 * 4 + 2 * 4
+    assert list(profile.sigmas) == own.tolist() and calls <= 4 * 48 + 24 + 15 * 4 + 3 * 2 * 4
     held = profile.metrics["held_out"]
     assert held["aligned"] < held["start"] and profile.alignments[0].solver == "euler"
-    assert len(profile.alignments[0].sigma) == 4 and f"{held['aligned']:.4f}" in report
+    assert len(profile.alignments[0].sigma) == 4 and f"{held['aligned']:.3g}" in report
 
 
 def test_what_is_found_is_in_the_loader_at_once(host, demo, encode, lenient, monkeypatch):
@@ -239,18 +233,18 @@ def test_the_best_of_a_stopped_search_is_kept(kit, demo, host, caplog):
     known = kit.known_schedules(demo[0], 4)
     about = kit.Setting(kit.identify(demo[0], weights=True), "euler", "euler", 3.0, (128, 128), 3)
     found = torch.tensor([14.6146, 5.0, 2.0, 0.5, 0.0])
-    kit._stopped(kit.Progress("refining", 90, 392, found, 0.1), found, known, about, "tuner")
+    kit._stopped(kit.Progress("refining", 90, 392, found, 0.1), found, known, about)
     (path,) = stopped()
     profile, _ = host.call("AttuneLoadProfile", profile_name=path.name)
     path.unlink()
     assert torch.equal(torch.tensor(profile.sigmas), found) and f"kept as {path.name}" in caplog.text
-    kit._stopped(kit.Progress("known schedules", 90, 392, known["karras"], 0.1), known["karras"], known, about, "tuner")
+    kit._stopped(kit.Progress("known schedules", 90, 392, known["karras"], 0.1), known["karras"], known, about)
     assert "a known schedule" in caplog.text and not stopped()
 
 
 def test_the_budget_shrinks_the_preset_or_refuses(host, demo, encode, kit, tiny, monkeypatch, counted):
     monkeypatch.setattr(kit.Solves, "seconds_per_evaluation", lambda *args: 1.0)
-    needed = kit.PRESETS["mini"].evaluations(4, 3, 1, True)
+    needed = kit.TUNER_PRESETS["mini"].evaluations(4, 3, 1, True)
     _, _, _, report = tuned(host, demo, encode, preset="standard", budget_minutes=needed / 60 + 0.1)
     assert "'standard' would take longer than the budget. Preset 'mini'" in report
     monkeypatch.setattr(kit.Solves, "seconds_per_evaluation", lambda *args: 100.0)
@@ -299,4 +293,5 @@ def test_the_contest_knows_the_hosts_schedules_and_ours(demo, flow, kit):
 
 @pytest.mark.parametrize("name", ["tune_schedule", "align_timesteps"])
 def test_the_prompts_run(host, tiny, name):
-    host.run(json.loads((ROOT / "tests/prompts" / f"{name}.json").read_text("utf-8")))
+    outputs = host.run(json.loads((ROOT / "tests/prompts" / f"{name}.json").read_text("utf-8")))
+    assert any(output.get("images") for output in outputs.values())

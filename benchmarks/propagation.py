@@ -1,13 +1,13 @@
 """What does reusing features cost in fidelity, at which speed? Ours, core's caches, and fewer plain steps.
 
-python dev.py bench encoder_propagation [--models unet flow] [--samplers euler dpmpp_2m] [--steps 50 25 20] [--tasks 32]
+python dev.py bench propagation [--models unet flow] [--samplers euler dpmpp_2m] [--steps 50 25 20] [--tasks 32]
 
 Every setting draws the same prompts and noises as the plain run of as many steps. PSNR and perceptual distance are to
 that run, Fréchet distance is to the training data; the spread is over disjoint groups of seeds. Speed is counted, not
 timed: how often the network ran whole and how often in part, weighed with the cost of its blocks on the demo model and
 on published networks. "DeepCache N": one block fresh, held, every N-th step. "calibrated": fitted by the pack on
 another prompt and seed. Results are cached; with --add the runs of the last record that are not drawn again stay in
-it. Writes docs/results/encoder_propagation.json, docs/results.md, a plot and a
+it. Writes docs/results/propagation.json, docs/results.md, a plot and a
 grid of pictures.
 """
 
@@ -43,7 +43,7 @@ from schedules import number, progress
 TOP, ONE, ENCODER = "top level fresh", "one block fresh", "encoder reused"
 FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "first two thirds reused"
 REUSES = {"unet": (ENCODER, TOP, ONE), "flow": (BEGINNING, ENDS, FIRST)}
-NODES = {"unet": "AttuneEncoderPropagation", "flow": "AttuneBlockPropagation"}
+NODE = "AttunePropagation"
 CACHES = {"unet": ("EasyCache", "LazyCache"), "flow": ("LazyCache",)}  # EasyCache has no hook in SD3's network
 INTERVALS = (2, 3, 5)
 LONGER_ENDS = (4, 6)  # whole steps at the end, instead of 2
@@ -52,7 +52,7 @@ SHARES = (0.8, 0.6, 0.5, 0.4)  # of the steps: the plain runs that a cache must 
 FITTED = 4  # pictures of a calibration where the solver adds noise, since every noise has its own errors
 FAITHFUL = 45.0  # dB to the uncached run
 PICTURED, PICTURED_TASKS = (1.3, 1.5, 1.8), 4
-PICTURES = ["encoder_propagation.png", "encoder_propagation_grid.jpg"]
+PICTURES = ["propagation.png", "propagation_grid.jpg"]
 KEYS = ["psnr", "perceptual", "frechet", "object", "background"]
 # The published networks whose costs weigh the counts, by their name in `real_size` and the side of their latents.
 PUBLISHED = {
@@ -94,14 +94,14 @@ def pack(module: str) -> ModuleType:
 # --- what is compared ---
 
 
-def node(model: str, **changed) -> tuple:
-    """The pack's node for the model with its defaults but for those given."""
+def node(**changed) -> tuple:
+    """The pack's node with its defaults but for those given."""
     inputs = {
         "mode": "uniform", "interval": 3, "speed": 1.5, "reuse": "", "forecast": True, "keep_last": 2,
         "start_percent": 0.0, "end_percent": 1.0, "prior_noise": 0.0, "cache_dtype": "as computed",
-        "cache_device": "as computed", "memory_limit": 0, **({"parallel": "off"} if model == "unet" else {}), **changed,
+        "cache_device": "as computed", "memory_limit": 0, "parallel": "off", **changed,
     }  # fmt: skip
-    return ((NODES[model], tuple(inputs.items())),)
+    return ((NODE, tuple(inputs.items())),)
 
 
 def settings(model: str, steps: int) -> dict[str, Setting]:
@@ -112,15 +112,15 @@ def settings(model: str, steps: int) -> dict[str, Setting]:
     found |= {f"{name} {t}": Setting(steps, cache_node(name, t)) for name in CACHES[model] for t in THRESHOLDS}
     if model == "unet":
         deep = {"reuse": ONE, "forecast": False, "keep_last": 0}
-        found |= {f"DeepCache {n}": Setting(steps, node(model, interval=n, **deep), ONE) for n in INTERVALS}
+        found |= {f"DeepCache {n}": Setting(steps, node(interval=n, **deep), ONE) for n in INTERVALS}
     published = {"mode": "published keys", "reuse": held}
-    found["published keys"] = Setting(steps, node(model, **published), held)
-    found["published keys, prior noise"] = Setting(steps, node(model, prior_noise=0.003, **published), held)
+    found["published keys"] = Setting(steps, node(**published), held)
+    found["published keys, prior noise"] = Setting(steps, node(prior_noise=0.003, **published), held)
     for reuse in REUSES[model]:
-        found |= {f"{reuse}, every {n}": Setting(steps, node(model, reuse=reuse, interval=n), reuse) for n in INTERVALS}
+        found |= {f"{reuse}, every {n}": Setting(steps, node(reuse=reuse, interval=n), reuse) for n in INTERVALS}
     cheapest = REUSES[model][-1]
     for last in LONGER_ENDS:
-        kept = node(model, reuse=cheapest, interval=2, keep_last=last)
+        kept = node(reuse=cheapest, interval=2, keep_last=last)
         found[f"{cheapest}, every 2, last {last}"] = Setting(steps, kept, cheapest)
     return found
 
@@ -148,7 +148,7 @@ def calibrated(lab: Lab, model: str, sampler: str, steps: int, drawn: bool) -> d
         reuse = next(
             name for name, part in demo.items() if (part.fresh, part.cut) == (point.reuse.fresh, point.reuse.cut)
         )
-        nodes = node(model, mode="speed target", reuse=reuse, speed=point.speed, profile=path.name)
+        nodes = node(mode="speed target", reuse=reuse, speed=point.speed, profile=path.name)
         found[f"calibrated {point.speed:.2f}"] = Setting(steps, nodes, reuse)
     return found
 
@@ -157,9 +157,9 @@ def fit(lab: Lab, model: str, sampler: str, steps: int, stem: str) -> Path:
     pictures = FITTED if "ancestral" in sampler else 1
     (latent,) = lab.host.call("EmptyLatentImage", width=128, height=128, batch_size=pictures)
     profile, _, _ = lab.host.call(
-        "AttuneFitEncoderPropagation", model=lab.models[model], positive=lab.conditioning([prompt(100, 3)]),
+        "AttuneFitPropagation", model=lab.models[model], positive=lab.conditioning([prompt(100, 3)]),
         negative=lab.conditioning([""]), latent_image=latent, seed=987654321, steps=steps, cfg=3.0,
-        sampler_name=sampler, scheduler="normal", reuse="parts that cost little", fastest=3.0, longest=5,
+        sampler_name=sampler, scheduler="normal", reuse="automatic", fastest=3.0, longest=5,
     )  # fmt: skip
     return pack("models.calibration").save_profile(profile, lab.cache, stem)
 
@@ -196,13 +196,13 @@ def network(module: Any, side: int) -> Network:
     """For latents of `side` x `side`."""
     names = pack("nodes._plan.propagation")
     if hasattr(module, "input_blocks"):
-        costs = pack("nodes._host.propagation.unet_blocks").measure_unet(module, side, side).costs
+        costs = pack("nodes._host.propagation.unet").measure_unet(module, side, side).costs
         n, top = len(costs.input), pack("nodes._host.propagation.unet").top_blocks(module)
-        return Network(costs, {name: names.reuse_by_name(name, False, n, top) for name in names.REUSES})
+        return Network(costs, {name: names.reuse_by_name(name, False, n, top) for name in names.UNET_PARTS})
     host = pack("nodes._host.propagation.transformer")
     costs = host.costs_of(host.blocks_of(module).values())
     n = len(costs.input)
-    return Network(costs, {name: names.block_reuse_by_name(name, False, n) for name in names.BLOCK_REUSES})
+    return Network(costs, {name: names.block_reuse_by_name(name, False, n) for name in names.TRANSFORMER_PARTS})
 
 
 @contextlib.contextmanager
@@ -234,7 +234,7 @@ def count(lab: Lab, cell: Cell, work: list[Task]) -> tuple[float, int]:
 
     Ours follow from the settings alone: one picture is enough. Core's caches look at each batch: the mean counts.
     """
-    if not any(id_ in NODES.values() for id_, _ in cell.nodes):
+    if not any(id_ == NODE for id_, _ in cell.nodes):
         return statistics.mean(lab.run(cell, part).calls for part in batches(work)), 0
     one = tasks(1)
     known = lab.path(cell, one).with_suffix(".json")
@@ -293,7 +293,7 @@ def measure(lab: Lab, run: Run, labelled: dict[str, Setting]) -> list[Row]:
 
 def recorded(out: Path) -> list[list[Row]]:
     """The runs of the last record, each with its settings."""
-    data = json.loads((out / "results" / "encoder_propagation.json").read_text("utf-8"))["data"]
+    data = json.loads((out / "results" / "propagation.json").read_text("utf-8"))["data"]
     found: dict[Run, list[Row]] = {}
     for row in data:
         run = Run(row["model"], row["sampler"], row["steps"], row["tasks"])
@@ -450,7 +450,7 @@ def write_pictures(lab: Lab, rows: list[Row], path: Path, side: int = 128) -> No
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=list(NODES), default=list(NODES))
+    parser.add_argument("--models", nargs="+", choices=list(REUSES), default=list(REUSES))
     parser.add_argument("--samplers", nargs="+", default=["euler", "dpmpp_2m", "euler_ancestral"])
     parser.add_argument("--steps", nargs="+", type=int, default=[50, 25, 20])
     parser.add_argument("--tasks", type=int, default=32)
@@ -485,7 +485,7 @@ def main() -> None:
         for rows in blocks
         for row in rows
     ]
-    record("encoder_propagation", "Encoder propagation", tables, began, PICTURES, notes, args.out, data)
+    record("propagation", "Propagation", tables, began, PICTURES, notes, args.out, data)
     print("\r" + "\n".join(map(markdown, tables)))
 
 
