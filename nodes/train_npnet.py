@@ -81,9 +81,8 @@ class AttuneTrainNPNet(io.ComfyNode):
             source = Source(model, clip, negative, empty_latent(model, latent_image)[:1], settings)
             said = collected(source, prompts, seeds_per_prompt, seed, shard_size, part, folder, recipe)
             if part != ALL:
-                return io.NodeOutput(
-                    blocked(f"'part' is {part}: this machine collects a part of the pairs and trains nothing."), said
-                )
+                why = f"'part' {part} only collects. With all files in one folder, run it again with 1/1 to train."
+                return io.NodeOutput(blocked(why), said)
         with torch.inference_mode(False), torch.enable_grad():  # the host runs nodes without gradients
             file = trained(folder, name, recipe)
         npnet = HostNPNet.load(file)

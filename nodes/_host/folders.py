@@ -95,8 +95,8 @@ def missing_profile(name: object) -> str:
     """What to do about a profile that is not there."""
     return (
         f"There is no profile '{str(name).partition(AT)[0]}' in {profile_folder()}. Ask the maker of the workflow for "
-        "that file, or for a picture saved by the workflow, which carries its profiles; put the file there and press R to "
-        f"refresh. Or choose one of: {', '.join(profile_names())}."
+        "that file, or for a picture saved by the workflow, which carries its profiles; put the file there and press R "
+        f"to refresh. Or choose one of: {', '.join(profile_names())}."
     )
 
 
