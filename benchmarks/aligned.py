@@ -31,6 +31,8 @@ from typing import Any
 import torch
 from PIL import Image
 
+import _pack  # noqa: F401
+import published
 from comfy_process import ROOT, Host
 from harness import BATCH, CACHE, Cell, Lab, Noise, Task, last, prompt, tasks
 from looks import CONVERGED, GROUPS, Look, converged, data, look, to_data
@@ -83,7 +85,7 @@ class FittedLab(Lab):
         for name, inputs in nodes:
             facts = dict(inputs)
             conditioning, host = self.module("kernels.conditioning"), self.module("nodes._host.conditioning")
-            a_map = conditioning.ConditioningMap.through(self.space(model), facts["sigma"], facts["sigma_hat"])
+            a_map = conditioning.ConditioningMap.through(self.space(model), facts["sigma"], facts["sigma_cond"])
             patched = host.with_conditioning(patched, host.Remap(name, a_map))
         return patched
 
@@ -95,11 +97,11 @@ class FittedLab(Lab):
     def space(self, model: str) -> Any:
         return self.module("kernels.space").NoiseSpace("ve" if model == "unet" else "flow")
 
-    def told(self, sigma: Sequence[float], sigma_hat: Sequence[float]) -> tuple[tuple[str, tuple], ...]:
-        """The node of a Cell that tells its network sigma_hat; the code that does so is part of it."""
+    def told(self, sigma: Sequence[float], sigma_cond: Sequence[float]) -> tuple[tuple[str, tuple], ...]:
+        """The node of a Cell that tells its network sigma_cond; the code that does so is part of it."""
         files = [ROOT / "kernels" / "conditioning.py", ROOT / "nodes" / "_host" / "conditioning.py"]
         code = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-        return (("told", (("sigma", tuple(sigma)), ("sigma_hat", tuple(sigma_hat)), ("code", code))),)
+        return (("told", (("sigma", tuple(sigma)), ("sigma_cond", tuple(sigma_cond)), ("code", code))),)
 
     def fitted(self, key: list, fit: Callable[[], dict]) -> dict:
         """fit(), kept in the cache under everything in `key`."""
@@ -146,7 +148,7 @@ class FittedLab(Lab):
 
 
 def aligned(lab: FittedLab, model: str, steps: int, loss: str) -> dict:
-    """{"sigma", "sigma_hat", "gain"} for Euler on the levels of BASE; loss: "sequential", "parallel" or "ours"."""
+    """{"sigma", "sigma_cond", "gain"} for Euler on the levels of BASE; loss: "sequential", "parallel" or "ours"."""
     levels = torch.tensor(lab.sigmas(model, BASE, steps))
     kernel, space = lab.module("kernels.timestep_aligner"), lab.space(model)
 
@@ -163,10 +165,10 @@ def aligned(lab: FittedLab, model: str, steps: int, loss: str) -> dict:
                 return [alpha * data + sigma * torch.randn(data.shape, generator=draws)]
 
             anew = noised if loss == "parallel" else None
-            fit = kernel.align_published(solves.denoise, levels, [path.states[0]], space, high, anew)
+            fit = published.align_published(solves.denoise, levels, [path.states[0]], space, high, anew)
         found = last(fit)
-        sigma, sigma_hat = found.knots(space)
-        return {"sigma": sigma, "sigma_hat": sigma_hat, "gain": found.gain}
+        sigma, sigma_cond = found.knots(space)
+        return {"sigma": sigma, "sigma_cond": sigma_cond, "gain": found.gain}
 
     key = ["aligned", model, levels.tolist(), {"ours": False, "sequential": True}.get(loss, loss)]
     return lab.fitted(key, lambda: lab.session(model, "euler", len(shipped.PROMPTS), work))
@@ -174,18 +176,18 @@ def aligned(lab: FittedLab, model: str, steps: int, loss: str) -> dict:
 
 def klub(lab: FittedLab, model: str, start: str) -> dict:
     """{"sweeps": positive sigma / alpha at the start and after each sweep, "moved": ln in the last one}, 10 steps."""
-    ays, tuner, space = lab.module("kernels.ays"), lab.module("kernels.tuner"), lab.space(model)
+    space = lab.space(model)
 
     def work(solves, noises, reference) -> dict:
         data = solves.record(reference, noises[0]).end
         low = float(lab.models[model].get_model_object("model_sampling").sigma_min)
         levels = torch.tensor(lab.sigmas(model, "normal", KLUB_STEPS)).double()
         levels[-1] = min(low, float(levels[-2]) / 2)
-        ratio = (levels / space.alpha(levels)).clamp(max=tuner.LARGEST_RATIO)
+        ratio = (levels / space.alpha(levels)).clamp(max=published.TOP_OF_FLOW)
         if start != "normal":
-            ratio = ays.klub_optimal_gaussian(KLUB_STEPS, float(ratio[-1]), float(ratio[0]), float(data.std()))
-        denoise, generator = ays.ve_denoiser(solves.denoise_at, space), torch.Generator().manual_seed(0)
-        search = ays.minimise_klub(denoise, data, ratio, generator, sweeps=KLUB_SWEEPS)
+            ratio = published.klub_optimal_gaussian(KLUB_STEPS, float(ratio[-1]), float(ratio[0]), float(data.std()))
+        denoise, generator = published.ve_denoiser(solves.denoise_at, space), torch.Generator().manual_seed(0)
+        search = published.minimise_klub(denoise, data, ratio, generator, sweeps=KLUB_SWEEPS)
         sweeps = [sweep for sweep in search if sweep is not None]
         return {"sweeps": [ratio.tolist(), *(one.sigmas.tolist() for one in sweeps)], "moved": sweeps[-1].moved}
 
@@ -218,7 +220,7 @@ def klub_schedule(lab: FittedLab, model: str, ratio: Sequence[float] | torch.Ten
 
 
 def searched(lab: FittedLab, model: str, steps: int, part: list[Task], most: int) -> dict:
-    """{"sigmas", "sigma", "sigma_hat", "trials"}: levels and told levels for Euler, moved one at a time from the tuned
+    """{"sigmas", "sigma", "sigma_cond", "trials"}: levels and told levels for Euler, moved one at a time from the tuned
     ones, `most` times or till nothing helps, by the deviation of `part` from its own converged pictures, which no user
     has."""
     fitted, space = shipped_profile(lab, model, "euler", steps), lab.space(model)
@@ -244,7 +246,7 @@ def searched(lab: FittedLab, model: str, steps: int, part: list[Task], most: int
 
         best, offsets = start, dict.fromkeys(inner, 0.0)
         for one in fitted.alignments[:1]:
-            heard = conditioning.ConditioningMap.through(space, one.sigma, one.sigma_hat)(start.double())
+            heard = conditioning.ConditioningMap.through(space, one.sigma, one.sigma_cond)(start.double())
             moves = space.log_ratio(heard) - space.log_ratio(start.double())
             offsets = {i: float(moves[i]) for i in inner}
         begin = least = error(best, offsets)
@@ -267,9 +269,9 @@ def searched(lab: FittedLab, model: str, steps: int, part: list[Task], most: int
                         best, offsets, least, gained = moved, heard, found, True
                         towards[what, i] = sign
                         break
-        sigma, sigma_hat = told(best, offsets)
+        sigma, sigma_cond = told(best, offsets)
         ends = {"before": begin, "after": least, "trials": trials}
-        return {"sigmas": best.tolist(), "sigma": sigma, "sigma_hat": sigma_hat, **ends}
+        return {"sigmas": best.tolist(), "sigma": sigma, "sigma_cond": sigma_cond, **ends}
 
     key = ["searched", model, fitted.sigmas, [astuple(task) for task in part], most, lab.converged_steps]
     return lab.fitted(key, lambda: lab.session(model, "euler", len(part), search, part))
@@ -290,7 +292,7 @@ def cells(lab: FittedLab, model: str, sampler: str, steps: int, groups: list[str
         if profile.alignments:
             one = profile.alignments[0]
             found["tuned, levels alone"] = found["tuned"]
-            found["tuned"] = replace(found["tuned"], nodes=lab.told(one.sigma, one.sigma_hat))
+            found["tuned"] = replace(found["tuned"], nodes=lab.told(one.sigma, one.sigma_cond))
     if "klub" in groups:
         with suppress(NotDrawn):
             ratio = klub(lab, model, "closed form")["sweeps"][-1]
@@ -301,8 +303,8 @@ def cells(lab: FittedLab, model: str, sampler: str, steps: int, groups: list[str
         for name, loss in ALIGNERS.items():
             with suppress(NotDrawn):
                 fit, base = aligned(lab, model, steps, loss), plain(lab.sigmas(model, BASE, steps))
-                changed = fit["sigma"] != fit["sigma_hat"]
-                found[name] = replace(base, nodes=lab.told(fit["sigma"], fit["sigma_hat"])) if changed else base
+                changed = fit["sigma"] != fit["sigma_cond"]
+                found[name] = replace(base, nodes=lab.told(fit["sigma"], fit["sigma_cond"])) if changed else base
     return found
 
 
@@ -460,7 +462,7 @@ def limit(lab: FittedLab, rows: list[Row], models: list[str], work: list[Task], 
             fit = searched(lab, model, steps, work[own], trials)
         except NotDrawn:
             continue
-        cell = Cell(model, "euler", tuple(fit["sigmas"]), nodes=lab.told(fit["sigma"], fit["sigma_hat"]))
+        cell = Cell(model, "euler", tuple(fit["sigmas"]), nodes=lab.told(fit["sigma"], fit["sigma_cond"]))
         seen = look(lab, cell, work, progress(f"{model} searched"))
         share = lambda one, part, best=best: mean_root(one.errors[part]) / mean_root(best.errors[part])
         body.append(

@@ -55,8 +55,20 @@ class Host:
         node = self.nodes.NODE_CLASS_MAPPINGS[node_id]
         with torch.inference_mode():
             if hasattr(node, "execute"):
-                return node.execute(**inputs).result
+                return self._resolved(node.execute(**inputs))
             return getattr(node(), node.FUNCTION)(**inputs)
+
+    def _resolved(self, output) -> tuple:
+        """The outputs of a node, those of the nodes that it stands for in place of links to them."""
+        done: dict[str, tuple] = {}
+
+        def value(given):
+            inner = isinstance(given, list) and len(given) == 2 and given[0] in (output.expand or {})
+            return done[given[0]][given[1]] if inner else given
+
+        for name, one in (output.expand or {}).items():  # in the order in which they were added
+            done[name] = self.call(one["class_type"], **{key: value(given) for key, given in one["inputs"].items()})
+        return tuple(map(value, output.result))
 
     def module(self, name: str):
         """A module of the pack as the host loaded it: "nodes.train_npnet"."""

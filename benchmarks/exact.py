@@ -26,10 +26,10 @@ import time
 from pathlib import Path
 
 import torch
-from analytic import Gaussian, Mixture, PowerLawField, gaussian_kl
 from torch import Tensor, nn
 
 import _pack  # noqa: F401
+from analytic import Gaussian, Mixture, PowerLawField, gaussian_kl
 from comfy_process import Host
 from harness import CORE
 from pack.kernels.space import NoiseSpace

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import _pack  # noqa: F401
 from comfy_process import Host
 from exact import (
     GROUPS,
@@ -42,10 +43,8 @@ from exact import (
     start,
 )
 from harness import last
-from pack.kernels.ays import klub_optimal_gaussian, minimise_klub, ve_denoiser
-from pack.kernels.timestep_aligner import align_published
-from pack.kernels.tuner import LARGEST_RATIO
 from pack.models.calibration import Calibration, CondLevels
+from published import TOP_OF_FLOW, align_published, klub_optimal_gaussian, minimise_klub, ve_denoiser
 from results import DOCS, Table, markdown, record
 
 TARGETS = {"mixture": mixture, "1/f field": field}
@@ -116,7 +115,7 @@ def klub(problem: Problem, solver: str, steps: int, early: bool) -> Tensor:
     space, uniform = problem.space, levels(problem.host, problem.model, "normal", steps).double()
     low = float(problem.sampling.sigma_min)
     positive = torch.cat([uniform[:-1], torch.tensor([min(low, float(uniform[-2]) / 2)])])
-    ratio = (positive / space.alpha(positive)).clamp(max=LARGEST_RATIO)
+    ratio = (positive / space.alpha(positive)).clamp(max=TOP_OF_FLOW)
     if not early:
         ratio = klub_optimal_gaussian(steps, float(ratio[-1]), float(ratio[0]), 1.0)
     data = problem.data(4096 if problem.name == "mixture" else 64)

@@ -34,9 +34,9 @@ from results import DOCS, Table, markdown, record
 SIDE, STEPS, SEEDS, SAMPLES = 64, 4, 3, 50
 WARM_UP = 0.2  # of the prompts: what grows there are caches of the host and of the allocator
 WORKFLOWS = [
-    "first_picture", "flow_model", "aligned_ksampler", "aligned_schedule", "apply_profile", "encoder_propagation",
-    "block_propagation", "noise_shift", "one_more_step", "golden_noise", "golden_noise_advanced", "redenoise", "zigzag",
-    "select_noise", "signal_leak", "one_more_step_colour", "img2img", "few_step", "everything_at_once",
+    "first_picture", "flow_model", "aligned_ksampler", "aligned_schedule", "apply_profile", "propagation",
+    "propagation_transformer", "noise_shift", "one_more_step", "golden_noise", "golden_noise_advanced", "redenoise",
+    "zigzag", "select_noise", "signal_leak", "one_more_step_colour", "img2img", "few_step", "everything_at_once",
 ]  # fmt: skip
 STOCK = ["first_picture", "flow_model"]
 MEASURED = ["memory, MB", "objects", "tensors", "objects of Attune", "model patchers"]

@@ -169,7 +169,7 @@ class Bench:
         about = self.lab.models[self.model]
         at = [math.log(s / (1 - s)) for s in KNOTS] if space == "flow" else [-3.0, -1.0, 0.0, 1.0, 2.0]
         moves = [max(-FURTHEST, min(FURTHEST, offset + slope * a)) for a in at]
-        curve = {"sigma": [ends(a) for a in at], "sigma_hat": [ends(a + m) for a, m in zip(at, moves, strict=True)]}
+        curve = {"sigma": [ends(a) for a in at], "sigma_cond": [ends(a + m) for a, m in zip(at, moves, strict=True)]}
         profile = {
             "format": 1, "kind": "noise_shift", "name": f"line {offset:+g} {slope:+g}", "method": "line",
             "space": space, "families": [type(about.model.model_config).__name__], "resolution": [NATIVE, NATIVE],
@@ -196,7 +196,7 @@ class Bench:
 def truthful(file: Path) -> set[int]:
     """The sides at which a noise shift tells the truth: the native one, and those that its gate refused."""
     curves = json.loads(file.read_text("utf-8"))["alignments"]
-    moved = {curve["resolution"][0] for curve in curves if curve["sigma"] != curve["sigma_hat"]}
+    moved = {curve["resolution"][0] for curve in curves if curve["sigma"] != curve["sigma_cond"]}
     return {curve["resolution"][0] for curve in curves} - moved | {NATIVE} - moved
 
 
@@ -248,7 +248,7 @@ def measure(bench: Bench, side: int, work: list[Task], sweep: list[Task]) -> lis
 def measure_injected(bench: Bench, work: list[Task], sweep: list[Task]) -> list[Row]:
     """The native size with every level told wrong on purpose: here the told level is all that is to be repaired.
 
-    Both fits get eight latents that the right model drew of other tasks; two thirds of a minute on one core.
+    The fit gets eight latents that the right model drew of other tasks; two thirds of a minute on one core.
     """
     wrong = ("AttuneNoiseShift", (("profile", bench._line(INJECTED)), ("strength", 1.0)))
     pictures = sweep[:8]
@@ -257,7 +257,7 @@ def measure_injected(bench: Bench, work: list[Task], sweep: list[Task]) -> list[
     given = {"native_width": NATIVE, "native_height": NATIVE, "preset": "quick", "seed": 0, "save_as": "", "sizes": ""}
     right = bench.seen(bench.cell(NATIVE), work)
     settings = {"told right": right, "told wrong": bench.seen(bench.cell(NATIVE, wrong), work)}
-    for method in ("joint", "per level"):
+    for method in ("joint",):
         profile, _, report = bench.lab.host.call(
             "AttuneFitNoiseShift", model=bench.lab.patched(bench.model, (*bench.loaders, wrong)), method=method,
             latent={"samples": clean}, positive=prompts, **given,

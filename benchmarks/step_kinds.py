@@ -2,7 +2,7 @@
 
 python dev.py bench step_kinds [--models SD1.5 SDXL] [--pixels 512] [--dtype bf16] [--steps 9]
 
-SD1.5 and SDXL with random weights are sampled through the host with Attune Encoder Propagation, a key step every fourth
+SD1.5 and SDXL with random weights are sampled through the host with Attune Propagation, a key step every fourth
 step. FLOPs are counted operator by operator while the steps run; beside them stands what the node predicts from the
 shapes. Time is relative to the whole steps of the same run, without its first step, which warms up. Working memory is
 what a step takes on top of what was in use before it; kept is what the node holds between the steps.
@@ -107,7 +107,7 @@ def measure(host: Host, name: str, args: argparse.Namespace) -> tuple[list[list]
     rows, raw = [], []
     for reuse in REUSES:
         (patched,) = host.call(
-            "AttuneEncoderPropagation", model=model, mode="uniform", interval=INTERVAL, speed=1.5, reuse=reuse,
+            "AttunePropagation", model=model, mode="uniform", interval=INTERVAL, speed=1.5, reuse=reuse,
             forecast=False, keep_last=0, start_percent=0.0, end_percent=1.0, prior_noise=0.0,
             cache_dtype="as computed", cache_device="as computed", memory_limit=0, parallel="off",
         )  # fmt: skip
@@ -127,7 +127,7 @@ def predictions(model: Any, reuse: str, side: int) -> tuple[float, int]:
     """What the node says of a shorter step: percent of a whole one, and elements kept for one picture."""
     pack: Callable[[str], Any] = lambda module: sys.modules[f"{ROOT}.{module}"]
     network = model.model.diffusion_model
-    size = pack("nodes._host.propagation.unet_blocks").measure_unet(network, side, side)
+    size = pack("nodes._host.propagation.unet").measure_unet(network, side, side)
     top = pack("nodes._host.propagation.unet").top_blocks(network)
     part = pack("nodes._plan.propagation").reuse_by_name(reuse, False, len(size.skips), top)
     return 100 * size.costs.of_step(part), size.kept_elements(part)

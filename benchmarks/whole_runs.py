@@ -6,7 +6,7 @@ SD1.5 and SDXL with random weights are sampled through the host with Euler, one 
 last step. Time is that of the whole sampler call in units of the run's own whole evaluations (their median), which
 cancels what a busy machine does from one run to the next; on a CPU it is the processor's. Core's caches decide by what
 the network answers, and a random one answers nothing of use: for their fidelity, and for how often they skip on a
-trained one, see `encoder_propagation`. Here they show what a run costs with the evaluations that are left.
+trained one, see `propagation`. Here they show what a run costs with the evaluations that are left.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from encoder_propagation import ONE, TOP, settings
+from propagation import ONE, TOP, settings
 from step_kinds import Step, clock, watching
 
 from comfy_process import Host
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", type=int, default=[50, 25, 20])
     parser.add_argument("--add", action="store_true", help="to the last record's other networks")
     parser.add_argument(
-        "--only", nargs="+", default=SHOWN, help="settings of `encoder_propagation` whose names begin with one of these"
+        "--only", nargs="+", default=SHOWN, help="settings of `propagation` whose names begin with one of these"
     )
     parser.add_argument("--memory", type=float, default=1e9, metavar="GB")
     parser.add_argument("--cache", type=Path, help="not used: nothing here is worth keeping")

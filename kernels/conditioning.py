@@ -13,13 +13,13 @@ from torch import Tensor
 from .space import NoiseSpace
 from .types import Sigma
 
-LARGEST_RATIO = 8.0  # of sigma_hat to sigma, on flow of their odds; a fit that asks for more is not credible
+LARGEST_RATIO = 8.0  # of sigma_cond to sigma, on flow of their odds; a fit that asks for more is not credible
 FADE = 1.0  # log units beyond the outermost knots until the map is the identity
 
 
 @dataclass(frozen=True)
 class ConditioningMap:
-    """sigma -> sigma_hat, piecewise linear in l = ln(sigma / alpha): l_hat = l + offset(l), never decreasing.
+    """sigma -> sigma_cond, piecewise linear in l = ln(sigma / alpha): l_hat = l + offset(l), never decreasing.
 
     `at` are the values of l in ascending order, `offset` the offsets there; the first and the last offset are 0 and so
     is every offset beyond. Where the offset is 0, sigma comes back unchanged to the last bit: at 0, at a flow's 1 and
@@ -36,9 +36,9 @@ class ConditioningMap:
 
     @classmethod
     def through(
-        cls, space: NoiseSpace, sigma: Sequence[float], sigma_hat: Sequence[float], strength: float = 1.0
+        cls, space: NoiseSpace, sigma: Sequence[float], sigma_cond: Sequence[float], strength: float = 1.0
     ) -> ConditioningMap:
-        """The map through the knots (sigma, sigma_hat), its offsets times `strength` (0 is the identity, 1 all).
+        """The map through the knots (sigma, sigma_cond), its offsets times `strength` (0 is the identity, 1 all).
 
         `sigma` ascends, inside (0, inf) on VE and (0, 1) on flow: the ends of the range map to themselves and are no
         knots. Beyond its knots the offset falls linearly to 0 within one log unit, or within twice its own size if
@@ -47,10 +47,10 @@ class ConditioningMap:
         """
         if not 0 <= strength <= 1:
             raise ValueError(f"The strength of a conditioning map goes from 0 to 1, but it is {strength:.4g}.")
-        low, high = _log_ratios(space, "sigma", sigma), _log_ratios(space, "sigma_hat", sigma_hat)
+        low, high = _log_ratios(space, "sigma", sigma), _log_ratios(space, "sigma_cond", sigma_cond)
         if len(low) != len(high) or not low:
             raise ValueError(
-                f"A conditioning map needs as many sigma_hat as sigma, but there are {len(high)} and {len(low)}."
+                f"A conditioning map needs as many sigma_cond as sigma, but there are {len(high)} and {len(low)}."
             )
         for i, (a, b) in enumerate(pairwise(low)):
             if a >= b:
@@ -61,7 +61,7 @@ class ConditioningMap:
         for i, (a, b) in enumerate(zip(low, high, strict=True)):
             if abs(b - a) > math.log(LARGEST_RATIO) * (1 + 1e-12):
                 raise ValueError(
-                    f"The conditioning map turns sigma {sigma[i]:.4g} into {sigma_hat[i]:.4g}, a ratio beyond "
+                    f"The conditioning map turns sigma {sigma[i]:.4g} into {sigma_cond[i]:.4g}, a ratio beyond "
                     f"{LARGEST_RATIO:.0f}: this calibration is not credible. Fit it again."
                 )
         raised = list(accumulate(high, max))
@@ -80,7 +80,7 @@ class ConditioningMap:
         return float(self._offset(at))
 
     def __call__(self, sigma: Sigma) -> Sigma:
-        """sigma_hat for every element of `sigma`; same shape, dtype and device."""
+        """sigma_cond for every element of `sigma`; same shape, dtype and device."""
         if self.is_identity:
             return sigma
         # Half precision would round the logarithm; float64 is unknown to some devices.

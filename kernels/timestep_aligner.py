@@ -22,12 +22,14 @@ from .conditioning import ConditioningMap
 from .space import NoiseSpace
 from .types import Latent, Sigma, Sigmas
 
-ToldDenoiser: TypeAlias = Callable[[Latent, Sigma, Sigma], Latent]  # x, sigma, sigma_hat (told the network) -> denoised
+ToldDenoiser: TypeAlias = Callable[
+    [Latent, Sigma, Sigma], Latent
+]  # x, sigma, sigma_cond (what the network is told) -> denoised
 
-LEAST_GAIN = 0.01  # of a step's deviation; below it the step keeps its true level
+LEAST_STEP_GAIN = 0.01  # of a step's deviation; below it the step keeps its true level
 RANGE = (0.2, 1.3)  # tau / sigma, on flow the ratio of their odds
 COARSE, FINE = 9, 6
-CANDIDATES = COARSE + FINE  # calls of the network for each step and noise, at most
+CALLS_PER_STEP = COARSE + FINE  # calls of the network for each step and noise, at most
 BLOCK = 8  # latent pixels
 
 
@@ -66,15 +68,15 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class Alignment:
-    """sigma_hat [n] for the first level of each of n steps, and by how much each step came nearer to the path [n]."""
+    """sigma_cond [n] for the first level of each of n steps, and by how much each step came nearer to the path [n]."""
 
     sigma: tuple[float, ...]
-    sigma_hat: tuple[float, ...]
+    sigma_cond: tuple[float, ...]
     gain: tuple[float, ...]
 
     @property
     def changes(self) -> bool:
-        return self.sigma != self.sigma_hat
+        return self.sigma != self.sigma_cond
 
     def through(self, space: NoiseSpace) -> ConditioningMap | None:
         """The map through all knots inside the range; None where nothing is changed."""
@@ -83,10 +85,10 @@ class Alignment:
         return ConditioningMap.through(space, *self.knots(space))
 
     def knots(self, space: NoiseSpace) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """sigma and sigma_hat, ascending; a flow's 1 maps to itself and is no knot."""
+        """sigma and sigma_cond, ascending; a flow's 1 maps to itself and is no knot."""
         top = math.inf if space.kind == "ve" else 1.0
-        inside = [(s, told) for s, told in zip(self.sigma, self.sigma_hat, strict=True) if 0 < s < top][::-1]
-        return tuple(s for s, _ in inside), tuple(told for _, told in inside)
+        inside = [(s, cond) for s, cond in zip(self.sigma, self.sigma_cond, strict=True) if 0 < s < top][::-1]
+        return tuple(s for s, _ in inside), tuple(cond for _, cond in inside)
 
 
 def block_norm(x: Latent) -> float:
@@ -120,14 +122,14 @@ def align(
     knows.
     """
     states = [path.at(float(sigmas[0])) for path in paths]
-    calls, told, gains = 0, [], []
+    calls, chosen, gains = 0, [], []
     for sigma, sigma_next in pairwise(sigmas.tolist()):
         targets = [path.at(sigma_next) for path in paths]
 
         def deviation(reached: list[Latent], targets: list[Latent] = targets) -> float:
             return sum(block_norm(x - target) for x, target in zip(reached, targets, strict=True))
 
-        search = _search(_step(denoise, states, sigma, sigma_next), deviation, sigma, space, highest)
+        search = search_tau(euler_step(denoise, states, sigma, sigma_next), deviation, sigma, space, highest)
         while True:
             try:
                 next(search)
@@ -136,59 +138,12 @@ def align(
                 break
             calls += len(paths)
             yield calls
-        told.append(tau)
+        chosen.append(tau)
         gains.append(1 - least / plain if plain else 0.0)
-    return Alignment(tuple(sigmas.tolist()[:-1]), tuple(told), tuple(gains))
+    return Alignment(tuple(sigmas.tolist()[:-1]), tuple(chosen), tuple(gains))
 
 
-def align_published(
-    denoise: ToldDenoiser,
-    sigmas: Sigmas,
-    starts: Sequence[Latent],
-    space: NoiseSpace,
-    highest: float = math.inf,
-    noised: Callable[[float], Sequence[Latent]] | None = None,
-) -> Generator[int, None, Alignment]:
-    """Fit tau by the loss of the paper, for comparison with `align`; yields the calls made so far.
-
-    The loss of a step is E|eps(x, sigma) - eps(x_next(tau), sigma_next)|^2: that the noise which the network sees stays
-    the same over the step. Sequential: x is what the aligned steps have made of `starts`. Parallel: x = noised(sigma),
-    data noised anew for each step. The step to 0 keeps its true level, as in the paper. Searched as in `align`, where
-    the paper descends along gradients: it is one number a step. Up to 31 calls for each step and latent.
-    """
-    states, calls, told, gains = list(starts), 0, [], []
-
-    def eps(x: Latent, sigma: float) -> Latent:
-        level = torch.full((len(x),), sigma, dtype=x.dtype)
-        return (x - float(space.alpha(torch.tensor(sigma))) * denoise(x, level, level)) / sigma
-
-    for sigma, sigma_next in pairwise(sigmas.tolist()):
-        if sigma_next == 0:
-            told.append(sigma)
-            gains.append(0.0)
-            continue
-        states = list(noised(sigma)) if noised is not None else states
-        wanted = [eps(x, sigma) for x in states]
-        calls += len(states)
-
-        def change(reached: list[Latent], wanted: list[Latent] = wanted, level: float = sigma_next) -> float:
-            return sum(float((eps(x, level) - b).square().sum()) for x, b in zip(reached, wanted, strict=True))
-
-        search = _search(_step(denoise, states, sigma, sigma_next), change, sigma, space, highest)
-        while True:
-            try:
-                next(search)
-            except StopIteration as end:
-                tau, states, least, plain = end.value
-                break
-            calls += 2 * len(states)
-            yield calls
-        told.append(tau)
-        gains.append(1 - least / plain if plain else 0.0)
-    return Alignment(tuple(sigmas.tolist()[:-1]), tuple(told), tuple(gains))
-
-
-def _search(
+def search_tau(
     step: Callable[[float], list[Latent]],
     loss: Callable[[list[Latent]], float],
     sigma: float,
@@ -211,13 +166,13 @@ def _search(
                 continue
             reached = step(candidate)
             score[offset] = loss(reached)
-            if score[offset] < min(least, (1 - LEAST_GAIN) * plain):
+            if score[offset] < min(least, (1 - LEAST_STEP_GAIN) * plain):
                 tau, best, least = candidate, reached, score[offset]
             yield
     return tau, best, least, plain
 
 
-def _step(
+def euler_step(
     denoise: ToldDenoiser, states: list[Latent], sigma: float, sigma_next: float
 ) -> Callable[[float], list[Latent]]:
     """tau -> the states after one step of Euler."""
@@ -225,8 +180,8 @@ def _step(
 
 
 def _euler(denoise: ToldDenoiser, x: Latent, sigma: float, sigma_next: float, tau: float) -> Latent:
-    level, told = (torch.full((len(x),), value, dtype=x.dtype) for value in (sigma, tau))
-    return x + (sigma_next - sigma) * (x - denoise(x, level, told)) / sigma
+    level, sigma_cond = (torch.full((len(x),), value, dtype=x.dtype) for value in (sigma, tau))
+    return x + (sigma_next - sigma) * (x - denoise(x, level, sigma_cond)) / sigma
 
 
 def _coarse(score: dict[float, float]) -> list[float]:

@@ -2,11 +2,9 @@
 
 Every candidate runs through the very solver it is for and is measured by how far its pictures are from those of many
 small steps with the same noise. Known schedules are screened. On the best of them the timesteps of a first-order solver
-are aligned to the exact paths; told those, its levels are refined by a pattern search. What does not help on noises
-that no stage has seen, by more than chance, is dropped, so the answer can be the best known schedule, unchanged. No
-gradients, one noise at a time.
-
-In place of the search and the alignment the bound of Align Your Steps can be minimised, under the same gate.
+are aligned to the exact paths; told those, its levels are refined by a pattern search. What does not help pictures that
+no stage has seen, by more than chance and by more than the reference may be wrong (`gate`), is dropped, so the answer
+can be the best known schedule, unchanged. No gradients, one noise at a time.
 """
 
 from __future__ import annotations
@@ -19,29 +17,21 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .ays import CANDIDATES as LEVEL_CANDIDATES
-from .ays import minimise_klub, ve_denoiser
 from .conditioning import ConditioningMap
+from .gate import Verdict, judge
 from .schedules import check_sigmas
 from .space import NoiseSpace
-from .timestep_aligner import CANDIDATES, Alignment, ToldDenoiser, Trajectory, align, block_norm, block_norms
-from .types import Denoiser, Latent, Sigma, Sigmas
+from .timestep_aligner import CALLS_PER_STEP, Alignment, ToldDenoiser, Trajectory, align, block_norm, block_norms
+from .types import Latent, Sigmas
 
 FIRST_MOVE, LAST_MOVE = 0.35, 0.04  # of the gap to the neighbouring level, in ln(sigma / alpha)
 ENOUGH = 0.001  # relative gain at which the search takes a move
-GATE = 0.01  # relative gain on held-out noises at which a stage is kept
-SURE = 2.0  # and by how many standard errors of the paired differences it must gain
-FEW_PICTURES = 4  # with fewer on held-out noises, their blocks are compared in place of the pictures
 FINALISTS = 2  # known schedules that also run on the held-out noises before one of them is the start
-BOUND_SWEEPS = 6  # over all levels, at most
-BOUND_DRAWS = 8  # of two noise levels, for each fitted noise and estimate
-BOUND_START = "normal"  # uniform in the timestep, where the authors start
-LARGEST_RATIO = 1000.0  # sigma / alpha that stands for the bound's upper end on flow, whose 1 has none
-EXACT_ENOUGH = 1 / 3  # of the best candidate's error: with a less exact reference a fit would follow its errors
+EXACT_ENOUGH = 1 / 3  # of the best candidate's error; beyond, no fit could gain what the gate asks for
 
 
 @dataclass(frozen=True)
-class Preset:
+class TunerPreset:
     """How much is spent: noises to fit on and to hold out, steps of the reference, schedules to screen, moves."""
 
     fit: int
@@ -56,21 +46,13 @@ class Preset:
         reference = self.reference_steps * seeds + self.reference_steps // 2
         search = (min(candidates, self.candidates) + self.trials) * run * self.fit
         gates = (FINALISTS + (2 if aligned else 1)) * run * self.held_out
-        return reference + search + gates + ((CANDIDATES * steps + run) * self.fit if aligned else 0)
-
-    def bound_evaluations(self, steps: int, candidates: int, order: int = 1) -> int:
-        """The most calls of the guided model that `tune_by_bound` makes."""
-        run, seeds = steps * order, self.fit + self.held_out
-        reference = self.reference_steps * seeds + self.reference_steps // 2
-        sweep = 4 * LEVEL_CANDIDATES * BOUND_DRAWS * self.fit * (steps - 1) + run * self.fit
-        screened = min(candidates, self.candidates) * run * self.fit
-        return reference + screened + BOUND_SWEEPS * sweep + run * self.fit + (FINALISTS + 1) * run * self.held_out
+        return reference + search + gates + ((CALLS_PER_STEP * steps + run) * self.fit if aligned else 0)
 
 
-PRESETS = {
-    "mini": Preset(1, 1, 32, 9, 10),
-    "quick": Preset(2, 2, 48, 14, 24),
-    "standard": Preset(4, 2, 48, 14, 40),
+TUNER_PRESETS = {
+    "mini": TunerPreset(1, 6, 40, 9, 10),
+    "quick": TunerPreset(2, 9, 48, 14, 24),
+    "standard": TunerPreset(4, 12, 48, 14, 40),
 }
 
 
@@ -79,9 +61,8 @@ class Runner:
     """The model and solver at hand.
 
     solve: the end of a run of the solver, told a map or None. record: the path of a run of the reference solver.
-    denoise: x, sigma, sigma_hat -> denoised, for solvers whose step is Euler's; else None and nothing is aligned.
+    denoise: x, sigma, sigma_cond -> denoised, for solvers whose step is Euler's; else None and nothing is aligned.
     order: evaluations of the model in one step of the solver. highest: the highest level the network knows.
-    denoise_at: x [n b ...], sigma [n b] -> denoised, b pictures at a time; for the bound alone.
     """
 
     solve: Callable[[Sigmas, Latent, ConditioningMap | None], Latent]
@@ -89,7 +70,6 @@ class Runner:
     denoise: ToldDenoiser | None = None
     order: int = 1
     highest: float = math.inf
-    denoise_at: Denoiser | None = None
 
 
 @dataclass(frozen=True)
@@ -108,8 +88,9 @@ class Tuned:
     """The schedule, its alignment or None, and the evidence.
 
     start: name of the best known schedule, of all noises. candidates: name -> error on the fitted noises. held_out:
-    error on the others, of "start" and of "aligned" and "refined" where kept. reference_error: of the reference itself,
-    estimated from half its steps. refused: one sentence for each stage that was left out.
+    mean error on the others, of "start" and of "aligned" and "refined" where kept. reference_error: of the reference
+    itself, estimated from half its steps. refused: one sentence for each stage that was left out. verdicts: what the
+    gate found, of "aligned" and "refined" where it was asked, each against what was kept before it.
     """
 
     sigmas: Sigmas
@@ -120,6 +101,7 @@ class Tuned:
     reference_error: float
     evaluations: int
     refused: list[str] = field(default_factory=list)
+    verdicts: dict[str, Verdict] = field(default_factory=dict)
 
     @property
     def error(self) -> float:
@@ -137,90 +119,30 @@ def tune(
     candidates: Mapping[str, Sigmas],
     reference: Sigmas,
     noises: Sequence[Latent],
-    preset: Preset,
+    preset: TunerPreset,
     space: NoiseSpace,
     has_time: Callable[[], bool] = lambda: True,
+    levels: bool = True,
+    timesteps: bool = True,
 ) -> Generator[Progress, None, Tuned]:
     """Screen the first `preset.candidates` of the schedules, align, refine, keep what helps on held-out noises.
 
     All candidates have the same number of steps. `noises`: fit + held_out of them. `reference`: the levels of its run.
-    Once `has_time` says no, what is left of the search is skipped and its best goes to the gate.
+    levels, timesteps: whether these are fitted; timesteps only where the runner has `denoise`. Once `has_time` says no,
+    what is left of the search is skipped and its best goes to the gate.
     """
     if len(noises) != preset.fit + preset.held_out:
         raise ValueError(f"The preset needs {preset.fit + preset.held_out} noises, but there are {len(noises)}.")
     work = _Work(runner, preset, dict(list(candidates.items())[: preset.candidates]), space)
     yield from work.teach(reference, noises)
     yield from work.screen()
-    before = yield from work.choose_start()
-    refused: list[str] = []
-    held_out = {"start": mean(before)}
-    start, kept, alignment = work.start, work.best, None
-
-    exact = work.reference_error <= EXACT_ENOUGH * held_out["start"]
-    if not exact:
-        refused.append(
-            f"No search: the reference's own error {work.reference_error:.3g} is not small against the error of "
-            f"{start}, {held_out['start']:.3g}."
-        )
-    if exact and runner.denoise is not None and has_time():
-        fitted = yield from work.align(kept)
-        a_map = fitted.through(space)
-        after = before if a_map is None else work.held_out(kept, a_map)
-        yield work.progress("held-out noises")
-        if is_gain(before, after):
-            alignment, before, held_out["aligned"] = fitted, after, mean(after)
-            work.tell(a_map)
-        elif a_map is None:
-            refused.append("The aligned timesteps were not kept: no step gains from another than the true one.")
-        else:
-            refused.append(_refusal("aligned timesteps", before, after, "the true ones"))
-    if exact:
-        yield from work.refine(has_time)
-        if not torch.equal(work.best, kept):
-            after = work.held_out(work.best, work.a_map)
-            yield work.progress("held-out noises")
-            if is_gain(before, after):
-                kept, held_out["refined"] = work.best, mean(after)
-            else:
-                refused.append(_refusal("refined levels", before, after, start))
-    return Tuned(
-        kept, alignment, start, work.errors, held_out, work.reference_error, work.evaluations, refused
-    )  # fmt: skip
-
-
-def tune_by_bound(
-    runner: Runner,
-    candidates: Mapping[str, Sigmas],
-    reference: Sigmas,
-    noises: Sequence[Latent],
-    preset: Preset,
-    space: NoiseSpace,
-    sigma_min: float,
-    generator: torch.Generator,
-    has_time: Callable[[], bool] = lambda: True,
-) -> Generator[Progress, None, Tuned]:
-    """Screen the known schedules, then minimise the bound of Align Your Steps from the time-uniform one.
-
-    The data of the bound are the reference's own ends on the fitted noises. The bound ranks schedules wrongly near its
-    minimum, so the sweep with the least error on the fitted noises is taken and kept if it passes the gate of `tune`.
-    """
-    if len(noises) != preset.fit + preset.held_out:
-        raise ValueError(f"The preset needs {preset.fit + preset.held_out} noises, but there are {len(noises)}.")
-    work = _Work(runner, preset, dict(list(candidates.items())[: preset.candidates]), space, bound=True)
-    yield from work.teach(reference, noises)
-    yield from work.screen()
-    before = yield from work.choose_start()
-    start, kept = work.start, work.best
-    held_out, refused = {"start": mean(before)}, []
-    found = yield from work.minimise_bound(candidates.get(BOUND_START, kept), sigma_min, generator, has_time)
-    if found is not None:
-        after = work.held_out(found)
-        yield work.progress("held-out noises")
-        if is_gain(before, after):
-            kept, held_out["refined"] = found, mean(after)
-        else:
-            refused.append(_refusal("levels of the bound", before, after, start))
-    return Tuned(kept, None, start, work.errors, held_out, work.reference_error, work.evaluations, refused)
+    yield from work.choose_start()
+    if work.can_search():
+        if timesteps and runner.denoise is not None and has_time():
+            yield from work.align(levels)
+        if levels:
+            yield from work.refine(has_time)
+    return work.tuned()
 
 
 def reference_levels(steps: int, space: NoiseSpace, sigma_min: float, sigma_max: float) -> Sigmas:
@@ -247,85 +169,78 @@ def check_candidates(candidates: Mapping[str, Sigmas]) -> None:
         raise ValueError(f"Schedules are compared at the end of the run, but '{open_ends[0]}' does not end in 0.")
 
 
-def is_gain(before: Tensor, after: Tensor) -> bool:
-    """Whether errors [pictures blocks] of the same held-out pictures fell by 1 % in the mean, and surely.
+def picture_errors(end: Latent, exact: Latent) -> Tensor:
+    """The deviation of every picture of a noise's end from the exact one, [b]: the mean norm of its blocks, relative to
+    that of the exact end."""
+    return block_norms(end - exact).mean(1).double().cpu() / block_norm(exact)
 
-    A mean alone is ruled by the worst picture, which a fit to few of them mends at the cost of the others.
+
+def reference_error(end: Latent, coarse: Latent) -> float:
+    """How far the reference's end is from the truth, in the unit of `picture_errors`, by a run of half as many steps.
+
+    Errors of the second-order reference fall to a quarter: the difference is three times the error that is left. The
+    median over blocks: single blocks that settle on another content are chance, which no fit can follow.
     """
-    return mean(after) <= (1 - GATE) * mean(before) and standard_errors(before, after) <= -SURE
+    return float(block_norms(coarse - end).median()) / block_norm(end) / 3
 
 
-def standard_errors(before: Tensor, after: Tensor) -> float:
-    """The mean change from `before` to `after` [pictures blocks] in standard errors of the paired differences.
-
-    Over pictures, over all blocks where there are few pictures; without any spread to see, infinite.
-    """
-    change = (after - before).double()
-    change = change.mean(1) if len(change) >= FEW_PICTURES else change.flatten()
-    spread = float(change.std()) / len(change) ** 0.5 if len(change) > 1 else 0.0
-    fall = float(change.mean())
-    return fall / spread if spread else math.copysign(math.inf, fall)
-
-
-def mean(errors: Tensor) -> float:
+def _mean(errors: Tensor) -> float:
     """inf where a run failed."""
     value = float(errors.mean())
     return value if math.isfinite(value) else math.inf
 
 
-def _refusal(what: str, before: Tensor, after: Tensor, instead: str) -> str:
-    errors = f"error {mean(after):.3g} against {mean(before):.3g}"
-    sure = abs(standard_errors(before, after))
-    chance = f", which is {sure:.1f} standard errors only" if mean(after) <= (1 - GATE) * mean(before) else ""
-    return f"The {what} were not kept: on held-out noises {errors} with {instead}{chance}."
-
-
 class _Work:
-    """The counters and the best so far of one call of `tune`."""
+    """The counters and the best so far of one call of `tune`.
 
-    def __init__(
-        self, runner: Runner, preset: Preset, candidates: dict[str, Sigmas], space: NoiseSpace, bound: bool = False
-    ):
+    best, error: of the search, on the fitted noises. kept, before: what has passed the gate, and its errors [pictures]
+    on the held-out noises.
+    """
+
+    def __init__(self, runner: Runner, preset: TunerPreset, candidates: dict[str, Sigmas], space: NoiseSpace):
         check_candidates(candidates)
         self.runner, self.preset, self.candidates, self.space = runner, preset, candidates, space
         self.steps = len(next(iter(candidates.values()))) - 1
-        self.evaluations = 0
-        self.predicted = (
-            preset.bound_evaluations(self.steps, len(candidates), runner.order)
-            if bound
-            else preset.evaluations(self.steps, len(candidates), runner.order, runner.denoise is not None)
-        )
+        self.evaluations, self.looks = 0, 1
+        self.predicted = preset.evaluations(self.steps, len(candidates), runner.order, runner.denoise is not None)
         self.noises: list[Latent] = []
         self.paths: list[Trajectory] = []
         self.ends: list[Latent] = []
-        self.errors: dict[str, float] = {}
-        self.best: Sigmas = next(iter(candidates.values()))
-        self.a_map: ConditioningMap | None = None
-        self.error = math.inf
-        self.start = ""
         self.reference_error = math.inf
+        self.errors: dict[str, float] = {}
+        self.start = ""
+        self.best = self.kept = next(iter(candidates.values()))
+        self.error = math.inf
+        self.before = torch.full((1,), math.inf)
+        self.alignment: Alignment | None = None
+        self.a_map: ConditioningMap | None = None
+        self.held_out: dict[str, float] = {}
+        self.verdicts: dict[str, Verdict] = {}
+        self.refused: list[str] = []
 
     def progress(self, stage: str) -> Progress:
         known = math.isfinite(self.error)
         return Progress(stage, self.evaluations, self.predicted, self.best if known else None, self.error)
 
-    def teach(self, reference: Sigmas, noises: Sequence[Latent]) -> Generator[Progress, None, None]:
-        """The paths that count as exact, and how exact the first one is, from a run of half as many steps.
+    def tuned(self) -> Tuned:
+        return Tuned(
+            self.kept, self.alignment, self.start, self.errors, self.held_out, self.reference_error, self.evaluations,
+            self.refused, self.verdicts,
+        )  # fmt: skip
 
-        Errors of the second-order reference fall to a quarter: the difference is three times the error that is left.
-        """
+    def teach(self, reference: Sigmas, noises: Sequence[Latent]) -> Generator[Progress, None, None]:
+        """The paths that count as exact, and how exact the first one is."""
         for i, noise in enumerate(noises):
             path = self.runner.record(reference, noise)
             self.evaluations += len(reference) - 1
-            self.ends.append(path.end)
+            self.ends.append(path.end.clone())  # alone, without the states before it
             if i < self.preset.fit and self.runner.denoise is not None:
                 self.paths.append(path)
             yield self.progress("reference")
         self.noises = list(noises)
         half = torch.cat([reference[:-1:2], reference[-1:]])
-        coarse = self.runner.record(half, noises[0]).end
+        self.reference_error = reference_error(self.ends[0], self.runner.record(half, noises[0]).end)
         self.evaluations += len(half) - 1
-        self.reference_error = block_norm(coarse - self.ends[0]) / block_norm(self.ends[0]) / 3
         yield self.progress("reference")
 
     def screen(self) -> Generator[Progress, None, None]:
@@ -335,21 +250,69 @@ class _Work:
                 self.best, self.error, self.start = sigmas, error, name
             yield self.progress("known schedules")
 
-    def choose_start(self) -> Generator[Progress, None, Tensor]:
-        """Let the best of the known schedules run on the held-out noises, too; the one that is best on all noises is
-        the start. Returns its held-out errors."""
+    def choose_start(self) -> Generator[Progress, None, None]:
+        """Let the best of the known schedules run on the held-out noises, too: the one that is best on all noises is
+        the start."""
         finalists = sorted(self.errors, key=lambda name: self.errors[name])[:FINALISTS]
-        held_out, all_noises = {}, {}
+        share, unseen, all_noises = self.preset.held_out / len(self.noises), {}, {}
         for name in finalists:
-            held_out[name] = self.held_out(self.candidates[name])
-            share = self.preset.held_out / len(self.noises)
-            all_noises[name] = (1 - share) * self.errors[name] + share * mean(held_out[name])
+            unseen[name] = self.unseen_errors(self.candidates[name], None)
+            all_noises[name] = (1 - share) * self.errors[name] + share * _mean(unseen[name])
             yield self.progress("held-out noises")
         self.start = min(finalists, key=lambda name: all_noises[name])
         self.best, self.error = self.candidates[self.start], self.errors[self.start]
-        return held_out[self.start]
+        self.kept, self.before = self.best, unseen[self.start]
+        self.held_out["start"] = _mean(self.before)
+
+    def can_search(self) -> bool:
+        """Whether the reference is exact enough for any fit to pass the gate."""
+        error = self.held_out["start"]
+        if self.reference_error <= EXACT_ENOUGH * error:
+            return True
+        self.refused.append(
+            f"No search: the reference's own error {self.reference_error:.3g} is not small against the error of "
+            f"{self.start}, {error:.3g}."
+        )
+        return False
+
+    def align(self, more: bool) -> Generator[Progress, None, None]:
+        """Align the timesteps of the start to the exact paths, and keep the map if the gate lets it pass.
+
+        more: whether another look at the held-out noises follows.
+        """
+        fitted = yield from self._aligned()
+        a_map = fitted.through(self.space)
+        if a_map is None:
+            self.refused.append("The aligned timesteps were not kept: no step gains from another than the true one.")
+            return
+        self.looks = 1 + more
+        if self.passes("aligned", "aligned timesteps", self.kept, a_map):
+            self.alignment, self.a_map = fitted, a_map
+            self.error = self.fitted_error(self.best)
+        yield self.progress("held-out noises")
+
+    def _aligned(self) -> Generator[Progress, None, Alignment]:
+        assert self.runner.denoise is not None
+        before = self.evaluations
+        fit = align(self.runner.denoise, self.kept, self.paths, self.space, self.runner.highest)
+        while True:
+            try:
+                self.evaluations = before + next(fit)
+            except StopIteration as end:
+                return end.value
+            yield self.progress("aligning")
 
     def refine(self, has_time: Callable[[], bool]) -> Generator[Progress, None, None]:
+        """Search for better levels, and keep them if the gate lets them pass."""
+        yield from self._search(has_time)
+        if torch.equal(self.best, self.kept):
+            self.refused.append("The levels stay as they are: no move of a level helped on the fitted noises.")
+            return
+        if self.passes("refined", "refined levels", self.best, self.a_map):
+            self.kept = self.best
+        yield self.progress("held-out noises")
+
+    def _search(self, has_time: Callable[[], bool]) -> Generator[Progress, None, None]:
         """Pattern search: one level at a time by a share of the gap to its neighbour, a smaller share once none helps.
 
         The first level and the final 0 stay. The direction in which a level moved last is tried first.
@@ -372,73 +335,29 @@ class _Work:
             if not gained:
                 move /= 2
 
-    def minimise_bound(
-        self, start: Sigmas, sigma_min: float, generator: torch.Generator, has_time: Callable[[], bool]
-    ) -> Generator[Progress, None, Sigmas | None]:
-        """The sweep with the least error, as a schedule that ends in 0; None when there was no time for any.
-
-        The bound wants positive levels: `start` with `sigma_min`, or half its last level if that is less, in place of
-        its 0. It runs as a 0 again.
-        """
-        denoise_at = self.runner.denoise_at
-        assert denoise_at is not None
-        data = torch.cat(self.ends[: self.preset.fit] * BOUND_DRAWS)  # [n b ...]
-        levels = start.double().clone()
-        levels[-1] = min(sigma_min, float(levels[-2]) / 2)
-        ratio = (levels / self.space.alpha(levels)).clamp(max=LARGEST_RATIO)
-
-        def counted(x: Latent, sigma: Sigma) -> Latent:
-            self.evaluations += len(x) // len(self.noises[0])
-            return denoise_at(x, sigma)
-
-        def as_schedule(levels: Sigmas) -> Sigmas:
-            sigmas = self.space.at_log_ratio(levels.log())
-            return torch.cat([start[:1].double(), sigmas[1:-1], torch.zeros(1, dtype=torch.float64)]).to(start)
-
-        held_out = lambda levels: self.fitted_error(as_schedule(levels))
-        search = minimise_klub(ve_denoiser(counted, self.space), data, ratio, generator, held_out, BOUND_SWEEPS)
-        found, least = None, math.inf
-        while has_time():
-            try:
-                sweep = next(search)
-            except StopIteration as end:
-                return as_schedule(end.value)
-            if sweep is not None and sweep.error < least:
-                found, least = as_schedule(sweep.sigmas), sweep.error
-                if least < self.error:
-                    self.best, self.error = found, least
-            yield self.progress("minimising the bound")
-        return found
-
-    def align(self, sigmas: Sigmas) -> Generator[Progress, None, Alignment]:
-        assert self.runner.denoise is not None
-        before = self.evaluations
-        fit = align(self.runner.denoise, sigmas, self.paths, self.space, self.runner.highest)
-        while True:
-            try:
-                self.evaluations = before + next(fit)
-            except StopIteration as end:
-                return end.value
-            yield self.progress("aligning")
-
-    def tell(self, a_map: ConditioningMap | None) -> None:
-        """The map with which levels are tried from now on."""
-        self.a_map = a_map
-        self.error = self.fitted_error(self.best)
+    def passes(self, stage: str, what: str, sigmas: Sigmas, a_map: ConditioningMap | None) -> bool:
+        """One look at the held-out noises: whether they gain by `sigmas`, told the map, over what was kept."""
+        after = self.unseen_errors(sigmas, a_map)
+        verdict = self.verdicts[stage] = judge(self.before, after, self.looks, self.reference_error)
+        if verdict.accepted:
+            self.before, self.held_out[stage] = after, verdict.after
+        else:
+            self.refused.append(f"The {what} were not kept: on held-out pictures {verdict.said}.")
+        return verdict.accepted
 
     def fitted_error(self, sigmas: Sigmas) -> float:
-        return mean(self._errors(sigmas, range(self.preset.fit), self.a_map))
+        return _mean(self._errors(sigmas, range(self.preset.fit), self.a_map))
 
-    def held_out(self, sigmas: Sigmas, a_map: ConditioningMap | None = None) -> Tensor:
+    def unseen_errors(self, sigmas: Sigmas, a_map: ConditioningMap | None) -> Tensor:
+        """On the held-out noises, [pictures]."""
         return self._errors(sigmas, range(self.preset.fit, len(self.noises)), a_map)
 
     def _errors(self, sigmas: Sigmas, which: range, a_map: ConditioningMap | None) -> Tensor:
-        """The deviation from the exact ends, relative to their noise's mean norm, [pictures blocks]."""
         errors = []
         for i in which:
             end = self.runner.solve(sigmas, self.noises[i], a_map)
             self.evaluations += self.steps * self.runner.order
-            errors.append(block_norms(end - self.ends[i]) / block_norm(self.ends[i]))
+            errors.append(picture_errors(end, self.ends[i]))
         return torch.cat(errors)
 
 

@@ -1,43 +1,39 @@
-"""Profiles: small JSON files that hold a published or a fitted calibration, read with suspicion."""
+"""What a fit finds for a model, what it was found for, and whether it suits a model and a run at hand."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import math
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from itertools import pairwise
-from pathlib import Path
-from typing import Any, Literal, NoReturn
+from datetime import datetime, timezone
+from typing import Any, Literal, TypeAlias
 
 from ..kernels.conditioning import ConditioningMap
-from ..kernels.encoder_propagation import Reuse
+from ..kernels.propagation import Reuse
 from ..kernels.space import NoiseSpace
-from .store import written_whole
 
-SHIPPED = Path(__file__).parent / "profiles"
-FORMAT = 1
-KINDS = ("schedule", "noise_shift", "encoder_propagation", "block_propagation")
-PROPAGATION = KINDS[2:]
-LARGEST_FILE = 1_000_000  # bytes; a schedule needs a few hundred
-MOST_LEVELS = 10_001
-MOST_ENTRIES, DEEPEST = 2_000, 6  # of the free-form metrics and provenance
-SUFFIX = ".json"
-RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(1, 10))}  # on Windows
+Size: TypeAlias = tuple[int, int]  # width and height in pixels
+
+FORMAT = 1  # of the JSON object that stands for a calibration
+SCHEDULE, NOISE_SHIFT, ENCODER, BLOCKS = "schedule", "noise_shift", "encoder_propagation", "block_propagation"
+KINDS = (SCHEDULE, NOISE_SHIFT, ENCODER, BLOCKS)
+PROPAGATION = (ENCODER, BLOCKS)
+NEAR_STEPS, NEAR_CFG = 1.3, 2.0  # a fit holds for runs whose steps and guidance differ by no more than these factors
+SAME_SIDE = 0.1  # a picture whose sides differ by less has the same size
+UNPATCHED = "none"  # where a model's weights are changed by no LoRA
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """What a schedule must know of a model.
+    """What a MODEL is, as far as a calibration must know.
 
-    families: its configuration class and that class's bases, by name, nearest first. space: "ve" or "flow". sigma_min
-    and sigma_max: the model's own noise levels, in that space's units. prediction: what the network predicts, "eps",
-    "v", "edm", "flow". config_hash: names its architecture. weights_hash: names its weights, without LoRAs. All ""
-    where unknown. shift: of a flow model's own schedulers, None where it has none. patched: whether weights are changed
-    by LoRAs or their like.
+    families: its configuration class and that class's own bases, by name, nearest first. space: "ve" or "flow".
+    sigma_min and sigma_max: the model's own noise levels, in that space's units. prediction: what the network predicts,
+    "eps", "v", "edm", "flow". config_hash: names its architecture. shift: of a flow model's own schedulers, None where
+    it has none. weights_hash: names its weights without LoRAs. patches: names the LoRAs and other weight patches on
+    them, UNPATCHED without any. All "" where unknown.
     """
 
     families: tuple[str, ...]
@@ -48,7 +44,21 @@ class ModelIdentity:
     config_hash: str = ""
     shift: float | None = None
     weights_hash: str = ""
-    patched: bool = False
+    patches: str = ""
+
+    @property
+    def family(self) -> str:
+        return self.families[0]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run to be made. solver: its name in the table of solvers; None, 0 and "" for what is not known."""
+
+    solver: str = ""
+    steps: int = 0
+    cfg: float | None = None
+    size: Size | None = None
 
 
 @dataclass(frozen=True)
@@ -76,45 +86,45 @@ class CondLevels:
     """What the network is told in place of the true noise level, knot by knot.
 
     solver: the sampler it was fitted with, "" for every sampler. resolution: (width, height) it holds for. sigma:
-    ascending levels inside the model's range; sigma_hat: the level told there.
+    ascending levels inside the model's range; sigma_cond: the level told there.
     """
 
     solver: str
-    resolution: tuple[int, int]
+    resolution: Size
     sigma: tuple[float, ...]
-    sigma_hat: tuple[float, ...]
+    sigma_cond: tuple[float, ...]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """One calibration and what it was made for.
+    """One calibration and what it was made for; made by `fitted`, or read from a file.
 
-    kind: "schedule" or "noise_shift". name: what the user sees. space: "ve" or "flow". families: class names of the
-    host's model configurations, the first is the one it was made on. resolution: (width, height) in pixels. sigmas:
-    decreasing noise levels of the native run. A published table has only positive ones and the last is replaced by 0
-    when it runs; a fitted schedule ends in its own 0; a noise shift has none. source: where it comes from.
+    kind: one of KINDS. name: what the user sees. space: "ve" or "flow". families: class names of the host's model
+    configurations; of a fit the one it was made on. resolution: (width, height) in pixels. sigmas: decreasing noise
+    levels of the native run. A published table has only positive ones and the last is replaced by 0 when it runs; a
+    fitted schedule ends in its own 0; a noise shift has none. source: where it comes from.
 
-    Of a fit also, "" or None where unknown: solver, prediction ("eps", "v", "edm", "flow"), cfg, config_hash (of the
-    network's configuration, never of a path or a file name), weights_hash (of a sample of its weights), alignments, one
-    per resolution; calibration, what encoder or block propagation reuses on which of the `sigmas`. metrics and
-    provenance are free-form facts; prompts only as `text_hash`.
+    Of a fit also, "" or None where unknown: solver, prediction, cfg, config_hash, weights_hash, patches (see
+    ModelIdentity); alignments, one per resolution; key_steps, what propagation reuses on which of the `sigmas`. metrics
+    (the evidence) and provenance are free-form facts; prompts only as `text_hash`.
     """
 
     name: str
     method: str
     space: Literal["ve", "flow"]
     families: tuple[str, ...]
-    resolution: tuple[int, int]
+    resolution: Size
     sigmas: tuple[float, ...]
     source: str
-    kind: str = "schedule"
+    kind: str = SCHEDULE
     solver: str = ""
     prediction: str = ""
     cfg: float | None = None
     config_hash: str = ""
     weights_hash: str = ""
+    patches: str = ""
     alignments: tuple[CondLevels, ...] = ()
-    calibration: KeySteps | None = None
+    key_steps: KeySteps | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -131,15 +141,38 @@ class Calibration:
     @property
     def id(self) -> str:
         """Names the calibration itself: the same whatever it is called, however it was measured, by whom and when."""
-        said = _fields(self)
-        what = {key: said[key] for key in said if key not in ("id", "name", "source", "metrics", "provenance")}
+        said = self.fields()
+        what = {key: said[key] for key in said if key not in ("name", "source", "metrics", "provenance")}
         return f"attune-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}"
 
+    def fields(self) -> dict[str, Any]:
+        """The JSON object of the calibration without its id; what it does not have is left out."""
+        fit = self.key_steps
+        said = {
+            "format": FORMAT, "kind": self.kind, "name": self.name, "method": self.method, "space": self.space,
+            "families": list(self.families), "resolution": list(self.resolution), "sigmas": list(self.sigmas),
+            "source": self.source, "solver": self.solver, "prediction": self.prediction, "cfg": self.cfg,
+            "config_hash": self.config_hash, "weights_hash": self.weights_hash, "patches": self.patches,
+            "alignments": [
+                {"solver": one.solver, "resolution": list(one.resolution), "sigma": list(one.sigma),
+                 "sigma_cond": list(one.sigma_cond)}
+                for one in self.alignments
+            ],
+            "blocks": fit.blocks if fit else None,
+            "points": [
+                {"fresh": point.reuse.fresh, "cut": point.reuse.cut, "forecast": point.reuse.forecast,
+                 "keys": list(point.keys), "speed": point.speed, "psnr": point.psnr}
+                for point in (fit.points if fit else ())
+            ],
+            "metrics": dict(self.metrics), "provenance": dict(self.provenance),
+        }  # fmt: skip
+        return {key: value for key, value in said.items() if value not in ("", None, [], {})}
+
     def describe(self) -> str:
-        """What the profile is, was made for and was measured to do, a few lines."""
-        size = "x".join(map(str, self.resolution))
+        """What the calibration is, was made for and was measured to do, a few lines."""
         run = f"{self.steps} steps" if self.sigmas else f"{len(self.alignments)} picture sizes"
-        made = ", ".join(filter(None, [self.solver, f"cfg {self.cfg:g}" if self.cfg is not None else "", size]))
+        cfg = "" if self.cfg is None else f"cfg {self.cfg:g}"
+        made = ", ".join(filter(None, [self.solver, cfg, size_text(self.resolution)]))
         facts = [f"{key}: {json.dumps(value)}" for key, value in (*self.metrics.items(), *self.provenance.items())]
         return "\n".join(
             [f"{self.name} ({self.method}, {run})", f"for {self.families[0]}, {made}", self.source, *facts]
@@ -150,317 +183,189 @@ class Calibration:
         return replace(self, metrics={**self.metrics, **(metrics or {})}, provenance={**self.provenance, **provenance})
 
 
+def fitted(
+    identity: ModelIdentity,
+    kind: str,
+    name: str,
+    method: str,
+    resolution: Size,
+    metrics: Mapping[str, Any],
+    *,
+    solver: str = "",
+    cfg: float | None = None,
+    sigmas: Sequence[float] = (),
+    alignments: Sequence[CondLevels] = (),
+    key_steps: KeySteps | None = None,
+    **provenance: Any,
+) -> Calibration:
+    """What a fit found on a model: the only way in which a fitted calibration comes to be.
+
+    `name` goes behind the model's family. metrics: the evidence; provenance: how it was made, the date comes by itself.
+    ValueError for a model whose network has no name, which could never be matched again.
+    """
+    if not identity.config_hash:
+        raise ValueError(
+            f"This MODEL ({identity.family}) does not say what network it has: nothing can be kept for it."
+        )
+    shift = {} if identity.shift is None else {"shift": round(identity.shift, 6)}
+    return Calibration(
+        name=f"{identity.family} {name}", method=method, space=identity.space, families=identity.families[:1],
+        resolution=resolution, sigmas=tuple(map(float, sigmas)), source="Fitted with ComfyUI-Attune on this model.",
+        kind=kind, solver=solver, prediction=identity.prediction, cfg=cfg, config_hash=identity.config_hash,
+        weights_hash=identity.weights_hash, patches=identity.patches, alignments=tuple(alignments),
+        key_steps=key_steps, metrics=metrics,
+        provenance={"date": datetime.now(timezone.utc).date().isoformat(), **shift, **provenance},
+    )  # fmt: skip
+
+
+# --- does it suit? ---
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """One way in which a calibration does not suit a model or a run.
+
+    aspect: one of ASPECTS. short: what it is for instead, for a list. fatal: it cannot be applied at all, as against:
+    its gain was not measured so.
+    """
+
+    aspect: str
+    short: str
+    sentence: str
+    fatal: bool = False
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+OF_THE_MODEL = ("noise", "family", "prediction", "network", "weights", "patches", "shift")
+ASPECTS = (*OF_THE_MODEL, "solver", "size", "steps", "cfg")  # from what matters most
+
+
+def misfits(calibration: Calibration, identity: ModelIdentity, run: Planned | None = None) -> list[Misfit]:
+    """Every way in which `calibration` does not suit, in the order of ASPECTS; none means that it fits.
+
+    Loaders, lists, appliers and Attune Auto all ask this. A published table (without config_hash) is for a family, a
+    fit for one network. A noise shift has a curve for every size, so a run's size is no matter to it.
+    """
+    found = [*_model_misfits(calibration, identity), *(_run_misfits(calibration, run) if run else ())]
+    return sorted(found, key=lambda one: ASPECTS.index(one.aspect))
+
+
+def _model_misfits(one: Calibration, model: ModelIdentity) -> Iterable[Misfit]:
+    exact = one.kind != SCHEDULE  # what is told or reused holds for one kind of network, levels for more
+    if one.space != model.space:
+        kinds = {
+            "ve": "models with Stable Diffusion's noise (sigma up to about 15)",
+            "flow": "flow models (sigma 0 to 1)",
+        }
+        ours = kinds[model.space]
+        said = f"'{one.name}' is for {kinds[one.space]}, but this MODEL ({model.family}) is one of the {ours}."
+        yield Misfit("noise", "for another kind of noise", said, True)
+    elif one.sigmas and one.sigmas[0] > model.sigma_max * 1.01:
+        said = (
+            f"'{one.name}' starts at sigma {one.sigmas[0]:.4g}, but this MODEL ({model.family}) knows noise only up to "
+            f"{model.sigma_max:.4g}."
+        )
+        yield Misfit("noise", f"for noise up to {one.sigmas[0]:.3g}", said, True)
+    if not set(one.families) & set(model.families):
+        said = f"'{one.name}' was made for another architecture: {one.families[0]}, this MODEL is {model.family}."
+        yield Misfit("family", "for another network", said, True)
+    elif one.families[0] != model.family and not one.config_hash:
+        yield Misfit(
+            "shift",
+            "for a relative",
+            f"'{one.name}' was published for {one.families[0]}, this MODEL is {model.family}.",
+        )
+    if one.prediction and model.prediction and one.prediction != model.prediction:
+        said = f"'{one.name}' was made for {one.prediction} prediction, this MODEL has {model.prediction}."
+        yield Misfit("prediction", f"for {one.prediction} prediction", said, exact)
+    if one.config_hash and model.config_hash and one.config_hash != model.config_hash:
+        said = f"'{one.name}' was fitted on another network configuration of the family {one.families[0]}."
+        yield Misfit("network", "for another network", said, one.kind in PROPAGATION)
+    elif one.weights_hash and model.weights_hash and one.weights_hash != model.weights_hash:
+        said = (
+            f"'{one.name}' was fitted on other weights than the model has, of the same architecture; its gain was not "
+            "measured with these."
+        )
+        yield Misfit("weights", "for other weights", said)
+    if one.patches and model.patches and one.patches != model.patches:
+        had = "without LoRAs" if one.patches == UNPATCHED else "with LoRAs or other weight patches"
+        has = "none" if model.patches == UNPATCHED else "some" if one.patches == UNPATCHED else "others"
+        yield Misfit("patches", had, f"'{one.name}' was fitted {had}, this MODEL has {has}.")
+    shift = one.provenance.get("shift")
+    if model.shift is not None and isinstance(shift, int | float) and abs(shift - model.shift) > 0.01 * model.shift:
+        said = (
+            f"'{one.name}' was fitted beside a shift of {shift:g}, this MODEL has {model.shift:g}; levels of a profile "
+            "are absolute and do not move with it."
+        )
+        yield Misfit("shift", f"for a shift of {shift:g}", said)
+
+
+def _run_misfits(one: Calibration, run: Planned) -> Iterable[Misfit]:
+    if one.solver and run.solver and one.solver != run.solver:
+        yield Misfit(
+            "solver", f"for {one.solver}", f"'{one.name}' was fitted with {one.solver}, the run has {run.solver}."
+        )
+    if one.kind == SCHEDULE and one.config_hash and run.size and not same_size(run.size, one.resolution):
+        said = f"'{one.name}' was made at {size_text(one.resolution)}, the latent is {size_text(run.size)}."
+        yield Misfit("size", f"for {size_text(one.resolution)}", said)
+    if one.config_hash and one.steps and run.steps and not 1 / NEAR_STEPS <= run.steps / one.steps <= NEAR_STEPS:
+        said = f"'{one.name}' was fitted at {one.steps} steps; fit one for {run.steps}."
+        yield Misfit("steps", f"for {one.steps} steps", said)
+    if one.cfg and run.cfg is not None and not 1 / NEAR_CFG <= run.cfg / one.cfg <= NEAR_CFG:
+        yield Misfit(
+            "cfg", f"for cfg {one.cfg:g}", f"'{one.name}' was fitted at cfg {one.cfg:g}, the run has {run.cfg:g}."
+        )
+
+
+def refuse_unfit(calibration: Calibration, identity: ModelIdentity, remedy: str, kinds: Sequence[str] = KINDS) -> None:
+    """ValueError, ending in `remedy`, where `calibration` is of none of `kinds` or cannot be applied to the model."""
+    if calibration.kind not in kinds:
+        wanted = " or ".join(dict.fromkeys(kind_text(kind) for kind in kinds))
+        raise ValueError(
+            f"'{calibration.name}' is a {kind_text(calibration.kind)}, but a {wanted} is needed here. {remedy}"
+        )
+    fatal = next((one for one in misfits(calibration, identity) if one.fatal), None)
+    if fatal is not None:
+        raise ValueError(f"{fatal} {remedy}")
+
+
+def kind_text(kind: str) -> str:
+    """A kind as people call it."""
+    return {SCHEDULE: "schedule", NOISE_SHIFT: "noise shift"}.get(kind, "calibration of propagation")
+
+
+def same_size(one: Size, other: Size) -> bool:
+    """Whether both sides agree within a tenth."""
+    return all(abs(a - b) <= SAME_SIDE * b for a, b in zip(one, other, strict=True))
+
+
+def size_text(size: Size) -> str:
+    return "x".join(map(str, size))
+
+
 def text_hash(text: str) -> str:
     """How a prompt is recorded: enough to recognise it, nothing to read."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def load_profile(path: Path) -> Calibration:
-    """Read and check one profile file; ValueError names the file, the field and what was expected."""
-    with path.open("rb") as file:
-        content = file.read(LARGEST_FILE + 1)
-    if len(content) > LARGEST_FILE:
-        raise ValueError(f"{path.name} has more than the {LARGEST_FILE} bytes of a profile at most. Is it a profile?")
-    try:
-        fields = json.loads(
-            content.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats
-        )
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path.name} is not a profile: {error}. Get the file again, or fit it again.") from error
-    return read_profile(path.name, fields)
-
-
-def read_profile(label: str, fields: Any) -> Calibration:
-    """The profile that parsed JSON stands for; ValueError names it `label`, with the field and what was expected."""
-    return _check(label, fields)
-
-
-def spell_profile(profile: Calibration) -> dict[str, Any]:
-    """The JSON object of a profile, as its file holds it."""
-    return {**_fields(profile), "id": profile.id}
-
-
-def save_profile(profile: Calibration, folder: Path, name: str = "", replace: bool = False) -> Path:
-    """Write `profile` into `folder` under a safe form of `name` (default: its own) and return the path.
-
-    The file appears whole or not at all. Unless `replace`, a file of that name that holds another calibration, or is no
-    profile, stays as it is: the new one gets a number. ValueError, before anything is written, for a profile that could
-    not be read back.
-    """
-    stem = file_stem(name or profile.name)
-    try:
-        text = json.dumps(spell_profile(profile), indent=1, allow_nan=False)
-        _check(stem + SUFFIX, json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"The profile '{profile.name}' cannot be saved: {error}") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    path = _free_path(folder, stem, profile.id, replace)
-    with written_whole(path) as temporary:
-        temporary.write_text(text + "\n", "utf-8")
-    return path
-
-
-def file_stem(name: str) -> str:
-    """A file name for `name` on every system, without the suffix: no folders, no hidden or reserved names."""
-    if name.lower().endswith(SUFFIX):
-        name = name[: -len(SUFFIX)]
-    stem = re.sub(r"[^\w .,()+=-]+", "_", name).strip(" .")
-    stem = stem.encode()[:100].decode(errors="ignore").strip(" .")  # bytes are what file systems count
-    if not re.search(r"\w", stem.replace("_", "")):
-        raise ValueError(f"'{name[:100]}' is no file name: give the profile a name with letters or digits.")
-    return f"_{stem}" if stem.split(".")[0].lower() in RESERVED else stem
-
-
-def conditioning_map(profile: Calibration, alignment: CondLevels, strength: float = 1.0) -> ConditioningMap:
-    """The function of sigma that an alignment of `profile` stands for."""
-    return ConditioningMap.through(NoiseSpace(profile.space), alignment.sigma, alignment.sigma_hat, strength)
-
-
-@lru_cache(maxsize=1)
-def shipped_profiles() -> dict[str, Calibration]:
-    """The pack's own profiles by name, in the order of their file names."""
-    return {profile.name: profile for profile in map(load_profile, sorted(SHIPPED.glob("*.json")))}
+def conditioning_map(calibration: Calibration, levels: CondLevels, strength: float = 1.0) -> ConditioningMap:
+    """The function of sigma that the `levels` of `calibration` stand for."""
+    return ConditioningMap.through(NoiseSpace(calibration.space), levels.sigma, levels.sigma_cond, strength)
 
 
 def pick_profile(
-    profiles: Iterable[Calibration], families: Iterable[str], resolution: tuple[int, int] | None = None
+    calibrations: Iterable[Calibration], families: Iterable[str], resolution: Size | None = None
 ) -> Calibration | None:
-    """The profile for the first of `families` that has one; with a resolution, the nearest in log pixels.
+    """The one for the first of `families` that has any; with a resolution, the nearest in log pixels.
 
     `families` goes from the model's own configuration class to its base classes.
     """
-    profiles = list(profiles)
+    calibrations = list(calibrations)
     for family in families:
-        fitting = [profile for profile in profiles if family in profile.families]
+        fitting = [one for one in calibrations if family in one.families]
         if fitting:
             wanted = resolution or fitting[0].resolution
-            return min(fitting, key=lambda profile: abs(math.log(math.prod(profile.resolution) / math.prod(wanted))))
+            return min(fitting, key=lambda one: abs(math.log(math.prod(one.resolution) / math.prod(wanted))))
     return None
-
-
-def _free_path(folder: Path, stem: str, wanted_id: str, replace: bool) -> Path:
-    """The first of "stem.json", "stem (2).json", … that may be written: not taken, or of the same calibration."""
-    number = 1
-    while True:
-        path = folder / (f"{stem}{SUFFIX}" if number == 1 else f"{stem} ({number}){SUFFIX}")
-        if path.resolve().parent != folder.resolve():
-            raise ValueError(f"'{path.name}' leads out of the profile folder. Choose another name.")
-        if replace or not path.exists() or _id_of(path) == wanted_id:
-            return path
-        number += 1
-
-
-def _id_of(path: Path) -> str:
-    try:
-        return load_profile(path).id
-    except (ValueError, OSError):
-        return ""
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a number that a profile may hold")
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        raise ValueError("a key appears twice")
-    return fields
-
-
-def _fields(profile: Calibration) -> dict[str, Any]:
-    """The JSON object of a profile; what a published table does not have is left out."""
-    fitted = profile.calibration
-    fields = {
-        "format": FORMAT,
-        "kind": profile.kind,
-        "name": profile.name,
-        "method": profile.method,
-        "space": profile.space,
-        "families": list(profile.families),
-        "resolution": list(profile.resolution),
-        "sigmas": list(profile.sigmas),
-        "source": profile.source,
-        "solver": profile.solver,
-        "prediction": profile.prediction,
-        "cfg": profile.cfg,
-        "config_hash": profile.config_hash,
-        "weights_hash": profile.weights_hash,
-        "alignments": [
-            {
-                "solver": one.solver,
-                "resolution": list(one.resolution),
-                "sigma": list(one.sigma),
-                "sigma_hat": list(one.sigma_hat),
-            }
-            for one in profile.alignments
-        ],
-        "blocks": fitted.blocks if fitted else None,
-        "points": [
-            {
-                "fresh": point.reuse.fresh,
-                "cut": point.reuse.cut,
-                "forecast": point.reuse.forecast,
-                "keys": list(point.keys),
-                "speed": point.speed,
-                "psnr": point.psnr,
-            }
-            for point in (fitted.points if fitted else ())
-        ],
-        "metrics": dict(profile.metrics),
-        "provenance": dict(profile.provenance),
-    }
-    return {key: value for key, value in fields.items() if value not in ("", None, [], {})}
-
-
-def _check(file: str, fields: Any) -> Calibration:
-    def need(condition: bool, expected: str) -> None:
-        if not condition:
-            raise ValueError(f"{file} is not a format-{FORMAT} profile: {expected}.")
-
-    need(isinstance(fields, dict), "it must be a JSON object")
-    version = fields.get("format")
-    need(type(version) is int, '"format" must be a whole number')
-    if version > FORMAT:
-        raise ValueError(f"{file} has profile format {version}, newer than this pack knows ({FORMAT}): update Attune.")
-    need(version == FORMAT, f'"format" must be {FORMAT}')
-    kind = fields.get("kind")
-    need(kind in KINDS, f'"kind" must be one of {", ".join(KINDS)}')
-    for key in ("name", "method", "source"):
-        need(_is_text(fields.get(key)) and bool(fields[key]), f'"{key}" must be a short text')
-    for key in ("solver", "prediction", "config_hash", "weights_hash"):
-        need(_is_text(fields.get(key, "")), f'"{key}" must be a short text')
-    need(fields.get("space") in ("ve", "flow"), '"space" must be "ve" or "flow"')
-    families = fields.get("families")
-    need(
-        isinstance(families, list) and 0 < len(families) <= 100 and all(map(_is_text, families)),
-        '"families" must list at least one model family',
-    )
-    resolution = fields.get("resolution")
-    need(_is_resolution(resolution), '"resolution" must be [width, height] in pixels')
-    cfg = fields.get("cfg")
-    need(cfg is None or _is_level(cfg), '"cfg" must be a number of at least 0')
-    sigmas = fields.get("sigmas", [])
-    need(
-        (_is_schedule(sigmas) and len(sigmas) >= 2) if kind != "noise_shift" else sigmas == [],
-        '"sigmas" must list at least 2 decreasing noise levels, all positive or ending in 0'
-        if kind != "noise_shift"
-        else '"sigmas" has no place in a noise shift',
-    )
-    need(not sigmas or fields["space"] == "ve" or sigmas[0] <= 1, "the noise levels of a flow profile are at most 1")
-    alignments = fields.get("alignments", [])
-    need(isinstance(alignments, list) and len(alignments) <= 100, '"alignments" must be a list of at most 100')
-    need(kind != "noise_shift" or bool(alignments), '"alignments" must list at least one resolution of a noise shift')
-    for key in ("metrics", "provenance"):
-        facts = fields.get(key, {})
-        need(isinstance(facts, dict) and _size(facts) <= MOST_ENTRIES, f'"{key}" must be a small JSON object')
-    profile = Calibration(
-        fields["name"], fields["method"], fields["space"], tuple(families), tuple(resolution), _levels(sigmas),
-        fields["source"], kind, fields.get("solver", ""), fields.get("prediction", ""),
-        None if cfg is None else float(cfg), fields.get("config_hash", ""), fields.get("weights_hash", ""),
-        tuple(_alignment(one, i, need) for i, one in enumerate(alignments)),
-        _calibration(fields, need) if kind in PROPAGATION else None,
-        fields.get("metrics", {}), fields.get("provenance", {}),
-    )  # fmt: skip
-    for i, one in enumerate(profile.alignments):
-        try:
-            conditioning_map(profile, one)
-        except ValueError as error:
-            raise ValueError(f'{file} is not a format-{FORMAT} profile: "alignments"[{i}]: {error}') from error
-    if "id" in fields and fields["id"] != profile.id:
-        raise ValueError(
-            f"{file} was changed after it was saved: its id no longer fits its content. Fit it again, or remove the "
-            'line "id" to use it as it is.'
-        )
-    return profile
-
-
-def _alignment(fields: Any, i: int, need: Any) -> CondLevels:
-    where = f'"alignments"[{i}]'
-    need(isinstance(fields, dict), f"{where} must be a JSON object")
-    need(_is_text(fields.get("solver", "")), f'{where} "solver" must be a short text')
-    need(_is_resolution(fields.get("resolution")), f'{where} "resolution" must be [width, height] in pixels')
-    for key in ("sigma", "sigma_hat"):
-        knots = fields.get(key)
-        need(
-            isinstance(knots, list) and len(knots) <= MOST_LEVELS and all(map(_is_level, knots)),
-            f'{where} "{key}" must list noise levels',
-        )
-    return CondLevels(
-        fields.get("solver", ""), tuple(fields["resolution"]), _levels(fields["sigma"]), _levels(fields["sigma_hat"])
-    )
-
-
-def _calibration(fields: dict[str, Any], need: Any) -> KeySteps:
-    """What is reused on which steps, each number inside the network and the schedule it was fitted on."""
-    blocks: Any = fields.get("blocks")
-    points: Any = fields.get("points")
-    steps = len(fields["sigmas"]) - 1
-    need(type(blocks) is int and 0 < blocks <= 1000, '"blocks" must be the number of blocks of the network')
-    need(isinstance(points, list) and 0 < len(points) <= 100, '"points" must list at least one setting')
-    found = []
-    for i, one in enumerate(points):
-        where = f'"points"[{i}]'
-        need(isinstance(one, dict), f"{where} must be a JSON object")
-        fresh, cut, keys = one.get("fresh"), one.get("cut"), one.get("keys")
-        inside = type(fresh) is int and type(cut) is int and 0 <= fresh <= blocks and 0 <= cut <= blocks
-        if fields["kind"] == "encoder_propagation":
-            inside = inside and cut < blocks and fresh + cut <= blocks
-        else:
-            inside = inside and fresh < cut
-        need(inside and type(one.get("forecast")) is bool, f"{where} must fit a network of {blocks} blocks")
-        need(
-            isinstance(keys, list)
-            and keys[:1] == [0]
-            and all(type(k) is int and 0 <= k < steps for k in keys)
-            and all(a < b for a, b in pairwise(keys)),
-            f'{where} "keys" must list ascending steps below {steps}, the first of them 0',
-        )
-        need(_is_level(one.get("speed")) and one["speed"] >= 1, f'{where} "speed" must be at least 1')
-        need(_is_level(one.get("psnr")), f'{where} "psnr" must be a number of dB')
-        reuse = Reuse(fresh, cut, one["forecast"])
-        found.append(Point(reuse, tuple(keys), float(one["speed"]), float(one["psnr"])))
-    return KeySteps(blocks, fields.get("solver", ""), _levels(fields["sigmas"]), tuple(found))
-
-
-def _levels(numbers: list[float]) -> tuple[float, ...]:
-    return tuple(float(number) for number in numbers)
-
-
-def _is_text(value: Any) -> bool:
-    """A short text that can be written back: JSON can spell halves of characters."""
-    return isinstance(value, str) and len(value) <= 500 and not re.search("[\ud800-\udfff]", value)
-
-
-def _is_resolution(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(n) is int and 0 < n <= 1_000_000 for n in value)
-
-
-def _is_level(value: Any) -> bool:
-    """A number from 0 that a float can hold; a JSON whole number can be any size."""
-    return type(value) in (int, float) and 0 <= value <= 1e30
-
-
-def _is_schedule(sigmas: Any) -> bool:
-    return (
-        isinstance(sigmas, list)
-        and len(sigmas) <= MOST_LEVELS
-        and all(map(_is_level, sigmas))
-        and all(float(a) > float(b) for a, b in pairwise(sigmas))
-    )
-
-
-def _size(value: Any, depth: int = 0) -> float:
-    """How many values a piece of free-form JSON holds; infinite for what cannot be written back."""
-    if depth > DEEPEST:
-        return math.inf
-    if isinstance(value, dict):
-        keys = all(map(_is_text, value))
-        return 1 + sum(_size(one, depth + 1) for one in value.values()) if keys else math.inf
-    if isinstance(value, list):
-        return 1 + sum(_size(one, depth + 1) for one in value)
-    if isinstance(value, str):
-        return 1 if _is_text(value) else math.inf
-    if type(value) in (int, float):
-        return 1 if abs(value) <= 1e300 else math.inf
-    return 1 if value is None or isinstance(value, bool) else math.inf

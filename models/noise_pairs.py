@@ -9,15 +9,17 @@ import math
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .store import is_finite, load_tensors, save_tensors, shortened
+from .training import UNFINISHED, differences
 
 LARGEST_SHARD = 4 << 30  # bytes
 LARGEST_PAIR = 64 << 20  # bytes; a published one has 262,000
@@ -27,6 +29,7 @@ BAD_PAIR = (  # what reading a damaged archive of arrays can end in
     zlib.error, lzma.LZMAError, SyntaxError, tokenize.TokenError,
 )  # fmt: skip
 TENSORS = ("noise", "golden", "which")
+FEWEST = 20  # prompts: a tenth of them is kept from training
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,10 @@ def shard_paths(folder: Path) -> list[Path]:
     """The finished shards in order; ValueError when there is none."""
     found = sorted(folder.glob("pairs-*.safetensors")) if folder.is_dir() else []
     if not found:
-        raise ValueError(f"There are no noise pairs in {folder}. Collect some with Attune Collect Noise Pairs.")
+        raise ValueError(
+            f"There are no noise pairs in {folder}. Connect 'model', 'clip', 'negative' and 'latent_image' to collect "
+            "some."
+        )
     return found
 
 
@@ -98,28 +104,32 @@ def save_shard(path: Path, shard: Shard) -> None:
 
 def load_shard(path: Path) -> Shard:
     """A shard, float32; ValueError names the file and what is wrong with it."""
+    jobs, facts = read_jobs(path)
+    try:
+        tensors, _ = load_tensors(path)
+    except ValueError as error:
+        raise _no_pairs(path, error) from error
+    _check(path.name, tensors, len(jobs))
+    noise, golden, tokens = (tensors[name].float() for name in ("noise", "golden", "tokens"))
+    pooled = tensors["pooled"].float() if "pooled" in tensors else None
+    return Shard(noise, golden, tensors["which"].long(), tokens, pooled, jobs, facts)
+
+
+def read_jobs(path: Path) -> tuple[tuple[Job, ...], Mapping[str, Any]]:
+    """What was drawn and with what, from the file's header alone; ValueError as `load_shard`."""
     if path.stat().st_size > LARGEST_SHARD:
         raise ValueError(f"{path.name} is larger than {LARGEST_SHARD:,} bytes. Collect smaller shards.")
     try:
-        tensors, facts = load_tensors(path)
+        with safe_open(path, framework="pt") as file:
+            facts = file.metadata() or {}
         jobs = tuple(Job(str(prompt), int(seed)) for prompt, seed in json.loads(facts["jobs"]))
-        told = dict(json.loads(facts["facts"]))
-    except (KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
-        raise ValueError(
-            f"{path.name} holds no noise pairs ({shortened(error)}). Delete it and collect again."
-        ) from error
-    _check(path.name, tensors, len(jobs))
-    noise, golden, which, tokens = (tensors[name] for name in (*TENSORS, "tokens"))
-    pooled = tensors.get("pooled")
-    return Shard(
-        noise.float(),
-        golden.float(),
-        which.long(),
-        tokens.float(),
-        None if pooled is None else pooled.float(),
-        jobs,
-        told,
-    )
+        return jobs, dict(json.loads(facts["facts"]))
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise _no_pairs(path, error) from error
+
+
+def _no_pairs(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path.name} holds no noise pairs ({shortened(error)}). Delete it and collect again.")
 
 
 def _check(name: str, tensors: dict[str, Tensor], n: int) -> None:
@@ -142,18 +152,30 @@ def _check(name: str, tensors: dict[str, Tensor], n: int) -> None:
         )
 
 
-def remaining(folder: Path, shards: list[list[Job]], part: str, facts: Mapping[str, Any]) -> Iterator[int]:
+def remaining(folder: Path, shards: list[list[Job]], part: str, facts: Mapping[str, Any]) -> list[int]:
     """The shards of a part that are not there yet; ValueError if the folder holds pairs of other settings."""
+    missing = []
     for index in part_of(len(shards), part):
         path = shard_path(folder, index)
-        if not path.exists():
-            yield index
-            continue
-        found = load_shard(path)
-        if dict(found.facts) != json.loads(json.dumps(dict(facts))) or list(found.jobs) != shards[index]:
-            raise ValueError(
-                f"{path} was made with other prompts or settings. Choose another 'name', or delete that folder."
-            )
+        if path.exists():
+            check_same(path, *read_jobs(path), shards[index], facts)
+        else:
+            missing.append(index)
+    return missing
+
+
+def check_same(
+    path: Path, jobs: tuple[Job, ...], facts: Mapping[str, Any], wanted: list[Job], settings: Mapping[str, Any]
+) -> None:  # fmt: skip
+    """ValueError unless a file's pairs are, or for an unfinished one begin as, the wanted ones."""
+    other = differences(facts, settings)
+    if not other and (list(jobs) != wanted[: len(jobs)] or (path.suffix != UNFINISHED and len(jobs) != len(wanted))):
+        other = "other prompts, seeds or shard_size"
+    if other:
+        raise ValueError(
+            f"{path} was made with other prompts or settings: {other}. Set that back, choose another 'pairs' or "
+            "'name', or delete that folder."
+        )
 
 
 def published_pairs(folder: Path) -> Iterator[tuple[Job, Tensor, Tensor]]:
@@ -212,12 +234,25 @@ def _published(path: Path) -> tuple[Tensor, Tensor]:
     return noise, golden
 
 
-def is_validation(job: Job) -> bool:
-    """A tenth of the prompts, whatever the seeds: no prompt is in both parts."""
-    return int(hashlib.sha256(job.prompt.encode()).hexdigest(), 16) % 10 == 0
+def held_out(prompts: Collection[str]) -> frozenset[str]:
+    """The tenth of the prompts that is kept from training, whatever their seeds: no prompt is in both parts.
+
+    ValueError for too few of them.
+    """
+    if len(set(prompts)) < FEWEST:
+        raise ValueError(
+            f"There are {len(set(prompts))} different prompts, too few to keep a tenth of them from training: give "
+            f"{FEWEST} or more."
+        )
+    number = {
+        prompt: int(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest(), 16) for prompt in prompts
+    }
+    return frozenset(prompt for prompt in number if number[prompt] % 10 == 0) or frozenset(
+        [min(number, key=number.__getitem__)]
+    )
 
 
-def rows(shard: Shard, validation: bool) -> Tensor:
+def rows(shard: Shard, held: Collection[str], validation: bool) -> Tensor:
     """The row numbers of a shard's pairs in one of the two parts."""
-    kept = [i for i, job in enumerate(shard.jobs) if is_validation(job) == validation]
+    kept = [i for i, job in enumerate(shard.jobs) if (job.prompt in held) == validation]
     return torch.tensor(kept, dtype=torch.long)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .npnet import NPNet, NPNetConfig, grid
 from .store import save_tensors, shortened
+from .training import MADE
 
 SAFE, PICKLED = (".safetensors", ".sft"), (".pth", ".pt")
 LARGEST_FILE = 1 << 30  # bytes; the published ones have 122 MB
@@ -46,7 +48,17 @@ class NPNetFile:
         c = self.net.config
         text = f"{c.tokens} x {c.width}" if c.text == "flat" else f"{c.text}, {c.width}"
         head = f"{self.name}: golden noise for {c.channels} x {c.side} x {c.side} latents, prompts {text}"
-        return "\n".join([head, *(f"{key}: {shortened(value, 500)}" for key, value in self.facts.items())])
+        facts = (f"{key}: {shortened(value, 500)}" for key, value in sorted(self.facts.items()) if key != MADE)
+        return "\n".join([head, *facts])
+
+
+@dataclass(frozen=True)
+class _Content:
+    """What is in a file: the shapes of its weights, how to read one of them, and its metadata."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+    facts: Mapping[str, str]
 
 
 def load_npnet(path: Path) -> NPNetFile:
@@ -54,18 +66,25 @@ def load_npnet(path: Path) -> NPNetFile:
 
     Shapes are checked before any network is made, and no code in a file is ever run.
     """
-    size = path.stat().st_size
-    if size > LARGEST_FILE:
-        raise ValueError(f"{path.name} has {size:,} bytes, an NPNet at most {LARGEST_FILE:,}. Is it an NPNet?")
-    if path.suffix.lower() in SAFE:
-        return _from_safetensors(path)
-    if path.suffix.lower() in PICKLED:
-        return _from_pickle(path)
-    raise ValueError(f"{path.name} is not an NPNet: expected {', '.join((*SAFE, *PICKLED))}.")
+    with _opened(path, whole=True) as content:
+        names, net = _empty_network(path.name, content)
+        # A copy: tensors that point into a file lie where it put them, and the place in memory moves the last bit.
+        weights = {ours: _numbers(path.name, ours, content.read(theirs)) for ours, theirs in names.items()}
+    net.load_state_dict(weights, assign=True)
+    return NPNetFile(net.eval().requires_grad_(False), path.name, content.facts)
 
 
-def save_npnet(net: NPNet, path: Path, facts: Mapping[str, Any]) -> Path:
-    """Write the weights under the published flat names with the facts as metadata; whole or not at all."""
+def read_config(path: Path) -> tuple[NPNetConfig, Mapping[str, str]]:
+    """The shape of a file's network and its metadata, from what the file says first; ValueError as `load_npnet`."""
+    with _opened(path, whole=False) as content:
+        return _empty_network(path.name, content)[1].config, content.facts
+
+
+def save_npnet(net: NPNet, path: Path, facts: Mapping[str, Any], exclusive: bool = False) -> Path:
+    """Write the weights under the published flat names with the facts as metadata; whole or not at all.
+
+    exclusive: FileExistsError where there is a file of that name.
+    """
     config = net.config
     said = {
         "npnet_version": VERSION, "arch": json.dumps({"attention": True}), "channels": config.channels,
@@ -73,23 +92,35 @@ def save_npnet(net: NPNet, path: Path, facts: Mapping[str, Any]) -> Path:
         "svd": config.signs, **facts,
     }  # fmt: skip
     weights = {name: value.float() for name, value in net.state_dict().items()}
-    save_tensors(path, weights, {key: str(value) for key, value in said.items()})
+    save_tensors(path, weights, {key: str(value) for key, value in said.items()}, exclusive)
     return path
 
 
-def _from_safetensors(path: Path) -> NPNetFile:
+@contextlib.contextmanager
+def _opened(path: Path, whole: bool) -> Iterator[_Content]:
+    """The content of a file of either format; whole: with its numbers, else these are left on the disk."""
+    size, suffix = path.stat().st_size, path.suffix.lower()
+    if size > LARGEST_FILE:
+        raise ValueError(f"{path.name} has {size:,} bytes, an NPNet at most {LARGEST_FILE:,}. Is it an NPNet?")
+    if suffix in PICKLED:
+        weights = _unpickled(path, whole)
+        yield _Content({name: tuple(w.shape) for name, w in weights.items()}, weights.__getitem__, {})
+        return
+    if suffix not in SAFE:
+        raise ValueError(f"{path.name} is not an NPNet: expected {', '.join((*SAFE, *PICKLED))}.")
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            return _build(path.name, shapes, file.get_tensor, file.metadata() or {})
+            yield _Content(shapes, file.get_tensor, file.metadata() or {})
     except SafetensorError as error:
         raise ValueError(f"{path.name} is damaged or no safetensors file: {shortened(error)}. Get it again.") from error
 
 
-def _from_pickle(path: Path) -> NPNetFile:
+def _unpickled(path: Path, whole: bool) -> dict[str, Tensor]:
+    """The tensors of a .pth file by dotted names. Not whole: mapped, not read, and without the check of their sums."""
     _check_archive(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
         what = shortened(found[1], 80) if found else "more than weights"
@@ -103,7 +134,7 @@ def _from_pickle(path: Path) -> NPNetFile:
         raise ValueError(f"{path.name} is damaged: {shortened(error)}. Get it again.") from error
     weights = _flat(path.name, loaded)
     _check_memory(path, weights)
-    return _build(path.name, {name: tuple(w.shape) for name, w in weights.items()}, weights.__getitem__, {})
+    return weights
 
 
 def _check_archive(path: Path) -> None:
@@ -161,12 +192,13 @@ def published_names(names: list[str]) -> dict[str, str]:
     return found
 
 
-def _build(name: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], Tensor], facts: dict) -> NPNetFile:
-    if len(shapes) > MOST_NAMES:
-        raise ValueError(f"{name} is not an NPNet: it holds {len(shapes)} weights, an NPNet about 200.")
-    names = published_names(list(shapes))
-    shapes = {ours: shapes[theirs] for ours, theirs in names.items()}
-    config = _config(name, shapes, facts)
+def _empty_network(name: str, content: _Content) -> tuple[dict[str, str], NPNet]:
+    """Our name -> the file's for every weight, and the network that they fit, without a number in it."""
+    if len(content.shapes) > MOST_NAMES:
+        raise ValueError(f"{name} is not an NPNet: it holds {len(content.shapes)} weights, an NPNet about 200.")
+    names = published_names(list(content.shapes))
+    shapes = {ours: content.shapes[theirs] for ours, theirs in names.items()}
+    config = _config(name, shapes, content.facts)
     with torch.device("meta"):
         net = NPNet(config)
     wanted = {ours: tuple(weight.shape) for ours, weight in net.state_dict().items()}
@@ -177,10 +209,7 @@ def _build(name: str, shapes: dict[str, tuple[int, ...]], read: Callable[[str], 
     for ours, shape in wanted.items():
         if shapes[ours] != shape:
             raise ValueError(f"{name} is damaged: {ours} is {_size(shapes[ours])}, expected {_size(shape)}.")
-    # A copy: tensors that point into a file lie where it put them, and the place in memory moves the last bit.
-    weights = {ours: _numbers(name, ours, read(names[ours])) for ours in wanted}
-    net.load_state_dict(weights, assign=True)
-    return NPNetFile(net.eval().requires_grad_(False), name, facts)
+    return names, net
 
 
 def _numbers(name: str, weight: str, read: Tensor) -> Tensor:
@@ -189,7 +218,7 @@ def _numbers(name: str, weight: str, read: Tensor) -> Tensor:
     return read.to(torch.float32, copy=True).contiguous()
 
 
-def _config(name: str, shapes: dict[str, tuple[int, ...]], facts: dict) -> NPNetConfig:
+def _config(name: str, shapes: dict[str, tuple[int, ...]], facts: Mapping[str, str]) -> NPNetConfig:
     """The network's shape, from the shapes of its weights and the metadata of its file."""
     if missing := [weight for weight in NEEDED if weight not in shapes]:
         _refuse(name, missing)
@@ -216,7 +245,7 @@ def _config(name: str, shapes: dict[str, tuple[int, ...]], facts: dict) -> NPNet
     if not stages or any(heads < 1 or depth > 64 for depth, heads in stages) or side < 1:
         raise ValueError(f"{name} is damaged: no Swin transformer of the published kind can be found in it.")
     return NPNetConfig(
-        channels=channels, side=side, text=text, tokens=tokens,
+        channels=channels, side=side, text=text, tokens=tokens,  # type: ignore[arg-type]
         width=text_size // (tokens if text == "flat" else 1), signs=signs,  # type: ignore[arg-type]
         swin_width=shapes[f"{SWIN}patch_embed.proj.weight"][0], swin_depths=tuple(depth for depth, _ in stages),
         swin_heads=tuple(heads for _, heads in stages), hidden=shapes["unet_svd.mlp4.0.weight"][0],

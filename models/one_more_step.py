@@ -227,10 +227,14 @@ def read_leak(header: Header) -> SignalLeak | None:
 
 
 def save_module(
-    path: Path, tensors: Mapping[str, Tensor], leak: SignalLeak | None, facts: Mapping[str, str]
+    path: Path, tensors: Mapping[str, Tensor], leak: SignalLeak | None, facts: Mapping[str, str],
+    exclusive: bool = False,
 ) -> None:  # fmt: skip
-    """Write a module: half-precision tensors by their diffusers names, the leak, the metadata; whole or not at all."""
+    """Write a module: half-precision tensors by their diffusers names, the leak, the metadata; whole or not at all.
+
+    exclusive: FileExistsError where there is a file of that name.
+    """
     parts = {} if leak is None else {LEAK + "mean": leak.mean, LEAK + "root": leak.root, LEAK + "rest": leak.rest}
     whole = {name: tensor.half() for name, tensor in tensors.items()}
     whole |= {name: tensor.float() for name, tensor in parts.items()}
-    save_tensors(path, whole, {"format": "pt", "oms.version": "1", **facts})
+    save_tensors(path, whole, {"format": "pt", "oms.version": "1", **facts}, exclusive)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 
-from ..models.calibration import shipped_profiles
-from ._host.api import io, say_on_node, schema, ui
-from ._host.folders import find_profile, installed_files, profile_path
+from ._host.api import advanced, io, say_on_node, schema, ui
+from ._host.expand import Expansion
+from ._host.folders import installed_files
 from ._host.identity import identify, is_distilled, pixels
 from ._host.propagation.transformer import blocks_of
 from ._host.propagation.unet import unet_of
 from ._host.sampling import run_stock_node, scheduler_names
+from ._host.shelf import installed
 from ._host.solvers import sampler_names
 from ._plan.auto import (
     ALWAYS,
@@ -28,18 +29,17 @@ from ._plan.auto import (
     WISHES,
     Facts,
     Run,
+    Shelf,
     Wishes,
+    auto_report,
     decide,
     key_steps_of,
-    report,
 )
-from ._plan.propagation import CALIBRATED, TARGET, UNIFORM
+from ._plan.propagation import UNIFORM
 from .golden_noise import AttuneGoldenNoiseModel, AttuneLoadNPNet
-from .installed import installed
-from .noise_shift import AttuneNoiseShift
 from .one_more_step import AttuneLoadOneMoreStep, AttuneOneMoreStep
-from .profiles import AttuneApplyProfile
-from .propagation import AttuneBlockPropagation, AttuneEncoderPropagation
+from .profiles import AttuneApplyProfile, AttuneLoadProfile
+from .propagation import AttunePropagation
 from .redenoise import AttuneRedenoise
 from .schedules import AttuneScheduler
 
@@ -60,7 +60,8 @@ class AttuneAuto(io.ComfyNode):
             category="attune/auto",
             description="Looks at the run and at what is installed, uses what suits it, and says what and why.",
             search_aliases=["automatic", "align your steps", "sigmas", "one node", "preset", "faster", "better"],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
+            enable_expand=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled, with its LoRAs and patches."),
                 io.Latent.Input("latent", tooltip="The latent to sample: tells the picture's size."),
@@ -77,14 +78,16 @@ class AttuneAuto(io.ComfyNode):
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
                     tooltip="1 starts from pure noise. Less keeps more of the input picture, as in the stock KSampler.",
                 ),
-                io.Combo.Input(
+                *advanced(io.Combo.Input(
                     "scheduler", options=scheduler_names(), default="simple",
                     tooltip="The stock schedule to use where nothing better is known.",
-                ),
+                )),
                 _switch("schedule", "Levels and timesteps that fit the model."),
-                _switch("one_more_step", "True darks and brights, where the start leaks."),
-                _switch("noise_shift", "Small pictures of large models, from a profile."),
-                _switch("golden_noise", "Noise fitted to the prompt, by a network or by re-denoising."),
+                *advanced(
+                    _switch("one_more_step", "True darks and brights, where the start leaks."),
+                    _switch("noise_shift", "Small pictures of large models, from a profile."),
+                    _switch("golden_noise", "Noise fitted to the prompt, by a network or by re-denoising."),
+                ),
                 io.Combo.Input(
                     "speed", options=SPEEDS, default=OFF,
                     tooltip="Reuse features between steps. faithful: hardly another picture (45 dB). fast: as far as "
@@ -122,27 +125,64 @@ class AttuneAuto(io.ComfyNode):
         stock = scheduler if sigmas is None else "sigmas"
         run = Run(steps, sampler_name.removesuffix("_gpu"), cfg, denoise, width, stock)
         wishes = Wishes(schedule, one_more_step, noise_shift, golden_noise, speed)
+        inside = Expansion(cls, {"model": model, "latent": latent, "positive": positive})
         if sigmas is None:
             (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=denoise)
         facts = _facts(model, latent)
         shelf, unread = installed(modules=one_more_step != OFF, npnets=golden_noise == ALWAYS)
         decisions = decide(facts, run, wishes, shelf, float(sigmas[0]) if len(sigmas) else None)
         picked = {one.method: one.pick for one in decisions if one.pick}
-        if SCHEDULE in picked:
-            model, sigmas = _with_schedule(model, latent, run, picked[SCHEDULE], TOLD in picked)
-        if SHIFT in picked:
-            model, _ = AttuneNoiseShift.execute(model, find_profile(picked[SHIFT])).result
-        if START in picked:
-            (module,) = AttuneLoadOneMoreStep.execute(picked[START]).result
-            model, _ = AttuneOneMoreStep.execute(model, module, positive).result
-        if NOISE in picked:
-            (model,) = _with_noise(model, picked[NOISE]).result
-        if SPEED in picked:
-            (model,) = _with_speed(model, facts, picked[SPEED], speed).result
-        said = report(facts, run, decisions, unread)
+        out, levels = _composed(inside, facts, run, wishes, picked, shelf)
+        said = auto_report(facts, run, decisions, unread)
         LOG.info("Attune Auto: %s", said)
         say_on_node(cls, said)
-        return io.NodeOutput(model, sigmas, said, ui=ui.PreviewText(said))
+        used = inside.graph is not None
+        return io.NodeOutput(
+            out if used else model, sigmas if levels is None else levels, said, expand=inside.graph,
+            ui=ui.PreviewText(said),
+        )  # fmt: skip
+
+
+def _composed(inside: Expansion, facts: Facts, run: Run, wishes: Wishes, picked: dict[str, str], shelf: Shelf) -> tuple:
+    """MODEL and SIGMAS (None: the stock ones) out of the single nodes that stand for what was picked."""
+    model, sigmas = inside.given("model"), None
+    if name := picked.get(SCHEDULE):
+        if name in shelf.profiles:
+            strength = 1.0 if TOLD in picked else 0.0
+            choice = {"steps": run.steps, "denoise": run.denoise, "denoise_mode": "comfy", "strength": strength}
+            node = inside.add(AttuneApplyProfile, model=model, profile=_profile(inside, name), **choice)
+            model, sigmas = node.out(0), node.out(2)
+        else:
+            choice = {"steps": run.steps, "denoise": run.denoise, "schedule": name}
+            node = inside.add(AttuneScheduler, model=model, latent=inside.given("latent"), **choice)
+            sigmas = node.out(0)
+    if name := picked.get(SHIFT):
+        model = inside.add(AttuneApplyProfile, model=model, profile=_profile(inside, name)).out(0)
+    if name := picked.get(START):
+        module = inside.add(AttuneLoadOneMoreStep, oms_name=name).out(0)
+        model = inside.add(AttuneOneMoreStep, model=model, oms_model=module, positive=inside.given("positive")).out(0)
+    if picked.get(NOISE) == REDENOISE:
+        model = inside.add(AttuneRedenoise, model=model).out(0)
+    elif name := picked.get(NOISE):
+        npnet = inside.add(AttuneLoadNPNet, npnet_name=name).out(0)
+        model = inside.add(AttuneGoldenNoiseModel, model=model, npnet=npnet).out(0)
+    if name := picked.get(SPEED):
+        model = _with_speed(inside, model, name, wishes.speed, shelf).out(0)
+    return model, sigmas
+
+
+def _profile(inside: Expansion, name: str):
+    return inside.add(AttuneLoadProfile, profile_name=name).out(0)
+
+
+def _with_speed(inside: Expansion, model, name: str, wish: str, shelf: Shelf):
+    if found := key_steps_of(name):
+        reuse, interval = found
+        return inside.add(AttunePropagation, model=model, mode=UNIFORM, interval=interval, reuse=reuse)
+    key_steps = shelf.profiles[name].key_steps
+    assert key_steps is not None
+    speed = max(point.speed for point in key_steps.points) if wish == FAST else 0.0
+    return inside.add(AttuneApplyProfile, model=model, profile=_profile(inside, name), speed=speed)
 
 
 def _facts(model, latent: dict) -> Facts:
@@ -150,7 +190,7 @@ def _facts(model, latent: dict) -> Facts:
     blocks = blocks_of(model.get_model_object("diffusion_model"))
     width = model.model.model_config.unet_config.get("context_dim")
     return Facts(
-        identify(model),
+        identify(model, weights=True),
         "unet" if unet_of(model) is not None else "transformer" if blocks else "",
         type(latent_format).__name__,
         latent_format.latent_channels,
@@ -160,32 +200,6 @@ def _facts(model, latent: dict) -> Facts:
         width if isinstance(width, int) else None,
         is_distilled(model.get_model_object("model_sampling")),
     )
-
-
-def _with_schedule(model, latent: dict, run: Run, name: str, told: bool) -> tuple:
-    if profile_path(name) is None and name not in shipped_profiles():
-        return model, *AttuneScheduler.execute(model, run.steps, run.denoise, name, latent).result
-    strength = 1.0 if told else 0.0
-    profile = find_profile(name)
-    applied = AttuneApplyProfile.execute(model, profile, run.steps, run.denoise, "comfy", strength=strength)
-    return applied.result[:2]
-
-
-def _with_noise(model, name: str) -> io.NodeOutput:
-    if name == REDENOISE:
-        return io.NodeOutput(AttuneRedenoise.execute(model).result[0])
-    return AttuneGoldenNoiseModel.execute(model, AttuneLoadNPNet.execute(name).result[0])
-
-
-def _with_speed(model, facts: Facts, name: str, wish: str) -> io.NodeOutput:
-    node = AttuneEncoderPropagation if facts.network == "unet" else AttuneBlockPropagation
-    if found := key_steps_of(name):
-        reuse, interval = found
-        return node.execute(model, UNIFORM, interval=interval, reuse=reuse)
-    profile = find_profile(name)
-    assert profile.calibration is not None
-    fastest = max(point.speed for point in profile.calibration.points)
-    return node.execute(model, TARGET if wish == FAST else CALIBRATED, profile, speed=fastest)
 
 
 NODES = [AttuneAuto]

@@ -7,7 +7,6 @@ from . import (
     compare,
     fit_sampler,
     golden_noise,
-    installed,
     noise,
     noise_shift,
     one_more_step,
@@ -16,10 +15,12 @@ from . import (
     redenoise,
     schedules,
     train_npnet,
+    train_one_more_step,
 )
 from ._host.api import ComfyExtension
 from ._host.demo_model import register_demo_model
 from ._host.folders import register_folders
+from ._host.replaced import register_replacements
 from ._host.workflow_profiles import register_exchange
 
 NODES = [
@@ -28,13 +29,13 @@ NODES = [
     *fit_sampler.NODES,
     *noise_shift.NODES,
     *one_more_step.NODES,
+    *train_one_more_step.NODES,
     *golden_noise.NODES,
     *noise.NODES,
     *redenoise.NODES,
     *train_npnet.NODES,
     *propagation.NODES,
     *profiles.NODES,
-    *installed.NODES,
     *compare.NODES,
 ]
 
@@ -44,5 +45,8 @@ register_exchange()
 
 
 class AttuneExtension(ComfyExtension):
+    async def on_load(self):
+        await register_replacements()
+
     async def get_node_list(self):
         return NODES

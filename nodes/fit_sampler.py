@@ -8,30 +8,25 @@ import time
 import torch
 
 from ..kernels.schedules import check_sigmas
-from ..kernels.timestep_aligner import CANDIDATES, align, block_norm, block_norms
 from ..kernels.tuner import (
-    PRESETS,
+    TUNER_PRESETS,
     Progress,
     Runner,
+    Tuned,
     check_candidates,
-    is_gain,
-    mean,
     reference_levels,
     tune,
-    tune_by_bound,
 )
 from ._draw.axes import to_image
 from ._draw.schedules import Curve, draw_schedules
-from ._host.api import Profile, io, schema, shown_on
+from ._host.api import Profile, advanced, io, schema, shown_on
 from ._host.folders import keep_fit, keep_profile
 from ._host.identity import identify, pixels
 from ._host.session import ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 from ._host.stock_schedules import known_schedules
 from ._plan.fit_sampler import (
-    METHODS,
     Setting,
     affordable,
-    aligned_profile,
     stopped_profile,
     tuned_profile,
     tuning_report,
@@ -39,13 +34,6 @@ from ._plan.fit_sampler import (
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
-
-OUTPUTS = [
-    Profile.Output(display_name="profile", tooltip="For Attune Apply Profile and Attune Save Profile."),
-    io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels alone, for any custom sampler."),
-    io.Image.Output(display_name="plot", tooltip="The levels before and after; dashed, what the network is told."),
-    io.String.Output(display_name="report", tooltip="What was measured, kept and refused."),
-]
 
 
 def _run_inputs():
@@ -70,22 +58,15 @@ def _run_inputs():
     ]  # fmt: skip
 
 
-def _seed():
-    return io.Int.Input(
-        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
-        tooltip="The first of the noises that are fitted on and held out; the others follow it.",
-    )  # fmt: skip
-
-
-class AttuneTuneSchedule(io.ComfyNode):
+class AttuneFitSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneTuneSchedule",
-            display_name="Attune Tune Schedule",
+            node_id="AttuneFitSampler",
+            display_name="Attune Fit Sampler",
             category=CATEGORY,
             description="Find better noise levels and timesteps for your model, sampler and steps, and prove the gain.",
-            search_aliases=["align your steps", "optimize schedule", "sigmas", "timestep aligner", "calibrate"],
+            search_aliases=["align your steps", "optimize schedule", "sigmas", "timestep aligner", "TTA", "calibrate"],
             inputs=[
                 *_run_inputs(),
                 io.Int.Input(
@@ -93,87 +74,78 @@ class AttuneTuneSchedule(io.ComfyNode):
                     tooltip="The number of steps to fit for. The gain is largest from 5 to 12.",
                 ),
                 io.Combo.Input(
-                    "preset", options=list(PRESETS), default="mini",
-                    tooltip="How thorough: at 8 steps at most about 400, 1100 or 2600 evaluations of the model. The "
+                    "preset", options=list(TUNER_PRESETS), default="mini",
+                    tooltip="How thorough: at 8 steps at most about 800, 1700 or 3400 evaluations of the model. The "
                     "time is measured before it starts.",
                 ),
-                io.Float.Input(
-                    "budget_minutes", default=30.0, min=0.0, max=10000.0, step=1.0,
-                    tooltip="When the preset would take longer, a smaller one is taken, or none. 0: no limit.",
+                io.Boolean.Input(
+                    "levels", default=True,
+                    tooltip="Search for better noise levels. Off: those of 'sigmas' stay, or else the best known ones.",
                 ),
-                _seed(),
+                io.Boolean.Input(
+                    "timesteps", default=True,
+                    tooltip="Fit what the network is told at each level. This works for euler (ddim) alone; other "
+                    "samplers keep the true levels.",
+                ),
+                *advanced(
+                    io.Float.Input(
+                        "budget_minutes", default=30.0, min=0.0, max=10000.0, step=1.0,
+                        tooltip="When the preset would take longer, a smaller one is taken, or none. 0: no limit.",
+                    ),
+                    io.Int.Input(
+                        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                        tooltip="The first of the noises that are fitted on and held out; the others follow it.",
+                    ),
+                ),
                 io.Sigmas.Input(
                     "sigmas", optional=True,
-                    tooltip="A schedule of your own with as many steps: it enters the contest first.",
-                ),
-                io.Combo.Input(
-                    "method", options=list(METHODS), default="tuner", optional=True,
-                    tooltip="tuner: search by the error of whole runs, then align the timesteps. ays_klub: minimise "
-                    "the bound of Align Your Steps from the 'normal' schedule, stopped early; it needs 20 to 40 times "
-                    "as many evaluations and seldom wins.",
+                    tooltip="A schedule of your own with as many steps: it enters the contest first, and is kept where "
+                    "'levels' is off.",
                 ),
             ],
-            outputs=OUTPUTS,
+            outputs=[
+                Profile.Output(display_name="profile", tooltip="For Attune Apply Profile and Attune Save Profile."),
+                io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels alone, for any custom sampler."),
+                io.Image.Output(
+                    display_name="plot", tooltip="The levels before and after; dashed, what the network is told."
+                ),
+                io.String.Output(display_name="report", tooltip="What was measured, kept and refused."),
+            ],
         )  # fmt: skip
 
     @classmethod
     def execute(
-        cls,
-        model,
-        positive,
-        negative,
-        cfg,
-        sampler,
-        latent,
-        steps,
-        preset,
-        budget_minutes,
-        seed,
-        sigmas=None,
-        method="tuner",
-    ) -> io.NodeOutput:
+        cls, model, positive, negative, cfg, sampler, latent, steps, preset="mini", levels=True, timesteps=True,
+        budget_minutes=30.0, seed=0, sigmas=None,
+    ) -> io.NodeOutput:  # fmt: skip
         solver, setting, empty = _setting(model, cfg, sampler, latent, seed)
-        known = known_schedules(model, steps)
-        if sigmas is not None:
-            known = {"your sigmas": _own(sigmas, steps), **known}
-        check_candidates(known)
-        began = time.monotonic()
+        _check_switches(solver, levels, timesteps)
+        known = _contest(model, steps, sigmas, levels)
+        began, what = time.monotonic(), {"levels": levels, "timesteps": timesteps}
 
         def work(solves: Solves):
             seconds = solves.seconds_per_evaluation(setting.model.sigma_max, *draw_noises(empty, seed, 1))
-            chosen, plan = affordable(
-                preset, steps, len(known), solver.order, solver.first_order, seconds, budget_minutes, method
-            )
-            LOG.info("Attune Tune Schedule: %s", plan)
-            reference = reference_levels(
-                chosen.reference_steps, setting.space, setting.model.sigma_min, setting.model.sigma_max
-            )
+            aligned = timesteps and solver.first_order
+            chosen, plan = affordable(preset, steps, len(known), solver.order, aligned, seconds, budget_minutes)
+            LOG.info("Attune Fit Sampler: %s", plan)
+            about = setting.model
+            reference = reference_levels(chosen.reference_steps, setting.space, about.sigma_min, about.sigma_max)
             deadline = began + 60 * budget_minutes
-            draws = draw_noises(empty, seed, chosen.fit + chosen.held_out)
             in_time = lambda: not budget_minutes or time.monotonic() < deadline
-            runner = _runner(solves, solver, setting)
-            if method == "tuner":
-                fit = tune(runner, known, reference, draws, chosen, setting.space, in_time)
-            else:
-                generator = torch.Generator().manual_seed(seed)
-                fit = tune_by_bound(
-                    runner, known, reference, draws, chosen, setting.space, setting.model.sigma_min, generator, in_time
-                )
-            return _watched(fit, lambda now, levels: _stopped(now, levels, known, setting, method)), plan
+            runner = Runner(
+                solves.solve, solves.record, solves.denoise if solver.first_order else None, solver.order,
+                about.sigma_max,
+            )  # fmt: skip
+            draws = draw_noises(empty, seed, chosen.fit + chosen.held_out)
+            fit = tune(runner, known, reference, draws, chosen, setting.space, in_time, **what)
+            return _watched(fit, lambda now, best: _stopped(now, best, known, setting)), plan
 
         whole = torch.tensor([setting.model.sigma_max, 0.0])
         tuned, plan = run_session(model, positive, negative, cfg, solver, whole, empty, seed, setting.space, work)
         took = time.monotonic() - began
-        report = tuning_report(tuned, setting, took, plan)
-        LOG.info("Attune Tune Schedule:\n%s", report)
-        a_map = tuned.alignment and tuned.alignment.through(setting.space)
-        told = None if a_map is None else tuple(a_map(tuned.sigmas).tolist())
-        curves = [
-            Curve(f"start: {tuned.start}", tuple(known[tuned.start].tolist())),
-            Curve("tuned" if tuned.changed else "kept", tuple(tuned.sigmas.tolist()), told),
-        ]
-        profile = tuned_profile(tuned, setting, method, preset, took)
-        plot = draw_schedules(curves, f"{steps} steps of {solver.name}")
+        report = tuning_report(tuned, setting, took, plan, **what)
+        LOG.info("Attune Fit Sampler:\n%s", report)
+        profile, plot = tuned_profile(tuned, setting, preset, took), _plot(tuned, known, setting)
         ProgressBar(1).update(1, plot)  # the page shows the last live preview rather than what a node hands out
         picture = to_image(plot)
         if tuned.changed:
@@ -181,61 +153,32 @@ class AttuneTuneSchedule(io.ComfyNode):
         return io.NodeOutput(profile, tuned.sigmas.clone(), picture, report, ui=shown_on(cls, picture))
 
 
-class AttuneAlignTimesteps(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            node_id="AttuneAlignTimesteps",
-            display_name="Attune Align Timesteps",
-            category=CATEGORY,
-            description="Keep the noise levels; fit what the network is told at each of them, for euler (DDIM).",
-            search_aliases=["timestep aligner", "TTA", "ddim", "euler", "calibrate"],
-            inputs=[
-                *_run_inputs(),
-                io.Sigmas.Input("sigmas", tooltip="The levels to keep, such as those of Attune Scheduler."),
-                io.Int.Input(
-                    "noises", default=2, min=1, max=16,
-                    tooltip="How many noises are fitted on; one more is held out to measure the gain. "
-                    "One costs 48 + 15 evaluations for each step.",
-                ),
-                _seed(),
-            ],
-            outputs=[OUTPUTS[0], OUTPUTS[2], OUTPUTS[3]],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, model, positive, negative, cfg, sampler, latent, sigmas, noises, seed) -> io.NodeOutput:
-        solver, setting, empty = _setting(model, cfg, sampler, latent, seed)
-        if not solver.first_order:
-            raise ValueError(
-                f"Timesteps are aligned to 'euler' (or 'ddim'), but the sampler is '{solver.name}': a fit would make "
-                "it worse. Connect a KSamplerSelect with 'euler', or tune the levels with Attune Tune Schedule."
-            )
-        levels = _own(sigmas, len(sigmas) - 1)
-        metrics, fitted, kept = run_session(
-            model, positive, negative, cfg, solver, levels, empty, seed, setting.space,
-            lambda solves: _align(solves, solver, setting, levels, draw_noises(empty, seed, noises + 1)),
-        )  # fmt: skip
-        before, after = metrics["held_out"]["start"], metrics["held_out"]["aligned"]
-        said = "kept" if kept else "not kept: the profile tells the network the true levels"
-        report = "\n".join(
-            [
-                f"{len(levels) - 1} steps of {solver.name}, cfg {cfg:g}, {metrics['evaluations']} evaluations.",
-                f"On held-out noise the error falls from {before:.4f} to {after:.4f}; {said}."
-                if after < before
-                else f"On held-out noise the error does not fall: {before:.4f} before, {after:.4f} after; {said}.",
-                "sigma -> told to the network: "
-                + ", ".join(f"{s:.4g} -> {t:.4g}" for s, t in zip(fitted.sigma, fitted.sigma_hat, strict=True)),
-            ]
+def _check_switches(solver: Solver, levels: bool, timesteps: bool) -> None:
+    if not (levels or timesteps):
+        raise ValueError("There is nothing to fit: switch on 'levels', 'timesteps' or both.")
+    if not levels and not solver.first_order:
+        raise ValueError(
+            f"Timesteps are aligned to 'euler' (or 'ddim'), but the sampler is '{solver.name}': a fit would make it "
+            "worse. Connect a KSamplerSelect with 'euler', or switch on 'levels'."
         )
-        LOG.info("Attune Align Timesteps:\n%s", report)
-        a_map = fitted.through(setting.space) if kept else None
-        told = None if a_map is None else tuple(a_map(levels).tolist())
-        profile = aligned_profile(fitted if kept else None, levels.tolist(), setting, metrics)
-        picture = to_image(draw_schedules([Curve("levels", tuple(levels.tolist()), told)], "Aligned timesteps"))
-        if kept:
-            report = f"{report}\n{keep_fit(profile)}"
-        return io.NodeOutput(profile, picture, report, ui=shown_on(cls, picture))
+
+
+def _contest(model, steps: int, sigmas: torch.Tensor | None, levels: bool) -> dict[str, torch.Tensor]:
+    """The schedules to start from by name, the user's first; that alone where it has to stay."""
+    own = {} if sigmas is None else {"your sigmas": _own(sigmas, steps)}
+    known = own if own and not levels else {**own, **known_schedules(model, steps)}
+    check_candidates(known)
+    return known
+
+
+def _plot(tuned: Tuned, known: dict[str, torch.Tensor], setting: Setting):
+    a_map = None if tuned.alignment is None else tuned.alignment.through(setting.space)
+    told = None if a_map is None else tuple(a_map(tuned.sigmas).tolist())
+    curves = [
+        Curve(f"start: {tuned.start}", tuple(known[tuned.start].tolist())),
+        Curve("fitted" if tuned.changed else "kept", tuple(tuned.sigmas.tolist()), told),
+    ]
+    return draw_schedules(curves, f"{len(tuned.sigmas) - 1} steps of {setting.solver}")
 
 
 def _setting(model, cfg: float, sampler, latent: dict, seed: int):
@@ -262,11 +205,6 @@ def _own(sigmas: torch.Tensor, steps: int) -> torch.Tensor:
     return levels
 
 
-def _runner(solves: Solves, solver: Solver, setting: Setting) -> Runner:
-    denoise = solves.denoise if solver.first_order else None
-    return Runner(solves.solve, solves.record, denoise, solver.order, setting.model.sigma_max, solves.denoise_at)
-
-
 def _watched(fit, stopped):
     """The result of `tune`, with the node's bar and its best curve while it runs; `stopped`: told how far it came."""
     bar, shown, picture, best = None, None, None, None
@@ -288,46 +226,16 @@ def _watched(fit, stopped):
         raise
 
 
-def _stopped(now: Progress, best: torch.Tensor, known: dict[str, torch.Tensor], setting: Setting, method: str) -> None:
+def _stopped(now: Progress, best: torch.Tensor, known: dict[str, torch.Tensor], setting: Setting) -> None:
     """Keep what the search has found so far; a known schedule needs no keeping."""
     levels = ", ".join(f"{s:.4f}" for s in best.tolist())
     where = "a known schedule"
     if not any(torch.equal(best, one) for one in known.values()):
         try:
-            where = f"kept as {keep_profile(stopped_profile(now, setting, method)).name}, not proved on held-out noises"
+            where = f"kept as {keep_profile(stopped_profile(now, setting)).name}, not proved on held-out noises"
         except ValueError as error:
             where = str(error)
-    LOG.warning("Attune Tune Schedule stopped while %s. Best levels so far: %s; %s", now.stage, levels, where)
+    LOG.warning("Attune Fit Sampler stopped while %s. Best levels so far: %s; %s", now.stage, levels, where)
 
 
-def _align(solves: Solves, solver: Solver, setting: Setting, levels: torch.Tensor, draws: list[torch.Tensor]):
-    """Metrics, the fit on all `draws` but the last, which is held out, and whether it gains there."""
-    *fitted_on, held = draws
-    reference = reference_levels(
-        PRESETS["standard"].reference_steps, setting.space, setting.model.sigma_min, float(levels[0])
-    )
-    paths = [solves.record(reference, noise) for noise in draws]
-    done = solves.evaluations
-    bar = ProgressBar(done + CANDIDATES * (len(levels) - 1) * len(fitted_on) + 2 * (len(levels) - 1))
-    fit = align(solves.denoise, levels, paths[:-1], setting.space, setting.model.sigma_max)
-    try:
-        while True:
-            bar.update(done + next(fit))
-    except StopIteration as end:
-        fitted = end.value
-    exact = paths[-1].end
-
-    def errors(a_map) -> torch.Tensor:
-        return block_norms(solves.solve(levels, held, a_map) - exact) / block_norm(exact)
-
-    before = errors(None)
-    after = errors(fitted.through(setting.space)) if fitted.changes else before
-    metrics = {
-        "held_out": {"start": mean(before), "aligned": mean(after)},
-        "gain_per_step": list(fitted.gain),
-        "evaluations": solves.evaluations,
-    }
-    return metrics, fitted, is_gain(before, after)
-
-
-NODES = [AttuneTuneSchedule, AttuneAlignTimesteps]
+NODES = [AttuneFitSampler]

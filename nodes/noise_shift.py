@@ -1,40 +1,43 @@
-"""NoiseShift: calibrate what the network is told at other picture sizes, and apply it."""
+"""NoiseShift: calibrate what the network is told at other picture sizes."""
 
 from __future__ import annotations
 
 import logging
 import math
 import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import torch
 
-from ..kernels.noise_shift import FEWEST, FITS, PRESETS, Preset, Shift
+from ..kernels.noise_shift import FEWEST, SHIFT_PRESETS, Shift, ShiftPreset, fit_joint
 from ..kernels.space import NoiseSpace
-from ..models.calibration import SUFFIX, Calibration, file_stem
+from ..models.calibration import ModelIdentity, Size
+from ..models.store import SUFFIX, file_stem
 from ._draw.axes import to_image
 from ._draw.noise_shift import draw_shift
-from ._host.api import Profile, io, schema, shown_on
-from ._host.folders import find_profile, keep_fit, keep_profile, profile_path
+from ._host.api import Profile, advanced, io, schema, shown_on
+from ._host.calibrating import calibrating
+from ._host.folders import find_profile, keep_fit, keep_profile, keep_update, profile_path
 from ._host.identity import identify, pixels
 from ._host.noise_shift import (
     STEPS,
     calibrate,
     check_prompts,
+    data_hash,
     draw_own,
     encode,
     first_prompts,
     limits,
-    with_noise_shift,
     without_text,
 )
 from ._host.session import ProgressBar
 from ._plan.noise_shift import (
-    check_noise_shift,
     continues,
     noise_shift_profile,
     parse_sizes,
-    plan,
-    shift_for,
+    shift_plan,
     shift_report,
 )
 
@@ -66,38 +69,33 @@ class AttuneFitNoiseShift(io.ComfyNode):
                 ),
                 io.Int.Input("native_height", default=1024, min=16, max=16384, step=8, tooltip="Its height."),
                 io.Combo.Input(
-                    "preset", options=list(PRESETS), default="quick",
-                    tooltip="Per size: quick 8 pictures and 832 evaluations of the network, normal 32 and 6656, "
-                    "thorough 128 and 26624.",
+                    "preset", options=list(SHIFT_PRESETS), default="quick",
+                    tooltip="Per size: quick 8 pictures and 896 evaluations of the network, normal 32 and 7168, "
+                    "thorough 128 and 28672.",
                 ),
-                io.Combo.Input(
-                    "method", options=list(FITS), default="joint",
-                    tooltip="joint: one smooth curve, kept only if it proves itself on held-out pictures. per level: "
-                    "as published, the best candidate of every level, without proof.",
-                ),
-                io.Int.Input(
+                *advanced(io.Int.Input(
                     "seed", default=0, min=0, max=2**64 - 1, control_after_generate=False,
                     tooltip="Of the noise put on the pictures.",
-                ),
+                )),
                 io.String.Input(
                     "save_as", default="",
                     tooltip="A file in models/attune that is written after every size; the same run continues it "
                     "after a stop. Take another name for another checkpoint. Empty: none.",
                 ),
-                io.Float.Input(
+                *advanced(io.Float.Input(
                     "cfg", default=4.0, min=1.0, max=100.0, step=0.1, round=0.01,
                     tooltip="Only for pictures that the model draws itself, with 'negative' connected.",
-                ),
+                )),
                 io.Conditioning.Input(
                     "positive", optional=True,
                     tooltip="What the pictures show: one prompt for all, or one for each. Without it: zeroed text.",
                 ),
                 io.Latent.Input(
-                    "latent", optional=True, tooltip="Clean pictures, encoded at the size to calibrate, at least 4."
+                    "latent", optional=True, tooltip="Clean pictures, encoded at the size to calibrate, at least 6."
                 ),
                 io.Image.Input(
                     "images", optional=True,
-                    tooltip="Clean pictures, at least 4 and as large as the largest of 'sizes': they are cut to the "
+                    tooltip="Clean pictures, at least 6 and as large as the largest of 'sizes': they are cut to the "
                     "middle, made smaller and encoded with 'vae'.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Needed with 'images' and for pictures of the model's own."),
@@ -106,7 +104,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Profile.Output(display_name="profile", tooltip="For Attune Noise Shift and Attune Save Profile."),
+                Profile.Output(display_name="profile", tooltip="For Attune Apply Profile and Attune Save Profile."),
                 io.Image.Output(display_name="plot", tooltip="What is told over the true level, one curve a size."),
                 io.String.Output(display_name="report", tooltip="What was measured, kept and refused."),
             ],
@@ -114,51 +112,40 @@ class AttuneFitNoiseShift(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, sizes, native_width, native_height, preset, method, seed, save_as, cfg=4.0, positive=None,
+        cls, model, sizes, native_width, native_height, preset="quick", seed=0, save_as="", cfg=4.0, positive=None,
         latent=None, images=None, vae=None, negative=None,
     ) -> io.NodeOutput:  # fmt: skip
-        native, effort = (native_width, native_height), PRESETS[preset]
+        native, effort = (native_width, native_height), SHIFT_PRESETS[preset]
         wanted = _wanted(model, sizes, latent, images, vae)
         given = effort.pictures if latent is None and images is None else len(_pictures(latent, images))
         lines = _sources(latent, images, positive)
         prompts = without_text(model) if positive is None else positive
         check_prompts(prompts, given)
         count = min(given, effort.pictures)
-        prompts = first_prompts(prompts, count, given)
-        how = {"preset": preset, "seed": seed, "pictures": count}
-        about = identify(model)
-        found = _unfinished(save_as, about, native, method, how)
-        left = [size for size in wanted if found is None or size not in {one.resolution for one in found.alignments}]
-        if found is not None:
+        prompts, effort = first_prompts(prompts, count, given), replace(effort, pictures=count)
+        how = {"preset": preset, "seed": seed, "pictures": count, "data": data_hash(latent, images, prompts)}
+        kept = _Kept(save_as, identify(model, weights=True), native, how)
+        left = [size for size in wanted if size not in kept.sizes]
+        if kept.sizes:
             lines.append(f"Continued from '{save_as}': {len(wanted) - len(left)} of {len(wanted)} sizes were there.")
-        lines.append(plan(left, effort, count))
+        lines.append(shift_plan(left, effort, count))
         LOG.info("Attune Fit Noise Shift: %s", " ".join(lines))
         began = time.monotonic()
         if latent is None and images is None and left:
-            images = draw_own(model, vae, prompts, negative, cfg, native, count, seed)
-        bar = ProgressBar(max(len(left) * count * effort.levels * effort.offsets, 1))
-        profile, done = found, 0
+            images = draw_own(calibrating(model), vae, prompts, negative, cfg, native, count, seed)
+        bar, done = ProgressBar(max(len(left) * effort.evaluations, 1)), 0
         for size in left:
             x0 = _clean(latent, images, vae, size)[:count]
             chunk = max(1, 2 * math.prod(native) // math.prod(size))
-            space = NoiseSpace(about.space)
-
-            def work(x0, denoise, space=space, done=done) -> Shift:
-                fit = FITS[method](
-                    denoise, x0, Preset(len(x0), effort.levels, effort.offsets), space, limits(model), seed
-                )
-                return _finished(fit, lambda evaluations: bar.update(done + evaluations))
-
-            shift = calibrate(model, prompts, x0, chunk, space, work)
-            done += count * effort.levels * effort.offsets
-            lines.append(shift_report(size, shift, space))
+            shift = _fitted(model, prompts, x0, chunk, effort, seed, partial(_moved, bar, done))
+            done += effort.evaluations
+            lines.append(shift_report(size, shift, kept.space))
             LOG.info("Attune Fit Noise Shift: %s", lines[-1])
-            profile = noise_shift_profile(about, native, {size: shift}, method, profile, **how)
-            if save_as.strip():
-                keep_profile(profile, save_as, replace=True)
+            kept.add(size, shift)
+        profile = kept.profile
         assert profile is not None
         lines.append(f"{done} evaluations in {time.monotonic() - began:.0f} s.")
-        if all(one.sigma == one.sigma_hat for one in profile.alignments):
+        if all(one.sigma == one.sigma_cond for one in profile.alignments):
             lines.append("Nothing is to be gained at any of these sizes: the profile changes nothing.")
         elif not save_as.strip():
             lines.append(keep_fit(profile))
@@ -166,48 +153,54 @@ class AttuneFitNoiseShift(io.ComfyNode):
         return io.NodeOutput(profile, plot, "\n".join(lines), ui=shown_on(cls, plot))
 
 
-class AttuneNoiseShift(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            node_id="AttuneNoiseShift",
-            display_name="Attune Noise Shift",
-            category=CATEGORY,
-            description="Tell the network the noise level that a picture of this size looks like to it.",
-            search_aliases=["noiseshift", "low resolution", "small pictures", "512", "resolution"],
-            inputs=[
-                io.Model.Input("model", tooltip="The model that will be sampled, at any size."),
-                Profile.Input("profile", tooltip="From Attune Fit Noise Shift, or from Attune Load Profile."),
-                io.Float.Input(
-                    "strength", default=1.0, min=0.0, max=1.0, step=0.05,
-                    tooltip="0 leaves the model as it is, bit for bit.",
-                ),
-                io.Latent.Input(
-                    "latent", optional=True,
-                    tooltip="For the report: what a picture of this size gets. Every run decides anew, by the latent "
-                    "that it samples.",
-                ),
-            ],
-            outputs=[
-                io.Model.Output(display_name="model", tooltip="For any sampler; the sigmas stay as they are."),
-                io.String.Output(display_name="report", tooltip="Which sizes are calibrated and what is told at each."),
-            ],
-        )  # fmt: skip
+class _Kept:
+    """The calibration as far as it is, in the file that the user named, or in no file.
 
-    @classmethod
-    def execute(cls, model, profile, strength=1.0, latent=None) -> io.NodeOutput:
-        about = identify(model)
-        check_noise_shift(profile, about)
-        lines = [f"Noise shift '{profile.name}' at strength {strength:g}."]
-        size = None if latent is None else pixels(model, latent)
-        asked = [one.resolution for one in profile.alignments] if size is None else [size]
-        lines += [shift_for(profile, one, strength)[1] for one in asked]
-        if profile.config_hash and about.config_hash and profile.config_hash != about.config_hash:
-            lines.append("Note: same family, but another network configuration than the profile was fitted on.")
-        LOG.info("Attune Noise Shift: %s", " ".join(lines))
-        shifted = with_noise_shift(model, profile, strength)
-        plot = None if cls.hidden is None else shown_on(cls, to_image(draw_shift(profile)))
-        return io.NodeOutput(shifted, "\n".join(lines), ui=plot)
+    ValueError where that file holds another calibration, or this one from other pictures or settings.
+    """
+
+    def __init__(self, save_as: str, about: ModelIdentity, native: Size, how: dict):
+        self.save_as, self.about, self.native, self.how = save_as.strip(), about, native, how
+        self.space = NoiseSpace(about.space)
+        self.path = profile_path(file_stem(save_as) + SUFFIX) if self.save_as else None
+        self.profile = None if self.path is None else find_profile(self.path.name)
+        if self.profile is not None and not continues(self.profile, about, native, **how):
+            raise ValueError(
+                f"'save_as' names {file_stem(save_as)}{SUFFIX}, which holds another calibration "
+                f"('{self.profile.name}'), or this one with other pictures or settings. Choose another name, or move "
+                "the file away."
+            )
+
+    @property
+    def sizes(self) -> set[Size]:
+        return set() if self.profile is None else {one.resolution for one in self.profile.alignments}
+
+    def add(self, size: Size, shift: Shift) -> None:
+        old = self.profile
+        self.profile = noise_shift_profile(self.about, self.native, {size: shift}, old, **self.how)
+        if self.path is not None and old is not None:
+            self.path = keep_update(self.path, old, self.profile)
+        elif self.save_as:
+            self.path = keep_profile(self.profile, self.save_as)
+
+
+def _moved(bar: ProgressBar, before: int, now: int) -> None:
+    bar.update(before + now)
+
+
+def _fitted(model, prompts, x0, chunk: int, effort: ShiftPreset, seed: int, update: Callable[[int], None]) -> Shift:
+    """The shift of one size; `update` is told the evaluations so far."""
+    space = NoiseSpace(identify(model).space)
+
+    def work(x0, denoise) -> Shift:
+        fit = fit_joint(denoise, x0, effort, space, limits(model), seed)
+        while True:
+            try:
+                update(next(fit))
+            except StopIteration as end:
+                return end.value
+
+    return calibrate(model, prompts, x0, chunk, space, work)
 
 
 def _wanted(model, sizes: str, latent: dict | None, images, vae) -> list[tuple[int, int]]:
@@ -269,28 +262,4 @@ def _clean(latent: dict | None, images, vae, size: tuple[int, int]) -> torch.Ten
     return encode(vae, images, size) if latent is None else latent["samples"].float()
 
 
-def _unfinished(save_as: str, about, native: tuple[int, int], method: str, how: dict) -> Calibration | None:
-    """The profile that an earlier run of this fit has left under the name, None if there is none."""
-    if not save_as.strip():
-        return None
-    name = file_stem(save_as) + SUFFIX
-    if profile_path(name) is None:
-        return None
-    found = find_profile(name)
-    if not continues(found, about, native, method, **how):
-        raise ValueError(
-            f"'save_as' names {name}, which holds another calibration ('{found.name}'), or this one with other "
-            "settings. Choose another name, or move the file away."
-        )
-    return found
-
-
-def _finished(fit, update) -> Shift:
-    while True:
-        try:
-            update(next(fit))
-        except StopIteration as end:
-            return end.value
-
-
-NODES = [AttuneFitNoiseShift, AttuneNoiseShift]
+NODES = [AttuneFitNoiseShift]

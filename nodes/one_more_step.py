@@ -1,8 +1,6 @@
-"""One More Step: load or train its network, and begin runs from its prediction; signal leak from examples."""
+"""One More Step: load its network, begin runs from its prediction; signal leak from examples."""
 
 from __future__ import annotations
-
-import logging
 
 from ..kernels.one_more_step import NOISE_LEVELS
 from ..models.one_more_step import LATENT_SPACES, PREDICTIONS, colour_map
@@ -17,9 +15,7 @@ from ._host.one_more_step import (
     predicted_latent,
     with_first_state,
 )
-from ._host.train_one_more_step import SIZES, given_examples, read_examples, train
 
-LOG = logging.getLogger(__name__)
 CATEGORY = "attune/one more step"
 AUTO, DEFAULT = "auto", "default"
 OmsModel = io.Custom("OMS_MODEL")
@@ -222,79 +218,8 @@ class AttuneSignalLeak(io.ComfyNode):
         return io.NodeOutput(with_first_state(model, start), leak)
 
 
-class AttuneTrainOneMoreStep(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            node_id="AttuneTrainOneMoreStep",
-            display_name="Attune Train One More Step",
-            category=CATEGORY,
-            description="Trains a module for your model's latents and your pictures, with any text encoder.",
-            search_aliases=["train oms", "one more step training"],
-            is_output_node=True,
-            inputs=[
-                io.Model.Input("model", tooltip="Tells the kind of latents; it is not trained and not run."),
-                io.Clip.Input("clip", tooltip="Encodes the captions, and later the prompts for the module."),
-                io.String.Input(
-                    "folder", default="latents",
-                    tooltip="Latents from SaveLatent with captions as .txt files of the same name; a folder in "
-                    "ComfyUI's input or output, or a whole path.",
-                ),
-                io.String.Input(
-                    "name", default="my_module",
-                    tooltip="Of the file in models/one_more_step. A finished one stays; the next gets a number.",
-                ),
-                io.Combo.Input(
-                    "size", options=list(SIZES), default=list(SIZES)[1], tooltip="Of the network; it stays small."
-                ),
-                io.Int.Input(
-                    "steps", default=5000, min=1, max=1000000,
-                    tooltip="2,000 to 20,000. A training that was stopped goes on when it is run again.",
-                ),
-                io.Int.Input("batch_size", default=16, min=1, max=4096, tooltip="16 and more; 64 is better."),
-                io.Float.Input(
-                    "learning_rate", default=0.0003, min=0.0000001, max=0.1, step=0.00001, round=False,
-                    tooltip="0.001 for tiny, 0.0003 for small, 0.0001 as published.",
-                ),
-                io.Float.Input(
-                    "empty_prompts", default=0.1, min=0.0, max=1.0, step=0.01,
-                    tooltip="Share of captions that are left out, which cfg other than 1 needs.",
-                ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
-                    tooltip="The same seed on the same machine trains the same module.",
-                ),
-                io.String.Input(
-                    "captions", default="", multiline=True,
-                    tooltip="With 'latents' connected: one line for each of them, or one for all. Else unused.",
-                ),
-                io.Latent.Input(
-                    "latents", optional=True, tooltip="Encoded pictures in place of the folder, for a small training."
-                ),
-            ],
-            outputs=[
-                OmsModel.Output(display_name="oms_model", tooltip="The trained module, loaded from its file."),
-                io.String.Output(display_name="report", tooltip="The file, its loss, and the loss without captions."),
-            ],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(
-        cls, model, clip, folder="latents", name="my_module", size=None, steps=5000, batch_size=16,
-        learning_rate=0.0003, empty_prompts=0.1, seed=0, captions="", latents=None,
-    ) -> io.NodeOutput:  # fmt: skip
-        size = size or list(SIZES)[1]
-        examples = read_examples(folder, model) if latents is None else given_examples(latents, captions, model)
-        module, report = train(
-            model, clip, examples, name, size, steps, batch_size, learning_rate, empty_prompts, seed
-        )  # fmt: skip
-        LOG.info("Attune Train One More Step: %s", report)
-        return io.NodeOutput(module, report)
-
-
 NODES = [
     AttuneLoadOneMoreStep,
     AttuneOneMoreStep,
     AttuneSignalLeak,
-    AttuneTrainOneMoreStep,
 ]

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import logging
 
-from ..models.calibration import shipped_profiles
+from ..models.calibration import NOISE_SHIFT, misfits
+from ..models.store import shipped_profiles
 from ._draw.axes import to_image
+from ._draw.noise_shift import draw_shift
+from ._draw.propagation import draw_speeds
 from ._draw.schedules import Curve, applied_curve, draw_schedules, profile_curve
-from ._host.api import Profile, io, schema, shown_on
-from ._host.conditioning import Remap, with_conditioning
-from ._host.folders import find_profile, has_profile, keep_profile, missing_profile, profile_names, profile_path
-from ._host.identity import identify, pixels
-from ._host.sampling import run_stock_node
-from ._plan.profile_on_model import DENOISE_MODES, POLICIES, Applied, apply_profile
+from ._host.api import Profile, advanced, io, say_on_node, schema, shown_on, ui
+from ._host.apply import STOCK, Ready, Use, put_to_use, stock_levels
+from ._host.folders import (
+    find_profile,
+    has_profile,
+    installed_files,
+    keep_profile,
+    missing_profile,
+    profile_names,
+)
+from ._host.identity import identify
+from ._host.shelf import installed
+from ._plan.installed import listing
+from ._plan.profile_on_model import DENOISE_MODES, POLICIES
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/profiles"
@@ -26,37 +37,49 @@ class AttuneLoadProfile(io.ComfyNode):
             node_id="AttuneLoadProfile",
             display_name="Attune Load Profile",
             category=CATEGORY,
-            description="A calibration from models/attune, or one that comes with the pack.",
-            search_aliases=["schedule profile", "load schedule", "calibration"],
+            description="A calibration from models/attune, or one that comes with the pack; lists what is there.",
+            search_aliases=["schedule profile", "load schedule", "calibration", "installed", "inventory"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Combo.Input(
                     "profile_name", options=names, default=names[0],
                     tooltip="Files in models/attune, then the pack's own. Press R after copying a file there.",
-                )
+                ),
+                io.Model.Input(
+                    "model", optional=True,
+                    tooltip="Says whether the profile suits this model, and marks those that were made for it.",
+                ),
             ],
             outputs=[
                 Profile.Output(display_name="profile", tooltip="For Attune Apply Profile."),
                 io.String.Output(display_name="info", tooltip="What it was made for and what was measured."),
+                io.String.Output(
+                    display_name="installed",
+                    tooltip="A line for each profile, One More Step module and NPNet, and why a file cannot be read.",
+                ),
             ],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, profile_name):
-        if profile_name is None or profile_name in shipped_profiles() or has_profile(profile_name):
-            return True  # None: linked, not known yet
-        return missing_profile(profile_name)
+    def validate_inputs(cls, profile_name=None):
+        known = has_profile(profile_name) or (isinstance(profile_name, str) and profile_name in shipped_profiles())
+        return profile_name is None or known or missing_profile(profile_name)  # None: linked, not known yet
 
     @classmethod
-    def fingerprint_inputs(cls, profile_name):
-        path = profile_path(profile_name)
-        if path is None:
-            return find_profile(profile_name).id
-        return str(path), path.stat().st_mtime_ns, path.stat().st_size
+    def fingerprint_inputs(cls, profile_name=None, model=None):
+        return profile_name, installed_files()
 
     @classmethod
-    def execute(cls, profile_name) -> io.NodeOutput:
+    def execute(cls, profile_name, model=None) -> io.NodeOutput:
         profile = find_profile(profile_name)
-        return io.NodeOutput(profile, profile.describe())
+        about = None if model is None else identify(model, weights=True)
+        info = profile.describe()
+        if about is not None:
+            info += "\n" + ("\n".join(map(str, misfits(profile, about))) or "It suits this model.")
+        shelf, unread = installed()
+        listed = listing(shelf, unread, about)
+        say_on_node(cls, f"{info}\n\n{listed}")
+        return io.NodeOutput(profile, info, listed, ui=ui.PreviewText(f"{info}\n\n{listed}"))
 
 
 class AttuneSaveProfile(io.ComfyNode):
@@ -70,7 +93,7 @@ class AttuneSaveProfile(io.ComfyNode):
             search_aliases=["schedule profile", "save schedule", "calibration"],
             is_output_node=True,
             inputs=[
-                Profile.Input("profile", tooltip="What Attune Tune Schedule or Attune Align Timesteps found."),
+                Profile.Input("profile", tooltip="What a fit found, such as Attune Fit Sampler."),
                 io.String.Input(
                     "name", default="",
                     tooltip="The file's name; empty takes the profile's own. A name that is taken gets a number.",
@@ -96,41 +119,48 @@ class AttuneApplyProfile(io.ComfyNode):
             node_id="AttuneApplyProfile",
             display_name="Attune Apply Profile",
             category=CATEGORY,
-            description="The schedule of a profile as SIGMAS, and the MODEL with its timestep alignment.",
-            search_aliases=["schedule profile", "sigmas", "timestep alignment", "calibration"],
+            description="Puts a profile of any kind to use: MODEL, SAMPLER and SIGMAS as it was fitted.",
+            search_aliases=["schedule profile", "sigmas", "timestep alignment", "calibration", "noise shift"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled. It must be of the profile's family."),
-                Profile.Input("profile", tooltip="From Attune Load Profile, or fresh from a tuning node."),
+                Profile.Input("profile", tooltip="From Attune Load Profile, or fresh from a fitting node."),
                 io.Int.Input(
                     "steps", default=0, min=0, max=10000,
-                    tooltip="0 takes the profile's own count, where its gain was measured. Others are interpolated.",
+                    tooltip="0 takes the profile's own count, where its gain was measured. Others are interpolated. A "
+                    "noise shift has no count of its own: 0 means 20 steps.",
                 ),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
                     tooltip="1 starts from pure noise; less keeps more of the input picture.",
                 ),
-                io.Combo.Input(
+                *advanced(io.Combo.Input(
                     "denoise_mode", options=list(DENOISE_MODES), default="exact",
                     tooltip="With denoise below 1. exact: all steps on exactly that part of the schedule. comfy: the "
                     "rule of the stock KSampler. ays: fewer steps, as ComfyUI's Align Your Steps node.",
-                ),
-                io.Combo.Input(
+                )),
+                *advanced(io.Combo.Input(
                     "resolution_policy", options=list(POLICIES), default="ignore",
-                    tooltip="When the latent's size differs from the profile's. ignore: use it, with a note. shift: "
-                    "more noise for larger pictures. strict: stop with an error.",
-                ),
+                    tooltip="When the latent's size differs from that of a fitted schedule. ignore: use it, with a "
+                    "note. shift: more noise for larger pictures. strict: stop with an error.",
+                )),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=1.0, step=0.05,
-                    tooltip="Of the timestep alignment; the sigmas do not change. 0 leaves the model as it is, bit for "
-                    "bit.",
+                    tooltip="Of what the network is told, by a timestep alignment or a noise shift; the sigmas do not "
+                    "change. 0 leaves the model as it is, bit for bit.",
                 ),
+                *advanced(io.Float.Input(
+                    "speed", default=0.0, min=0.0, max=10.0, step=0.05,
+                    tooltip="Of a profile of propagation, how many times less computing. 0 takes the fastest setting "
+                    "that is faithful to 45 dB.",
+                )),
                 io.Latent.Input(
                     "latent", optional=True,
-                    tooltip="The latent to sample; tells the picture size for the policy above.",
+                    tooltip="The latent to sample; tells the picture's size. A noise shift decides anew at every run.",
                 ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For the sampler or its guider."),
+                io.Sampler.Output(display_name="sampler", tooltip="The solver that the profile was fitted with."),
                 io.Sigmas.Output(display_name="sigmas", tooltip="For SamplerCustom or SamplerCustomAdvanced."),
                 io.String.Output(display_name="report", tooltip="What was applied, and what was left out and why."),
             ],
@@ -139,30 +169,29 @@ class AttuneApplyProfile(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, profile, steps=0, denoise=1.0, denoise_mode="exact", resolution_policy="ignore", strength=1.0,
-        latent=None,
+        speed=0.0, latent=None,
     ) -> io.NodeOutput:  # fmt: skip
-        size = None if latent is None else pixels(model, latent)
-        applied = apply_profile(
-            profile, identify(model, weights=True), steps, denoise, denoise_mode, resolution_policy, size, strength
-        )
-        if applied.conditioning is not None:
-            model = with_conditioning(model, Remap(profile.name, applied.conditioning, applied.solver, profile.cfg))
-        said = list(applied.report)
+        choice = Use(steps, denoise, denoise_mode, resolution_policy, strength, speed)
+        ready = put_to_use(model, profile, choice, latent)
+        said = list(ready.report)
         if latent is not None and latent.get("noise_mask") is not None:
             said.append("Note: the latent has a mask; profiles are measured on whole pictures.")
-        report = "\n".join(said)
         LOG.info("Attune Apply Profile: %s", " ".join(said))
-        plot = None if cls.hidden is None else shown_on(cls, to_image(_against_stock(profile, applied, model, denoise)))
-        return io.NodeOutput(model, applied.sigmas, report, ui=plot)
+        plot = None if cls.hidden is None else shown_on(cls, to_image(_plot(model, profile, ready, denoise)))
+        return io.NodeOutput(ready.model, ready.sampler, ready.sigmas, "\n".join(said), ui=plot)
 
 
-def _against_stock(profile, applied: Applied, model, denoise: float):
-    """The plot of what is applied, beside a stock schedule; of the profile itself where it gives no levels."""
-    steps = len(applied.sigmas) - 1
-    if steps < 1:
+def _plot(model, profile, ready: Ready, denoise: float):
+    """What is applied: a schedule beside a stock one, the curves of a noise shift, or speed against fidelity."""
+    if profile.kind == NOISE_SHIFT:
+        return draw_shift(profile)
+    if ready.point is not None:
+        return draw_speeds(profile.key_steps.points, ready.point)
+    steps = len(ready.sigmas) - 1
+    if steps < 1 or ready.applied is None:
         return draw_schedules([profile_curve(profile)], profile.name)
-    (stock,) = run_stock_node("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=denoise)
-    return draw_schedules([applied_curve(applied), Curve("stock 'simple'", tuple(stock.tolist()))], profile.name)
+    stock = Curve(f"stock '{STOCK}'", tuple(stock_levels(model, steps, denoise).tolist()))
+    return draw_schedules([applied_curve(ready.applied), stock], profile.name)
 
 
 class AttunePlotSigmas(io.ComfyNode):

@@ -1,31 +1,27 @@
-"""Encoder and block propagation: a MODEL that runs whole on key steps and reuses features in between; calibration."""
+"""Propagation: a MODEL that runs whole on key steps and reuses features in between, and the fit of its key steps."""
 
 from __future__ import annotations
 
 import logging
 
-from ..models.calibration import Calibration, KeySteps, Point
+from ..models.calibration import KeySteps, Point
 from ._draw.axes import to_image
 from ._draw.propagation import draw_calibration, draw_speeds
-from ._host.api import Profile, io, schema, shown_on
+from ._host.api import Profile, advanced, io, schema, shown_on
 from ._host.folders import keep_fit
-from ._host.propagation.fit import BEST, fit_profile, measures_too_few
-from ._host.propagation.run import DEVICES, DTYPES
-from ._host.propagation.transformer import add_block_propagation, blocks_of
-from ._host.propagation.unet import add_encoder_propagation, unet_of
+from ._host.propagation import DEVICES, DTYPES, add_propagation, key_steps_for
+from ._host.propagation.fit import fit_profile, measures_too_few
 from ._host.sampling import scheduler_names
 from ._host.solvers import sampler_names
 from ._plan.propagation import (
-    BLOCK_REUSES,
+    AUTOMATIC,
     CALIBRATED,
     FIDELITY,
-    FIRST,
     MODES,
-    REUSES,
+    PARTS,
     TARGET,
-    TOP,
     UNIFORM,
-    Settings,
+    ReuseSettings,
     calibrated_point,
     chosen_point,
     needs_profile,
@@ -33,45 +29,91 @@ from ._plan.propagation import (
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/speed"
+LINKED = "'profile' takes a link, from 'Attune Fit Propagation' or 'Attune Load Profile'."
 
 
-def _settings(reuses: list[str], default: str, reuse_tip: str) -> list:
-    """The inputs that both propagation nodes share."""
+class AttunePropagation(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            node_id="AttunePropagation",
+            display_name="Attune Propagation",
+            category=CATEGORY,
+            description="Fewer seconds per picture: most steps reuse what the inner layers made on a few key steps.",
+            search_aliases=[
+                "encoder propagation", "block propagation", "faster diffusion", "deepcache", "first block cache",
+                "teacache", "cache", "speed",
+            ],
+            inputs=[
+                io.Model.Input(
+                    "model", tooltip="A UNet (SD 1.x, SD 2.x, SDXL) or a transformer (SD3, Flux, Qwen-Image, Wan, …).",
+                ),
+                io.Combo.Input(
+                    "mode", options=MODES, default=UNIFORM,
+                    tooltip="Which steps run whole. uniform: every n-th. speed target: as few as 'speed' needs. "
+                    "calibrated profile: what was measured for this model. published keys: the paper, exactly.",
+                ),
+                io.Int.Input(
+                    "interval", default=3, min=1, max=12,
+                    tooltip="uniform: one key step every so many steps. 1 switches the node off.",
+                ),
+                io.Float.Input(
+                    "speed", default=1.5, min=1.0, max=10.0, step=0.05,
+                    tooltip="speed target: how many times less computing. With a profile the log says what it costs.",
+                ),
+                io.Combo.Input(
+                    "reuse", options=PARTS, default=AUTOMATIC,
+                    tooltip="What the steps in between compute. automatic: 'top level fresh' of a UNet, 'first block "
+                    "fresh' of a transformer. encoder reused, first two thirds reused: as in the paper.",
+                ),
+                io.Boolean.Input(
+                    "forecast", default=True,
+                    tooltip="Extrapolate the features from the last two key steps instead of holding the last ones.",
+                ),
+                io.Int.Input(
+                    "keep_last", default=4, min=0, max=20,
+                    tooltip="uniform and speed target: so many steps at the end run whole; their errors stay visible.",
+                ),
+                *advanced(
+                    io.Float.Input(
+                        "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
+                        tooltip="Where in the sampling the node begins to work; before it every step runs whole.",
+                    ),
+                    io.Float.Input(
+                        "end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
+                        tooltip="Where in the sampling the node stops working; after it every step runs whole.",
+                    ),
+                    io.Float.Input(
+                        "prior_noise", default=0.0, min=0.0, max=0.01, step=0.0005,
+                        tooltip="A little of the first noise, added again in the second half; the paper uses 0.003.",
+                    ),
+                    *_keeping(),
+                ),
+                Profile.Input(
+                    "profile", optional=True,
+                    tooltip="A calibration of this model by Attune Fit Propagation, for the modes calibrated profile "
+                    "and speed target.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The model, to be sampled faster.")],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, profile=None):
+        return True if profile is None else LINKED  # None: linked, not known yet
+
+    @classmethod
+    def execute(cls, model, mode, profile=None, **inputs) -> io.NodeOutput:
+        if profile is None and mode == CALIBRATED:
+            raise ValueError(needs_profile())
+        calibration = None if profile is None else key_steps_for(model, profile)
+        settings = ReuseSettings(mode, **inputs, calibration=calibration)
+        return io.NodeOutput(add_propagation(model, settings), ui=_shown(cls, settings))
+
+
+def _keeping() -> list:
+    """How features are kept, and how many steps of a decoder run at once."""
     return [
-        io.Combo.Input(
-            "mode", options=MODES, default=UNIFORM,
-            tooltip="Which steps run whole. uniform: every n-th. speed target: as few as 'speed' needs. calibrated "
-            "profile: what was measured for this model. published keys: the paper, exactly.",
-        ),
-        io.Int.Input(
-            "interval", default=3, min=1, max=12,
-            tooltip="uniform: one key step every so many steps. 1 switches the node off.",
-        ),
-        io.Float.Input(
-            "speed", default=1.5, min=1.0, max=10.0, step=0.05,
-            tooltip="speed target: how many times less computing. With a profile the log says what it costs.",
-        ),
-        io.Combo.Input("reuse", options=reuses, default=default, tooltip=reuse_tip),
-        io.Boolean.Input(
-            "forecast", default=True,
-            tooltip="Extrapolate the features from the last two key steps instead of holding the last ones.",
-        ),
-        io.Int.Input(
-            "keep_last", default=4, min=0, max=20,
-            tooltip="uniform and speed target: so many steps at the end run whole; their errors stay visible.",
-        ),
-        io.Float.Input(
-            "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
-            tooltip="Where in the sampling the node begins to work; before it every step runs whole.",
-        ),
-        io.Float.Input(
-            "end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
-            tooltip="Where in the sampling the node stops working; after it every step runs whole.",
-        ),
-        io.Float.Input(
-            "prior_noise", default=0.0, min=0.0, max=0.01, step=0.0005,
-            tooltip="A little of the first noise, added again in the second half; the paper uses 0.003.",
-        ),
         io.Combo.Input(
             "cache_dtype", options=list(DTYPES), default="as computed",
             tooltip="How the features are kept. half: float16, for models that compute in float32.",
@@ -85,29 +127,15 @@ def _settings(reuses: list[str], default: str, reuse_tip: str) -> list:
             tooltip="The most the features may take, in MB; above it they are halved, thinned, moved to the CPU. 0: "
             "no limit.",
         ),
-        Profile.Input(
-            "profile", optional=True,
-            tooltip="A calibration of this model by Attune Fit Encoder Propagation, for the modes calibrated profile "
-            "and speed target.",
+        io.Combo.Input(
+            "parallel", options=["auto", "off", "2", "3", "4", "6", "8"], default="auto",
+            tooltip="encoder reused: how many coming steps are decoded in one batch. auto: up to 4, as memory allows. "
+            "Gains on a large GPU with small pictures, costs memory.",
         ),
     ]  # fmt: skip
 
 
-def _calibration(mode: str, kind: str, profile: Calibration | None) -> KeySteps | None:
-    """What a profile says, after a look at whether it is one for this node."""
-    if profile is None:
-        if mode == CALIBRATED:
-            raise ValueError(needs_profile())
-        return None
-    if profile.kind != kind or profile.calibration is None:
-        raise ValueError(
-            f"The profile '{profile.name}' is a {profile.kind.replace('_', ' ')}, but this node needs a "
-            f"{kind.replace('_', ' ')}: make one with 'Attune Fit Encoder Propagation'."
-        )
-    return profile.calibration
-
-
-def _shown(node, settings: Settings):
+def _shown(node, settings: ReuseSettings):
     """The profile's curve with the setting that will run, on the node; None for modes that use no profile."""
     if settings.calibration is None or settings.mode not in (CALIBRATED, TARGET):
         return None
@@ -115,87 +143,15 @@ def _shown(node, settings: Settings):
     return shown_on(node, to_image(draw_speeds(points, chosen_point(settings, settings.calibration))))
 
 
-class AttuneEncoderPropagation(io.ComfyNode):
+class AttuneFitPropagation(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneEncoderPropagation",
-            display_name="Attune Encoder Propagation",
-            category=CATEGORY,
-            description="Fewer seconds per picture: most steps reuse the features of key steps (SD 1.x, 2.x, SDXL).",
-            search_aliases=["faster diffusion", "deepcache", "cache", "speed", "encoder propagation"],
-            inputs=[
-                io.Model.Input("model", tooltip="A UNet model: SD 1.x, SD 2.x, SDXL and their relatives."),
-                *_settings(
-                    REUSES, TOP,
-                    "What the steps in between compute. top level fresh: all of the highest resolution. two or one "
-                    "blocks: less. encoder reused: the whole decoder, as in the paper.",
-                ),
-                io.Combo.Input(
-                    "parallel", options=["auto", "off", "2", "3", "4", "6", "8"], default="auto",
-                    tooltip="encoder reused: how many coming steps are decoded in one batch. auto: up to 4, as memory "
-                    "allows. Gains on a large GPU with small pictures, costs memory.",
-                ),
-            ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The model, to be sampled faster.")],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, model, mode, profile=None, **inputs) -> io.NodeOutput:
-        if unet_of(model) is None:
-            kind = type(model.get_model_object("diffusion_model")).__name__
-            raise ValueError(
-                f"Attune Encoder Propagation needs a UNet model (SD 1.x, SD 2.x, SDXL), but this one is a {kind} "
-                "without an encoder: use 'Attune Block Propagation' instead."
-            )
-        calibration = _calibration(mode, "encoder_propagation", profile)
-        settings = Settings(mode, **inputs, calibration=calibration)
-        return io.NodeOutput(add_encoder_propagation(model, settings), ui=_shown(cls, settings))
-
-
-class AttuneBlockPropagation(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            node_id="AttuneBlockPropagation",
-            display_name="Attune Block Propagation",
-            category=CATEGORY,
-            description="Fewer seconds per picture for transformers (SD3, Flux, …): most steps skip the inner blocks.",
-            search_aliases=["first block cache", "teacache", "cache", "speed", "faster diffusion"],
-            inputs=[
-                io.Model.Input("model", tooltip="A transformer model: SD3, Flux, Qwen-Image, Wan and others."),
-                *_settings(
-                    BLOCK_REUSES, FIRST,
-                    "What the steps in between compute: the first block; an eighth of the blocks at each end; or, as "
-                    "in the paper, the last third, with the output of the others held.",
-                ),
-            ],
-            outputs=[io.Model.Output(display_name="model", tooltip="The model, to be sampled faster.")],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, model, mode, profile=None, **inputs) -> io.NodeOutput:
-        network = model.get_model_object("diffusion_model")
-        if len(blocks_of(network)) < 2:
-            other = "use 'Attune Encoder Propagation' instead" if unet_of(model) else "remove this node"
-            raise ValueError(
-                "Attune Block Propagation needs a transformer model (SD3, Flux, …) of at least 2 blocks, but this one "
-                f"is a {type(network).__name__}: {other}."
-            )
-        calibration = _calibration(mode, "block_propagation", profile)
-        settings = Settings(mode, **inputs, calibration=calibration)
-        return io.NodeOutput(add_block_propagation(model, settings), ui=_shown(cls, settings))
-
-
-class AttuneFitEncoderPropagation(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            node_id="AttuneFitEncoderPropagation",
-            display_name="Attune Fit Encoder Propagation",
+            node_id="AttuneFitPropagation",
+            display_name="Attune Fit Propagation",
             category=CATEGORY,
             description="Measure on your model which steps can reuse features, and what each speed costs in fidelity.",
-            search_aliases=["calibrate", "faster diffusion", "deepcache", "block propagation"],
+            search_aliases=["calibrate", "faster diffusion", "deepcache", "block propagation", "encoder propagation"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to calibrate, UNet or transformer, as loaded."),
                 io.Conditioning.Input("positive", tooltip="A typical prompt: the calibration holds for others, too."),
@@ -204,9 +160,11 @@ class AttuneFitEncoderPropagation(io.ComfyNode):
                     "latent_image",
                     tooltip="An empty latent of the usual size; of 4 pictures where the solver adds noise.",
                 ),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
-                    tooltip="The seed of the picture that is measured.",
+                *advanced(
+                    io.Int.Input(
+                        "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
+                        tooltip="The seed of the picture that is measured.",
+                    ),
                 ),
                 io.Int.Input("steps", default=25, min=8, max=200, tooltip="Steps of the run to be made faster."),
                 io.Float.Input(
@@ -219,20 +177,23 @@ class AttuneFitEncoderPropagation(io.ComfyNode):
                     "scheduler", options=scheduler_names(), default="normal", tooltip="The schedule of that run.",
                 ),
                 io.Combo.Input(
-                    "reuse", options=[BEST, *REUSES, *BLOCK_REUSES], default=BEST,
-                    tooltip="What to measure. The parts that cost little, or one part; 'encoder reused' takes longest.",
+                    "reuse", options=PARTS, default=AUTOMATIC,
+                    tooltip="What to measure. automatic: the parts that cost little; 'encoder reused' takes longest.",
                 ),
                 io.Float.Input(
                     "fastest", default=2.5, min=1.25, max=6.0, step=0.25,
                     tooltip="Settings up to this speed are tried, one run for every 0.25.",
                 ),
-                io.Int.Input(
-                    "longest", default=4, min=2, max=8,
-                    tooltip="The most steps from one key step to the next; the measuring takes time with its square.",
+                *advanced(
+                    io.Int.Input(
+                        "longest", default=4, min=2, max=8,
+                        tooltip="The most steps from one key step to the next; the measuring takes time with its "
+                        "square.",
+                    ),
                 ),
             ],
             outputs=[
-                Profile.Output(display_name="profile", tooltip="The calibration, for the propagation nodes."),
+                Profile.Output(display_name="profile", tooltip="The calibration, for Attune Apply Profile."),
                 io.Image.Output(display_name="plot", tooltip="Feature change with key steps; speed against fidelity."),
                 io.String.Output(display_name="report", tooltip="The settings found, and what each of them costs."),
             ],
@@ -244,7 +205,7 @@ class AttuneFitEncoderPropagation(io.ComfyNode):
         chosen = calibrated_point(fit)
         too_few = measures_too_few(inputs["sampler_name"], inputs["latent_image"])
         report = report_of(profile.name, fit, chosen, too_few)
-        LOG.info("Attune Fit Encoder Propagation: %s", report.replace("\n", "; "))
+        LOG.info("Attune Fit Propagation: %s", report.replace("\n", "; "))
         plot = to_image(draw_calibration(changes, len(fit.sigmas) - 1, fit.points, chosen))
         return io.NodeOutput(profile, plot, f"{report}\n{keep_fit(profile)}", ui=shown_on(cls, plot))
 
@@ -266,4 +227,4 @@ def report_of(name: str, fit: KeySteps, chosen: Point, too_few: bool = False) ->
     return "\n".join(lines)
 
 
-NODES = [AttuneEncoderPropagation, AttuneFitEncoderPropagation, AttuneBlockPropagation]
+NODES = [AttunePropagation, AttuneFitPropagation]

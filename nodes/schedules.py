@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 
-from ..models.calibration import SUFFIX
+from ..models.calibration import size_text
+from ..models.store import is_profile_file
 from ._host.api import io, schema
-from ._host.folders import find_profile, has_profile, missing_profile, user_profile_names
+from ._host.folders import find_profile, has_profile, missing_profile, schedule_files
 from ._host.identity import identify, pixels
 from ._host.sampling import sample
 from ._host.solvers import sampler_names
 from ._plan.named_schedules import schedule, schedule_names
-from ._plan.profile_on_model import apply_profile
+from ._plan.profile_on_model import apply_profile, listed
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
@@ -44,39 +45,38 @@ def _denoise():
 
 
 def _schedule():
-    names = [*schedule_names(), *user_profile_names()]
+    names = [*schedule_names(), *schedule_files()]
     return io.Combo.Input("schedule", options=names, default="auto", tooltip=SCHEDULE_TIP)
 
 
 def _levels(node: str, model, steps: int, denoise: float, name: str, latent: dict | None):
     """The SIGMAS, with one line in the log on what was chosen."""
+    if (known := _known(name)) is not True:
+        raise ValueError(known)
     resolution = None if latent is None else pixels(model, latent)
     if not has_profile(name):
         sigmas, said = schedule(name, identify(model), steps, denoise, resolution)
     else:
         applied = apply_profile(
-            find_profile(name),
-            identify(model, weights=True),
-            steps,
-            denoise,
-            "comfy",
-            resolution=resolution,
+            find_profile(name), identify(model, weights=True), steps, denoise, "comfy", resolution=resolution,
             strength=0.0,
-        )
+        )  # fmt: skip
         sigmas, said = applied.sigmas, " ".join(applied.report)
-    levels = " ".join(f"{float(s):.4g}" for s in (sigmas if len(sigmas) <= 24 else sigmas[[0, 1, -3, -2, -1]]))
-    size = "" if resolution is None else f", picture {resolution[0]}x{resolution[1]}"
-    LOG.info("%s: %s%s; %d steps: %s", node, said, size, max(len(sigmas) - 1, 0), levels or "none (denoise is 0)")
+    size = "" if resolution is None else f", picture {size_text(resolution)}"
+    levels = f"{len(sigmas) - 1} steps: {listed(sigmas)}" if len(sigmas) else (
+        f"there is no step to sample, because 'denoise' is {denoise:g}: the latent comes back as it is"
+    )  # fmt: skip
+    LOG.info("%s: %s%s; %s", node, said, size, levels)
     return sigmas
 
 
-def _known(name: str | None) -> bool | str:
-    """True, or what to do about a schedule that is not in the list; None stands for a link."""
-    if name is None or name in schedule_names() or has_profile(name):
+def _known(name) -> bool | str:
+    """True, or what to do about a schedule that is not in the list."""
+    if isinstance(name, str) and (name in schedule_names() or has_profile(name)):
         return True
-    if name.endswith(SUFFIX):
+    if isinstance(name, str) and is_profile_file(name):
         return missing_profile(name)
-    return f"There is no schedule '{name}'. Choose one of: {', '.join(schedule_names())}."
+    return f"There is no schedule {name!r}. Choose one of: {', '.join(schedule_names())}."
 
 
 class AttuneScheduler(io.ComfyNode):
@@ -105,8 +105,8 @@ class AttuneScheduler(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, schedule):
-        return _known(schedule)
+    def validate_inputs(cls, schedule=None):
+        return schedule is None or _known(schedule)  # None: linked, not known yet, or missing, which the host says
 
     @classmethod
     def execute(cls, model, steps, denoise, schedule, latent=None) -> io.NodeOutput:
@@ -147,8 +147,8 @@ class AttuneKSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, schedule):
-        return _known(schedule)
+    def validate_inputs(cls, schedule=None):
+        return schedule is None or _known(schedule)  # None: linked, not known yet, or missing, which the host says
 
     @classmethod
     def execute(

@@ -26,11 +26,17 @@ sys.modules["pack"] = pack  # from here on: from pack.kernels.schedules import c
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=100, metavar="N", help="mutated files for each kind of file we read")
+    parser.addoption("--all", action="store_true", help="also what repeats a kind: the tests marked nightly")
+    parser.addoption("--fuzz", type=int, default=1000, metavar="N", help="mutated files, of all kinds together")
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    """Kernels first, the browser last; without a ComfyUI the tests that need one are skipped, except in CI."""
+    """Of what was selected: the nightly only with --all; kernels first, the browser last; what the machine lacks skipped."""
+    if not config.getoption("--all"):
+        nightly = [item for item in items if item.get_closest_marker("nightly")]
+        items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+        config.hook.pytest_deselected(items=nightly)
     items.sort(
         key=lambda item: max([0, *(1 + i for i, mark in enumerate(HOST_MARKS) if item.get_closest_marker(mark))])
     )
@@ -39,17 +45,19 @@ def pytest_collection_modifyitems(config, items):
         missing = dict.fromkeys(HOST_MARKS, "COMFYUI_PATH is not set: run `python dev.py test`")
     elif not os.environ.get("CHROMIUM_PATH"):
         missing = {"browser": "no Chromium: install one, or set CHROMIUM_PATH"}
-    if missing and os.environ.get("CI"):
-        raise pytest.UsageError(f"CI must run every test, but: {'; '.join(set(missing.values()))}")
+    skipped = set()
     for item in items:
         for mark, reason in missing.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
+                skipped.add(reason)
+    if skipped and os.environ.get("CI"):
+        raise pytest.UsageError(f"CI must run every test, but: {'; '.join(skipped)}")
 
 
 @pytest.fixture(scope="session")
-def cases(pytestconfig) -> int:
-    """How many mutations of each kind of file."""
+def fuzz(pytestconfig) -> int:
+    """How many mutated files, of all kinds together."""
     return pytestconfig.getoption("--fuzz")
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pack.models.calibration import ModelIdentity, shipped_profiles
+from pack.models.calibration import ModelIdentity
 from pack.models.npnet import NPNetConfig
+from pack.models.store import shipped_profiles
 from pack.nodes._plan.auto import ALWAYS, FAITHFUL, Facts, Run, Shelf, Wishes
 
 SIGMA = (0.0292, 14.6146)  # of Stable Diffusion's betas
@@ -19,11 +20,11 @@ class Case:
 
 
 def ve(family: str, prediction: str = "eps", sigmas=SIGMA, config: str = "theirs") -> ModelIdentity:
-    return ModelIdentity((family, "BASE"), "ve", *sigmas, prediction, config)
+    return ModelIdentity((family,), "ve", *sigmas, prediction, config)
 
 
 def flow(family: str, shift: float, config: str = "theirs") -> ModelIdentity:
-    return ModelIdentity((family, "BASE"), "flow", 0.001, 1.0, "flow", config, shift)
+    return ModelIdentity((family,), "flow", 0.001, 1.0, "flow", config, shift)
 
 
 def unet(model: ModelIdentity, latents: str, width: int, side: int, text: int, **more) -> Facts:

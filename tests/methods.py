@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from graphs import Kit
-from pack.models.calibration import Calibration, CondLevels, shipped_profiles
+from pack.models.calibration import Calibration, CondLevels
+from pack.models.store import shipped_profiles
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,14 @@ def examples(kit: Kit) -> dict:
 
 
 FROM_A_PICTURE = "The run begins from a picture, not from noise: the method stands aside."
-APPLY = {"steps": 0, "denoise": 1.0, "denoise_mode": "exact", "resolution_policy": "ignore", "strength": 1.0}
+APPLY = {
+    "steps": 0,
+    "denoise": 1.0,
+    "denoise_mode": "exact",
+    "resolution_policy": "ignore",
+    "strength": 1.0,
+    "speed": 0.0,
+}
 REUSE = {
     "mode": "uniform", "interval": 2, "speed": 1.5, "forecast": True, "keep_last": 1, "start_percent": 0.0,
     "end_percent": 1.0, "prior_noise": 0.0, "cache_dtype": "as computed", "cache_device": "as computed",
@@ -77,17 +85,17 @@ METHODS = {
         {**APPLY, "profile": aligned("flow", "flow", (0.4, 0.7, 0.9), (0.35, 0.62, 0.88))}, {"strength": 0.0},
     ),
     "encoder propagation": Method(
-        "unet", "AttuneEncoderPropagation", {**REUSE, "reuse": "encoder reused", "parallel": "auto"}, {"interval": 1}
+        "unet", "AttunePropagation", {**REUSE, "reuse": "encoder reused", "parallel": "auto"}, {"interval": 1}
     ),
     "top level fresh": Method(
-        "unet", "AttuneEncoderPropagation", {**REUSE, "reuse": "top level fresh", "parallel": "off"}, {"interval": 1}
+        "unet", "AttunePropagation", {**REUSE, "reuse": "top level fresh", "parallel": "off"}, {"interval": 1}
     ),
     "block propagation": Method(
-        "flow", "AttuneBlockPropagation", {**REUSE, "reuse": "first block fresh"}, {"interval": 1}
+        "flow", "AttunePropagation", {**REUSE, "reuse": "first block fresh"}, {"interval": 1}
     ),
     "noise shift": Method(
-        "flow", "AttuneNoiseShift", {"profile": next(p for p in shipped_profiles().values() if p.kind == "noise_shift"),
-                                     "strength": 1.0}, {"strength": 0.0},
+        "flow", "AttuneApplyProfile",
+        {**APPLY, "profile": next(p for p in shipped_profiles().values() if p.kind == "noise_shift")}, {"strength": 0.0},
     ),
     "one more step": Method(
         "unet", "AttuneOneMoreStep", {"strength": 1.0, "diversity": 1.0}, {"strength": 0.0}, module,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from analytic import Gaussian, Mixture
 from torch import Tensor
 
+from analytic import Gaussian, Mixture
 from pack.kernels.ays import kl_optimal
 from pack.kernels.schedules import end_at_zero, resample_loglinear
 from pack.kernels.space import NoiseSpace

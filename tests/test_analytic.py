@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from analytic import Gaussian, Mixture, PowerLawField, gaussian_kl
 
+from analytic import Gaussian, Mixture, PowerLawField, gaussian_kl
 from oracles import euler
 from pack.kernels.space import NoiseSpace
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from families import EVERYTHING, FAMILIES, FRESH, FULL, SD15, SDXL
 
-from pack.kernels.encoder_propagation import Reuse
-from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, shipped_profiles
+from pack.kernels.propagation import Reuse
+from pack.models.calibration import Calibration, CondLevels, KeySteps, Point
+from pack.models.store import shipped_profiles
 from pack.nodes._plan.auto import (
     ALWAYS,
     FAITHFUL,
@@ -30,9 +31,9 @@ from pack.nodes._plan.auto import (
     Run,
     Shelf,
     Wishes,
+    auto_report,
     decide,
     key_steps_of,
-    report,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -124,7 +125,8 @@ def fit(**changes) -> Calibration:
         "solver": "euler", "prediction": "eps", "cfg": 6.0, "config_hash": "theirs",
         "alignments": (CondLevels("euler", (512, 512), (0.4, 4.0), (0.35, 3.8)),), **changes,
     }  # fmt: skip
-    return Calibration("mine", "a test", "ve", ("SD15",), (512, 512), (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), "a test", **made)
+    size = made.pop("resolution", (512, 512))
+    return Calibration("mine", "a test", "ve", ("SD15",), size, (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), "a test", **made)
 
 
 def with_fits(**profiles) -> Shelf:
@@ -180,7 +182,7 @@ def test_a_table_is_left_out_where_it_was_not_shown_or_does_not_fit_the_noise():
 
 def test_a_users_table_for_the_family_is_found():
     mine = replace(fit(), name="my table", families=("SD20",), sigmas=(14.6, 4.0, 1.0, 0.1), alignments=(), solver="")
-    facts = replace(SD15, model=replace(SD15.model, families=("SD20", "BASE")))
+    facts = replace(SD15, model=replace(SD15.model, families=("SD20",)))
     assert picks(facts, EULER, shelf=with_fits(**{"table.json": mine})) == {SCHEDULE: "table.json"}
 
 
@@ -227,6 +229,37 @@ def test_a_noise_shift_waits_for_its_switch_and_changes_nothing_at_the_native_si
     assert picks(replace(small, size=None), EULER, always, shelf) == {}
 
 
+def test_of_calibrations_that_differ_in_their_loras_the_models_own_is_taken():
+    """Whatever their order; on a model without LoRAs the one that was fitted without."""
+    small = replace(SD15, size=(256, 256), area=32 * 32)
+    points = (Point(Reuse(1, 8, True), (0, 2), 1.5, 50.0),)
+    reuse = replace(fit(), kind="encoder_propagation", key_steps=KeySteps(12, "euler", fit().sigmas, points))
+    wishes = Wishes(noise_shift=ALWAYS, speed=FAITHFUL)
+    for has in ("none", "a LoRA"):
+        facts = replace(small, model=replace(small.model, patches=has))
+        for order in (("none", "a LoRA", "another"), ("another", "a LoRA", "none")):
+            made = {"fit": fit(resolution=(256, 256)), "shift": shift((256, 256)), "reuse": reuse}
+            shelf = Shelf({f"{key} {one}": replace(value, patches=one) for key, value in made.items() for one in order})
+            got = picks(facts, EULER, wishes, shelf)
+            assert {got[SCHEDULE], got[SHIFT], got[SPEED]} == {f"fit {has}", f"shift {has}", f"reuse {has}"}
+
+
+def test_a_calibration_of_propagation_is_for_its_network_weights_solver_and_steps():
+    points = (Point(Reuse(1, 8, True), (0, 2), 1.5, 50.0),)
+    reuse = replace(
+        fit(weights_hash="w"), kind="encoder_propagation", key_steps=KeySteps(12, "euler", fit().sigmas, points)
+    )
+    facts = replace(SD15, model=replace(SD15.model, weights_hash="w"))
+    wishes, shelf = Wishes(schedule=OFF, speed=FAITHFUL), Shelf({"mine": reuse})
+    assert picks(facts, EULER, wishes, shelf) == {SPEED: "mine"}
+    for other in (
+        (facts, replace(EULER, solver="heun")), (facts, replace(EULER, steps=9)), (facts, replace(EULER, cfg=15.0)),
+        *((replace(facts, model=replace(facts.model, **{key: "x"})), EULER) for key in ("config_hash", "weights_hash")),
+        (replace(facts, network="transformer", blocks=12), EULER),
+    ):  # fmt: skip
+        assert picks(*other, wishes, shelf).get(SPEED) != "mine"
+
+
 def test_redenoising_needs_guidance():
     wishes = Wishes(schedule=OFF, golden_noise=ALWAYS)
     assert picks(SD15, EULER, wishes) == {NOISE: "re-denoise"}
@@ -257,7 +290,7 @@ def test_a_calibration_of_this_network_comes_first_and_both_speeds_mean_its_poin
     points = (Point(Reuse(1, 8, True), (0, 2), 1.5, 50.0), Point(Reuse(1, 8, True), (0, 3), 2.5, 38.0))
     mine = replace(
         fit(), kind="encoder_propagation", sigmas=(14.6, 4.0, 1.0, 0.4, 0.1, 0.0),
-        calibration=KeySteps(12, "euler", (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), points),
+        key_steps=KeySteps(12, "euler", (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), points),
     )  # fmt: skip
     faithful, fast = (decide(SD15, EULER, Wishes(speed=wish), with_fits(mine=mine))[5] for wish in (FAITHFUL, FAST))
     assert faithful.pick == fast.pick == "mine"
@@ -269,12 +302,12 @@ def test_a_calibration_of_this_network_comes_first_and_both_speeds_mean_its_poin
 
 def test_the_report_names_what_is_used_first_and_then_what_would_enable_the_rest():
     case = FAMILIES["SD 1.5"]
-    said = report(case.facts, case.run, decide(case.facts, case.run, Wishes(), FRESH), ["x.json is damaged."])
+    said = auto_report(case.facts, case.run, decide(case.facts, case.run, Wishes(), FRESH), ["x.json is damaged."])
     lines = said.splitlines()
     assert lines[0] == "SD15, sigma up to 14.61; 512x512; 20 steps of dpmpp_2m at cfg 7."
     assert lines[1].startswith("+ schedule: AYS SD 1.5.") and lines[-1] == "! x.json is damaged."
     assert any("oms_b_openclip_15_21 in models/one_more_step" in line for line in lines if line.startswith("- "))
-    off = report(case.facts, case.run, decide(case.facts, case.run, NOTHING, FRESH))
+    off = auto_report(case.facts, case.run, decide(case.facts, case.run, NOTHING, FRESH))
     assert "The levels are those of 'stock'." in off
 
 

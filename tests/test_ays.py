@@ -8,17 +8,10 @@ import pytest
 import torch
 
 from oracles import end_std, finish, gaussian
-from pack.kernels.ays import (
-    KlubNoise,
-    kl_optimal,
-    klub_gaussian,
-    klub_interval,
-    klub_optimal_gaussian,
-    minimise_klub,
-    subdivided,
-)  # fmt: skip
+from pack.kernels.ays import kl_optimal
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
+from published import KlubNoise, klub_gaussian, klub_interval, klub_optimal_gaussian, minimise_klub, subdivided
 
 VE, FLOW = NoiseSpace("ve"), NoiseSpace("flow")
 SPACES = pytest.mark.parametrize(("space", "first"), [(VE, 14.6146), (FLOW, 1.0)], ids=["ve", "flow"])

@@ -109,4 +109,5 @@ def test_odd_input_is_drawn():
         grey(0.5).half(),
         torch.rand(2, 8, 8, 4),
     ):
-        draw_comparison([Batch("", images), Batch("", images)], 3.0, True, 64, 4)
+        picture = draw_comparison([Batch("", images), Batch("", images)], 3.0, True, 64, 4)
+        assert min(picture.size) > 64

@@ -36,22 +36,22 @@ def random_map(space, seed, strength=1.0, knots=None):
 
 @SPACES
 def test_it_passes_through_its_knots(space):
-    sigma, sigma_hat = [0.05, 0.2, 0.5, 0.9], [0.04, 0.1, 0.45, 0.85]
-    out = ConditioningMap.through(space, sigma, sigma_hat)(torch.tensor(sigma, dtype=torch.float64))
-    np.testing.assert_allclose(out, sigma_hat, rtol=1e-14)
+    sigma, sigma_cond = [0.05, 0.2, 0.5, 0.9], [0.04, 0.1, 0.45, 0.85]
+    out = ConditioningMap.through(space, sigma, sigma_cond)(torch.tensor(sigma, dtype=torch.float64))
+    np.testing.assert_allclose(out, sigma_cond, rtol=1e-14)
 
 
 @SPACES
 def test_between_knots_it_is_numpys_interpolation_of_the_logarithms(space):
     """An independent implementation, the fade included."""
-    sigma, sigma_hat = np.array([0.05, 0.2, 0.5]), np.array([0.04, 0.1, 0.45])
+    sigma, sigma_cond = np.array([0.05, 0.2, 0.5]), np.array([0.04, 0.1, 0.45])
     low = np.log(odds(space, sigma))
-    offset = np.log(odds(space, sigma_hat)) - low
+    offset = np.log(odds(space, sigma_cond)) - low
     at = DENSE[space][1:-1].numpy()
     log_odds = np.log(odds(space, at))
     widths = np.maximum(1, 2 * np.abs(offset[[0, -1]]))
     want = np.interp(log_odds, [low[0] - widths[0], *low, low[-1] + widths[1]], [0, *offset, 0])
-    got = ConditioningMap.through(space, sigma.tolist(), sigma_hat.tolist())(torch.from_numpy(at)).numpy()
+    got = ConditioningMap.through(space, sigma.tolist(), sigma_cond.tolist())(torch.from_numpy(at)).numpy()
     np.testing.assert_allclose(np.log(odds(space, got)) - log_odds, want, rtol=0, atol=1e-9)
 
 
@@ -139,7 +139,7 @@ def test_levels_in_a_batch_are_mapped_one_by_one():
 
 
 @pytest.mark.parametrize(
-    ("space", "sigma", "sigma_hat", "strength", "words"),
+    ("space", "sigma", "sigma_cond", "strength", "words"),
     [
         (VE, [1.0, 0.5], [1.0, 0.5], 1.0, r"must ascend, but sigma\[0\] = 1 is followed by 0.5"),
         (VE, [0.5, 0.5], [0.5, 0.5], 1.0, "must ascend"),
@@ -149,16 +149,16 @@ def test_levels_in_a_batch_are_mapped_one_by_one():
         (FLOW, [0.5, 1.0], [0.5, 1.0], 1.0, r"between 0 and 1, ends excluded, but sigma\[1\] = 1"),
         (VE, [0.0, 1.0], [0.0, 1.0], 1.0, r"sigma\[0\] = 0"),
         (VE, [math.nan], [1.0], 1.0, r"sigma\[0\] = nan"),
-        (VE, [1.0], [math.inf], 1.0, r"sigma_hat\[0\] = inf"),
+        (VE, [1.0], [math.inf], 1.0, r"sigma_cond\[0\] = inf"),
         (VE, [1.0], [1.0, 2.0], 1.0, "there are 2 and 1"),
         (VE, [], [], 1.0, "there are 0 and 0"),
         (VE, [1.0], [1.0], 1.5, "from 0 to 1, but it is 1.5"),
         (VE, [1.0], [1.0], math.nan, "from 0 to 1"),
     ],
 )
-def test_what_is_no_calibration_is_refused(space, sigma, sigma_hat, strength, words):
+def test_what_is_no_calibration_is_refused(space, sigma, sigma_cond, strength, words):
     with pytest.raises(ValueError, match=words):
-        ConditioningMap.through(space, sigma, sigma_hat, strength)
+        ConditioningMap.through(space, sigma, sigma_cond, strength)
 
 
 def test_a_ratio_of_eight_is_still_accepted_and_reached():

@@ -74,9 +74,9 @@ def test_a_users_own_comfyui_is_never_installed_into(dev, tmp_path, monkeypatch)
     monkeypatch.setattr(dev, "install", None)
     host = dev.Host(str(tmp_path))
     dev.set_up(host)
-    dev.set_up(host, ["json", "sys"], "the tests")
+    dev.set_up(host, ["torch==2", "pytest-xdist>=3.6", "Pillow"], "the tests")  # whatever a package calls its modules
     with pytest.raises(SystemExit, match=r"The tests need no_such_package: run .* -m pip install no_such_package"):
-        dev.set_up(host, ["no_such_package>=3", "json"], "the tests")
+        dev.set_up(host, ["no_such_package>=3", "torch"], "the tests")
 
 
 def test_a_full_disk_is_said_before_anything_is_downloaded(dev, monkeypatch, failing):
@@ -117,6 +117,55 @@ def test_an_old_python_is_refused(dev, monkeypatch):
     monkeypatch.setattr(dev.sys, "version_info", (3, 9, 1))
     with pytest.raises(SystemExit, match=r"Python 3\.10 or newer"):
         dev.main()
+
+
+@pytest.fixture
+def prepared(dev, monkeypatch):
+    """What a command would set up and run, with no Chromium on the machine; pytest lists `listed`."""
+    done = SimpleNamespace(set_up=[], chromium=0, pytest=[], listed="")
+
+    def run(command, env=None, **_):
+        if "--collect-only" in command:
+            return SimpleNamespace(returncode=0, stdout=done.listed)
+        if "pytest" in command:
+            done.pytest.append((command[3:], env))
+        return SimpleNamespace(returncode=0)
+
+    def chromium(_):
+        done.chromium += 1
+
+    monkeypatch.setattr(dev, "set_up", lambda host, *words, **more: done.set_up.append((*words, more)))
+    monkeypatch.setattr(dev, "set_up_chromium", chromium)
+    monkeypatch.setattr(dev, "find_chromium", lambda: None)
+    monkeypatch.setattr(dev, "start_mypy", lambda *_: SimpleNamespace(communicate=lambda: ("", ""), returncode=0))
+    monkeypatch.setattr(subprocess, "run", run)
+    return done
+
+
+def test_the_check_sets_up_neither_comfyui_nor_a_browser(dev, prepared, monkeypatch):
+    monkeypatch.setattr(dev, "find_chromium", None)  # nor does it look for one
+    assert dev.check(dev.Host(None), []) == 0
+    ((packages, _, more),) = prepared.set_up
+    assert more == {"comfyui": False} and not {"playwright>=1.50", "aiohttp", "transformers<5"} & set(packages)
+    ((words, environment),) = prepared.pytest
+    assert words[-len(dev.WITHOUT_HOST) :] == dev.WITHOUT_HOST and "COMFYUI_PATH" not in environment
+
+
+@pytest.mark.parametrize(
+    ("words", "listed", "asked"),
+    [
+        ([], "", 1),
+        (["--all"], "", 1),
+        (["tests/browser"], "tests/browser/test_page.py::test_x\n", 1),
+        (["-k", "tuner"], "tests/test_tuner.py::test_tests/browser/\n", 0),
+        (["tests/test_ays.py", "-q"], "tests/test_ays.py: 57\n", 0),
+    ],
+)
+def test_a_browser_is_set_up_for_browser_tests_alone(dev, prepared, words, listed, asked):
+    prepared.listed = listed
+    assert dev.test(dev.Host(None), words) == 0 and prepared.chromium == asked
+    ((passed_on, _),) = prepared.pytest
+    assert passed_on == (words if words and words != ["--all"] else [*dev.IN_PARALLEL, *words])
 
 
 def test_no_chromium_is_said_and_is_no_crash(dev, monkeypatch, capsys):

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-METHODS = ["schedules", "noise_shift", "one_more_step", "golden_noise", "encoder_propagation"]
+METHODS = ["schedules", "noise_shift", "one_more_step", "golden_noise", "propagation"]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 
@@ -32,7 +32,10 @@ def test_every_link_inside_the_manual_leads_somewhere(page):
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_page_has_equation_plot_limits_and_citation(name):
     text = (ROOT / f"docs/{name}.md").read_text("utf-8")
-    assert "$" in text and "![" in text and "\n## Limits" in text and "```bibtex" in text
+    assert re.search(r"^\$\$.*(?:=|\\min|\\approx).*\$\$", text, re.M), "an equation of its own line"
+    plots = re.findall(r"!\[[^\]]+\]\((\w+\.(?:png|jpg))\)", text)
+    assert plots and all((ROOT / "docs" / plot).stat().st_size > 1000 for plot in plots)
+    assert re.search(r"^## Limits\n\n\S", text, re.M) and re.search(r"^```bibtex\n@\w+\{\w+,\n", text, re.M)
 
 
 def test_the_index_names_every_page():

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from analytic import Mixture
 
+from analytic import Mixture
 from exact import SIDE, cdf, field, mixture, pivot, quantiles, stratified, wasserstein
 from pack.kernels.space import NoiseSpace
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import zipfile
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import npnets
 from pack.kernels.golden_noise import mix, refine_in_windows, windows
 from pack.models.npnet import NPNetConfig, prompt_texts
-from pack.models.npnet_files import load_npnet, save_npnet
+from pack.models.npnet_files import load_npnet, read_config, save_npnet
 from pack.nodes._plan.golden_noise import GoldenSettings, check_size, golden_noise
 
 SIZES = [(16, 16), (14, 18), (19, 13), (8, 8), (24, 24), (32, 20), (33, 50), (5, 40)]
@@ -213,6 +215,32 @@ def test_another_file_of_the_same_name_is_another_network(net, tmp_path):
     changed.beta.fill_(0.7)
     save_npnet(changed, path, {})
     assert float(load_npnet(path).net.beta) == pytest.approx(0.7) and float(first.net.beta) == pytest.approx(0.2)
+
+
+def most_memory(work) -> int:
+    """Bytes that this process held at most while something ran, beyond those at its beginning."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    held = lambda: 1024 * int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1])
+    reset.write_text("5")
+    before = held()
+    work()
+    return held() - before
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="tells its memory otherwise")
+@pytest.mark.parametrize("layout", ["official", "asagi4", "LucipherDev", "own"])
+def test_the_shape_of_a_network_is_read_without_its_numbers(tmp_path, layout):
+    small = npnets.seeded(replace(npnets.TINY, tokens=77, width=10_000))  # 25 MB
+    path = tmp_path / ("x.pth" if layout == "official" else "x.safetensors")
+    if layout == "own":
+        save_npnet(small, path, {"latent_format": "SD15"})
+    else:
+        write(tmp_path, path.name, npnets.layouts(small)[layout])
+    read_config(path)  # also imports what is imported at the first use
+    assert most_memory(lambda: read_config(path)) < 5 << 20 < 20 << 20 < most_memory(lambda: load_npnet(path))
+    (config, facts), whole = read_config(path), load_npnet(path)
+    assert config == whole.net.config == small.config and facts == whole.facts
+    assert facts.get("latent_format") == ("SD15" if layout == "own" else None)
 
 
 class Malicious:

@@ -1,12 +1,13 @@
 """Every file the pack reads, mutated: one clear sentence or a use that is right; no code runs, nothing is written, and no
 memory is taken beyond the file's own size.
 
-A short run here; `python dev.py test tests/test_hostile_files.py --fuzz 2000 -s` is the long one, and counts.
+A short run here; `python dev.py test tests/test_hostile_files.py --fuzz 10000 -s` is the long one, and counts.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import time
@@ -23,21 +24,12 @@ from torch import nn
 
 import hostile
 import npnets
-from pack.kernels.encoder_propagation import Reuse
-from pack.kernels.one_more_step_training import Training
+from pack.kernels.propagation import Reuse
 from pack.kernels.schedules import check_sigmas
-from pack.models.calibration import (
-    Calibration,
-    CondLevels,
-    KeySteps,
-    Point,
-    conditioning_map,
-    load_profile,
-    save_profile,
-)
+from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, conditioning_map
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
-from pack.models.noise_pairs import Job, Shard, load_shard, published_pairs, rows, save_shard, shard_path
-from pack.models.npnet_files import load_npnet, save_npnet
+from pack.models.noise_pairs import Job, Shard, load_shard, published_pairs, read_jobs, rows, save_shard, shard_path
+from pack.models.npnet_files import load_npnet, read_config, save_npnet
 from pack.models.one_more_step import (
     architecture_of,
     latent_space_of,
@@ -46,8 +38,11 @@ from pack.models.one_more_step import (
     read_leak,
     save_module,
 )
-from pack.models.store import load_tensors
-from pack.models.train_npnet import Recipe, Trainer
+from pack.models.profile_format import spell_profile
+from pack.models.store import load_profile, load_tensors, save_profile, update_profile
+from pack.models.train_npnet import NPNetTraining, Pairs, Recipe
+from pack.models.train_one_more_step import ModuleTraining
+from pack.models.training import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARE = 48 << 20  # bytes of address space that a reader may take beyond eight times its file
@@ -57,20 +52,31 @@ SMALL = replace(npnets.TINY, tokens=77, width=4)
 # --- the files, and what is done with one that is accepted ---
 
 
-def profile() -> Calibration:
+def kinds() -> list[Calibration]:
+    """One calibration of each kind, with every field that the kind can have."""
     knots = CondLevels("euler", (512, 512), (0.5, 2.0, 9.0), (0.4, 1.8, 8.0))
     levels = (14.0, 5.0, 1.0, 0.0)
-    reuse = KeySteps(12, "euler", levels, (Point(Reuse(2, 3, True), (0, 2), 1.4, 30.0),))
-    return Calibration(
-        "mine", "by hand", "ve", ("SD15",), (512, 512), levels, "a test", "encoder_propagation", "euler", "eps", 7.0, "ab",
-        "cd", (knots,), reuse, {"gain": 0.1}, {"seed": 3},
+    made = Calibration(
+        "mine", "by hand", "ve", ("SD15",), (512, 512), levels, "a test", solver="euler", prediction="eps", cfg=7.0,
+        config_hash="ab", weights_hash="cd", patches="ef", alignments=(knots,), metrics={"gain": 0.1},
+        provenance={"seed": 3},
     )  # fmt: skip
+    reuse = lambda fresh, cut: KeySteps(12, "euler", levels, (Point(Reuse(fresh, cut, True), (0, 2), 1.4, 30.0),))
+    flow = tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768))
+    return [
+        made,
+        replace(made, kind="noise_shift", space="flow", families=("SD3",), sigmas=(), alignments=flow),
+        replace(made, kind="encoder_propagation", key_steps=reuse(2, 3)),
+        replace(made, kind="block_propagation", key_steps=reuse(1, 3)),
+    ]
 
 
 def use_profile(path: Path) -> None:
     got = load_profile(path)
     with hostile.unwatched():
-        assert load_profile(save_profile(got, path.parent / "again", replace=True)) == got
+        again = save_profile(got, path.parent / "again", "again")
+        assert load_profile(again) == got
+        again.unlink()
     if got.sigmas:
         check_sigmas(torch.tensor(got.sigmas, dtype=torch.float64))
     for one in got.alignments:
@@ -78,7 +84,14 @@ def use_profile(path: Path) -> None:
 
 
 def use_npnet(path: Path) -> None:
+    listed, said = None, ""
+    try:
+        listed, _ = read_config(path)
+    except ValueError as refusal:
+        said = str(refusal)
+    assert listed is not None or (path.name in said and len(said) < 1000 and "\n" not in said), said
     net = load_npnet(path).net
+    assert listed == net.config  # what loads is listed as it is
     c = net.config
     assert all(weight.dtype == torch.float32 and not weight.is_meta for weight in net.parameters())
     if c.side <= 32 and c.text_size <= 4096 and all(bool(weight.isfinite().all()) for weight in net.parameters()):
@@ -105,42 +118,59 @@ def shard() -> Shard:
 
 def use_shard(path: Path) -> None:
     got = load_shard(path)
-    assert len(got.jobs) == len(got.noise) == len(rows(got, True)) + len(rows(got, False))
-    assert bool(got.tokens[got.which].isfinite().all()) and min(got.noise.shape) > 0 and dict(got.facts) is not None
+    held = {job.prompt for job in got.jobs[::3]}
+    assert len(got.jobs) == len(got.noise) == len(rows(got, held, True)) + len(rows(got, held, False))
+    assert read_jobs(path) == (got.jobs, got.facts)
+    assert (
+        bool(got.tokens[got.which].isfinite().all())
+        and min(got.noise.shape) > 0
+        and all(isinstance(name, str) for name in got.facts)
+    )
 
 
-RECIPE = Recipe(epochs=1, batch=40, size="small", text="flat")
+RECIPE = Recipe(epochs=1, batch_size=40, size="small", text_mode="flat")
 
 
-def state(folder: Path) -> Path:
-    """A resumable training, and the pairs that it belongs to."""
+def npnet_training(folder: Path, **more) -> NPNetTraining:
+    return NPNetTraining(Pairs.scan([shard_path(folder, 0)]), replace(RECIPE, **more))
+
+
+def make_state(folder: Path) -> Path:
+    """A training, and the pairs that it belongs to."""
     save_shard(shard_path(folder, 0), shard())
-    trainer = Trainer([shard_path(folder, 0)], RECIPE)
-    list(trainer.run())
-    trainer.save(folder / "good.safetensors")
+    list(npnet_training(folder).run(folder / "good.safetensors"))
     return folder / "good.safetensors"
 
 
 def use_state(path: Path) -> None:
-    """A state that is not this training's is no error: the training starts anew, from nothing of the file."""
-    trainer = Trainer([shard_path(path.parent, 0)], RECIPE)
-    fresh = {name: value.clone() for name, value in trainer.net.state_dict().items()}
-    if not trainer.resume(path):
-        assert trainer.epoch == 0 and not trainer.optimizer.state_dict()["state"]
-        assert all(torch.equal(value, fresh[name]) for name, value in trainer.net.state_dict().items())
-        raise ValueError(f"{path.name} is not resumed")
-    assert 0 <= trainer.best_epoch <= trainer.epoch <= RECIPE.epochs
-    assert all(bool(value.isfinite().all()) for value in trainer.result().state_dict().values())
+    use_training(npnet_training(path.parent), path)
+
+
+def use_training(training: Training, path: Path) -> None:
+    """Of a state that is not this training's nothing is used."""
+    fresh = {name: value.clone() for name, value in training.network.state_dict().items()}
+    try:
+        training.resume(path)
+    except ValueError:
+        assert training.step == 0 and not training.optimizer.state_dict()["state"]
+        assert all(torch.equal(value, fresh[name]) for name, value in training.network.state_dict().items())
+        raise
+    assert 0 <= training.step <= training.steps
+    assert all(bool(value.isfinite().all()) for value in training.result().state_dict().values())
+
+
+def module_training() -> ModuleTraining:
+    draw = lambda generator: (torch.ones(2, 3), torch.ones(2, 3))
+    return ModuleTraining(Told(3, 3), draw, {"seed": 0}, 10)
+
+
+class Told(nn.Linear):
+    def forward(self, x, cond):
+        return super().forward(x + cond)
 
 
 def use_unfinished(path: Path) -> None:
-    training = Training(nn.Linear(3, 3), 10)
-    try:
-        training.go_on(load_tensors(path)[0])
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}") from error  # as the node does
-    assert 0 <= training.step <= training.steps and len(training.losses) == training.step
-    assert all(bool(value.isfinite().all()) for value in training.network.state_dict().values())
+    use_training(module_training(), path)
 
 
 def use_vocabulary(path: Path) -> None:
@@ -157,15 +187,13 @@ def use_vocabulary(path: Path) -> None:
 
 
 def make_profile(folder: Path) -> Path:
-    return save_profile(profile(), folder, "good")
+    return save_profile(kinds()[0], folder, "good")
 
 
-def make_shift(folder: Path) -> Path:
-    knots = tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768))
-    shift = Calibration(
-        "shift", "by hand", "flow", ("SD3",), (1024, 1024), (), "a test", "noise_shift", alignments=knots
-    )
-    return save_profile(shift, folder, "good")
+def hostile_profile(rng: random.Random, content: bytes) -> bytes:
+    """A mutation of a calibration of any kind, which has more to change than the one in `content`."""
+    made = rng.choice(kinds())
+    return hostile.hostile_json(rng, json.dumps(spell_profile(made)).encode())
 
 
 def make_npnet(folder: Path) -> Path:
@@ -197,15 +225,9 @@ def make_shard(folder: Path) -> Path:
 
 
 def make_unfinished(folder: Path) -> Path:
-    training = Training(nn.Linear(3, 3), 10)
-    for parameter in training._parameters.values():
-        training._optimizer.state[parameter] = {
-            "exp_avg": torch.ones_like(parameter),
-            "exp_avg_sq": torch.ones_like(parameter),
-        }
-    save_file(
-        {name: tensor.detach().contiguous() for name, tensor in training.state().items()}, folder / "good.safetensors"
-    )
+    torch.manual_seed(0)
+    steps = module_training().run(folder / "good.safetensors")
+    next(steps)
     return folder / "good.safetensors"
 
 
@@ -238,32 +260,36 @@ def use_published(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Reader:
-    """A good file, how it is mutated, its use, and whether its name counts."""
+    """A good file, how it is mutated, its use, whether its name counts, and how much of all cases it gets."""
 
     make: Callable[[Path], Path]
     use: Callable[[Path], None]
     mutate: Callable = hostile.hostile_safetensors
     named: bool = False
+    share: float = 0.05
 
 
 READERS = {
-    "profile": Reader(make_profile, use_profile, hostile.hostile_json),
-    "noise shift": Reader(make_shift, use_profile, hostile.hostile_json),
+    "profile": Reader(make_profile, use_profile, hostile_profile, share=0.55),
     "NPNet": Reader(make_npnet, use_npnet),
     "NPNet, .pth": Reader(make_pth, use_npnet, hostile.hostile_pickle),
     "One More Step": Reader(make_module, use_module),
     "noise pairs": Reader(make_shard, use_shard),
     "published pairs, lines": Reader(make_lines, use_published, hostile.hostile_json, named=True),
     "published pairs, arrays": Reader(make_npz, use_published, hostile.hostile_npz, named=True),
-    "NPNet training": Reader(state, use_state),
+    "NPNet training": Reader(make_state, use_state),
     "One More Step training": Reader(make_unfinished, use_unfinished),
     "vocabulary": Reader(make_vocabulary, use_vocabulary),
 }
 
 
+def test_the_cases_are_shared_out():
+    assert sum(reader.share for reader in READERS.values()) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("name", READERS)
-def test_a_mutated_file_is_refused_in_a_sentence_or_used_rightly(tmp_path, cases, name):
-    reader, canary = READERS[name], tmp_path / "canary"
+def test_a_mutated_file_is_refused_in_a_sentence_or_used_rightly(tmp_path, fuzz, name):
+    reader, canary, cases = READERS[name], tmp_path / "canary", math.ceil(fuzz * READERS[name].share)
     good = reader.make(tmp_path)
     content = good.read_bytes()
     path = good if reader.named else tmp_path / f"hostile{good.suffix}"
@@ -296,7 +322,8 @@ def test_a_mutated_file_is_refused_in_a_sentence_or_used_rightly(tmp_path, cases
 
 
 def saved_profile(folder: Path, again: bool) -> Path:
-    return save_profile(profile().with_facts({"again": again}), folder, "x", replace=True)
+    one, two = kinds()[0], replace(kinds()[0], cfg=1.0)
+    return update_profile(folder / "x.json", one, two) if again else save_profile(one, folder, "x")
 
 
 def saved_npnet(folder: Path, again: bool) -> Path:
@@ -316,8 +343,7 @@ def saved_pairs(folder: Path, again: bool) -> Path:
 def saved_state(folder: Path, again: bool) -> Path:
     if not again:
         save_shard(shard_path(folder.parent, 0), shard())
-    trainer = Trainer([shard_path(folder.parent, 0)], replace(RECIPE, seed=int(again)))
-    trainer.save(folder / "x.safetensors")
+    npnet_training(folder.parent, seed=int(again)).save(folder / "x.safetensors")
     return folder / "x.safetensors"
 
 

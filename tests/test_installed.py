@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from families import FAMILIES, FULL
 
-from pack.models.calibration import Calibration, CondLevels, shipped_profiles
+from pack.models.calibration import Calibration, CondLevels, ModelIdentity, fitted
+from pack.models.store import shipped_profiles
 from pack.nodes._plan.auto import Shelf
-from pack.nodes._plan.installed import listing
+from pack.nodes._plan.installed import listing, made_for
 
-MINE = replace(shipped_profiles()["Attune demo unet, euler, 8 steps"], families=("SD15",), config_hash="", cfg=None)
+MINE = replace(
+    shipped_profiles()["Attune demo unet, euler, 8 steps"],
+    families=("SD15",),
+    prediction="eps",
+    config_hash="theirs",
+    cfg=3.0,
+)
 SHIFT = Calibration(
     "s", "m", "flow", ("SD3",), (1024, 1024), (), "", kind="noise_shift",
     alignments=tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768)),
@@ -23,7 +31,7 @@ SHELF = Shelf(
 def test_each_file_has_a_line_with_what_it_was_made_for():
     assert listing(SHELF, []).splitlines() == [
         "Profiles, 3",
-        "- mine.json: schedule for SD15, 128x128, euler, 8 steps",
+        "- mine.json: schedule for SD15, 128x128, euler, 8 steps, cfg 3",
         "- small.json: noise shift for SD3, 512x512 and 768x768",
         "- AYS SDXL: schedule for SDXL, 1024x1024, any steps",
         "",
@@ -36,6 +44,30 @@ def test_a_star_marks_what_was_made_for_the_model_and_unread_files_are_named():
     said = listing(SHELF, ["bad.json is not a profile."], FAMILIES["SD 1.5"].facts.model)
     assert "Profiles, 3 (* made for this model, SD15)\n* mine.json" in said and "\n- AYS SDXL" in said
     assert said.endswith("Cannot be read, 1\n! bad.json is not a profile.")
+
+
+SDXL, SSD1B = (
+    ModelIdentity(families, "ve", 0.0292, 14.6146, "eps", network, weights_hash=weights)
+    for families, network, weights in ((("SDXL",), "xl", "w1"), (("SSD1B", "SDXL"), "ssd", "w2"))
+)
+
+
+def test_a_smaller_relatives_calibration_has_no_star_for_the_whole_model_nor_the_other_way_round():
+    of_xl, of_ssd = (
+        fitted(model, "schedule", "euler", "m", (1024, 1024), {}, solver="euler", sigmas=(14.0, 2.0, 0.0))
+        for model in (SDXL, SSD1B)
+    )
+    assert [made_for(of_xl, SDXL), made_for(of_xl, SSD1B)] == [True, False]
+    assert [made_for(of_ssd, SSD1B), made_for(of_ssd, SDXL)] == [True, False]
+    tables = [one for one in shipped_profiles().values() if one.name == "AYS SDXL"]
+    assert made_for(tables[0], SDXL) and made_for(tables[0], SSD1B)  # published for the family: said by the loader
+
+
+@pytest.mark.parametrize("aspect", ["config_hash", "weights_hash", "prediction"])
+def test_no_star_for_another_network_other_weights_or_another_prediction(aspect):
+    one = fitted(SDXL, "schedule", "euler", "m", (1024, 1024), {}, sigmas=(14.0, 2.0, 0.0))
+    assert made_for(one, SDXL) and not made_for(one, replace(SDXL, **{aspect: "other"}))
+    assert made_for(replace(one, patches="none"), replace(SDXL, patches="a LoRA"))  # of the same model still
 
 
 def test_a_full_shelf_names_its_networks():

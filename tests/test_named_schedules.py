@@ -8,7 +8,8 @@ import torch
 from pack.kernels.ays import kl_optimal
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
-from pack.models.calibration import ModelIdentity, shipped_profiles
+from pack.models.calibration import ModelIdentity
+from pack.models.store import shipped_profiles
 from pack.nodes._plan.named_schedules import (
     CLOSED_FORMS,
     TUNED,
@@ -18,9 +19,9 @@ from pack.nodes._plan.named_schedules import (
     tuned_profiles,
 )
 
-SD15 = ModelIdentity(("SD15", "BASE"), "ve", 0.0292, 14.6146)
-SDXL = ModelIdentity(("SSD1B", "SDXL", "BASE"), "ve", 0.0292, 14.6146)
-SD3 = ModelIdentity(("SD3", "BASE"), "flow", 0.003, 1.0)
+SD15 = ModelIdentity(("SD15",), "ve", 0.0292, 14.6146)
+SDXL = ModelIdentity(("SSD1B", "SDXL"), "ve", 0.0292, 14.6146)
+SD3 = ModelIdentity(("SD3",), "flow", 0.003, 1.0)
 
 
 def test_the_list_starts_with_auto_and_has_every_profile_and_closed_form():

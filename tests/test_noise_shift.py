@@ -9,22 +9,22 @@ import torch
 
 from oracles import finish, gaussian, mixture_2d, mixture_latent, network
 from pack.kernels.noise_shift import (
+    SHIFT_PRESETS,
     WIDEST,
     Limits,
-    Preset,
+    ShiftPreset,
     calibration_levels,
     fit_joint,
-    fit_per_level,
     joint_shift,
     smoothest,
     spline,
-    students_t,
 )
 from pack.kernels.space import NoiseSpace
+from published import fit_per_level
 
 VE, FLOW = NoiseSpace("ve"), NoiseSpace("flow")
 LIMITS = {"ve": Limits(0.0292, 14.61), "flow": Limits(0.001, 1.0)}
-NORMAL, QUICK = (16, 25), (8, 13)  # levels and candidates
+NORMAL, QUICK = (16, 13, 2), (8, 7, 2)  # levels, candidates, noises
 
 
 def hears_wrong(target, prediction, kappa):
@@ -40,7 +40,7 @@ def hears_wrong(target, prediction, kappa):
 
 def calibrate(fit, target, prediction, kappa, pictures, effort=NORMAL, seed=0):
     x0 = target.sample(pictures, torch.Generator().manual_seed(seed + 100))
-    preset, space = Preset(pictures, *effort), target.space
+    preset, space = ShiftPreset(pictures, *effort), target.space
     return finish(fit(hears_wrong(target, prediction, kappa), x0, preset, space, LIMITS[space.kind], seed))
 
 
@@ -53,16 +53,16 @@ def test_an_injected_shift_is_found_where_the_search_level_by_level_errs(predict
     space = FLOW if prediction == "flow" else VE
     target = mixture_latent(space)
     joint, said = calibrate(fit_joint, target, prediction, kappa, 256)
-    assert joint.accepted and joint.t < joint.needed < -3 and joint.gain > 0
+    assert joint.accepted and joint.t < joint.needed < -1.6 and joint.gain > 0
     inside = errors(joint, space, kappa)[1:-1]  # the outermost are clamped to what the network knows
-    assert inside.abs().max() < 0.015 and said[-1] == 256 * 16 * 25
+    assert inside.abs().max() < 0.015 and said[-1] == 256 * 16 * 26
     level, said = calibrate(fit_per_level, target, prediction, kappa, 256)
-    assert said[-1] <= 256 * 16 * 25
+    assert said[-1] <= 256 * 16 * 26
     assert errors(level, space, kappa).abs().max() > 5 * inside.abs().max()
 
 
 def test_of_independent_pictures_as_large_as_latents_a_quick_fit_finds_the_shift_to_a_few_thousandths():
-    """Eight pictures of 64 independent patches of 32 numbers each: 832 evaluations."""
+    """Eight pictures of 64 independent patches of 32 numbers each: 896 evaluations."""
     target = mixture_latent(VE)
     net = hears_wrong(target, "eps", 0.262)
 
@@ -71,8 +71,8 @@ def test_of_independent_pictures_as_large_as_latents_a_quick_fit_finds_the_shift
         return net(x.reshape(-1, 32), *flat).reshape(x.shape)
 
     x0 = target.sample(8 * 64, torch.Generator().manual_seed(1)).reshape(8, 64, 32)
-    shift, said = finish(fit_joint(denoise, x0, Preset(8, *QUICK), VE, LIMITS["ve"]))
-    assert said[-1] == 832 and shift.accepted
+    shift, said = finish(fit_joint(denoise, x0, ShiftPreset(8, *QUICK), VE, LIMITS["ve"]))
+    assert said[-1] == 896 and shift.accepted
     assert errors(shift, VE, 0.262)[1:].abs().max() < 0.02
 
 
@@ -80,7 +80,7 @@ def test_a_shift_that_changes_with_the_level_is_followed():
     kappa = lambda at: 0.3 * torch.tanh(at)
     target = mixture_latent(VE)
     shift, _ = calibrate(fit_joint, target, "eps", kappa, 1024)
-    told = VE.log_ratio(torch.tensor(shift.sigma_hat).double())
+    told = VE.log_ratio(torch.tensor(shift.sigma_cond).double())
     assert shift.accepted and shift.penalty < 1e3
     assert (told + kappa(told) - VE.log_ratio(torch.tensor(shift.sigma).double()))[1:-1].abs().max() < 0.12
 
@@ -88,19 +88,35 @@ def test_a_shift_that_changes_with_the_level_is_followed():
 def test_a_gain_of_less_than_a_percent_is_left_alone_however_sure():
     shift, _ = calibrate(fit_joint, mixture_latent(VE), "eps", 0.08, 1024, QUICK)
     assert shift.t < 1.5 * shift.needed and 0 < shift.gain < 0.01
-    assert not shift.accepted and shift.sigma_hat == shift.sigma
+    assert not shift.accepted and shift.sigma_cond == shift.sigma
 
 
-def test_forty_networks_that_hear_right_are_left_alone():
-    accepted = 0
-    for seed in range(40):
+SHIFTS = (0.3, -0.3, 0.45, -0.45)
+
+
+def kept(seeds, shifts, data=mixture_latent, pictures=(8,)):
+    """How many quick fits pass, of networks in turn of all kinds."""
+    passed = 0
+    for seed in range(seeds):
         space = (VE, FLOW)[seed % 2]
-        target = (mixture_latent, mixture_2d)[seed // 2 % 2](space)
         prediction = "flow" if space is FLOW else ("eps", "v")[seed // 8 % 2]
-        shift, _ = calibrate(fit_joint, target, prediction, 0.0, (8, 16, 32)[seed % 3], QUICK, seed)
-        accepted += shift.accepted
-        assert shift.accepted or shift.sigma_hat == shift.sigma
-    assert accepted == 0
+        kappa, count = shifts[seed // 2 % len(shifts)], pictures[seed % len(pictures)]
+        shift, _ = calibrate(fit_joint, data(space), prediction, kappa, count, QUICK, seed)
+        passed += shift.accepted
+        assert shift.accepted or shift.sigma_cond == shift.sigma
+        assert shift.verdict.accepted == shift.accepted and shift.verdict.pictures == count
+    return passed
+
+
+@pytest.mark.parametrize("data", [mixture_latent, mixture_2d])
+def test_of_forty_networks_that_hear_right_one_in_twenty_is_changed_at_most(data):
+    assert kept(40, (0.0,), data, (8, 16, 32)) <= 2
+
+
+def test_half_of_thirty_networks_that_hear_wrong_are_mended_by_a_quick_fit():
+    """Eight pictures of 32 numbers each, 0.3 or 0.45 log units up or down."""
+    assert SHIFT_PRESETS["quick"].evaluations == 896
+    assert kept(30, SHIFTS) >= 15
 
 
 @pytest.mark.parametrize(("std", "sigma", "want"), [(1.4, 0.2, 0.1025), (1.4, 1.0, 0.5439), (1.4, 4.0, 2.319)])
@@ -113,14 +129,14 @@ def test_a_model_of_other_spread_gets_the_level_of_equal_gain(std, sigma, want):
     x, level = x0 + sigma * noise, torch.full((8,), sigma, dtype=torch.float64)
     losses = torch.stack([(net(x, level, level * d.exp()) - x0).square().mean(1) for d in tried], 1)[:, None]
     shift = joint_shift(losses, tried, torch.tensor([sigma]).double(), VE, LIMITS["ve"])
-    assert shift.accepted and shift.sigma_hat[0] == pytest.approx(want, rel=0.02)
+    assert shift.accepted and shift.sigma_cond[0] == pytest.approx(want, rel=0.02)
 
 
 def test_an_optimum_beyond_the_candidates_stops_at_the_last_one():
     """Data of std 0.7 at sigma 4 and more: no level of the model has a gain so small."""
     net, x0 = network(gaussian(1.0, VE), "eps"), gaussian(0.7, VE).sample(8000, torch.Generator().manual_seed(0))
     limits = Limits(0.03, 1000.0)
-    shift, _ = finish(fit_per_level(net, x0.reshape(8, 1000), Preset(8, *QUICK), VE, limits))
+    shift, _ = finish(fit_per_level(net, x0.reshape(8, 1000), ShiftPreset(8, 8, 13), VE, limits))
     top = [o for s, o in zip(shift.sigma, shift.offsets(VE), strict=True) if s > 4]
     assert top and min(top) > 0.9 * WIDEST
 
@@ -134,11 +150,11 @@ def test_no_level_is_told_that_the_network_does_not_know():
         return net(x, sigma, told)
 
     x0 = target.sample(8, torch.Generator().manual_seed(0))
-    finish(fit_joint(listen, x0, Preset(8, *QUICK), VE, LIMITS["ve"]))
+    finish(fit_joint(listen, x0, ShiftPreset(8, *QUICK), VE, LIMITS["ve"]))
     assert min(heard) >= 0.0292 and max(heard) <= 14.61
 
 
-def test_the_fit_is_the_same_twice_and_every_candidate_sees_the_same_noise():
+def test_the_fit_is_the_same_twice_and_every_candidate_sees_the_same_two_opposite_noises():
     target, seen = mixture_latent(FLOW), {}
     net = network(target, "flow")
 
@@ -147,11 +163,13 @@ def test_the_fit_is_the_same_twice_and_every_candidate_sees_the_same_noise():
         return net(x, sigma, told)
 
     x0 = target.sample(8, torch.Generator().manual_seed(0))
-    one, _ = finish(fit_joint(listen, x0, Preset(8, *QUICK), FLOW, LIMITS["flow"], seed=5))
-    assert len(seen) == 8 and all(torch.equal(x, xs[0]) for xs in seen.values() for x in xs)
+    one, _ = finish(fit_joint(listen, x0, ShiftPreset(8, *QUICK), FLOW, LIMITS["flow"], seed=5))
+    assert len(seen) == 8 and all(torch.equal(x, xs[k % 2]) for xs in seen.values() for k, x in enumerate(xs))
+    for sigma, xs in seen.items():
+        torch.testing.assert_close((xs[0] + xs[1]) / 2, (1 - sigma) * x0)
     first, second = (xs[0] for xs in list(seen.values())[:2])
     assert not torch.equal(first, second)
-    other, _ = finish(fit_joint(net, x0, Preset(8, *QUICK), FLOW, LIMITS["flow"], seed=5))
+    other, _ = finish(fit_joint(net, x0, ShiftPreset(8, *QUICK), FLOW, LIMITS["flow"], seed=5))
     assert one == other
 
 
@@ -171,12 +189,6 @@ def test_the_spline_passes_through_its_knots_and_keeps_cubics():
     torch.testing.assert_close(spline(knots, knots), torch.eye(13, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(("freedom", "want"), [(7, 4.53), (15, 3.59), (31, 3.26), (1000, 3.007)])
-def test_the_gate_is_students(freedom, want):
-    """One-sided probability 0.00135, from tables."""
-    assert students_t(3.0, freedom) == pytest.approx(want, abs=0.02)
-
-
 def test_levels_lie_inside_what_the_network_knows():
     for space, ends in ((VE, LIMITS["ve"]), (FLOW, LIMITS["flow"]), (VE, Limits(0.002, 80.0))):
         levels = calibration_levels(8, space, ends)
@@ -189,5 +201,5 @@ def test_levels_lie_inside_what_the_network_knows():
 
 def test_too_few_pictures_are_refused_before_the_first_call():
     never = lambda *_: pytest.fail("the network was called")
-    with pytest.raises(ValueError, match="at least 4 pictures, but there are 3"):
-        next(fit_joint(never, torch.zeros(3, 4), Preset(3, *QUICK), VE, LIMITS["ve"]))
+    with pytest.raises(ValueError, match="at least 6 pictures, but there are 3"):
+        next(fit_joint(never, torch.zeros(3, 4), ShiftPreset(3, *QUICK), VE, LIMITS["ve"]))

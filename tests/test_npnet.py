@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import npnets
+from nightly import daily
 from pack.models.npnet import NPNetConfig, canonical_signs, decompose, grid, shift_mask
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "npnet.json").read_text("utf-8"))["cases"]
@@ -49,7 +50,7 @@ def stages(case: str) -> dict[str, Tensor]:
     }  # fmt: skip
     # The whole network is these stages.
     whole = npnets.seeded(NPNetConfig(width=want["width"], signs="canonical"))(x, text)
-    torch.testing.assert_close(whole, found["out_canonical_sign"], rtol=0, atol=2e-3)
+    torch.testing.assert_close(whole, found["out_canonical_sign"], rtol=0, atol=5e-4 * float(whole.abs().max()))
     return found
 
 
@@ -63,15 +64,29 @@ def as_matrix(x: Tensor) -> Tensor:
     return torch.cat([torch.cat([x[:, 0], x[:, 1]], 2), torch.cat([x[:, 2], x[:, 3]], 2)], 1)
 
 
-@pytest.mark.parametrize(("case", "stage"), [(case, stage) for case in RECORDED for stage in RECORDED[case]["stages"]])
+STAGES = [(case, stage) for case in RECORDED for stage in RECORDED[case]["stages"]]
+DAILY = [
+    (case, stage) for case, stage in STAGES if case in ("sdxl_b1", "dit_b2")
+]  # both models, batches, decompositions
+
+
+@pytest.mark.parametrize(("case", "stage"), daily(STAGES, *DAILY, names=2))
 def test_every_stage_equals_the_published_networks(case, stage):
+    """Within float32 arithmetic, which differs between processors, in parts of the stage's root mean square."""
     want, found = RECORDED[case]["stages"][stage], stages(case)[stage]
     assert list(found.shape) == want["shape"]
+    size = want["l2"] / found.numel() ** 0.5
     sample = found.flatten()[torch.tensor(want["sample_idx"])]
-    assert (sample - torch.tensor(want["sample"])).abs().max() < 1e-4
-    assert float(found.norm()) == pytest.approx(want["l2"], rel=1e-5)
-    assert float(found.mean()) == pytest.approx(want["mean"], abs=1e-5)
-    assert float(found.std(correction=0)) == pytest.approx(want["std"], abs=1e-5)
+    assert (sample - torch.tensor(want["sample"])).abs().max() < tolerance(case, stage) * size
+    assert float(found.norm()) == pytest.approx(want["l2"], rel=2e-5)
+    assert float(found.mean()) == pytest.approx(want["mean"], abs=1e-5 * size)
+    assert float(found.std(correction=0)) == pytest.approx(want["std"], abs=1e-5 * size)
+
+
+def tolerance(case: str, stage: str) -> float:
+    """Near singular values share their vectors as the library's rounding has it: a float32 decomposition is less exact."""
+    decomposed = stage in ("svd_branch", "out", "out_canonical_sign")
+    return 2.5e-4 if decomposed and RECORDED[case]["svd"] == "float32" else 2e-5
 
 
 def test_a_call_repeats_to_the_bit_and_draws_no_random_numbers(sdxl):
@@ -101,7 +116,7 @@ def tiny():
 def test_without_a_correction_the_noise_comes_back(tiny):
     same = changed(tiny, **zeros(tiny, "alpha", "beta", "unet_svd.mlp4.2.weight", "unet_svd.mlp4.2.bias"))
     x, text = npnets.tiny_inputs(3)
-    torch.testing.assert_close(same(x, text), x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(same(x, text), x, rtol=0, atol=1e-5 * float(x.abs().max()))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +135,7 @@ def test_the_prompt_enters_through_a_scale_and_a_shift_per_channel(tiny):
     move = torch.randn(2048, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     move = move - torch.linalg.pinv(matrix) @ (matrix @ move)
     moved = text + 8 * move.float().reshape(text.shape)
-    torch.testing.assert_close(tiny(x, moved), tiny(x, text), rtol=0, atol=1e-4)
+    torch.testing.assert_close(tiny(x, moved), tiny(x, text), rtol=0, atol=1e-4 * float(x.abs().max()))
 
 
 def test_the_svd_branch_keeps_the_singular_vectors(tiny):
@@ -142,8 +157,9 @@ def test_the_swin_branch_is_constant_in_seven_bands(sdxl):
 def test_a_batch_equals_its_samples_and_one_prompt_serves_all(tiny):
     x, text = npnets.tiny_inputs(3)
     singly = torch.cat([tiny(a, b) for a, b in zip(x.split(1), text.split(1), strict=True)])
-    torch.testing.assert_close(tiny(x, text), singly, rtol=0, atol=1e-5)
-    torch.testing.assert_close(tiny(x, text[:1]), tiny(x, text[:1].expand(3, -1, -1)), rtol=0, atol=1e-5)
+    within = 1e-5 * float(singly.abs().max())
+    torch.testing.assert_close(tiny(x, text), singly, rtol=0, atol=within)
+    torch.testing.assert_close(tiny(x, text[:1]), tiny(x, text[:1].expand(3, -1, -1)), rtol=0, atol=within)
 
 
 def test_canonical_signs_do_not_depend_on_the_librarys(tiny):
@@ -183,7 +199,8 @@ def test_our_swin_equals_torchvisions(sdxl):
     assert not unexpected and all(name.startswith("head.") or "position_index" in name for name in missing)
     y = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        torch.testing.assert_close(ours(y), theirs.norm(theirs.features(y)), rtol=0, atol=1e-5)
+        want = theirs.norm(theirs.features(y))
+        torch.testing.assert_close(ours(y), want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
 @pytest.mark.parametrize(("channels", "want"), [(4, (2, 2)), (12, (3, 4)), (16, (4, 4)), (48, (6, 8)), (128, (8, 16)), (3, (1, 3))])  # fmt: skip

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from analytic import SharedLevel, euler_gain
 from torch import nn
 
+from analytic import SharedLevel, euler_gain
 from oracles import euler, fine_levels
 from pack.kernels.one_more_step import SignalLeak, clean_of_v, first_state, guided, keyed_noise, noise_for, v_loss
-from pack.kernels.one_more_step_training import Training
 from pack.kernels.space import NoiseSpace
+from pack.models.train_one_more_step import ModuleTraining
 
 KNOWN = json.loads((Path(__file__).parent / "data" / "one_more_step.json").read_text("utf-8"))
 STEP = KNOWN["one_step"]
@@ -206,11 +207,19 @@ class Lookup(nn.Module):
         return self.table(context[:, 0]).reshape(x.shape) + 0 * x
 
 
-def learnt(steps: int, stop: int | None = None) -> Training:
+def training_of(steps: int, **more) -> ModuleTraining:
+    """A training of Lookup on `examples`, the same each time."""
     torch.manual_seed(0)
-    training = Training(Lookup(), steps, learning_rate=0.05, warm_up=10)
-    while training.step < (stop or steps):
-        training.learn(*examples(training.generator()))
+    made = {"data": "examples", "steps": steps} | more
+    return ModuleTraining(Lookup(), examples, made, steps, learning_rate=0.05, warm_up=10)
+
+
+def learnt(state, steps: int, stop: int | None = None) -> ModuleTraining:
+    training = training_of(steps)
+    with contextlib.closing(training.run(state, every=100)) as taken:
+        for step in taken:
+            if step == stop:
+                break
     return training
 
 
@@ -222,22 +231,29 @@ def examples(generator):
     return MEANS[kind] + 0.6 * torch.randn(24, 4, 4, 4, generator=generator), torch.eye(3)[kind][:, None]
 
 
-def test_training_reaches_the_conditional_mean_and_the_floor_of_its_loss():
-    training = learnt(400)
-    found = clean_of_v(training.average(torch.zeros(3, 4, 4, 4), torch.eye(3)[:, None]))
+def test_training_reaches_the_conditional_mean_and_the_floor_of_its_loss(tmp_path):
+    training = learnt(tmp_path / "state", 400)
+    found = clean_of_v(training.result()(torch.zeros(3, 4, 4, 4), torch.eye(3)[:, None]))
     assert float((found - MEANS).detach().square().mean().sqrt()) < 0.06
     assert sum(training.losses[-50:]) / 50 == pytest.approx(0.36, rel=0.1)
     assert float(v_loss(lambda z, c: -MEANS, MEANS, torch.eye(3), MEANS)) == 0
 
 
-def test_a_continued_training_is_one_that_never_stopped():
-    whole, first = learnt(40), learnt(40, stop=15)
-    torch.manual_seed(1)
-    second = Training(Lookup(), 40, learning_rate=0.05, warm_up=10)
-    second.go_on({name: tensor.clone() for name, tensor in first.state().items()})
-    while second.step < 40:
-        second.learn(*examples(second.generator()))
+def test_a_continued_training_is_one_that_never_stopped(tmp_path):
+    whole = learnt(tmp_path / "whole", 40)
+    assert learnt(tmp_path / "state", 40, stop=15).step == 15
+    second = learnt(tmp_path / "state", 40)
     assert second.losses == whole.losses
-    assert torch.equal(second.average.table.weight, whole.average.table.weight)
-    with pytest.raises(ValueError, match="network of another size"):
-        Training(nn.Linear(2, 2), 40).go_on(first.state())
+    assert torch.equal(second.kept["table.weight"], whole.kept["table.weight"])
+
+
+def test_what_a_step_draws_says_nothing_about_its_noise():
+    """From one generator that goes on: begun anew, the noise would be a function of the pictures that were drawn."""
+    training, seen = training_of(40), []
+    training.draw = lambda generator: (seen.append(generator.get_state()), examples(generator))[1]
+    told = []
+    training.network.forward, plain = lambda x, c: (told.append(x), plain(x, c))[1], training.network.forward
+    training.learn()
+    again = torch.Generator()
+    again.set_state(seen[0])
+    assert not torch.equal(told[0], torch.randn(told[0].shape, generator=again))

@@ -40,13 +40,3 @@ def test_the_registrys_pictures_exist(key):
 
 def test_folders_in_the_package_exist():
     assert all((ROOT / folder).is_dir() for folder in PROJECT["tool"]["comfy"]["includes"])
-
-
-def test_links_between_our_pages_lead_somewhere():
-    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
-    broken = []
-    for page in pages:
-        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
-            if "://" not in target and not (page.parent / target).exists():
-                broken.append(f"{page.name}: {target}")
-    assert not broken

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from pack.kernels.encoder_propagation import Reuse
-from pack.models.calibration import Calibration, CondLevels, Point, shipped_profiles
+from pack.kernels.propagation import Reuse
+from pack.models.calibration import Calibration, CondLevels, Point
+from pack.models.store import shipped_profiles
 from pack.nodes._draw.axes import BOTTOM, COLOURS, HEIGHT, INK, LEFT, PAPER, RIGHT, TOP, WIDTH, Axes, sheet, to_image
 from pack.nodes._draw.propagation import ALONE, CURVE, KEY, draw_calibration, draw_speeds
 from pack.nodes._draw.schedules import Curve, draw_schedules, profile_curve

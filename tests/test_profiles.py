@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import multiprocessing
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 from pack.kernels.schedules import check_sigmas
-from pack.models.calibration import (
-    LARGEST_FILE,
-    Calibration,
-    CondLevels,
-    conditioning_map,
+from pack.models.calibration import Calibration, CondLevels, conditioning_map, pick_profile, text_hash
+from pack.models.store import (
+    LARGEST_PROFILE,
+    ProfileReader,
     file_stem,
     load_profile,
-    pick_profile,
     save_profile,
     shipped_profiles,
-    text_hash,
+    update_profile,
 )
 from pack.nodes._plan.named_schedules import published_profiles, resample_profile
 
@@ -99,10 +101,10 @@ def test_a_good_file_is_read_as_it_stands(tmp_path):
         ({"metrics": {"a": 10**400}}, '"metrics" must be a small JSON object'),
         ({"alignments": {}}, '"alignments" must be a list'),
         ({"alignments": [3]}, r'"alignments"\[0\] must be a JSON object'),
-        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0]}]}, r'"alignments"\[0\] "sigma_hat" must list'),
-        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0], "sigma_hat": [9.0]}]}, "ratio beyond 8"),
-        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0, 0.5], "sigma_hat": [1, 1]}]}, "must ascend"),
-        ({"alignments": [{"resolution": [8], "sigma": [1.0], "sigma_hat": [1.0]}]}, "in pixels"),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0]}]}, r'"alignments"\[0\] "sigma_cond" must list'),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0], "sigma_cond": [9.0]}]}, "ratio beyond 8"),
+        ({"alignments": [{"resolution": [8, 8], "sigma": [1.0, 0.5], "sigma_cond": [1, 1]}]}, "must ascend"),
+        ({"alignments": [{"resolution": [8], "sigma": [1.0], "sigma_cond": [1.0]}]}, "in pixels"),
         ({"kind": "noise_shift"}, "no place in a noise shift"),
         ({"kind": "noise_shift", "sigmas": []}, "at least one resolution"),
         ({"id": "attune-0123456789abcdef"}, "changed after it was saved"),
@@ -140,8 +142,8 @@ def test_bytes_that_are_not_text_are_refused(tmp_path):
 def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "p.json"
     with path.open("wb") as file:
-        file.truncate(LARGEST_FILE + 1)
-    with pytest.raises(ValueError, match=f"the {LARGEST_FILE} bytes"):
+        file.truncate(LARGEST_PROFILE + 1)
+    with pytest.raises(ValueError, match=f"the {LARGEST_PROFILE} bytes"):
         load_profile(path)
 
 
@@ -155,11 +157,11 @@ def test_the_models_own_family_is_preferred_to_its_base_and_the_nearest_size_win
         profile("small", ("SSD1B",), (512, 512)),
         profile("large", ("SSD1B",), (1024, 1024)),
     ]
-    assert pick_profile(some, ("SSD1B", "SDXL", "BASE"), (640, 640)).name == "small"
-    assert pick_profile(some, ("SSD1B", "SDXL", "BASE"), (800, 800)).name == "large"
-    assert pick_profile(some, ("SSD1B", "SDXL", "BASE")).name == "small"
-    assert pick_profile(some, ("SDXL", "BASE"), (64, 64)).name == "base"
-    assert pick_profile(some, ("Flux", "BASE")) is None
+    assert pick_profile(some, ("SSD1B", "SDXL"), (640, 640)).name == "small"
+    assert pick_profile(some, ("SSD1B", "SDXL"), (800, 800)).name == "large"
+    assert pick_profile(some, ("SSD1B", "SDXL")).name == "small"
+    assert pick_profile(some, ("SDXL",), (64, 64)).name == "base"
+    assert pick_profile(some, ("Flux",)) is None
 
 
 FITTED = Calibration(
@@ -197,6 +199,7 @@ def test_the_id_is_the_calibration_and_nothing_else(tmp_path):
         replace(FITTED, sigmas=(14.6, 3.0, 0.7000000000000001, 0.0)), replace(FITTED, solver="heun"),
         replace(FITTED, cfg=6.6), replace(FITTED, alignments=()), replace(FITTED, resolution=(512, 520)),
         replace(FITTED, prediction="v"), replace(FITTED, families=("SDXL",)), replace(FITTED, space="flow"),
+        replace(FITTED, weights_hash="w"), replace(FITTED, patches="p"),
     ]  # fmt: skip
     assert len({one.id for one in different} | {FITTED.id}) == len(different) + 1
 
@@ -207,10 +210,21 @@ def test_with_facts_adds_and_keeps():
     assert more.provenance == {**FITTED.provenance, "pack": "0.1.0"}
 
 
-def test_saving_the_same_calibration_again_renews_its_file(tmp_path):
+def test_the_same_calibration_has_one_file_which_stays_as_it_is(tmp_path):
     first = save_profile(FITTED, tmp_path)
-    again = save_profile(FITTED.with_facts({"after": 0.05}), tmp_path)
-    assert first == again and load_profile(first).metrics["after"] == 0.05
+    before = first.stat().st_mtime_ns, first.read_bytes()
+    assert save_profile(FITTED.with_facts({"after": 0.05}), tmp_path) == first
+    assert (first.stat().st_mtime_ns, first.read_bytes()) == before and list(tmp_path.iterdir()) == [first]
+
+
+def test_an_update_takes_the_place_of_what_it_continues_and_of_nothing_else(tmp_path):
+    one, two, three = (replace(FITTED, cfg=cfg) for cfg in (1.0, 2.0, 3.0))
+    path = save_profile(one, tmp_path, "mine")
+    assert update_profile(path, one, two) == path and load_profile(path) == two
+    beside = update_profile(path, one, three)  # someone else was here in between
+    assert beside.name == "mine (2).json" and load_profile(beside) == three and load_profile(path) == two
+    path.write_text("my shopping list")
+    assert update_profile(path, two, one).name == "mine (3).json" and path.read_text() == "my shopping list"
 
 
 def test_another_calibration_of_the_same_name_gets_a_number(tmp_path):
@@ -234,7 +248,10 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="No space left"):
-        save_profile(FITTED.with_facts({"after": 0.05}), tmp_path)
+        update_profile(path, FITTED, replace(FITTED, cfg=1.0))
+    monkeypatch.setattr("os.link", full)  # without hard links the name is taken first, and given back
+    with pytest.raises(OSError, match="No space left"):
+        save_profile(replace(FITTED, cfg=1.0), tmp_path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
@@ -267,18 +284,93 @@ def test_a_name_without_letters_is_refused(name):
         file_stem(name)
 
 
-def test_a_link_out_of_the_folder_is_not_followed(tmp_path):
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_what_has_the_name_is_neither_written_over_nor_written_through(tmp_path, monkeypatch, links):
     folder, outside = tmp_path / "profiles", tmp_path / "precious.json"
-    folder.mkdir()
+    (folder / "mine.json").mkdir(parents=True)
     outside.write_text("keep me")
-    (folder / "mine.json").symlink_to(outside)
-    with pytest.raises(ValueError, match="leads out of the profile folder"):
-        save_profile(FITTED, folder)
-    assert outside.read_text() == "keep me"
+    (folder / "mine (2).json").symlink_to(outside)
+    (folder / "mine (3).json").symlink_to(tmp_path / "nowhere.json")
+    if not links:
+        monkeypatch.setattr("os.link", no_links)
+    assert save_profile(FITTED, folder).name == "mine (4).json"
+    assert outside.read_text() == "keep me" and not (tmp_path / "nowhere.json").exists()
+    assert sorted(file.name for file in folder.iterdir()) == [f"mine{n}.json" for n in (" (2)", " (3)", " (4)", "")]
+
+
+def no_links(*_):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+def _save_at(job: tuple) -> str:
+    """In a process of its own: wait for the others, then save under the name that all of them want."""
+    folder, cfg, links, barrier = job
+    if not links:
+        os.link = no_links
+    barrier.wait(30)
+    return str(save_profile(replace(FITTED, cfg=cfg), folder, "same name"))
+
+
+def _worker(job: tuple, told) -> None:
+    told.put(_save_at(job))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that can be copied")
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
+def test_of_several_processes_that_save_one_name_at_once_none_loses_its_profile(tmp_path, links):
+    fork = multiprocessing.get_context("fork")
+    for turn in range(4):
+        folder, barrier, told = tmp_path / str(turn), fork.Barrier(6), fork.Queue()
+        jobs = [(folder, 1.0 + i, links, barrier) for i in range(6)]
+        workers = [fork.Process(target=_worker, args=(job, told)) for job in jobs]
+        for worker in workers:
+            worker.start()
+        paths = {told.get(timeout=60) for _ in workers}
+        for worker in workers:
+            worker.join()
+        assert len(paths) == 6 and {load_profile(path).cfg for path in folder.iterdir()} == {1, 2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["plain", "with a byte order mark"])
+@pytest.mark.parametrize("name", ["p.json", "P.JSON"])
+def test_a_profile_of_a_windows_editor_is_read(tmp_path, start, name):
+    (tmp_path / name).write_bytes(start + json.dumps(GOOD).encode())
+    assert load_profile(tmp_path / name).name == "mine" and file_stem(name) == name[:-5]
+
+
+def test_what_is_no_readable_file_is_refused_by_name(tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "link.json").symlink_to(tmp_path / "nowhere")
+    read = ProfileReader()
+    for name, why in (("folder.json", "directory"), ("link.json", "No such file"), ("gone.json", "No such file")):
+        for load in (load_profile, read):
+            with pytest.raises(ValueError, match=rf"^{name} cannot be read: .*{why}.*\. Allow reading it"):
+                load(tmp_path / name)
+
+
+def test_a_file_that_could_not_be_opened_is_read_once_it_can(tmp_path, monkeypatch):
+    path, read = save_profile(FITTED, tmp_path), ProfileReader()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", no_links)
+        with pytest.raises(ValueError, match="cannot be read: Operation not permitted"):
+            read(path)
+    assert read(path) == FITTED
+
+
+def test_a_reader_reads_a_file_once_until_it_changes(tmp_path, monkeypatch):
+    read, calls = ProfileReader(), []
+    monkeypatch.setattr("pack.models.store.load_profile", lambda path: calls.append(path) or load_profile(path))
+    path = save_profile(FITTED, tmp_path)
+    assert read(path) == read(path) == FITTED and len(calls) == 1
+    path.write_text("{}")
+    for _ in range(2):
+        with pytest.raises(ValueError, match='"format" must be'):
+            read(path)
+    assert len(calls) == 2
 
 
 def test_an_alignment_becomes_a_map_through_its_knots():
     one = FITTED.alignments[0]
     out = conditioning_map(FITTED, one)(torch.tensor(one.sigma, dtype=torch.float64))
-    torch.testing.assert_close(out, torch.tensor(one.sigma_hat, dtype=torch.float64), rtol=1e-12, atol=0)
+    torch.testing.assert_close(out, torch.tensor(one.sigma_cond, dtype=torch.float64), rtol=1e-12, atol=0)
     assert conditioning_map(FITTED, one, strength=0.0).is_identity

@@ -7,19 +7,22 @@ from dataclasses import replace
 
 import pytest
 
-from pack.kernels.encoder_propagation import Costs, Reuse, speedup
-from pack.models.calibration import Calibration, KeySteps, Point, load_profile, save_profile
+from pack.kernels.propagation import Costs, Reuse, speedup
+from pack.models.calibration import Calibration, KeySteps, Point
+from pack.models.store import load_profile, save_profile
 from pack.nodes._plan.propagation import (
-    BLOCK_REUSES,
     ENCODER,
     ONE,
-    REUSES,
     TOP,
-    Settings,
+    TRANSFORMER_PARTS,
+    UNET_PARTS,
+    ReuseSettings,
     block_reuse_by_name,
     calibrated_point,
     choose,
     choose_blocks,
+    part_of_transformer,
+    part_of_unet,
     reuse_by_name,
 )
 
@@ -36,21 +39,31 @@ FIT = KeySteps(4, "euler", tuple(SIGMAS), POINTS)
 
 
 def chosen(fresh_noise=False, **settings):
-    return choose(Settings(**{"keep_last": 2, **settings}), SIGMAS, TIMES, COSTS, top=2, fresh_noise=fresh_noise)
+    return choose(ReuseSettings(**{"keep_last": 2, **settings}), SIGMAS, TIMES, COSTS, top=2, fresh_noise=fresh_noise)
 
 
 def test_names_of_parts_are_members_of_one_family():
-    assert [reuse_by_name(name, False, 12, 3) for name in REUSES] == [
+    assert [reuse_by_name(name, False, 12, 3) for name in UNET_PARTS] == [
         Reuse(3, 9),
         Reuse(2, 10),
         Reuse(1, 11),
         Reuse(0, 0),
     ]
-    assert [block_reuse_by_name(name, True, 28) for name in BLOCK_REUSES] == [
+    assert [block_reuse_by_name(name, True, 28) for name in TRANSFORMER_PARTS] == [
         Reuse(1, 28, True), Reuse(3, 25, True), Reuse(0, 18, True),
     ]  # fmt: skip
     with pytest.raises(ValueError, match="A transformer of 2 blocks has nothing to reuse with 'first and last"):
-        block_reuse_by_name(BLOCK_REUSES[1], True, 2)
+        block_reuse_by_name(TRANSFORMER_PARTS[1], True, 2)
+
+
+def test_automatic_is_the_first_part_and_a_part_of_the_other_kind_is_refused():
+    assert part_of_unet("automatic") == TOP and part_of_transformer("automatic") == TRANSFORMER_PARTS[0]
+    assert chosen(mode="uniform").reuse == reuse_by_name(TOP, True, 4, 2)
+    said = r"'first block fresh' is a part of a transformer, this MODEL is a UNet: set 'reuse' to one of 'automatic', "
+    with pytest.raises(ValueError, match=said):
+        part_of_unet(TRANSFORMER_PARTS[0])
+    with pytest.raises(ValueError, match="'encoder reused' is a part of a UNet, this MODEL is a transformer"):
+        part_of_transformer(ENCODER)
 
 
 def test_the_published_mode_ignores_what_the_paper_does_not_have():
@@ -59,7 +72,7 @@ def test_the_published_mode_ignores_what_the_paper_does_not_have():
     assert choice.keys == {0, 1, 2, 4, 6, 10, 14}
 
 
-@pytest.mark.parametrize("reuse", REUSES)
+@pytest.mark.parametrize("reuse", UNET_PARTS)
 @pytest.mark.parametrize("speed", [1.2, 1.4])
 def test_a_speed_target_is_reached_with_as_many_key_steps_as_it_allows(reuse, speed):
     choice = chosen(mode="speed target", speed=speed, reuse=reuse)
@@ -90,15 +103,13 @@ def test_a_calibration_serves_speeds_and_fidelity():
     assert fast.keys == set(POINTS[2].keys) and fast.reuse == POINTS[2].reuse and "2.50x at 38.0 dB" in fast.said
     with pytest.raises(ValueError, match=r"fastest setting is 2\.50 times faster, but 'speed' is 3"):
         chosen(mode="speed target", speed=3.0, calibration=FIT)
-    with pytest.raises(ValueError, match="for a network of 7 blocks, but this model has 4"):
-        chosen(mode="calibrated profile", calibration=replace(FIT, blocks=7))
     with pytest.raises(ValueError, match="needs a profile"):
         chosen(mode="calibrated profile")
 
 
 def test_transformers_choose_alike():
     shares = (0.25,) * 4
-    choice = choose_blocks(Settings(reuse=BLOCK_REUSES[0]), SIGMAS, TIMES, Costs(shares, 0.0, shares))
+    choice = choose_blocks(ReuseSettings(reuse=TRANSFORMER_PARTS[0]), SIGMAS, TIMES, Costs(shares, 0.0, shares))
     assert choice.reuse == Reuse(1, 4, True) and choice.keys == set(range(0, STEPS, 3))
     assert Costs(shares, 0.0, shares).of_step(choice.reuse) == 0.25
 
@@ -109,7 +120,7 @@ def test_transformers_choose_alike():
 def profile(**changed) -> Calibration:
     fields = {
         "name": "test", "method": "measured", "space": "ve", "families": ("SD15",), "resolution": (512, 512),
-        "sigmas": FIT.sigmas, "source": "test", "kind": "encoder_propagation", "solver": "euler", "calibration": FIT,
+        "sigmas": FIT.sigmas, "source": "test", "kind": "encoder_propagation", "solver": "euler", "key_steps": FIT,
         **changed,
     }  # fmt: skip
     return Calibration(**fields)
@@ -118,7 +129,7 @@ def profile(**changed) -> Calibration:
 def test_a_calibration_comes_back_from_its_file(tmp_path):
     loaded = load_profile(save_profile(profile(), tmp_path))
     assert loaded == profile() and loaded.id == profile().id
-    assert loaded.id != profile(calibration=replace(FIT, points=POINTS[:2])).id
+    assert loaded.id != profile(key_steps=replace(FIT, points=POINTS[:2])).id
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ def test_parts_and_kinds_sum_to_the_total_and_the_rest_is_what_no_part_holds():
 
 def test_counting_leaves_no_hook_behind_even_after_an_error():
     layer = nn.Linear(4, 4)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         count(lambda: layer(torch.zeros(3, 5)), {"layer": [layer]})
     assert not layer._forward_hooks and not layer._forward_pre_hooks
 

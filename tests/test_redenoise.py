@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from analytic import Gaussian
 from torch import Tensor
 
 import oracles
+from analytic import Gaussian
 from pack.kernels.redenoise import (
     direct,
     inversion_stability,

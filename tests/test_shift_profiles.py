@@ -8,21 +8,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pack.kernels.noise_shift import PRESETS, Shift
+from pack.kernels.noise_shift import SHIFT_PRESETS, Shift
 from pack.kernels.space import NoiseSpace
-from pack.models.calibration import CondLevels, ModelIdentity, load_profile, save_profile
+from pack.models.calibration import NOISE_SHIFT, CondLevels, ModelIdentity, refuse_unfit
+from pack.models.store import load_profile, save_profile, update_profile
 from pack.nodes._draw.noise_shift import draw_shift
 from pack.nodes._plan.noise_shift import (
-    check_noise_shift,
     continues,
     noise_shift_profile,
     parse_sizes,
-    plan,
     shift_for,
+    shift_plan,
     shift_report,
 )
 
-MODEL = ModelIdentity(("SD3", "BASE"), "flow", 0.001, 1.0, "flow", "abc")
+MODEL = ModelIdentity(("SD3",), "flow", 0.001, 1.0, "flow", "abc")
 HOW = {"preset": "quick", "seed": 0, "pictures": 8}
 AT = (0.1, 0.3, 0.5, 0.7, 0.9)
 
@@ -38,7 +38,7 @@ def refused() -> Shift:
 
 def profile(**sizes: float):
     shifts = {tuple(map(int, key[1:].split("x"))): shifted(offset) for key, offset in sizes.items()}
-    return noise_shift_profile(MODEL, (128, 128), shifts, "joint", None, **HOW)
+    return noise_shift_profile(MODEL, (128, 128), shifts, None, **HOW)
 
 
 SMALL = {"_64x64": 0.4, "_96x96": 0.2}
@@ -87,39 +87,44 @@ def test_a_calibrated_native_size_counts_as_measured():
 
 
 def test_sizes_are_added_to_a_profile_in_order_and_survive_the_file(tmp_path):
-    one = noise_shift_profile(MODEL, (128, 128), {(96, 96): shifted(0.2)}, "joint", None, **HOW)
-    both = noise_shift_profile(MODEL, (128, 128), {(64, 64): refused()}, "joint", one, **HOW)
+    one = noise_shift_profile(MODEL, (128, 128), {(96, 96): shifted(0.2)}, None, **HOW)
+    both = noise_shift_profile(MODEL, (128, 128), {(64, 64): refused()}, one, **HOW)
     assert [a.resolution for a in both.alignments] == [(64, 64), (96, 96)]
     assert both.metrics["96x96"]["accepted"] and not both.metrics["64x64"]["accepted"]
     path = save_profile(one, tmp_path, "shift")
-    assert save_profile(both, tmp_path, "shift", replace=True) == path
+    assert update_profile(path, one, both) == path
     assert load_profile(path) == both
-    assert continues(both, MODEL, (128, 128), "joint", **HOW)
-    for other in (
-        {"native": (64, 64)},
-        {"method": "per level"},
-        {"seed": 1},
-        {"model": replace(MODEL, config_hash="x")},
-    ):
-        asked = {"model": MODEL, "native": (128, 128), "method": "joint", **HOW} | other
-        assert not continues(both, **asked)
     without_proof = replace(shifted(0.1), t=math.nan, needed=math.nan, penalty=math.nan)
-    one = noise_shift_profile(MODEL, (128, 128), {(96, 96): without_proof}, "per level", None, **HOW)
+    one = noise_shift_profile(MODEL, (128, 128), {(96, 96): without_proof}, None, **HOW)
     assert load_profile(save_profile(one, tmp_path)) == one
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"native": (64, 64)}, {"seed": 1}, {"data": "other pictures"}, {"preset": "normal"},
+        *({"model": replace(MODEL, **{key: "x"})} for key in ("config_hash", "weights_hash", "patches", "prediction")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_fit_goes_on_with_the_same_model_pictures_and_settings_alone(other):
+    one = noise_shift_profile(MODEL, (128, 128), {(96, 96): shifted(0.2)}, None, data="these", **HOW)
+    asked = {"model": MODEL, "native": (128, 128), "data": "these", **HOW}
+    assert continues(one, **asked) and not continues(one, **(asked | other))
 
 
 def test_another_kind_architecture_noise_or_prediction_is_refused_by_name():
     one = profile(**SMALL)
-    check_noise_shift(one, MODEL)
+    refuse_unfit(one, MODEL, "Take another.", (NOISE_SHIFT,))
     schedule = replace(one, kind="schedule", sigmas=(1.0, 0.0))
     for wrong, model, words in (
-        (schedule, MODEL, "profile of the kind 'schedule'.*Attune Apply Profile"),
-        (one, replace(MODEL, families=("Flux", "BASE2")), "SD3, this MODEL is Flux"),
+        (schedule, MODEL, "is a schedule, but a noise shift is needed here. Take another"),
+        (one, replace(MODEL, families=("Flux",)), "another architecture: SD3, this MODEL is Flux.* Take another"),
         (one, replace(MODEL, space="ve", sigma_max=14.6), "flow models"),
         (one, replace(MODEL, prediction="eps"), "flow prediction, this MODEL has eps"),
     ):
         with pytest.raises(ValueError, match=words):
-            check_noise_shift(wrong, model)
+            refuse_unfit(wrong, model, "Take another.", (NOISE_SHIFT,))
 
 
 def test_sizes_are_read_as_people_write_them():
@@ -140,9 +145,11 @@ def test_the_report_says_what_was_kept_and_what_was_not():
     assert "nothing to gain" in shift_report((64, 64), refused(), space)
     unproved = replace(shifted(0.4), t=math.nan)
     assert "nothing was held out" in shift_report((64, 64), unproved, space)
-    said = plan([(64, 64), (96, 96)], PRESETS["quick"], 6)
-    assert "6 pictures, 8 noise levels, 13 candidates: 624 evaluations a size" in said and "would use 8" in said
-    assert PRESETS["quick"].evaluations <= 900
+    said = shift_plan([(64, 64), (96, 96)], SHIFT_PRESETS["quick"], 6)
+    assert (
+        "6 pictures, 8 noise levels, 7 candidates, 2 noises: 672 evaluations a size" in said and "would use 8" in said
+    )
+    assert SHIFT_PRESETS["quick"].evaluations <= 900
 
 
 @pytest.mark.parametrize("space", ["flow", "ve"])
@@ -153,5 +160,5 @@ def test_the_plot_shows_every_size_and_the_identity(space):
         many = replace(many, space="ve", alignments=aligned)
     picture = draw_shift(many)
     assert picture.size == (960, 600) and len(picture.getcolors(10**6)) > 20
-    flat = draw_shift(noise_shift_profile(MODEL, (128, 128), {(64, 64): refused()}, "joint", None, **HOW))
+    flat = draw_shift(noise_shift_profile(MODEL, (128, 128), {(64, 64): refused()}, None, **HOW))
     assert flat.tobytes() != picture.tobytes()

@@ -11,14 +11,14 @@ import torch
 from oracles import euler, finish, gaussian, mixture_2d, network, path
 from pack.kernels.space import NoiseSpace
 from pack.kernels.timestep_aligner import (
-    CANDIDATES,
+    CALLS_PER_STEP,
     Alignment,
     Trajectory,
     align,
-    align_published,
     block_norm,
     gaussian_alignment,
 )
+from published import align_published
 
 VE, FLOW = NoiseSpace("ve"), NoiseSpace("flow")
 SD = torch.tensor([14.6146, 6.3, 2.7, 1.2, 0.5, 0.2, 0.03, 0.0], dtype=torch.float64)
@@ -54,14 +54,14 @@ def test_the_fit_finds_the_closed_form():
     )
     fitted, said = finish(align(network(target, "eps"), SD, [path(target, start)], VE))
     want = gaussian_alignment(SD[:-1], SD[1:])
-    got = torch.tensor(fitted.sigma_hat, dtype=torch.float64)
+    got = torch.tensor(fitted.sigma_cond, dtype=torch.float64)
     assert (got / want).log().abs()[:3].max() < 0.03  # half the spacing of the finest candidates; later ones make up
     x, heard, told = start, fitted.through(VE), network(target, "eps")
     for sigma, sigma_next in pairwise(SD):
         x = x + (sigma_next - sigma) * (x - told(x, sigma, heard(sigma))) / sigma
     assert block_norm(x) / block_norm(start) * math.sqrt(1 + 14.6146**2) == pytest.approx(1.0, abs=0.01)
     assert block_norm(euler(target.denoise, start, SD)) / block_norm(x) < 0.9
-    assert said[-1] == (len(SD) - 1) * CANDIDATES and said == sorted(said)
+    assert said[-1] == (len(SD) - 1) * CALLS_PER_STEP and said == sorted(said)
     assert min(fitted.gain) > 0.5
 
 
@@ -87,7 +87,7 @@ def test_alignment_helps_a_flow_model_and_leaves_its_first_level_alone():
     told = network(target, "flow")
     noise = torch.randn(2, 128, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     fitted, said = finish(align(told, sigmas, [path(target, noise[0])], FLOW))
-    assert fitted.sigma_hat[0] == 1.0 and said[0] == 1 and said[1] == 2
+    assert fitted.sigma_cond[0] == 1.0 and said[0] == 1 and said[1] == 2
     heard = fitted.through(FLOW)
     x = noise[1]
     for sigma, sigma_next in pairwise(sigmas):
@@ -109,9 +109,9 @@ def test_the_published_loss_does_not_tend_to_the_true_level_and_harms_at_twenty_
         theirs, said = finish(align_published(told, levels, [noise[0]], VE))
         ours, _ = finish(align(told, levels, [path(target, noise[0])], VE))
         ratios[steps] = [
-            sum(math.log(b / a) for a, b in zip(one.sigma, one.sigma_hat, strict=True)) for one in (theirs, ours)
+            sum(math.log(b / a) for a, b in zip(one.sigma, one.sigma_cond, strict=True)) for one in (theirs, ours)
         ]
-        assert said[-1] <= 31 * (steps - 1) and theirs.sigma_hat[-1] == theirs.sigma[-1]
+        assert said[-1] <= 31 * (steps - 1) and theirs.sigma_cond[-1] == theirs.sigma[-1]
     per_step = {steps: [total / steps for total in both] for steps, both in ratios.items()}  # of ln(tau / sigma)
     assert per_step[20][0] < per_step[5][0] < -0.7 and 0 > per_step[20][1] > 0.6 * per_step[5][1]
     heard, x = theirs.through(VE), noise[1]
@@ -129,7 +129,7 @@ def test_sequential_and_parallel_agree_on_the_published_loss():
     told = network(target, "eps")
     one, _ = finish(align_published(told, SD, [start], VE))
     other, _ = finish(align_published(told, SD, [start], VE, noised=noised))
-    for a, b in zip(one.sigma_hat, other.sigma_hat, strict=True):
+    for a, b in zip(one.sigma_cond, other.sigma_cond, strict=True):
         assert abs(math.log(a / b)) < 0.15
 
 
@@ -137,7 +137,7 @@ def test_no_level_above_the_models_highest_is_told_and_exact_steps_stay_as_they_
     still = gaussian(1.0, VE)
     start = torch.ones(4, 1, dtype=torch.float64) * 14.65
     fitted, _ = finish(align(network(still, "eps"), SD, [path(still, start)], VE, highest=2.0))
-    assert max(fitted.sigma_hat[2:]) <= 2.0
+    assert max(fitted.sigma_cond[2:]) <= 2.0
     exact = lambda x, sigma, told: x - sigma[:, None] * torch.ones_like(x)  # a straight line, whatever is told
     line = Trajectory.recorded(
         SD, [14.65 + s - SD[:1] + torch.zeros(4, 1) for s in SD], [torch.zeros(4, 1).double() + 14.65 - SD[0]] * 7

@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--preset", choices=list(PRESETS), default="normal")
-    parser.add_argument("--method", default="joint")
+    parser.add_argument("--method", choices=["joint"], default="joint")
     parser.add_argument("--own", action="store_true", help="on pictures that the model draws itself")
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--out", type=Path, default=ROOT / "models" / "profiles")

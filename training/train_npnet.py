@@ -71,11 +71,14 @@ def load(host: Host, checkpoint: str) -> tuple:
     return host.call("CheckpointLoaderSimple", ckpt_name=Path(checkpoint).name)
 
 
-def collect(host: Host, args: argparse.Namespace, part: str) -> str:
+def collect(host: Host, args: argparse.Namespace, recipe, part: str) -> str:
+    """The pairs of a part, made or imported: what there is now."""
     model, clip, _ = load(host, args.checkpoint)
+    noise_pairs, node = host.module("nodes._host.noise_pairs"), host.module("nodes.train_npnet")
+    folder = noise_pairs.pairs_folder(args.name)
+    node.check_place(folder, args.name)
     if args.published:
-        noise_pairs = host.module("nodes._host.noise_pairs")
-        count = noise_pairs.import_published(clip, args.published, noise_pairs.pairs_folder(args.name), args.shard_size)
+        count = noise_pairs.import_published(clip, args.published, folder, args.shard_size)
         return f"{count} published pairs"
     if args.prompts.isdecimal():
         lines = "\n".join(prompt(task.obj, task.background) for task in tasks(int(args.prompts)))
@@ -83,12 +86,10 @@ def collect(host: Host, args: argparse.Namespace, part: str) -> str:
         lines = Path(args.prompts).read_text("utf-8")
     (negative,) = host.call("CLIPTextEncode", clip=clip, text="")
     (latent,) = host.call("EmptyLatentImage", width=args.pixels, height=args.pixels, batch_size=1)
-    # Seeds far from those of the benchmarks.
-    return host.call(
-        "AttuneCollectNoisePairs", model=model, clip=clip, prompts=lines, negative=negative, name=args.name,
-        latent_image=latent, seeds_per_prompt=args.seeds, seed=10**6, strong_cfg=args.strong,
-        shard_size=args.shard_size, part=part,
-    )[1]  # fmt: skip
+    settings = host.module("nodes._host.redenoise").Redenoise(args.strong)
+    source = noise_pairs.Source(model, clip, negative, latent["samples"], settings)
+    with torch.inference_mode():  # seeds far from those of the benchmarks
+        return node.collected(source, lines, args.seeds, 10**6, args.shard_size, part, folder, recipe)
 
 
 def main() -> None:
@@ -98,20 +99,20 @@ def main() -> None:
         raise SystemExit("--part is for single processes: under accelerate every process takes its own part.")
     args.work.mkdir(parents=True, exist_ok=True)
     host = Host(args.work)
+    train = host.module("nodes.train_npnet")
+    recipe = train.Recipe(args.epochs, args.batch_size, args.learning_rate, size=args.size)
     if rank == 0 or not args.published:
-        print(collect(host, args, f"{rank + 1}/{count}" if accelerator else args.part), flush=True)
+        print(collect(host, args, recipe, f"{rank + 1}/{count}" if accelerator else args.part), flush=True)
     if args.part != "1/1":
         return
     if accelerator:
         accelerator.wait_for_everyone()
-    train = host.module("nodes.train_npnet")
     share = train.Share(rank, count, lambda tensor: accelerator.reduce(tensor, "sum")) if accelerator else train.ALONE
-    recipe = train.Recipe(args.epochs, args.batch_size, args.learning_rate, size=args.size)
-    made, _, measured = train.trained(args.name, args.name, recipe, share)
+    made = train.trained(host.module("nodes._host.noise_pairs").pairs_folder(args.name), args.name, recipe, share)
     if rank == 0:
-        print("\n".join(f"{key}: {value}" for key, value in measured.items()))
+        print(host.module("models.npnet_files").load_npnet(made).describe())
         if args.checkpoint == DEMO and args.name == "attune_demo_npnet":
-            shutil.copyfile(made, ROOT / "models" / "golden_noise" / made.name)
+            shutil.copyfile(made, ROOT / "models" / "golden_noise" / f"{args.name}.safetensors")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import _pack  # noqa: E402, F401
 from comfy_process import Host  # noqa: E402
-from pack.models.calibration import SHIPPED, SUFFIX, Calibration, load_profile, save_profile, text_hash  # noqa: E402
+from pack.models.calibration import Calibration, text_hash  # noqa: E402
+from pack.models.store import SHIPPED, SUFFIX, load_profile, save_profile  # noqa: E402
 
 MODELS = {"unet": "attune_demo.safetensors", "flow": "attune_demo_flow.safetensors"}
 SOLVERS = ["euler", "dpmpp_2m", "uni_pc"]

@@ -63,7 +63,7 @@ class Axes:
             self.draw.text((across, bottom + 8), text, INK, small, anchor="ma")
         self.draw.line((left, top, left, bottom, right, bottom), INK, 2)
         self.draw.text(((left + right) / 2, bottom + 42), x_name, INK, small, anchor="ma")
-        self.draw.text((left, top - 38), shortened(title, 60), INK, font(22))
+        self.draw.text((left, top - 38), clipped(title, 60), INK, font(22))
         self.draw.text((right, top - 10), y_name, INK, small, anchor="rb")
 
     def curve(
@@ -80,7 +80,7 @@ class Axes:
         _, top, right, _ = self.box
         for i, (label, colour, dashed) in enumerate(rows):
             y = top + 14 + 22 * i
-            self.draw.text((right - 58, y), shortened(label, 60), INK, font(16), anchor="rm")
+            self.draw.text((right - 58, y), clipped(label, 60), INK, font(16), anchor="rm")
             line(self.draw, [(right - 48, y), (right - 14, y)], colour, dashed)
 
 
@@ -92,7 +92,7 @@ def line(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], colour: C
             draw.line((x0 + a * (x1 - x0), y0 + a * (y1 - y0), x0 + b * (x1 - x0), y0 + b * (y1 - y0)), colour, 3)
 
 
-def shortened(text: str, most: int) -> str:
+def clipped(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 

@@ -9,7 +9,7 @@ import comfy.model_sampling
 import torch
 from torch import Tensor
 
-from ...kernels.encoder_propagation import Plan
+from ...kernels.propagation import ReusePlan
 from ...kernels.space import NoiseSpace
 from .solvers import facts_of, on_grid, solver_name
 
@@ -61,7 +61,7 @@ def conditioning_changes(model_sampling: Any, conds: dict[str, list[dict]]) -> l
 class Clock:
     """Follows a run through its evaluations: `step` and `sigma` of the one in progress."""
 
-    def __init__(self, plan: Plan, sampler: Any):
+    def __init__(self, plan: ReusePlan, sampler: Any):
         self.plan = plan
         self.counts = on_grid(sampler)
         self.next_step = 0

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import folder_paths
 
-from ...models.calibration import SUFFIX, Calibration, load_profile, save_profile, shipped_profiles
+from ...models.calibration import SCHEDULE, Calibration
 from ...models.npnet_files import PICKLED, SAFE
+from ...models.store import SUFFIX, ProfileReader, is_profile_file, save_profile, shipped_profiles, update_profile
 
 WEIGHTS = Path(__file__).resolve().parents[2] / "models" / "weights"
 CONTROLNETS = WEIGHTS.with_name("controlnet")
@@ -18,7 +20,9 @@ NPNETS = "npnet"  # models/npnet
 FOLDER = "attune"  # models/attune, or wherever extra_model_paths.yaml sends it
 MODULES = "one_more_step"  # likewise: networks of One More Step
 SHIPPED_MODULES = WEIGHTS.with_name(MODULES)
-CARRIED: dict[str, Calibration] = {}  # by file name: what workflows brought along and models/attune lacks
+AT = "@"  # between a file's name and the id of what a workflow brought under it
+CARRIED: dict[str, Calibration] = {}  # by name@id: what workflows brought along and models/attune lacks
+READ = ProfileReader()
 
 
 def register_folders() -> None:
@@ -49,46 +53,70 @@ def profile_names() -> list[str]:
     return [*user_profile_names(), *shipped_profiles()]
 
 
+def schedule_files() -> list[str]:
+    """The user's profile files that hold a schedule; what cannot be read is left out here."""
+    return [name for name in user_profile_names() if _kind(name) == SCHEDULE]
+
+
+def _kind(name: str) -> str:
+    try:
+        return find_profile(name).kind
+    except ValueError:
+        return ""
+
+
 def profile_path(name: str) -> Path | None:
     """The file behind a name, None for the pack's own profiles and for names that are not there."""
-    path = folder_paths.get_full_path(FOLDER, name) if name.endswith(SUFFIX) else None
+    path = folder_paths.get_full_path(FOLDER, name) if is_profile_file(name) else None
     return None if path is None else Path(path)
 
 
-def has_profile(name: str) -> bool:
-    """Whether the user, or a workflow that the user opened, has a profile file of that name."""
-    return profile_path(name) is not None or name in CARRIED
+def has_profile(name: object) -> bool:
+    """Whether the user, or a workflow that the user opened, has a profile file of that name; a prompt names anything."""
+    return isinstance(name, str) and (profile_path(name.partition(AT)[0]) is not None or name in CARRIED)
 
 
-def find_profile(name: str) -> Calibration:
+def find_profile(name: object) -> Calibration:
     """The profile of that name; ValueError with the folder and the choices when there is none."""
+    if not isinstance(name, str):
+        raise ValueError(missing_profile(name))
     if name in shipped_profiles():
         return shipped_profiles()[name]
-    path = profile_path(name)
-    if path is not None:
-        return load_profile(path)
     if name in CARRIED:
         return CARRIED[name]
+    file, _, wanted = name.partition(AT)
+    path = profile_path(file)
+    if path is not None and wanted in ("", READ(path).id):
+        return READ(path)
     raise ValueError(missing_profile(name))
 
 
-def missing_profile(name: str) -> str:
+def missing_profile(name: object) -> str:
     """What to do about a profile that is not there."""
     return (
-        f"There is no profile '{name}' in {_folder()}. Ask the maker of the workflow for that file, or for a picture "
-        "saved by the workflow, which carries its profiles; put the file there and press R to refresh. Or choose one "
-        f"of: {', '.join(profile_names())}."
+        f"There is no profile '{str(name).partition(AT)[0]}' in {profile_folder()}. Ask the maker of the workflow for that "
+        "file, or for a picture saved by the workflow, which carries its profiles; put the file there and press R to "
+        f"refresh. Or choose one of: {', '.join(profile_names())}."
     )
 
 
-def keep_profile(profile: Calibration, name: str = "", replace: bool = False) -> Path:
-    """Save `profile` where the loader finds it at once; `replace`: in the place of a file of that name."""
+def keep_profile(profile: Calibration, name: str = "") -> Path:
+    """Save `profile` where the loader finds it at once, under its own name or `name`."""
+    return _kept(lambda: save_profile(profile, profile_folder(), name))
+
+
+def keep_update(path: Path, old: Calibration, new: Calibration) -> Path:
+    """Save `new` in the place of `old`, which an earlier part of the same fit has kept in the file at `path`."""
+    return _kept(lambda: update_profile(path, old, new))
+
+
+def _kept(save: Callable[[], Path]) -> Path:
     try:
-        return save_profile(profile, _folder(), name, replace)
+        return save()
     except OSError as error:
         raise ValueError(
-            f"The profile could not be saved in {_folder()}: {error.strerror}. Make room or allow writing there, then "
-            "run again."
+            f"The profile could not be saved in {profile_folder()}: {error.strerror}. Make room or allow writing "
+            "there, then run again."
         ) from error
 
 
@@ -142,19 +170,34 @@ def installed_files() -> tuple:
         for kind in (FOLDER, MODULES, NPNETS)
         for name in folder_paths.get_filename_list(kind)
     ]
-    paths = [Path(path) for path in found if path is not None]  # None: a link that leads nowhere
-    return tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in paths)
+    return tuple(file_stamp(Path(path)) for path in found if path is not None)  # None: a link that leads nowhere
+
+
+def file_stamp(path: Path) -> tuple:
+    """Another value once the file changes, one that cannot be looked at included."""
+    try:
+        found = path.stat()
+        return str(path), found.st_mtime_ns, found.st_size
+    except OSError as error:
+        return str(path), str(error)
 
 
 def find_folder(name: str) -> Path:
-    """A folder by its path, or by its name inside the host's input or output; ValueError when there is none."""
-    places = [Path(name), *(Path(get()) / name for get in
-                            (folder_paths.get_input_directory, folder_paths.get_output_directory))]  # fmt: skip
-    found = next((place for place in places if name and place.is_absolute() and place.is_dir()), None)
+    """A folder inside the host's input or output, by its name there or its whole path; ValueError for any other.
+
+    A link that lies inside leads where the user who made it wanted; `..` and other whole paths do not get out.
+    """
+    roots = [Path(get()) for get in (folder_paths.get_input_directory, folder_paths.get_output_directory)]
+    inside = [place for root in roots if (place := root / name).is_relative_to(root) and ".." not in Path(name).parts]
+    if not inside or not name.strip():
+        raise ValueError(
+            f"'{name}' is not inside ComfyUI's input or output, where alone folders are read. Move or link the folder "
+            "into one of them, and give its name there."
+        )
+    found = next((place for place in inside if place.is_dir()), None)
     if found is None:
         raise ValueError(
-            f"There is no folder '{name}' in ComfyUI's input or output. Save latents there with SaveLatent, or give "
-            "a whole path."
+            f"There is no folder '{name}' in ComfyUI's input or output. Save latents there with SaveLatent."
         )
     return found
 
@@ -176,5 +219,6 @@ def npnet_folder() -> Path:
     return Path(folder_paths.get_folder_paths(NPNETS)[0])
 
 
-def _folder() -> Path:
+def profile_folder() -> Path:
+    """Where the user's profiles are kept."""
     return Path(folder_paths.get_folder_paths(FOLDER)[0])

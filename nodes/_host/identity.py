@@ -10,21 +10,22 @@ import comfy.model_sampling
 from torch import Tensor
 from torch.nn import Parameter
 
-from ...models.calibration import ModelIdentity
+from ...models.calibration import UNPATCHED, ModelIdentity
 
 SAMPLED_TENSORS, SAMPLED_NUMBERS = 16, 512  # of the weights, for their hash
+NO_FAMILY = {"BASE", "object"}  # classes that every configuration has
 DISTILLED = {"LCM", "ModelSamplingDiscreteDistilled"}
 
 
 def identify(model, weights: bool = False) -> ModelIdentity:
     """Family, noise space and levels of a MODEL, with every patch of its chain applied (ModelSampling… nodes too).
 
-    weights: say also which weights these are, at the cost of reading some thousand of them.
+    weights: say also which weights and LoRAs these are, at the cost of reading some thousand of their numbers.
     """
     sampling = model.get_model_object("model_sampling")
     config = type(model.model.model_config)
     return ModelIdentity(
-        families=tuple(c.__name__ for c in config.__mro__ if c.__module__ != "builtins"),
+        families=tuple(c.__name__ for c in config.__mro__ if c.__name__ not in NO_FAMILY),
         space="flow" if isinstance(sampling, comfy.model_sampling.CONST) else "ve",
         sigma_min=float(sampling.sigma_min),
         sigma_max=float(sampling.sigma_max),
@@ -32,7 +33,7 @@ def identify(model, weights: bool = False) -> ModelIdentity:
         config_hash=config_hash(model.model.model_config.unet_config),
         shift=getattr(sampling, "shift", None),
         weights_hash=weights_hash(model) if weights else "",
-        patched=bool(model.patches),
+        patches=patches_hash(model) if weights else "",
     )
 
 
@@ -72,6 +73,29 @@ def weights_hash(model) -> str:
         signs = _sampled(_own_weight(model, f"diffusion_model.{name}", parameters[name])) > 0
         digest.update(bytes(signs.tolist()))
     return digest.hexdigest()[:16]
+
+
+def patches_hash(model) -> str:
+    """Names the LoRAs and other patches on a MODEL's weights and their strengths; UNPATCHED where there are none."""
+    if not model.patches:
+        return UNPATCHED
+    digest = hashlib.sha256()
+    keys = sorted(model.patches, key=str)
+    shown = set(keys[:: -(-len(keys) // SAMPLED_TENSORS)])
+    for key in keys:
+        for strength, patch, strength_model, *_ in model.patches[key]:
+            digest.update(f"{key} {float(strength):.6g} {float(strength_model):.6g}".encode())
+            for tensor in _tensors(patch) if key in shown else ():
+                digest.update(bytes((_sampled(tensor) > 0).tolist()))
+    return digest.hexdigest()[:16]
+
+
+def _tensors(patch) -> list[Tensor]:
+    """The tensors of a weight patch, in whatever form the host keeps it."""
+    if isinstance(patch, Tensor):
+        return [patch] if patch.is_floating_point() and not patch.is_meta else []
+    parts = patch if isinstance(patch, tuple | list) else getattr(patch, "weights", ())
+    return [tensor for part in parts if part is not patch for tensor in _tensors(part)] if parts else []
 
 
 def _is_plain_matrix(weight: Tensor) -> bool:

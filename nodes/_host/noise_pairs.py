@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,22 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...models.calibration import file_stem
-from ...models.noise_pairs import Job, Shard, published_pairs, remaining, save_shard, shard_path
+from ...models.noise_pairs import (
+    Job,
+    Shard,
+    check_same,
+    held_out,
+    load_shard,
+    published_pairs,
+    read_jobs,
+    save_shard,
+    shard_path,
+)
+from ...models.store import file_stem, shortened
+from ...models.train_npnet import Recipe, config_for
+from ...models.training import UNFINISHED, check_writable, outline
 from .calibrating import calibrating
-from .identity import config_hash
+from .identity import config_hash, patches_hash, weights_hash
 from .redenoise import Redenoise, redenoised
 
 
@@ -26,74 +39,120 @@ def pairs_folder(name: str) -> Path:
     return Path(folder_paths.get_output_directory()) / "attune_pairs" / file_stem(name)
 
 
-def facts_of(model: Any, cfg: float, settings: Redenoise, negative: list) -> dict[str, Any]:
-    """What pairs were made with; folders of other facts are not mixed."""
-    embedding = float(sum(float(tokens.double().sum()) for tokens, _ in negative))
-    return {
-        "base_model": type(model.model.model_config).__name__,
-        "config_hash": config_hash(model.model.model_config.unet_config),
-        "latent_format": type(model.get_model_object("latent_format")).__name__,
-        "strong_cfg": cfg, "weak_cfg": settings.weak_cfg, "rounds": settings.rounds, "depth": settings.depth,
-        "negative": round(embedding, 3),
-    }  # fmt: skip
+@dataclass(frozen=True)
+class Source:
+    """What makes golden noise: a MODEL at a strong and a weak guidance, its text encoder, an empty latent [1 c h w]."""
+
+    model: Any
+    clip: Any
+    negative: list
+    latent: Tensor
+    settings: Redenoise
+
+    def facts(self, prompt: str) -> dict[str, Any]:
+        """What the pairs are made with; those of other facts are not mixed. `prompt`: any, to know the encoder by."""
+        model, settings = self.model, self.settings
+        return {
+            "base_model": type(model.model.model_config).__name__,
+            "config_hash": config_hash(model.model.model_config.unet_config),
+            "weights": weights_hash(model), "patches": patches_hash(model),
+            "latent_format": type(model.get_model_object("latent_format")).__name__,
+            "latent": list(self.latent.shape[1:]),
+            "strong_cfg": settings.strong_cfg, "weak_cfg": settings.weak_cfg, "rounds": settings.rounds,
+            "depth": settings.depth, "negative": outline(torch.cat([tokens.flatten() for tokens, _ in self.negative])),
+            "texts": outline(_encode(self.clip, prompt)[0]),
+        }  # fmt: skip
+
+    def check(self, prompts: list[str], recipe: Recipe) -> None:
+        """ValueError before the model is called once for what could not be trained on in the end."""
+        held_out(prompts)
+        if self.latent.ndim != 4:
+            raise ValueError(f"'latent_image' is {list(self.latent.shape[1:])}: an NPNet learns from pictures alone.")
+        h, w = self.latent.shape[2:]
+        if h != w:
+            raise ValueError(
+                f"'latent_image' is {h} x {w} latents, but an NPNet is square. Make width and height equal."
+            )
+        layouts: dict[str, str] = {}
+        for prompt in prompts:  # one encoding for each number of tokens: of 100,000 prompts it would take long
+            layouts.setdefault(_layout(self.clip, prompt), prompt)
+        tokens, pooled = _stack([(prompt, _encode(self.clip, prompt)) for prompt in layouts.values()])
+        one = torch.zeros(1, *self.latent.shape[1:])
+        config_for(Shard(one, one, torch.zeros(1, dtype=torch.long), tokens, pooled, (), {}), recipe)
 
 
 def collect(
-    model: Any,
-    clip: Any,
-    negative: list,
-    cfg: float,
-    settings: Redenoise,
-    latent: Tensor,
-    shards: list[list[Job]],
-    part: str,
-    folder: Path,
-    facts: Mapping[str, Any],
-    batch: int = 8,
-) -> Iterator[int]:
-    """Makes the shards of a part that are not there yet, in order; yields how many pairs are done after each batch.
+    source: Source, shards: list[list[Job]], missing: list[int], folder: Path, batch: int = 8
+) -> Generator[int, None, None]:
+    """Makes the missing shards, in order; yields how many pairs are done after each batch.
 
-    latent [1 c h w] gives the size. Every pair is drawn from its own seed, as the host would for it alone.
+    Every pair is drawn from its own seed, as the host would for it alone. What is done of a shard is kept when the
+    caller closes the generator: use contextlib.closing.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    done = 0
-    for index in remaining(folder, shards, part, facts):
-        jobs = shards[index]
+    facts, done = source.facts(shards[0][0].prompt), 0
+    for index in missing:
+        jobs, path = shards[index], shard_path(folder, index)
         prompts = list(dict.fromkeys(job.prompt for job in jobs))
-        encoded = [_encode(clip, prompt) for prompt in prompts]
+        encoded = [_encode(source.clip, prompt) for prompt in prompts]
+        texts = _stack(list(zip(prompts, encoded, strict=True)))
         which = torch.tensor([prompts.index(job.prompt) for job in jobs])
-        noise = torch.cat([comfy.sample.prepare_noise(latent, job.seed) for job in jobs])
-        golden = []
-        for rows in torch.arange(len(jobs)).split(batch):
-            conditioning = [encoded[int(i)] for i in which[rows]]
-            golden.append(_golden(model, conditioning, negative, cfg, settings, noise[rows]))
-            done += len(rows)
-            yield done
-        save_shard(
-            shard_path(folder, index),
-            Shard(noise, torch.cat(golden), which, *_stack(encoded), tuple(jobs), facts),
-        )
+        noise = torch.cat([comfy.sample.prepare_noise(source.latent, job.seed) for job in jobs])
+        golden = _begun(path.with_suffix(UNFINISHED), jobs, facts)
+        done += len(golden)
+        try:
+            while len(golden) < len(jobs):
+                rows = slice(len(golden), len(golden) + batch)
+                golden = torch.cat([golden.to(noise), _golden(source, [encoded[i] for i in which[rows]], noise[rows])])
+                done += len(noise[rows])
+                yield done
+        finally:
+            n = len(golden)
+            if n:
+                end = path if n == len(jobs) else path.with_suffix(UNFINISHED)
+                save_shard(end, Shard(noise[:n], golden, which[:n], *texts, tuple(jobs[:n]), facts))
+        path.with_suffix(UNFINISHED).unlink(missing_ok=True)
+
+
+def _begun(path: Path, jobs: list[Job], facts: Mapping[str, Any]) -> Tensor:
+    """The golden noises that an unfinished shard begins with, none where there is no such file."""
+    if not path.exists():
+        return torch.zeros(0)
+    shard = load_shard(path)
+    check_same(path, shard.jobs, shard.facts, jobs, facts)
+    return shard.golden
 
 
 def import_published(clip: Any, source: Path, folder: Path, shard_size: int) -> int:
     """Write the pairs of a folder in the authors' format as shards, with their prompts' embeddings; their number.
 
-    Shards that are there already are kept, so that an interrupted import goes on.
+    Shards of these very pairs that are there already are kept, so that an interrupted import goes on; ValueError for
+    others, and for prompts of several lengths.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    pairs, index, count = published_pairs(source), 0, 0
+    check_writable(folder)
+    pairs, index, count, facts = published_pairs(source), 0, 0, {"source": source.name}
     while some := list(itertools.islice(pairs, shard_size)):
-        path = shard_path(folder, index)
-        if not path.exists():
-            prompts = list(dict.fromkeys(job.prompt for job, _, _ in some))
-            which = torch.tensor([prompts.index(job.prompt) for job, _, _ in some])
-            noise = torch.cat([noise for _, noise, _ in some])
-            golden = torch.cat([golden for _, _, golden in some])
-            jobs = tuple(job for job, _, _ in some)
-            encoded = _stack([_encode(clip, prompt) for prompt in prompts])
-            save_shard(path, Shard(noise, golden, which, *encoded, jobs, {"source": source.name}))
+        path, jobs = shard_path(folder, index), [job for job, _, _ in some]
+        if path.exists():
+            check_same(path, *read_jobs(path), jobs, facts)
+        else:
+            prompts = list(dict.fromkeys(job.prompt for job in jobs))
+            which = torch.tensor([prompts.index(job.prompt) for job in jobs])
+            noise, golden = torch.cat([pair[1] for pair in some]), torch.cat([pair[2] for pair in some])
+            texts = _stack([(prompt, _encode(clip, prompt)) for prompt in prompts])
+            save_shard(path, Shard(noise, golden, which, *texts, tuple(jobs), facts))
         index, count = index + 1, count + len(some)
     return count
+
+
+def _layout(clip: Any, prompt: str) -> str:
+    """How many tokens a prompt has for each of the text encoders."""
+    return repr(
+        {
+            name: [len(part) for part in parts]
+            for name, parts in clip.tokenize(prompt).items()
+            if isinstance(parts, list)
+        }
+    )
 
 
 def _encode(clip: Any, prompt: str) -> tuple[Tensor, dict]:
@@ -101,16 +160,18 @@ def _encode(clip: Any, prompt: str) -> tuple[Tensor, dict]:
     return tokens, extra
 
 
-def _stack(encoded: list[tuple[Tensor, dict]]) -> tuple[Tensor, Tensor | None]:
+def _stack(encoded: list[tuple[str, tuple[Tensor, dict]]]) -> tuple[Tensor, Tensor | None]:
     """tokens [p t d] and pooled [p d] of prompts; ValueError if some are longer than others."""
-    sizes = {tokens.shape[1] for tokens, _ in encoded}
-    if len(sizes) > 1:
+    lengths = {tokens.shape[1]: prompt for prompt, (tokens, _) in encoded}
+    if len(lengths) > 1:
+        longest = shortened(lengths[max(lengths)], 80)
         raise ValueError(
-            f"The prompts have different numbers of tokens ({', '.join(map(str, sorted(sizes)))}): shorten some."
+            f"The prompts have different numbers of tokens ({', '.join(map(str, sorted(lengths)))}): shorten such as "
+            f"'{longest}'."
         )
-    pooled = [extra.get("pooled_output") for _, extra in encoded]
-    stacked = None if any(p is None for p in pooled) else torch.cat([p for p in pooled if p is not None])
-    return torch.cat([tokens for tokens, _ in encoded]), stacked
+    tokens, extras = zip(*(one for _, one in encoded), strict=True)
+    pooled = [extra.get("pooled_output") for extra in extras]
+    return torch.cat(tokens), None if any(p is None for p in pooled) else torch.cat(pooled)
 
 
 class _Collector(comfy.samplers.Sampler):
@@ -129,18 +190,16 @@ class _Collector(comfy.samplers.Sampler):
         return latent_image
 
 
-def _golden(
-    model: Any, encoded: list[tuple[Tensor, dict]], negative: list, cfg: float, settings: Redenoise, noise: Tensor
-) -> Tensor:
-    """Golden noise [b c h w], each sample for its own prompt."""
+def _golden(source: Source, encoded: list[tuple[Tensor, dict]], noise: Tensor) -> Tensor:
+    """Golden noise [b c h w], each sample for its own prompt; our own wrappers on the MODEL stand aside."""
     comfy.model_management.throw_exception_if_processing_interrupted()
-    tokens, pooled = _stack(encoded)
+    tokens, pooled = _stack([("", one) for one in encoded])
     extra = dict(encoded[0][1]) | ({} if pooled is None else {"pooled_output": pooled})
-    guider = comfy.samplers.CFGGuider(calibrating(model))
-    guider.set_conds([[tokens, extra]], negative)
-    guider.set_cfg(cfg)
-    collector = _Collector(settings)
-    sampling = model.get_model_object("model_sampling")
+    guider = comfy.samplers.CFGGuider(calibrating(source.model))
+    guider.set_conds([[tokens, extra]], source.negative)
+    guider.set_cfg(source.settings.strong_cfg)
+    collector = _Collector(source.settings)
+    sampling = source.model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 10)
     guider.sample(noise, torch.zeros_like(noise), collector, sigmas, disable_pbar=True, seed=0)
     assert collector.golden is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -133,6 +134,15 @@ def check_prompts(positive: Sequence, count: int) -> None:
         raise ValueError(
             f"'positive' holds {max(found)} prompts for {count} pictures. Give one prompt for all, or one for each."
         )
+
+
+def data_hash(latent: dict | None, images: Tensor | None, prompts: Sequence) -> str:
+    """Names the pictures and prompts that a fit is about to use: it goes on with these alone."""
+    digest = hashlib.sha256()
+    given = [None if latent is None else latent["samples"], images, *(context for context, _ in prompts)]
+    for tensor in given:
+        digest.update(b"-" if tensor is None else tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def first_prompts(positive: Sequence, count: int, of: int) -> list:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
-import logging
-import re
-from dataclasses import dataclass
+import contextlib
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -15,19 +14,14 @@ import torch
 from torch import Tensor
 
 from ...kernels.one_more_step import SignalLeak, clean_of_v
-from ...kernels.one_more_step_training import Training
-from ...models.one_more_step import Architecture, save_module
-from ...models.store import is_finite, load_tensors, save_tensors
+from ...models.one_more_step import Architecture, read_header, save_module
+from ...models.store import is_finite, load_tensors
+from ...models.train_one_more_step import MODULE_SIZES, ModuleTraining
+from ...models.training import MADE, UNFINISHED, digest, find_place, keep_result, outline, spelled
 from .folders import find_folder, module_folder
 from .one_more_step import Module, check_model, load_module
 from .timeless_unet import TimelessUNet, diffusers_names, initialise
 
-LOG = logging.getLogger(__name__)
-SIZES = {  # channels and residual blocks per level; the attention is on the lower two
-    "tiny (2.7 M weights)": ((32, 64, 96), 1),
-    "small (26 M)": ((96, 192, 384), 1),
-    "as published (154 M)": ((160, 320, 640), 2),
-}
 HEAD_DIM = 32
 OLD_SCALE = 1 / 0.18215  # of .latent files from before they said their scale
 MOST_FOR_LEAK = 1024
@@ -110,7 +104,9 @@ def _check_channels(what: str, latents: Tensor, model) -> None:
         )
 
 
-def draw_batch(groups: list[Examples], empty: Tensor, size: int, dropped: float, generator: torch.Generator):
+def draw_batch(
+    groups: list[Examples], empty: Tensor, size: int, dropped: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Latents and texts of one group, drawn in proportion to its size; some texts become the empty prompt."""
     among = torch.tensor([float(len(group)) for group in groups])
     group = groups[int(torch.multinomial(among, 1, generator=generator))]
@@ -122,77 +118,98 @@ def draw_batch(groups: list[Examples], empty: Tensor, size: int, dropped: float,
     return group.latents[chosen], torch.where(drop[:, None, None], blank, texts)
 
 
-def train(
-    model, clip, examples: list[tuple[Tensor, str]], name: str, size: str, steps: int, batch: int,
-    learning_rate: float, dropped: float, seed: int,
-) -> tuple[Module, str]:  # fmt: skip
-    """The trained module and a report. Stopped, it goes on from where it was when run again."""
+@dataclass(frozen=True)
+class Course:
+    """How a module is trained, in the words of the node."""
+
+    size: str
+    steps: int
+    batch_size: int
+    learning_rate: float  # 0: the size's own
+    empty_prompts: float
+    seed: int
+
+    @property
+    def rate(self) -> float:
+        return self.learning_rate or MODULE_SIZES[self.size][-1]
+
+    def architecture(self, channels: int, context_dim: int) -> Architecture:
+        widths, blocks, _ = MODULE_SIZES[self.size]
+        return Architecture(
+            in_channels=channels, channels=widths, blocks=(blocks,) * 3, middle=1,
+            down=(0,) * blocks + (1,) * 2 * blocks, up=(1,) * 2 * (blocks + 1) + (0,) * (blocks + 1),
+            context_dim=context_dim, linear=False, head_dim=HEAD_DIM,
+        )  # fmt: skip
+
+
+def train(model, clip, examples: list[tuple[Tensor, str]], name: str, course: Course) -> tuple[Module, str]:
+    """The trained module and a report; at once where this very training has finished before.
+
+    Stopped, it goes on from where it was when run again. ValueError before any training for what cannot be trained.
+    """
     check_model(model)
-    path = _free_path(_file_name(name))
-    unfinished = path.with_suffix(".unfinished")
+    find_place(module_folder(), name, {})  # a bad name, a full disk
     groups, empty = encoded(examples, clip)
-    channels, blocks = SIZES[size]
-    architecture = Architecture(
-        in_channels=groups[0].latents.shape[1], channels=channels, blocks=(blocks,) * 3,
-        down=(0,) * blocks + (1,) * 2 * blocks, middle=1, up=(1,) * 2 * (blocks + 1) + (0,) * (blocks + 1),
-        context_dim=empty.shape[-1], linear=False, head_dim=HEAD_DIM,
-    )  # fmt: skip
-    device = comfy.model_management.get_torch_device()
     space = type(model.get_model_object("latent_format")).__name__
-    with torch.inference_mode(False), torch.enable_grad():
-        groups = [Examples(group.latents.clone(), group.texts.clone()) for group in groups]
-        network = TimelessUNet(architecture, dtype=torch.float32)
-        initialise(network, torch.Generator().manual_seed(seed))
-        weights = sum(parameter.numel() for parameter in network.parameters())
-        comfy.model_management.free_memory(24 * weights, device)  # weights, average, gradients, two moments, batch
-        training = Training(network.to(device), steps, learning_rate, min(500, max(1, steps // 20)), seed)
-        if unfinished.exists():
-            _go_on(training, unfinished)
-            LOG.info("Attune Train One More Step: goes on after step %d of %d.", training.step, steps)
-        empty = empty.clone()
-        _run(training, groups, empty, batch, dropped, unfinished, model)
-        leak = _leak(training.average.eval(), groups, device)
-        own = training.average.state_dict()
-    report = describe(training.losses, groups)
+    made = {
+        **asdict(course), "learning_rate": course.rate, "latents": space,
+        "pictures": digest(*(part for latent, text in examples for part in (latent, text))),
+        "texts": outline(torch.cat([texts.flatten() for texts in (empty, *(group.texts for group in groups))])),
+    }  # fmt: skip
+    path, finished = find_place(module_folder(), name, made)
+    if not finished:
+        with torch.inference_mode(False), torch.enable_grad():
+            groups = [Examples(group.latents.clone(), group.texts.clone()) for group in groups]
+            path = _train(model, groups, empty.clone(), path, course, made, space)
+    return load_module(path, "", "", "", 0), f"{path}\n{read_header(path).metadata['oms.report']}"
+
+
+def _train(
+    model, groups: list[Examples], empty: Tensor, path: Path, course: Course, made: dict[str, Any], space: str
+) -> Path:  # fmt: skip
+    """Train to the end, and keep the module under the name of `path` or the next that is free: its path."""
+    device = comfy.model_management.get_torch_device()
+    architecture = course.architecture(groups[0].latents.shape[1], empty.shape[-1])
+    network = TimelessUNet(architecture, dtype=torch.float32)
+    initialise(network, torch.Generator().manual_seed(course.seed))
+    weights = sum(parameter.numel() for parameter in network.parameters())
+    comfy.model_management.free_memory(24 * weights, device)  # weights, average, gradients, two moments, batch
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        latents, texts = draw_batch(groups, empty, course.batch_size, course.empty_prompts, generator)
+        return latents.to(device), texts.to(device)
+
+    training = ModuleTraining(
+        network.to(device), draw, made, course.steps, course.rate, min(500, max(1, course.steps // 20)), course.seed
+    )
+    state = path.with_suffix(UNFINISHED)
+    _watch(training, state, model, groups[0], device)
+    leak = _leak(training.result(), groups, device)
+    own, report = training.network.state_dict(), describe(training.losses, groups)
     facts = {
         "oms.prediction": "v", "oms.head_dim": str(HEAD_DIM), "oms.latent_format": space,
-        "oms.context_dim": str(architecture.context_dim), "oms.steps": str(steps), "oms.report": report,
+        "oms.context_dim": str(architecture.context_dim), "oms.steps": str(course.steps), "oms.report": report,
+        MADE: spelled(made),
     }  # fmt: skip
-    save_module(path, {theirs: own[ours] for theirs, ours in diffusers_names(architecture).items()}, leak, facts)
-    unfinished.unlink(missing_ok=True)
-    return load_module(path, "", "", "", 0), f"{path}\n{report}"
+    tensors = {theirs: own[ours] for theirs, ours in diffusers_names(architecture).items()}
+    kept = keep_result(path.parent, path.stem, lambda to: save_module(to, tensors, leak, facts, exclusive=True))
+    state.unlink(missing_ok=True)
+    return kept
 
 
-def _go_on(training: Training, path: Path) -> None:
-    try:
-        training.go_on(load_tensors(path)[0])
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}. Or delete it, to begin anew.") from error
-
-
-def _run(
-    training: Training, groups: list[Examples], empty: Tensor, batch: int, dropped: float, unfinished: Path, model
-
-) -> None:  # fmt: skip
-    device = comfy.model_management.get_torch_device()
+def _watch(training: ModuleTraining, state: Path, model, shown: Examples, device: torch.device) -> None:
+    """Train with a bar, a preview of the first caption, and an ear for the stop button."""
     bar = comfy.utils.ProgressBar(training.steps)
     previewer = latent_preview.get_previewer(device, model.get_model_object("latent_format"))
-    try:
-        while training.step < training.steps:
+    noise = torch.randn(shown.latents[:1].shape, generator=torch.Generator().manual_seed(0)).to(device)
+    with contextlib.closing(training.run(state, KEPT_EVERY)) as steps:
+        for step in steps:
+            picture = None
+            if previewer is not None and step % SHOWN_EVERY == 0:
+                v = training.say(noise, shown.texts[:1].to(device))
+                picture = previewer.decode_latent_to_preview_image("JPEG", clean_of_v(v))
+            bar.update_absolute(step, training.steps, picture)
             comfy.model_management.throw_exception_if_processing_interrupted()
-            latents, texts = draw_batch(groups, empty, batch, dropped, training.generator())
-            training.learn(latents.to(device), texts.to(device))
-            shown = None
-            if previewer is not None and training.step % SHOWN_EVERY == 0:
-                with torch.no_grad():
-                    v = training.average(torch.randn_like(latents[:1]).to(device), texts[:1].to(device))
-                shown = previewer.decode_latent_to_preview_image("JPEG", clean_of_v(v))
-            bar.update_absolute(training.step, training.steps, shown)
-            if training.step % KEPT_EVERY == 0:
-                save_tensors(unfinished, training.state(), {})
-    finally:
-        if 0 < training.step < training.steps:
-            save_tensors(unfinished, training.state(), {})
 
 
 @torch.no_grad()
@@ -219,17 +236,3 @@ def describe(losses: list[float], groups: list[Examples]) -> str:
         f"{len(losses)} steps on {sum(map(len, groups))} latents: loss {sum(last) / len(last):.4f}; the mean of all "
         f"pictures of a size would have {squares / count:.4f}. The difference is what the captions tell."
     )
-
-
-def _free_path(name: str) -> Path:
-    """The first of name, name_2, … that is not finished yet."""
-    names = (name if i == 1 else f"{name}_{i}" for i in itertools.count(1))
-    return next(path for path in (module_folder() / f"{name}.safetensors" for name in names) if not path.exists())
-
-
-def _file_name(name: str) -> str:
-    """A plain file name of what the user typed; ValueError when nothing of it can be one."""
-    plain = re.sub(r"[^\w.-]+", "_", name).strip("._")
-    if not plain:
-        raise ValueError(f"'{name}' cannot name a file: use letters and digits in 'name'.")
-    return plain

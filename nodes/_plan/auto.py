@@ -10,12 +10,25 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from ...models.calibration import Calibration, ModelIdentity, pick_profile
+from ...models.calibration import (
+    ASPECTS,
+    BLOCKS,
+    ENCODER,
+    NOISE_SHIFT,
+    OF_THE_MODEL,
+    SCHEDULE,
+    Calibration,
+    Misfit,
+    ModelIdentity,
+    Planned,
+    Size,
+    misfits,
+    pick_profile,
+    size_text,
+)
 from ...models.npnet import NPNetConfig
 from ...models.one_more_step import ENCODERS
-from .noise_shift import KIND as NOISE_SHIFT
-from .noise_shift import Size, check_noise_shift, shift_for
-from .profile_on_model import same_resolution
+from .noise_shift import shift_for
 from .propagation import FIDELITY, FIRST, ONE, calibrated_point
 from .solvers import SOLVERS, table_name
 
@@ -24,19 +37,20 @@ WISHES = [SHOWN, ALWAYS, OFF]
 FAITHFUL, FAST = "faithful", "fast"
 SPEEDS = [OFF, FAITHFUL, FAST]
 
-SCHEDULE, TOLD, SHIFT = "schedule", "aligned timesteps", "noise shift"
+TOLD, SHIFT = "aligned timesteps", "noise shift"
 START, NOISE, SPEED = "one more step", "golden noise", "propagation"
 METHODS = [SCHEDULE, TOLD, SHIFT, START, NOISE, SPEED]
 REDENOISE = "re-denoise"
 
 TABLE_SOLVERS = ("euler", "ddim", "dpmpp_2m", "dpmpp_2m_sde")  # those that Align Your Steps was published with
 TABLE_STEPS = range(5, 51)
-CLOSED_FORMS = {  # solver -> what beats every stock schedule on the demo model of these families, and at which steps
+SHOWN_FORMS = {  # solver -> what beats every stock schedule on the demo model of these families, and at which steps
     "dpmpp_2m": ("KL-optimal, c = 1.4", range(5, 9), ("SD3",)),
     "uni_pc": ("KL-optimal", range(5, 11), ("SD3", "SD15", "AttuneDemo")),
 }
-NEAR_STEPS, NEAR_CFG = 1.3, 2.0  # a fit holds for runs whose steps and guidance differ by no more than these factors
-LEAK = 5.0  # of the missing trace to the noise of the mean: at 1.2 nothing was gained with guidance, at 19 it was
+MISSING_TRACE = (
+    5.0  # of the missing trace to the noise of the mean: at 1.2 nothing was gained with guidance, at 19 it was
+)
 PURE_NOISE = 500  # sigma_max of models that begin at pure noise
 REUSE = {  # network, solver -> (steps at least, one key step in so many, dB to the run without): docs/results.md
     ("unet", "euler"): ((50, 5, 48.0), (25, 3, 45.8), (20, 2, 53.0)),
@@ -46,8 +60,7 @@ REUSE = {  # network, solver -> (steps at least, one key step in so many, dB to 
 }
 EVERY = ", every "
 FEWEST_BLOCKS = 8  # of a transformer: with fewer the first block costs more than it saves
-FITS = 6  # conditions of a fit
-TUNE = "Attune Tune Schedule fits one for this model and sampler, and keeps it"
+TUNE = "Attune Fit Sampler fits one for this model and sampler, and keeps it"
 
 
 @dataclass(frozen=True)
@@ -136,7 +149,7 @@ def decide(facts: Facts, run: Run, wishes: Wishes, shelf: Shelf, start: float | 
     return [
         schedule,
         decide_told(schedule, shelf),
-        decide_shift(facts, wishes.noise_shift, shelf),
+        decide_shift(facts, run, wishes.noise_shift, shelf),
         decide_start(facts, run, wishes.one_more_step, shelf, start),
         decide_noise(facts, run, wishes.golden_noise, shelf),
         decide_speed(facts, run, wishes.speed, shelf),
@@ -150,12 +163,12 @@ def decide_schedule(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision
     facts_of_solver = SOLVERS.get(table_name(run.solver))
     if facts_of_solver is not None and facts_of_solver.own_levels:
         return Decision(SCHEDULE, "", f"{run.solver} chooses its own levels.")
-    fits = {name: one for name, one in shelf.profiles.items() if one.kind == "schedule" and one.is_fitted}
-    ranked = [(*misfit(one, facts, run), abs(math.log(one.steps / run.steps)), name) for name, one in fits.items()]
-    stage, reason, _, name = min(ranked, default=(0, "", 0.0, ""), key=lambda rank: (-rank[0], rank[2]))
-    if stage == FITS:
+    fits = {name: one for name, one in shelf.profiles.items() if one.kind == SCHEDULE and one.is_fitted}
+    ranked = [(*_rank(one, facts, run, wish), name) for name, one in fits.items()]
+    stage, _, reason, name = min(ranked, default=(0, (0.0, 0), "", ""), key=lambda rank: (-rank[0], rank[1]))
+    if stage == len(ASPECTS):
         return Decision(SCHEDULE, name, f"Fitted to this network with {run.solver}.{_measured(fits[name])}")
-    near = f" The nearest fit, '{name}', is {reason}." if stage else ""
+    near = f" The nearest fit, '{name}', is {reason}." if stage > ASPECTS.index("network") else ""
     if looks_distilled(facts, run):
         why = "Run like a distilled model, which has timesteps of its own: take the scheduler that its makers give."
         return Decision(SCHEDULE, "", why + near)
@@ -163,7 +176,7 @@ def decide_schedule(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision
 
 
 def _table(facts: Facts, run: Run, wish: str, shelf: Shelf, near: str) -> Decision | None:
-    tables = {one.name: name for name, one in shelf.profiles.items() if one.kind == "schedule" and not one.is_fitted}
+    tables = {one.name: name for name, one in shelf.profiles.items() if one.kind == SCHEDULE and not one.is_fitted}
     model = facts.model
     table = pick_profile([shelf.profiles[name] for name in tables.values()], model.families, facts.size)
     if table is None or table.space != model.space or not 0.9 < table.sigmas[0] / model.sigma_max < 1.01:
@@ -176,7 +189,7 @@ def _table(facts: Facts, run: Run, wish: str, shelf: Shelf, near: str) -> Decisi
 
 
 def _closed_form(facts: Facts, run: Run, wish: str, near: str) -> Decision:
-    name, steps, families = CLOSED_FORMS.get(run.solver, ("KL-optimal, c = 1.4", range(0), ()))
+    name, steps, families = SHOWN_FORMS.get(run.solver, ("KL-optimal, c = 1.4", range(0), ()))
     shown = run.steps in steps and bool({*families} & {*facts.model.families})
     if shown:
         return Decision(SCHEDULE, name, f"Nearer than stock schedules on the demo model of this kind.{near}", TUNE)
@@ -185,30 +198,20 @@ def _closed_form(facts: Facts, run: Run, wish: str, near: str) -> Decision:
     return Decision(SCHEDULE, "", f"No gain is shown for such models with this solver and steps.{near}", TUNE)
 
 
-def made_for(profile: Calibration, model: ModelIdentity) -> bool:
-    """Whether it was made for this network, or for its family where it does not say."""
-    same = profile.config_hash == model.config_hash if profile.config_hash else model.families[0] in profile.families
-    return same and bool({*profile.families} & {*model.families}) and profile.space == model.space
+def blocking(one: Calibration, facts: Facts, run: Run, wish: str) -> list[Misfit]:
+    """The misfits that keep Auto from using a calibration: all but what LoRAs and a shift make uncertain, and other
+    weights of the same network where the user wants it wherever it fits."""
+    planned = Planned(table_name(run.solver), run.steps, run.cfg, facts.size or (0, 0))
+    allowed = {"patches", "shift", *(["weights"] if wish == ALWAYS else [])}
+    return [misfit for misfit in misfits(one, facts.model, planned) if misfit.aspect not in allowed]
 
 
-def misfit(profile: Calibration, facts: Facts, run: Run) -> tuple[int, str]:
-    """How many conditions a fitted schedule meets in a row, and what the next one says; FITS when it meets all.
-
-    The first is that it was made for this network: 0 means another one.
-    """
-    model = facts.model
-    conditions = (
-        (made_for(profile, model) and profile.prediction in ("", model.prediction), "for another network"),
-        (profile.sigmas[0] <= model.sigma_max * 1.01, f"for noise up to {profile.sigmas[0]:.3g}"),
-        (profile.solver in ("", run.solver), f"for {profile.solver}"),
-        (
-            facts.size is not None and same_resolution(facts.size, profile.resolution),
-            f"for {_text(profile.resolution)}",
-        ),
-        (1 / NEAR_STEPS <= run.steps / profile.steps <= NEAR_STEPS, f"for {profile.steps} steps"),
-        (not profile.cfg or 1 / NEAR_CFG <= run.cfg / profile.cfg <= NEAR_CFG, f"for cfg {profile.cfg or 0:g}"),
-    )
-    return next(((i, said) for i, (met, said) in enumerate(conditions) if not met), (FITS, ""))
+def _rank(one: Calibration, facts: Facts, run: Run, wish: str) -> tuple[int, tuple[float, int], str]:
+    """How many of ASPECTS a fitted schedule meets in a row, how far its steps and its LoRAs are off, and what it is for
+    instead."""
+    found = blocking(one, facts, run, wish)
+    stage, reason = (ASPECTS.index(found[0].aspect), found[0].short) if found else (len(ASPECTS), "")
+    return stage, (abs(math.log(one.steps / run.steps)), len(misfits(one, facts.model))), reason
 
 
 def _measured(profile: Calibration) -> str:
@@ -230,32 +233,28 @@ def decide_told(schedule: Decision, shelf: Shelf) -> Decision:
     return Decision(TOLD, schedule.pick, "Fitted together with the schedule.")
 
 
-def decide_shift(facts: Facts, wish: str, shelf: Shelf) -> Decision:
+def decide_shift(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
     """The noise shift of the picture's size, from a profile of this network."""
     if wish == OFF:
         return Decision(SHIFT, "", "Switched off.")
     if facts.size is None:
         return Decision(SHIFT, "", "This latent is no picture.")
-    found = {name: one for name, one in shelf.profiles.items() if _shifts(one, facts.model)}
+    shifts = {name: one for name, one in shelf.profiles.items() if one.kind == NOISE_SHIFT}
+    found = {name: one for name, one in shifts.items() if not _of_another_model(one, facts, run, wish)}
     if not found:
         return Decision(SHIFT, "", "No profile for this model.", "a profile of Attune Fit Noise Shift")
     changing = [name for name, one in found.items() if not shift_for(one, facts.size)[0].is_identity]
     if not changing:
-        return Decision(SHIFT, "", f"'{next(iter(found))}' changes nothing at {_text(facts.size)}.")
+        return Decision(SHIFT, "", f"'{next(iter(found))}' changes nothing at {size_text(facts.size)}.")
+    changing.sort(key=lambda name: len(misfits(found[name], facts.model)))  # one for these very LoRAs before others
     if wish == SHOWN:
         why = f"'{changing[0]}' is there, but on the demo model no picture got better by it (docs/noise_shift.md)."
         return Decision(SHIFT, "", why, f"set 'noise_shift' to '{ALWAYS}'")
     return Decision(SHIFT, changing[0], shift_for(found[changing[0]], facts.size)[1])
 
 
-def _shifts(profile: Calibration, model: ModelIdentity) -> bool:
-    if profile.kind != NOISE_SHIFT or (profile.config_hash and profile.config_hash != model.config_hash):
-        return False
-    try:
-        check_noise_shift(profile, model)
-    except ValueError:
-        return False
-    return True
+def _of_another_model(one: Calibration, facts: Facts, run: Run, wish: str) -> bool:
+    return any(misfit.aspect in OF_THE_MODEL for misfit in blocking(one, facts, run, wish))
 
 
 def decide_start(facts: Facts, run: Run, wish: str, shelf: Shelf, start: float) -> Decision:
@@ -273,7 +272,7 @@ def decide_start(facts: Facts, run: Run, wish: str, shelf: Shelf, start: float) 
         enable = f"{file} in models/one_more_step" if file else "Attune Train One More Step makes a module"
         return Decision(START, "", f"No module for {facts.latent_space} latents.", enable)
     trace = facts.area / start**2
-    if wish == SHOWN and trace < LEAK:
+    if wish == SHOWN and trace < MISSING_TRACE:
         why = f"Little leaks: the missing trace is {trace:.2g} of the noise (SD 1.5 at 512 px: 19)."
         return Decision(START, "", why, f"set 'one_more_step' to '{ALWAYS}'")
     if wish == SHOWN and looks_distilled(facts, run):
@@ -316,21 +315,20 @@ def _reads(config: NPNetConfig, space: str, facts: Facts) -> bool:
 
 
 def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
-    """Encoder or block propagation: calibrated for this network, else as far as the demo model of its kind allows."""
+    """Propagation: calibrated for this network, else as far as the demo model of its kind allows."""
     if wish == OFF:
         return Decision(SPEED, "", "Switched off.", f"set 'speed' to '{FAITHFUL}' or '{FAST}'")
     if not facts.network:
         return Decision(SPEED, "", "Neither a UNet nor a transformer that the pack knows.")
-    kind = "encoder_propagation" if facts.network == "unet" else "block_propagation"
-    for name, one in shelf.profiles.items():
-        ours = one.kind == kind and one.config_hash == facts.model.config_hash and one.calibration is not None
-        if ours and one.solver == run.solver and 1 / NEAR_STEPS <= run.steps / one.steps <= NEAR_STEPS:
-            assert one.calibration is not None
-            point = calibrated_point(one.calibration)
+    kind = ENCODER if facts.network == "unet" else BLOCKS
+    nearest = sorted(shelf.profiles.items(), key=lambda item: len(misfits(item[1], facts.model)))
+    for name, one in nearest:
+        if one.kind == kind and one.key_steps is not None and not blocking(one, facts, run, wish):
+            point = calibrated_point(one.key_steps)
             if wish == FAST:
-                point = max(one.calibration.points, key=lambda point: point.speed)
+                point = max(one.key_steps.points, key=lambda point: point.speed)
             return Decision(SPEED, name, f"Calibrated on this network: {point.speed:.2f}x at {point.psnr:.1f} dB.")
-    enable = "Attune Fit Encoder Propagation measures this model, and keeps its profile"
+    enable = "Attune Fit Propagation measures this model, and keeps its profile"
     if facts.network == "transformer" and facts.blocks < FEWEST_BLOCKS:
         return Decision(SPEED, "", f"With {facts.blocks} blocks fewer steps are better.", enable)
     rows = [row for row in REUSE.get((facts.network, run.solver), ()) if run.steps >= row[0]]
@@ -350,9 +348,9 @@ def key_steps_of(pick: str) -> tuple[str, int] | None:
     return (reuse, int(interval)) if every else None
 
 
-def report(facts: Facts, run: Run, decisions: Collection[Decision], unread: Collection[str] = ()) -> str:
+def auto_report(facts: Facts, run: Run, decisions: Collection[Decision], unread: Collection[str] = ()) -> str:
     """What was seen, then one line a method, those in use first; then what could not be read."""
-    size = "no picture" if facts.size is None else _text(facts.size)
+    size = "no picture" if facts.size is None else size_text(facts.size)
     kind = {"ve": f"sigma up to {facts.model.sigma_max:.4g}", "flow": "flow"}[facts.model.space]
     head = f"{facts.family}, {kind}; {size}; {run.steps} steps of {run.solver} at cfg {run.cfg:g}"
     head += f", denoise {run.denoise:g}." if run.denoise < 1 else "."
@@ -360,7 +358,3 @@ def report(facts: Facts, run: Run, decisions: Collection[Decision], unread: Coll
         head += f" The levels are those of '{run.stock}'."
     used = sorted(decisions, key=lambda one: not one.pick)
     return "\n".join([head, *map(str, used), *(f"! {line}" for line in unread)])
-
-
-def _text(size: Size) -> str:
-    return "x".join(map(str, size))

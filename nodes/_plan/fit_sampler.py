@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from typing import Any
 
 from ...kernels.space import NoiseSpace
-from ...kernels.timestep_aligner import Alignment as Fitted
-from ...kernels.tuner import PRESETS, Preset, Progress, Tuned
-from ...models.calibration import Calibration, CondLevels, ModelIdentity
+from ...kernels.timestep_aligner import Alignment
+from ...kernels.tuner import TUNER_PRESETS, Progress, Tuned, TunerPreset
+from ...models.calibration import SCHEDULE, Calibration, CondLevels, ModelIdentity, fitted, size_text
 
-METHODS = {"tuner": "tuned schedule", "ays_klub": "bound of Align Your Steps"}  # as chosen -> in words
+FIT_METHOD = "tuned schedule"
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,19 @@ def affordable(
     aligned: bool,
     seconds: float,
     minutes: float,
-    method: str = "tuner",
-) -> tuple[Preset, str]:
+) -> tuple[TunerPreset, str]:
     """The preset `wanted`, or the largest smaller one that fits into `minutes` (0: no limit), and a sentence on it.
 
     `seconds`: measured for one evaluation of the guided model. ValueError when not even the smallest fits.
     """
-    names = list(PRESETS)
-    needed = {
-        name: one.evaluations(steps, candidates, order, aligned)
-        if method == "tuner"
-        else one.bound_evaluations(steps, candidates, order)
-        for name, one in PRESETS.items()
-    }
+    names = list(TUNER_PRESETS)
+    needed = {name: one.evaluations(steps, candidates, order, aligned) for name, one in TUNER_PRESETS.items()}
     for name in reversed(names[: names.index(wanted) + 1]):
         needs = needed[name] * seconds / 60
         if not minutes or needs <= minutes:
             said = f"Preset '{name}': at most {needed[name]} evaluations of {seconds:.3g} s, {needs:.3g} minutes."
-            return PRESETS[name], said if name == wanted else f"'{wanted}' would take longer than the budget. {said}"
+            longer = "" if name == wanted else f"'{wanted}' would take longer than the budget. "
+            return TUNER_PRESETS[name], longer + said
     least = needed[names[0]] * seconds / 60
     raise ValueError(
         f"One evaluation of this MODEL takes {seconds:.3g} s here, so the smallest preset '{names[0]}' needs "
@@ -63,7 +58,7 @@ def affordable(
     )
 
 
-def tuned_profile(tuned: Tuned, setting: Setting, method: str, preset: str, seconds: float) -> Calibration:
+def tuned_profile(tuned: Tuned, setting: Setting, preset: str, seconds: float) -> Calibration:
     """What was found, with its evidence and how it was found."""
     metrics = {
         "held_out": tuned.held_out,
@@ -73,31 +68,26 @@ def tuned_profile(tuned: Tuned, setting: Setting, method: str, preset: str, seco
         "refused": tuned.refused,
     }
     return _profile(
-        METHODS[method], setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
+        FIT_METHOD, setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
         preset=preset, evaluations=tuned.evaluations, seconds=round(seconds, 1),
     )  # fmt: skip
 
 
-def stopped_profile(now: Progress, setting: Setting, method: str) -> Calibration:
+def stopped_profile(now: Progress, setting: Setting) -> Calibration:
     """The best levels of a search that was stopped, which no held-out noise has seen."""
     assert now.best is not None
     metrics = {"fitted": now.error, "refused": [f"Stopped while {now.stage}: not proved on held-out noises."]}
-    profile = _profile(METHODS[method], setting, now.best.tolist(), None, metrics, evaluations=now.evaluations)
+    profile = _profile(FIT_METHOD, setting, now.best.tolist(), None, metrics, evaluations=now.evaluations)
     return replace(profile, name=f"{profile.name}, stopped")
 
 
-def aligned_profile(
-    alignment: Fitted | None, sigmas: list[float], setting: Setting, metrics: dict, **how
-) -> Calibration:
-    """An alignment alone, on the levels it was fitted at."""
-    return _profile("aligned timesteps", setting, sigmas, alignment, metrics, **how)
-
-
-def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> str:
+def tuning_report(
+    tuned: Tuned, setting: Setting, seconds: float, plan: str, levels: bool = True, timesteps: bool = True
+) -> str:
     """Everything that was measured, what was kept and what was refused, in lines."""
     held = tuned.held_out
     lines = [
-        f"{len(tuned.sigmas) - 1} steps of {setting.solver}, cfg {setting.cfg:g}, {_size(setting.resolution)}.",
+        f"{len(tuned.sigmas) - 1} steps of {setting.solver}, cfg {setting.cfg:g}, {size_text(setting.resolution)}.",
         plan,
         "Error: distance of the end of a run from that of many small steps with the same noise, relative.",
         *(f"  {error:.4f}  {name}" for name, error in sorted(tuned.candidates.items(), key=lambda item: item[1])),
@@ -106,12 +96,16 @@ def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> 
     if setting.runs != setting.solver:
         lines.append(f"Fitted with {setting.runs}, which {setting.solver} follows but for the noise that it adds.")
     if "aligned" in held:
-        lines.append(f"Aligned timesteps: {held['aligned']:.4f} on held-out noises, kept.")
+        lines.append(f"Aligned timesteps: {held['aligned']:.4f} on held-out noises, kept.{_seen(tuned, 'aligned')}")
     if "refined" in held:
-        lines.append(f"Refined levels: {held['refined']:.4f} on held-out noises, kept.")
+        lines.append(f"Refined levels: {held['refined']:.4f} on held-out noises, kept.{_seen(tuned, 'refined')}")
+    if timesteps and setting.runs != "euler":
+        lines.append(f"Timesteps are fitted for euler alone; {setting.solver} keeps the true ones.")
+    if not levels:
+        lines.append("The levels stay as they are: 'levels' is off.")
     lines += tuned.refused
     if not tuned.changed:
-        lines.append(f"No better schedule found: the profile is '{tuned.start}', unchanged.")
+        lines.append(f"Nothing better was found: the profile is '{tuned.start}', unchanged.")
     lines.append(f"Levels: {' '.join(f'{s:.4g}' for s in tuned.sigmas.tolist())}")
     lines.append(
         f"{tuned.evaluations} evaluations in {seconds:.0f} s. The reference's own error: {tuned.reference_error:.4f}."
@@ -123,39 +117,18 @@ def tuning_report(tuned: Tuned, setting: Setting, seconds: float, plan: str) -> 
     return "\n".join(lines)
 
 
+def _seen(tuned: Tuned, stage: str) -> str:
+    return f" Over what was kept before: {tuned.verdicts[stage].said}." if stage in tuned.verdicts else ""
+
+
 def _profile(
-    method: str, setting: Setting, sigmas: list[float], fitted: Fitted | None, metrics: dict, **how
+    method: str, setting: Setting, sigmas: list[float], alignment: Alignment | None, metrics: dict[str, Any], **how: Any
 ) -> Calibration:
-    model = setting.model
-    alignments: tuple[CondLevels, ...] = ()
-    if fitted is not None and fitted.changes:
-        alignments = (CondLevels(setting.runs, setting.resolution, *fitted.knots(setting.space)),)
-    steps = len(sigmas) - 1
-    return Calibration(
-        name=f"{model.families[0]} {setting.solver} {steps} steps, {method}",
-        method=method,
-        space=model.space,
-        families=model.families[:1],
-        resolution=setting.resolution,
-        sigmas=tuple(sigmas),
-        source="Fitted with ComfyUI-Attune on this model.",
-        solver=setting.solver,
-        prediction=model.prediction,
-        cfg=setting.cfg,
-        config_hash=model.config_hash,
-        weights_hash=model.weights_hash,
-        alignments=alignments,
-        metrics=metrics,
-        provenance={
-            "date": datetime.now(timezone.utc).date().isoformat(),
-            "seed": setting.seed,
-            "ran": setting.runs,
-            "patched": model.patched,
-            **({} if model.shift is None else {"shift": round(model.shift, 6)}),
-            **how,
-        },
-    )
-
-
-def _size(resolution: tuple[int, int]) -> str:
-    return "x".join(map(str, resolution))
+    levels: tuple[CondLevels, ...] = ()
+    if alignment is not None and alignment.changes:
+        levels = (CondLevels(setting.runs, setting.resolution, *alignment.knots(setting.space)),)
+    return fitted(
+        setting.model, SCHEDULE, f"{setting.solver} {len(sigmas) - 1} steps, {method}", method, setting.resolution,
+        metrics, solver=setting.solver, cfg=setting.cfg, sigmas=sigmas, alignments=levels, seed=setting.seed,
+        ran=setting.runs, **how,
+    )  # fmt: skip

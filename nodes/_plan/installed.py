@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...models.calibration import Calibration, ModelIdentity
-from .auto import Shelf, made_for
+from ...models.calibration import OF_THE_MODEL, Calibration, ModelIdentity, kind_text, misfits, size_text
+from .auto import Shelf
 
 
 def listing(shelf: Shelf, unread: Sequence[str], model: ModelIdentity | None = None) -> str:
@@ -33,11 +33,16 @@ def listing(shelf: Shelf, unread: Sequence[str], model: ModelIdentity | None = N
     return "\n\n".join("\n".join([title, *lines]) for title, lines in parts if lines)
 
 
+def made_for(profile: Calibration, model: ModelIdentity) -> bool:
+    """Whether it was made for this very model, or published for its family; LoRAs and a shift are no matter."""
+    return all(one.aspect not in OF_THE_MODEL or one.aspect in ("patches", "shift") for one in misfits(profile, model))
+
+
 def _profile(profile: Calibration) -> str:
     sizes = [profile.resolution] if profile.sigmas else [one.resolution for one in profile.alignments]
     facts = [
-        f"{profile.kind.replace('_', ' ')} for {profile.families[0]}",
-        " and ".join(f"{width}x{height}" for width, height in sizes),
+        f"{kind_text(profile.kind)} for {profile.families[0]}",
+        " and ".join(map(size_text, sizes)),
         profile.solver,
         f"{profile.steps} steps" if profile.is_fitted else "any steps" if profile.sigmas else "",
         f"cfg {profile.cfg:g}" if profile.cfg is not None else "",

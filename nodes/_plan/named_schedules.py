@@ -10,7 +10,8 @@ from ...kernels.ays import kl_optimal
 from ...kernels.schedules import check_sigmas, end_at_zero, for_denoise, resample_loglinear, resample_theta
 from ...kernels.space import NoiseSpace
 from ...kernels.types import Sigmas
-from ...models.calibration import Calibration, ModelIdentity, pick_profile, shipped_profiles
+from ...models.calibration import Calibration, ModelIdentity, misfits, pick_profile, size_text
+from ...models.store import shipped_profiles
 
 AUTO = "auto"
 TUNED = "tuned for "  # and a sampler: the shipped fit for it nearest in steps
@@ -51,9 +52,11 @@ def schedule(
         sigmas = for_denoise(lambda n: kl_optimal(n, model.sigma_max, space, c), steps, denoise)
     else:
         profile = _profile(name, model, steps, resolution)
-        check_fit(profile, model, f"Choose another one in 'schedule', such as '{next(iter(CLOSED_FORMS))}'.")
+        unfit = next((one for one in misfits(profile, model) if one.aspect == "noise"), None)
+        if unfit is not None:  # a table of another family may be asked for by name
+            raise ValueError(f"{unfit} Choose another one in 'schedule', such as '{next(iter(CLOSED_FORMS))}'.")
         made = "fitted on" if profile.is_fitted else "published for"
-        said = f"{profile.name}, {made} {profile.families[0]} at {'x'.join(map(str, profile.resolution))}"
+        said = f"{profile.name}, {made} {profile.families[0]} at {size_text(profile.resolution)}"
         if profile.alignments:
             said += "; Attune Apply Profile also applies its timestep alignment"
         if profile.sigmas[0] < model.sigma_max * 0.99:
@@ -98,24 +101,6 @@ def _tuned_for(solver: str, model: ModelIdentity, steps: int) -> Calibration:
     if not fitting or not model.config_hash:
         raise ValueError(
             f"'{TUNED}{solver}' is for the pack's demo models; nothing is tuned for this MODEL ({model.families[0]}) "
-            "yet. Tune it with Attune Tune Schedule, or choose 'auto' or 'KL-optimal' in 'schedule'."
+            "yet. Tune it with Attune Fit Sampler, or choose 'auto' or 'KL-optimal' in 'schedule'."
         )
     return min(fitting, key=lambda one: abs(math.log(one.steps / steps)))
-
-
-def check_fit(profile: Calibration, model: ModelIdentity, remedy: str) -> None:
-    """ValueError, ending in `remedy`, unless the noise of `profile` is of the model's kind and within its range."""
-    if profile.space != model.space:
-        kinds = {
-            "ve": "models with Stable Diffusion's noise (sigma up to about 15)",
-            "flow": "flow models (sigma 0 to 1)",
-        }
-        raise ValueError(
-            f"The schedule '{profile.name}' is for {kinds[profile.space]}, but this MODEL ({model.families[0]}) is "
-            f"one of the {kinds[model.space]}. {remedy}"
-        )
-    if profile.sigmas and profile.sigmas[0] > model.sigma_max * 1.01:
-        raise ValueError(
-            f"The schedule '{profile.name}' starts at sigma {profile.sigmas[0]:.4g}, but this MODEL "
-            f"({model.families[0]}) knows noise only up to {model.sigma_max:.4g}. {remedy}"
-        )

@@ -4,42 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from dataclasses import replace
+from typing import Any
 
 from ...kernels.conditioning import ConditioningMap, compose
-from ...kernels.noise_shift import Preset, Shift
+from ...kernels.noise_shift import Shift, ShiftPreset
 from ...kernels.space import NoiseSpace
-from ...models.calibration import Calibration, CondLevels, ModelIdentity, conditioning_map
-from .named_schedules import check_fit
+from ...models.calibration import (
+    NOISE_SHIFT,
+    Calibration,
+    CondLevels,
+    ModelIdentity,
+    Size,
+    conditioning_map,
+    fitted,
+    size_text,
+)
 
-KIND = "noise_shift"
-METHODS = {"joint": "noise shift", "per level": "noise shift, per level"}
+SHIFT_METHOD = "noise shift"
 FIT = "Attune Fit Noise Shift"
 MOST_SIZES = 24
 LARGEST_SIDE = 16384  # pixels
-
-Size = tuple[int, int]  # width and height in pixels
-
-
-def check_noise_shift(profile: Calibration, model: ModelIdentity) -> None:
-    """ValueError, in the names on screen, unless `profile` is a noise shift for a model like this."""
-    remedy = f"Choose a profile for this model, or fit one with {FIT}."
-    if profile.kind != KIND:
-        raise ValueError(
-            f"'{profile.name}' is a profile of the kind '{profile.kind}', but 'profile' must be a noise shift. Fit one "
-            f"with {FIT}; for schedules there is Attune Apply Profile."
-        )
-    check_fit(profile, model, remedy)
-    if not set(profile.families) & set(model.families):
-        raise ValueError(
-            f"The noise shift '{profile.name}' was made for another architecture ({profile.families[0]}, this MODEL is "
-            f"{model.families[0]}). {remedy}"
-        )
-    if profile.prediction and model.prediction and profile.prediction != model.prediction:
-        raise ValueError(
-            f"The noise shift '{profile.name}' was made for {profile.prediction} prediction, this MODEL has "
-            f"{model.prediction}. {remedy}"
-        )
 
 
 def shift_for(profile: Calibration, size: Size, strength: float = 1.0) -> tuple[ConditioningMap, str]:
@@ -58,13 +43,17 @@ def shift_for(profile: Calibration, size: Size, strength: float = 1.0) -> tuple[
     if below is None or above is None or below == above or math.prod(below) == math.prod(above):
         one = below or above
         assert one is not None  # the native size is always among them
-        said = f"{_text(size)} is calibrated" if one == size else f"{_text(size)} is not calibrated: as {_text(one)}"
+        said = (
+            f"{size_text(size)} is calibrated"
+            if one == size
+            else f"{size_text(size)} is not calibrated: as {size_text(one)}"
+        )
         return _map(profile, curves[one], strength), said + _size_of_change(profile, curves[one], strength) + "."
     share = math.log(math.prod(size) / math.prod(below)) / math.log(math.prod(above) / math.prod(below))
     parts = [_map(profile, curves[below], (1 - share) * strength), _map(profile, curves[above], share * strength)]
     said = (
-        f"{_text(size)} is not calibrated: {1 - share:.0%} of {_text(below)} and {share:.0%} of {_text(above)}, by the "
-        "logarithm of their pixels."
+        f"{size_text(size)} is not calibrated: {1 - share:.0%} of {size_text(below)} and {share:.0%} of "
+        f"{size_text(above)}, by the logarithm of their pixels."
     )
     return compose(parts), said
 
@@ -86,10 +75,10 @@ def _map(profile: Calibration, curve: CondLevels | None, strength: float) -> Con
 
 
 def _size_of_change(profile: Calibration, curve: CondLevels | None, strength: float) -> str:
-    if curve is None or curve.sigma == curve.sigma_hat or strength == 0:
+    if curve is None or curve.sigma == curve.sigma_cond or strength == 0:
         return ", nothing is changed"
     ratios = [
-        odds(profile.space, b) / odds(profile.space, a) for a, b in zip(curve.sigma, curve.sigma_hat, strict=True)
+        odds(profile.space, b) / odds(profile.space, a) for a, b in zip(curve.sigma, curve.sigma_cond, strict=True)
     ]
     low, high = (ratio**strength for ratio in (min(ratios), max(ratios)))
     return f", the network is told {low:.3g} to {high:.3g} times the true {noise_word(profile.space)}"
@@ -129,35 +118,24 @@ def parse_sizes(text: str, multiple: int) -> list[Size]:
 
 
 def noise_shift_profile(
-    model: ModelIdentity, native: Size, shifts: Mapping[Size, Shift], method: str, base: Calibration | None, **how
+    model: ModelIdentity, native: Size, shifts: Mapping[Size, Shift], base: Calibration | None, **how: Any
 ) -> Calibration:
     """The curves by size, after those of `base`, with their evidence and how they were found."""
     curves = {one.resolution: one for one in base.alignments} if base else {}
-    curves |= {size: CondLevels("", size, shift.sigma, shift.sigma_hat) for size, shift in shifts.items()}
+    curves |= {size: CondLevels("", size, shift.sigma, shift.sigma_cond) for size, shift in shifts.items()}
     evidence = dict(base.metrics) if base else {}
-    evidence |= {_text(size): _facts(shift) for size, shift in shifts.items()}
-    return Calibration(
-        name=f"{model.families[0]} noise shift" + ("" if method == "joint" else f", {method}"),
-        method=METHODS[method],
-        space=model.space,
-        families=model.families[:1],
-        resolution=native,
-        sigmas=(),
-        source="Fitted with ComfyUI-Attune on this model.",
-        kind=KIND,
-        prediction=model.prediction,
-        config_hash=model.config_hash,
-        alignments=tuple(sorted(curves.values(), key=lambda one: (math.prod(one.resolution), one.resolution))),
-        metrics=evidence,
-        provenance={"date": datetime.now(timezone.utc).date().isoformat(), **how},
+    evidence |= {size_text(size): _facts(shift) for size, shift in shifts.items()}
+    ordered = sorted(curves.values(), key=lambda one: (math.prod(one.resolution), one.resolution))
+    return fitted(model, NOISE_SHIFT, "noise shift", SHIFT_METHOD, native, evidence, alignments=ordered, **how)
+
+
+def continues(profile: Calibration, model: ModelIdentity, native: Size, **how: Any) -> bool:
+    """Whether `profile` holds finished sizes of this very fit: same model, weights, native size and settings."""
+    made = noise_shift_profile(model, native, {}, None)
+    same = ("kind", "config_hash", "weights_hash", "patches", "prediction", "resolution", "method")
+    return all(getattr(profile, key) == getattr(made, key) for key in same) and all(
+        profile.provenance.get(key) == value for key, value in how.items()
     )
-
-
-def continues(profile: Calibration, model: ModelIdentity, native: Size, method: str, **how) -> bool:
-    """Whether `profile` holds finished sizes of this very fit: same model, native size, method and settings."""
-    same = (KIND, model.config_hash, model.prediction, native, METHODS[method])
-    found = (profile.kind, profile.config_hash, profile.prediction, profile.resolution, profile.method)
-    return same == found and all(profile.provenance.get(key) == value for key, value in how.items())
 
 
 def shift_report(size: Size, shift: Shift, space: NoiseSpace) -> str:
@@ -175,14 +153,17 @@ def shift_report(size: Size, shift: Shift, space: NoiseSpace) -> str:
             f"nothing to gain: loss {-shift.gain:+.2%} on held-out pictures, t {shift.t:.1f} (needed -1 % and "
             f"{shift.needed:.1f}); the network is told the true levels"
         )
-    return f"{_text(size)}: {verdict}.\n  sigma, offset in log units (least loss of any candidate): {per_level}"
+    return f"{size_text(size)}: {verdict}.\n  sigma, offset in log units (least loss of any candidate): {per_level}"
 
 
-def plan(sizes: Sequence[Size], preset: Preset, pictures: int) -> str:
+def shift_plan(sizes: Sequence[Size], preset: ShiftPreset, pictures: int) -> str:
     """What the fit costs, before it starts."""
     used = min(pictures, preset.pictures)
-    each = used * preset.levels * preset.offsets
-    said = f"{used} pictures, {preset.levels} noise levels, {preset.offsets} candidates: {each} evaluations a size"
+    each = replace(preset, pictures=used).evaluations
+    said = (
+        f"{used} pictures, {preset.levels} noise levels, {preset.offsets} candidates, {preset.noises} noises: {each} "
+        "evaluations a size"
+    )
     fewer = f" (the preset would use {preset.pictures} pictures)" if used < preset.pictures else ""
     return f"{said}{fewer}, {len(sizes)} {'size' if len(sizes) == 1 else 'sizes'}, without guidance."
 
@@ -192,7 +173,3 @@ def _facts(shift: Shift) -> dict[str, float | bool | None]:
     return {key: None if math.isnan(value) else round(value, 6) for key, value in known.items()} | {
         "accepted": shift.accepted
     }
-
-
-def _text(size: Size) -> str:
-    return "x".join(map(str, size))

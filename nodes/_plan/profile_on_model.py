@@ -6,17 +6,26 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
-import torch
-
 from ...kernels.conditioning import ConditioningMap
 from ...kernels.schedules import check_sigmas, exactly_for_denoise, for_denoise, truncated_for_denoise
 from ...kernels.types import Sigmas
-from ...models.calibration import Calibration, CondLevels, ModelIdentity, conditioning_map
-from .named_schedules import check_fit, resample_profile
+from ...models.calibration import (
+    SCHEDULE,
+    Calibration,
+    CondLevels,
+    ModelIdentity,
+    Planned,
+    conditioning_map,
+    misfits,
+    refuse_unfit,
+    same_size,
+    size_text,
+)
+from .named_schedules import resample_profile
 
 DENOISE_MODES = ("exact", "comfy", "ays")
 POLICIES = ("ignore", "shift", "strict")
-SAME_SIDE = 0.1  # a picture whose sides differ by less from the profile's has its resolution
+REMEDY = "Choose a profile for this model, or fit one with Attune Fit Sampler."
 
 
 @dataclass(frozen=True)
@@ -48,34 +57,21 @@ def apply_profile(
     others produce. ValueError, in the names on screen, when the profile does not fit the model at all; a map that does
     not fit is left out and the report says why.
     """
-    _check_model(profile, model)
+    refuse_unfit(profile, model, REMEDY, (SCHEDULE,))
     report = [f"Profile '{profile.name}' ({profile.method})."]
-    sigmas = torch.empty(0)
-    if profile.sigmas:
-        sigmas = _levels(profile, steps or profile.steps, denoise, mode)
-        sigmas, said = _at_resolution(sigmas, profile, model, policy, resolution)
-        sigmas = sigmas.float()
-        report += said
+    sigmas = _levels(profile, steps or profile.steps, denoise, mode)
+    sigmas, said = _at_resolution(sigmas, profile, model, policy, resolution)
+    sigmas = sigmas.float()
+    report += said
     if len(sigmas):
         check_sigmas(sigmas)
-        report.append(f"{len(sigmas) - 1} steps: {_listed(sigmas)}.")
-        if profile.is_fitted and not 1 / 1.3 <= (steps or profile.steps) / profile.steps <= 1.3:
-            report.append(f"Note: the profile was fitted at {profile.steps} steps; fit one for this count.")
+        report.append(f"{len(sigmas) - 1} steps: {listed(sigmas)}.")
         if sigmas[0] < model.sigma_max * 0.99 and denoise >= 1:
             report.append(f"Note: it starts at sigma {sigmas[0]:.4g}, below this model's {model.sigma_max:.4g}.")
-    elif profile.sigmas:
+    else:
         report.append("No steps: 'denoise' is too low for 'steps', the latent comes back as it is.")
     conditioning, solver, said = _conditioning(profile, model, resolution, strength)
-    return Applied(sigmas, conditioning, solver, report + said + _doubts(profile, model))
-
-
-def _check_model(profile: Calibration, model: ModelIdentity) -> None:
-    check_fit(profile, model, "Choose a profile for this model, or fit one with Attune Tune Schedule.")
-    if not set(profile.families) & set(model.families):
-        raise ValueError(
-            f"The profile '{profile.name}' was made for another architecture ({profile.families[0]}, this MODEL is "
-            f"{model.families[0]}). Choose a profile for {model.families[0]}, or fit one with Attune Tune Schedule."
-        )
+    return Applied(sigmas, conditioning, solver, report + said + doubts(profile, model, Planned(steps=steps)))
 
 
 def _levels(profile: Calibration, steps: int, denoise: float, mode: str) -> Sigmas:
@@ -99,9 +95,9 @@ def _at_resolution(
         if policy != "ignore":
             raise ValueError(f"The resolution policy '{policy}' needs to know the picture size: connect 'latent'.")
         return sigmas, []
-    if same_resolution(resolution, profile.resolution):
+    if same_size(resolution, profile.resolution):
         return sigmas, []
-    made, wanted = _size(profile.resolution), _size(resolution)
+    made, wanted = size_text(profile.resolution), size_text(resolution)
     if policy == "strict":
         raise ValueError(
             f"The profile '{profile.name}' was made at {made}, the latent is {wanted}. Choose a profile for this size, "
@@ -139,7 +135,7 @@ def _conditioning(
 
 
 def _said_of(alignment: CondLevels, strength: float) -> str:
-    ratios = [b / a for a, b in zip(alignment.sigma, alignment.sigma_hat, strict=True)]
+    ratios = [b / a for a, b in zip(alignment.sigma, alignment.sigma_cond, strict=True)]
     bound = f" with {alignment.solver} only; another sampler runs without it" if alignment.solver else ""
     return (
         f"Timestep alignment at strength {strength:g}: at strength 1 the network is told {min(ratios):.3g} to "
@@ -147,45 +143,15 @@ def _said_of(alignment: CondLevels, strength: float) -> str:
     )
 
 
-def _doubts(profile: Calibration, model: ModelIdentity) -> list[str]:
-    """What does not forbid the profile, but makes its measured gain uncertain."""
-    doubts = []
-    if profile.families[0] != model.families[0] and not profile.config_hash:
-        doubts.append(f"Note: published for {profile.families[0]}, this MODEL is {model.families[0]}.")
-    if profile.config_hash and model.config_hash and profile.config_hash != model.config_hash:
-        doubts.append("Note: same family, but another network configuration than the profile was fitted on.")
-    elif profile.weights_hash and model.weights_hash and profile.weights_hash != model.weights_hash:
-        doubts.append(
-            "Note: same architecture, but other weights than the profile was fitted on; its gain was not measured "
-            "with these."
-        )
-    patched = profile.provenance.get("patched")
-    if isinstance(patched, bool) and patched != model.patched:
-        had, has = ("with", "none") if patched else ("without", "some")
-        doubts.append(f"Note: fitted {had} LoRAs or other weight patches, this MODEL has {has}.")
-    if not profile.alignments and profile.prediction and profile.prediction != model.prediction:
-        doubts.append(f"Note: fitted on {profile.prediction} prediction, this MODEL has {model.prediction}.")
-    shift = profile.provenance.get("shift")
-    if model.shift is not None and isinstance(shift, (int, float)) and abs(shift - model.shift) > 0.01 * model.shift:
-        doubts.append(
-            f"Note: fitted beside a shift of {shift:g}, this MODEL has {model.shift:g}; the profile's levels are "
-            "absolute and do not move with it."
-        )
+def doubts(profile: Calibration, model: ModelIdentity, run: Planned | None = None) -> list[str]:
+    """What does not forbid the profile, but makes its measured gain uncertain; then what it was fitted for."""
+    notes = [f"Note: {one}" for one in misfits(profile, model, run) if not one.fatal]
     if profile.solver:
         guidance = "" if profile.cfg is None else f" at cfg {profile.cfg:g}"
-        doubts.append(f"Fitted for {profile.solver}{guidance}.")
-    return doubts
+        notes.append(f"Fitted for {profile.solver}{guidance}.")
+    return notes
 
 
-def same_resolution(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether both sides agree within a tenth."""
-    return all(abs(a - b) <= SAME_SIDE * b for a, b in zip(one, other, strict=True))
-
-
-def _size(resolution: tuple[int, int]) -> str:
-    return "x".join(map(str, resolution))
-
-
-def _listed(sigmas: Sigmas) -> str:
+def listed(sigmas: Sigmas) -> str:
     shown = sigmas if len(sigmas) <= 24 else sigmas[[0, 1, -3, -2, -1]]
     return " ".join(f"{float(s):.4g}" for s in shown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from ...kernels.encoder_propagation import (
+from ...kernels.propagation import (
     Costs,
     Reuse,
     fewest_keys,
@@ -19,22 +19,23 @@ from ...models.calibration import KeySteps, Point
 
 UNIFORM, TARGET, CALIBRATED, PUBLISHED = "uniform", "speed target", "calibrated profile", "published keys"
 MODES = [UNIFORM, TARGET, CALIBRATED, PUBLISHED]
+AUTOMATIC = "automatic"
 TOP, TWO, ONE, ENCODER = "top level fresh", "two blocks fresh", "one block fresh", "encoder reused"
-REUSES = [TOP, TWO, ONE, ENCODER]
 FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "first two thirds reused"
-BLOCK_REUSES = [FIRST, ENDS, BEGINNING]
+UNET_PARTS, TRANSFORMER_PARTS = [TOP, TWO, ONE, ENCODER], [FIRST, ENDS, BEGINNING]  # "automatic" takes the first
+PARTS = [AUTOMATIC, *UNET_PARTS, *TRANSFORMER_PARTS]
 PUBLISHED_SHARE = 18 / 28  # the blocks of DiT-XL/2 that the paper takes for its encoder
 FIDELITY = 45.0  # dB to the uncached run, below which differences begin to show
 
 
 @dataclass(frozen=True)
-class Settings:
+class ReuseSettings:
     """What the user set on the node."""
 
     mode: str = UNIFORM
     interval: int = 3
     speed: float = 1.5
-    reuse: str = TOP
+    reuse: str = AUTOMATIC
     forecast: bool = True
     keep_last: int = 4
     start_percent: float = 0.0
@@ -57,6 +58,23 @@ class Choice:
     said: str
 
 
+def part_of_unet(name: str) -> str:
+    """The part of a UNet that the input 'reuse' stands for; ValueError for one of a transformer."""
+    return _part(name, UNET_PARTS, "a UNet", "a transformer")
+
+
+def part_of_transformer(name: str) -> str:
+    """The part of a transformer that the input 'reuse' stands for; ValueError for one of a UNet."""
+    return _part(name, TRANSFORMER_PARTS, "a transformer", "a UNet")
+
+
+def _part(name: str, own: list[str], network: str, other: str) -> str:
+    if name not in (AUTOMATIC, *own):
+        choices = ", ".join(f"'{one}'" for one in (AUTOMATIC, *own))
+        raise ValueError(f"'{name}' is a part of {other}, this MODEL is {network}: set 'reuse' to one of {choices}.")
+    return own[0] if name == AUTOMATIC else name
+
+
 def reuse_by_name(name: str, forecast: bool, n: int, top: int) -> Reuse:
     """A UNet of n blocks a side, the first `top` input blocks of which are at full resolution."""
     fresh = {TOP: top, TWO: min(2, top), ONE: 1, ENCODER: 0}[name]
@@ -73,7 +91,7 @@ def block_reuse_by_name(name: str, forecast: bool, n: int) -> Reuse:
 
 
 def choose(
-    settings: Settings, sigmas: Sequence[float], times: Sequence[float], costs: Costs, top: int, fresh_noise: bool
+    settings: ReuseSettings, sigmas: Sequence[float], times: Sequence[float], costs: Costs, top: int, fresh_noise: bool
 ) -> Choice:
     """What a UNet does over `sigmas` [steps+1], whose training times are `times` [steps] in 0..1."""
     n = len(costs.input)
@@ -81,7 +99,8 @@ def choose(
     def named(name: str, forecast: bool = settings.forecast) -> Reuse:
         return reuse_by_name(name, forecast, n, top)
 
-    cheaper = [settings.reuse, ONE] if settings.reuse != ENCODER else [ENCODER]
+    part = part_of_unet(settings.reuse)
+    cheaper = [part, ONE] if part != ENCODER else [ENCODER]
     choice = _choose(settings, sigmas, times, costs, named(ENCODER, False), lambda: [named(name) for name in cheaper])
     if fresh_noise and choice.reuse.fresh == 0:
         said = f"{choice.said}; the solver adds noise, so the top level is computed afresh"
@@ -89,16 +108,16 @@ def choose(
     return choice
 
 
-def choose_blocks(settings: Settings, sigmas: Sequence[float], times: Sequence[float], costs: Costs) -> Choice:
+def choose_blocks(settings: ReuseSettings, sigmas: Sequence[float], times: Sequence[float], costs: Costs) -> Choice:
     """The same for a transformer; x enters its first block, so fresh noise is seen in any case."""
     n = len(costs.input)
     published = block_reuse_by_name(BEGINNING, False, n)
-    named = lambda: [block_reuse_by_name(settings.reuse, settings.forecast, n)]
+    named = lambda: [block_reuse_by_name(part_of_transformer(settings.reuse), settings.forecast, n)]
     return _choose(settings, sigmas, times, costs, published, named)
 
 
 def _choose(
-    settings: Settings,
+    settings: ReuseSettings,
     sigmas: Sequence[float],
     times: Sequence[float],
     costs: Costs,
@@ -113,7 +132,7 @@ def _choose(
         keys = uniform_keys(steps, settings.interval)
         return Choice(keys, named()[0], settings.keep_last, f"every {settings.interval}")
     if settings.calibration is not None:
-        return calibrated(settings, settings.calibration, sigmas, len(costs.input))
+        return calibrated(settings, settings.calibration, sigmas)
     if settings.mode == TARGET:
         return uncalibrated_target(settings, steps, costs, named())
     raise ValueError(needs_profile())
@@ -121,12 +140,12 @@ def _choose(
 
 def needs_profile() -> str:
     return (
-        f"The mode '{CALIBRATED}' needs a profile: connect one from 'Attune Fit Encoder Propagation' or "
+        f"The mode '{CALIBRATED}' needs a profile: connect one from 'Attune Fit Propagation' or "
         f"'Attune Load Profile', or choose '{UNIFORM}'."
     )
 
 
-def uncalibrated_target(settings: Settings, steps: int, costs: Costs, named: list[Reuse]) -> Choice:
+def uncalibrated_target(settings: ReuseSettings, steps: int, costs: Costs, named: list[Reuse]) -> Choice:
     """Evenly spread key steps, as many as the speed allows, with the first part to reuse that can reach it."""
     fewest = settings.keep_last + 1
     for reuse in named:
@@ -137,23 +156,23 @@ def uncalibrated_target(settings: Settings, steps: int, costs: Costs, named: lis
             return Choice(spread_keys(steps, keys, settings.keep_last), reuse, 0, said)
     limit = max(speedup(steps, fewest, costs.of_step(reuse)) for reuse in named)
     raise ValueError(
-        f"This model cannot run {settings.speed:g} times faster over {steps} steps by reusing '{settings.reuse}': "
+        f"This model cannot run {settings.speed:g} times faster over {steps} steps with 'reuse' at '{settings.reuse}': "
         f"the limit is {limit:.2f}. Lower 'speed' or 'keep_last', or reuse more."
     )
 
 
-def calibrated(settings: Settings, fit: KeySteps, sigmas: Sequence[float], n: int) -> Choice:
+def calibrated(settings: ReuseSettings, fit: KeySteps, sigmas: Sequence[float]) -> Choice:
     """The profile's point: the slowest that reaches the speed asked for, or the fastest that stays faithful."""
-    if fit.blocks != n:
-        raise ValueError(
-            f"The profile is for a network of {fit.blocks} blocks, but this model has {n}: fit it again for this model."
-        )
     point = chosen_point(settings, fit)
-    said = f"calibrated with {fit.solver} over {len(fit.sigmas) - 1} steps: {point.speed:.2f}x at {point.psnr:.1f} dB"
-    return Choice(transfer_keys(point.keys, fit.sigmas, sigmas), point.reuse, 0, said)
+    return Choice(transfer_keys(point.keys, fit.sigmas, sigmas), point.reuse, 0, said_of(point, fit))
 
 
-def chosen_point(settings: Settings, fit: KeySteps) -> Point:
+def said_of(point: Point, fit: KeySteps) -> str:
+    """Where a calibrated setting comes from and what it gave."""
+    return f"calibrated with {fit.solver} over {len(fit.sigmas) - 1} steps: {point.speed:.2f}x at {point.psnr:.1f} dB"
+
+
+def chosen_point(settings: ReuseSettings, fit: KeySteps) -> Point:
     """The setting of a profile that the mode asks for; ValueError when none is fast enough."""
     if settings.mode != TARGET:
         return calibrated_point(fit)

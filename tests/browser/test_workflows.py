@@ -13,7 +13,7 @@ from browsing import alerts, drop, fit_view, load, missing_nodes, overlaps, prom
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "workflows").glob("*.json"))}
-FITS = ["AttuneTuneSchedule", "AttuneAlignTimesteps", "AttuneFitNoiseShift", "AttuneFitEncoderPropagation"]
+FITS = ["AttuneFitSampler", "AttuneFitNoiseShift", "AttuneFitPropagation"]
 SHOWN = f"app.graph._nodes.filter(n => {['SaveImage', 'PreviewImage', *FITS]}.includes(n.type) && n.mode === 0)"
 
 

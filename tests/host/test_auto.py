@@ -13,7 +13,7 @@ import pytest
 import torch
 from families import FAMILIES
 
-from pack.models.calibration import save_profile, shipped_profiles
+from pack.models.store import save_profile, shipped_profiles
 from pack.nodes._plan.auto import ALWAYS, FAITHFUL, OFF, SHOWN
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,9 +123,7 @@ def test_everything_at_once_is_the_graph_of_the_single_nodes_bit_for_bit(host, e
     by_hand, _ = host.call("AttuneOneMoreStep", model=by_hand, oms_model=module, positive=prompt)
     npnet, _ = host.call("AttuneLoadNPNet", npnet_name="attune_demo_npnet.safetensors")
     (by_hand,) = host.call("AttuneGoldenNoiseModel", model=by_hand, npnet=npnet)
-    (by_hand,) = host.call(
-        "AttuneEncoderPropagation", model=by_hand, mode="uniform", interval=3, reuse="one block fresh"
-    )
+    (by_hand,) = host.call("AttunePropagation", model=by_hand, mode="uniform", interval=3, reuse="one block fresh")
     model, ones_sigmas, report = auto(state=ALWAYS, steps=25, speed=FAITHFUL)
     assert report.count("\n+ ") == 4 and torch.equal(sigmas, ones_sigmas)
     assert torch.equal(sampled(host, encode, model, ones_sigmas), sampled(host, encode, by_hand, sigmas))

@@ -1,7 +1,12 @@
-"""A minute of each benchmark: it runs through the host from the command line and writes what the docs quote."""
+"""A minute of each benchmark: it runs through the host from the command line and writes what the docs quote.
+
+Nightly are those whose harness, tables and pages others exercise each time: schedules (aligned), peers and samples
+(golden_noise), whole_runs (step_kinds), demo_model (thumbnails).
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -23,6 +28,7 @@ SMOKE = {
     "demo_model": ["--flow", "--pictures", "6", "--per-word", "2", "--objects", "32"],
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "exact_fitted": ["--spaces", "ve", "--solvers", "euler", "--steps", "5", "--samples", "256"],
+    "gate": ["--quick"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
     "schedules": [
         "--models",
@@ -37,7 +43,7 @@ SMOKE = {
         "--converged",
         "20",
     ],
-    "encoder_propagation": ["--runs", "unet:euler:10:6", "flow:euler:10:6", "--only", *REUSES],
+    "propagation": ["--runs", "unet:euler:10:6", "flow:euler:10:6", "--only", *REUSES],
     "step_kinds": ["--models", "SD1.5", "--pixels", "64"],
     "whole_runs": ["--models", "SD1.5", "--pixels", "64", "--steps", "8", "--only", "DeepCache 2"],
     "one_more_step": ["--settings", "SD's:1:4", "--seeds", "2", "--steps", "4"],
@@ -62,6 +68,13 @@ def test_every_benchmark_is_in_the_list_above():
     assert scripts == set(SMOKE)
 
 
+@pytest.mark.parametrize("name", SMOKE)
+def test_it_finds_what_it_imports(name):
+    """All of them, each time: some run in the night alone, where others have what they do."""
+    assert callable(importlib.import_module(name).main)
+
+
+@pytest.mark.nightly
 @pytest.mark.host
 def test_the_demo_models_numbers_and_pictures(tmp_path):
     (tmp_path / "demo_model.md").write_text(
@@ -87,6 +100,7 @@ def test_thumbnails_have_a_row_for_each_batch_that_is_compared(tmp_path):
     assert difference.mean() < 4  # JPEG, and another machine's arithmetic
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_the_schedules_are_ranked_and_noise_that_is_left_is_seen(tmp_path):
     (tmp_path / "schedules.md").write_text(
@@ -135,6 +149,7 @@ def test_fitted_schedules_are_weighed_against_the_free_ones(tmp_path):
         assert min(Image.open(tmp_path / picture).size) > 100
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_the_caches_save_evaluations_and_the_mends_do_not(tmp_path):
     run("peers", tmp_path, *SMOKE["peers"])
@@ -157,6 +172,7 @@ def test_golden_noise_stands_beside_plain_runs_of_equal_cost(tmp_path):
     assert rows["plain"]["summary"]["variety"][0] == 100 and rows["plain"]["summary"]["psnr"][0] == 100
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_the_distances_are_ranked_by_all_and_by_fewer_pictures(tmp_path):
     printed = run("samples", tmp_path, *SMOKE["samples"])
@@ -203,8 +219,8 @@ def test_parts_of_a_real_size_network(tmp_path):
 
 @pytest.mark.host
 def test_reused_features_are_weighed_against_fewer_steps(tmp_path):
-    printed = run("encoder_propagation", tmp_path, *SMOKE["encoder_propagation"])
-    data = json.loads((tmp_path / "results" / "encoder_propagation.json").read_text())["data"]
+    printed = run("propagation", tmp_path, *SMOKE["propagation"])
+    data = json.loads((tmp_path / "results" / "propagation.json").read_text())["data"]
     rows, flow = ({row["label"]: row for row in data if row["model"] == model} for model in ("unet", "flow"))
     assert (rows["plain"]["whole"], rows["plain"]["part"]) == (10, 0) and rows["plain"]["speed"]["demo"] == 1
     assert (rows["DeepCache 3"]["whole"], rows["DeepCache 3"]["part"]) == (4, 6)
@@ -214,9 +230,9 @@ def test_reused_features_are_weighed_against_fewer_steps(tmp_path):
     assert (first["whole"], first["part"]) == (5, 5)  # 0 3 6 8 9
     assert all(any(label.startswith("calibrated") for label in found) for found in (rows, flow))
     assert "| DeepCache 3 |" in printed and "at least 45 dB" in printed
-    for picture in ("encoder_propagation.png", "encoder_propagation_grid.jpg"):
+    for picture in ("propagation.png", "propagation_grid.jpg"):
         assert min(Image.open(tmp_path / picture).size) > 200
-    from encoder_propagation import added, recorded
+    from propagation import added, recorded
 
     unet, other = recorded(tmp_path)
     assert [row.label for row in other] == list(flow) and other[0].run.model == "flow"
@@ -235,6 +251,7 @@ def test_the_cost_of_each_kind_of_step(tmp_path):
     assert [step["whole"] for step in result["data"][0]["steps"]] == [i % 4 == 0 for i in range(9)]
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_a_whole_run_takes_less_time_with_shorter_steps(tmp_path):
     run("whole_runs", tmp_path, *SMOKE["whole_runs"])
@@ -259,7 +276,7 @@ def test_small_pictures_are_measured_beside_an_oracle_and_the_stock_shift(tmp_pa
     # A model that was only ever shown 128 px draws a crop at 64 px.
     assert rows["drawn at 128 px, made smaller"]["frechet"][0] < rows["plain"]["frechet"][0]
     wrong, mended = rows["told wrong"]["frechet"][0], rows["told wrong + noise shift, joint"]["frechet"][0]
-    assert "832 evaluations a size" in printed and mended != wrong and rows["told right"]["change"] is None
+    assert "896 evaluations a size" in printed and mended != wrong and rows["told right"]["change"] is None
     assert "| plain |" in printed and " old " not in (tmp_path / "noise_shift.md").read_text()
     assert min(Image.open(tmp_path / "noise_shift_flow.jpg").size) > 200
 

@@ -4,15 +4,19 @@ off, the result is that of the graph without the node, bit for bit; on, it is an
 and the same through KSampler and SamplerCustomAdvanced; the global random state is where the stock graph leaves it; and
 afterwards the stock graph gives the bits that it gave before.
 
-docs/compatibility.md is what this file has passed: `ATTUNE_WRITE=1 python dev.py test tests/host/test_compatibility.py`
-writes it.
+Each run asks every kind once: each graph with one method of each model and with what a method rightly does otherwise
+there, each method with one other, one failure and each kind of solver. The other combinations are nightly.
+
+docs/compatibility.md is what this file has passed:
+`ATTUNE_WRITE=1 python dev.py test --all tests/host/test_compatibility.py` writes it.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from itertools import combinations
@@ -23,13 +27,15 @@ import torch
 
 from graphs import GRAPHS, STEPS, Kit
 from methods import METHODS
+from nightly import daily
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/compatibility.md"
 
 
 SAME = lambda model: model
-PASSED: set[tuple[str, str]] = set()  # (method, graph)
+RUN: set[tuple[str, str]] = set()  # (method, graph), of this process
+PASSED: set[tuple[str, str]] = set()
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +66,55 @@ def alone(kits):
     return lru_cache(maxsize=None)(run)
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+def asked_twice(model):
+    """A clone with another pack's function that deep-copies the options it is given and evaluates once more."""
+    import comfy.samplers
+
+    def once_more(args):
+        options = copy.deepcopy(args["model_options"])
+        comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        return args["denoised"]
+
+    model = model.clone()
+    model.set_model_sampler_post_cfg_function(once_more)
+    return model
+
+
 @pytest.mark.parametrize("method", METHODS)
+def test_another_pack_may_deep_copy_the_options_while_it_samples(kits, alone, method):
+    kit = kits[METHODS[method].model]
+    assert torch.equal(kit.ksampler(asked_twice(METHODS[method].on(kit)(kit.model))), alone(method))
+
+
+def of_model(model: str) -> list[str]:
+    return [name for name, method in METHODS.items() if method.model == model]
+
+
+def in_turn(model: str, kinds: Iterable) -> set[tuple]:
+    """(method, kind) with every kind and every method at least once."""
+    methods, kinds = of_model(model), list(kinds)
+    return {(methods[i % len(methods)], kinds[i % len(kinds)]) for i in range(max(len(methods), len(kinds)))}
+
+
+# Where conditions are evaluated apart, features of one must not serve another; where a start is no pure noise, a method of
+# the first state has to know.
+TELLING = {
+    "encoder propagation": ("areas", "prompts in turn", "LoRA schedule on one prompt", "ControlNet"),
+    "block propagation": ("areas", "ControlNet", "context windows"),
+    "one more step": ("KSampler (Advanced), two stages", "inpaint mask", "batch_index", "areas"),
+    "golden noise": ("batch_index", "prompts in turn"),
+}
+CELLS = [(method, name) for method in METHODS for name in GRAPHS]
+ASKED = {
+    *in_turn("unet", GRAPHS), *in_turn("flow", GRAPHS),
+    *((method, name) for method, chosen in METHODS.items() for name in [*(chosen.where or {}), *(chosen.refused or {})]),
+    *((method, name) for method, names in TELLING.items() for name in names),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("method", "name"), daily(CELLS, *ASKED, names=2))
 def test_the_method_in_the_graph(kits, stock_of, method, name):
+    RUN.add((method, name))
     chosen, graph = METHODS[method], GRAPHS[name]
     kit = kits[chosen.model]
     stock, state = stock_of(chosen.model, name)
@@ -103,7 +155,11 @@ def samplers() -> list[str]:
     return list(dict.fromkeys(names))
 
 
-@pytest.mark.parametrize("sampler", samplers())
+# One of each kind: one evaluation a step, two, several steps back, noise, both, steps of its own choice.
+SOLVERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2s_ancestral", "dpmpp_2m_sde", "uni_pc", "lcm", "dpm_adaptive")  # fmt: skip
+
+
+@pytest.mark.parametrize("sampler", daily(samplers() or SOLVERS, *SOLVERS))
 @pytest.mark.parametrize("model", ["unet", "flow"])
 def test_every_stock_sampler(kits, model, sampler):
     """All methods of the model at once. Off: the stock bits. On: the same bits twice, and then the stock bits."""
@@ -120,7 +176,11 @@ def test_every_stock_sampler(kits, model, sampler):
 PAIRS = [(a, b) for a, b in combinations(METHODS, 2) if METHODS[a].model == METHODS[b].model]
 
 
-@pytest.mark.parametrize(("a", "b"), PAIRS, ids=lambda name: name)
+PAIRED = [pair for model in ("unet", "flow") for pair in zip(of_model(model)[::2], of_model(model)[1::2], strict=False)]
+IN_ONE_PLACE = [(a, b) for a, b in PAIRS if not METHODS[a].beside(METHODS[b])]
+
+
+@pytest.mark.parametrize(("a", "b"), daily(PAIRS, *PAIRED, *IN_ONE_PLACE, names=2), ids=lambda name: name)
 def test_two_methods_together(kits, alone, a, b):
     """An idle method beside another changes nothing, in both orders. Both on, the order does not matter, or the later counts."""
     first, second = METHODS[a], METHODS[b]
@@ -148,8 +208,11 @@ def _chain(nodes) -> Callable:
     return put
 
 
-@pytest.mark.parametrize("failure", ["interrupt", "error", "out of memory"])
-@pytest.mark.parametrize("method", METHODS)
+FAILURES = ["interrupt", "error", "out of memory"]
+FAILED = {*in_turn("unet", FAILURES), *in_turn("flow", FAILURES)}
+
+
+@pytest.mark.parametrize(("method", "failure"), daily([(m, f) for m in METHODS for f in FAILURES], *FAILED, names=2))
 def test_a_run_that_ends_at_any_evaluation_leaves_nothing(kits, stock_of, alone, method, failure):
     """The next run with the node is undisturbed, the next without it is stock, and no tensor stays alive."""
     import comfy.model_management as management
@@ -216,7 +279,7 @@ def test_models_may_be_unloaded_in_between_and_may_find_no_room(kits, stock_of, 
 
 @contextmanager
 def new_tensors() -> Iterator[Callable[[], int]]:
-    """How many tensors made in the block are alive. What was there before is set aside: the collector is ten times faster."""
+    """How many tensors made in the block are alive. What was there before is set aside, until the file of tests ends."""
     gc.collect()
     gc.freeze()
 
@@ -224,10 +287,7 @@ def new_tensors() -> Iterator[Callable[[], int]]:
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
-    try:
-        yield count
-    finally:
-        gc.unfreeze()
+    yield count
 
 
 # --- the page ---
@@ -269,7 +329,10 @@ def table(passed: set[tuple[str, str]]) -> str:
 
 
 def test_the_page_says_what_is_tested():
+    """A run with --all asks every cell of it, any other at least one of each row and of each column."""
     if os.environ.get("ATTUNE_WRITE"):
+        assert set(CELLS) == PASSED, "The page is written by a run of this whole file, with --all."
         PAGE.write_text(table(PASSED), "utf-8")
-    everything = {(method, name) for method in METHODS for name in GRAPHS}
-    assert PAGE.read_text("utf-8") == table(everything)
+    assert set(CELLS) >= ASKED and RUN == PASSED
+    assert {method for method, _ in ASKED} == set(METHODS) and {name for _, name in ASKED} == set(GRAPHS)
+    assert PAGE.read_text("utf-8") == table(set(CELLS))

@@ -7,8 +7,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from analytic import Gaussian
 
+from analytic import Gaussian
 from exact import analytic_model, field, field_scores, gains, levels, mixture, sample, start
 from pack.kernels.space import NoiseSpace
 

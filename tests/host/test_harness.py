@@ -54,7 +54,7 @@ def test_a_second_run_reads_the_cache_and_another_setting_does_not(lab, monkeypa
     monkeypatch.setattr(Lab, "_draw", lambda *_: pytest.fail("drawn again"))
     second = lab.run(cell, WORK)
     assert torch.equal(first.latents, second.latents)
-    with pytest.raises(pytest.fail.Exception):
+    with pytest.raises(pytest.fail.Exception, match="drawn again"):
         lab.run(Cell("unet", "euler", cell.sigmas, cfg=2.0), WORK)
 
 

@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nightly import daily
+
 
 @pytest.fixture(scope="module")
 def flow(host):
@@ -42,7 +44,7 @@ def clean(host, flow, prompts, encode):
 
 def fit(host, model, positive, **more):
     options = {
-        "sizes": "64x64", "native_width": 128, "native_height": 128, "preset": "quick", "method": "joint", "seed": 0,
+        "sizes": "64x64", "native_width": 128, "native_height": 128, "preset": "quick", "seed": 0,
         "save_as": "", "positive": positive,
     } | more  # fmt: skip
     return host.call("AttuneFitNoiseShift", model=model, **options)
@@ -88,10 +90,10 @@ def heard(model, run):
         hook.remove()
 
 
-def test_a_quick_fit_finds_what_the_model_hears_wrong_and_costs_832_evaluations(host, flow, prompts, clean, shift):
+def test_a_quick_fit_finds_what_the_model_hears_wrong_and_costs_896_evaluations(host, flow, prompts, clean, shift):
     """A network that hears every level 0.5 log units too high: the fit takes that back, and a shift on the MODEL is not
     in its way."""
-    (shifted, _) = host.call("AttuneNoiseShift", model=flow[0], profile=shift({(64, 64): 0.5}))
+    (shifted, *_) = host.call("AttuneApplyProfile", model=flow[0], profile=shift({(64, 64): 0.5}))
     rows = []
 
     def mishear(module, args):
@@ -101,20 +103,22 @@ def test_a_quick_fit_finds_what_the_model_hears_wrong_and_costs_832_evaluations(
     hook = flow[0].model.diffusion_model.register_forward_pre_hook(mishear)
     profile, plot, report = fit(host, shifted, prompts, latent=clean)
     hook.remove()
-    assert sum(rows) == 832 and max(rows) <= 8 and "832 evaluations a size" in report and "kept" in report
+    assert sum(rows) == 896 and max(rows) <= 8 and "896 evaluations a size" in report and "kept" in report
     (fitted,) = profile.alignments
     assert fitted.resolution == (64, 64) and profile.metrics["64x64"]["accepted"]
-    told = torch.logit(torch.tensor(fitted.sigma_hat)) - torch.logit(torch.tensor(fitted.sigma))
+    told = torch.logit(torch.tensor(fitted.sigma_cond)) - torch.logit(torch.tensor(fitted.sigma))
     truth = fit(host, flow[0], prompts, latent=clean)[0].alignments[0]
-    own = torch.logit(torch.tensor(truth.sigma_hat)) - torch.logit(torch.tensor(truth.sigma))
-    assert (told - own + 0.5).abs()[1:-1].max() < 0.15
+    own = torch.logit(torch.tensor(truth.sigma_cond)) - torch.logit(torch.tensor(truth.sigma))
+    assert (told - own + 0.5).abs()[
+        3:-1
+    ].max() < 0.15  # below, the loss hardly changes, and to it this model is not right
     assert plot.shape == (1, 600, 960, 3)
 
 
 def test_every_pass_gets_the_curve_of_the_latent_that_it_samples(host, flow, encode, shift, caplog):
     """A draft of 64 px, then the enlarged latent of 128 px through the same MODEL: told up, then told the truth."""
     positive, negative = encode("a cat on a black background"), encode("")
-    model, report = host.call("AttuneNoiseShift", model=flow[0], profile=shift({(64, 64): 0.5, (96, 96): 0.2}))
+    model, _, _, report = host.call("AttuneApplyProfile", model=flow[0], profile=shift({(64, 64): 0.5, (96, 96): 0.2}))
     assert "64x64 is calibrated" in report and "96x96 is calibrated" in report
 
     def two_passes(model):
@@ -139,11 +143,13 @@ def test_every_pass_gets_the_curve_of_the_latent_that_it_samples(host, flow, enc
     assert plain[1][1] < between[1][1] < calls[1][1]
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "heun"])
+@pytest.mark.parametrize(
+    "sampler", daily(["euler", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "heun"], "euler", "dpmpp_2m_sde")
+)
 def test_strength_zero_is_the_model_and_at_the_native_size_the_bits_are_the_same(host, flow, encode, shift, sampler):
     positive, negative = encode("a cat on a black background"), encode("")
-    assert host.call("AttuneNoiseShift", model=flow[0], profile=shift({(64, 64): 0.5}), strength=0.0)[0] is flow[0]
-    (model, _) = host.call("AttuneNoiseShift", model=flow[0], profile=shift({(64, 64): 0.5}))
+    assert host.call("AttuneApplyProfile", model=flow[0], profile=shift({(64, 64): 0.5}), strength=0.0)[0] is flow[0]
+    model, *_ = host.call("AttuneApplyProfile", model=flow[0], profile=shift({(64, 64): 0.5}))
     same = [draw(host, m, positive, negative, side=128, sampler=sampler)["samples"] for m in (flow[0], model)]
     assert torch.equal(*same)
     other = [draw(host, m, positive, negative, side=64, sampler=sampler)["samples"] for m in (flow[0], model)]
@@ -157,7 +163,7 @@ def test_shift_nodes_and_aligned_timesteps_compose_in_both_orders(host, flow, en
         shift({(64, 64): 0.1}), kind="schedule", name="aligned", sigmas=(1.0, 0.8, 0.5, 0.0), solver="euler",
         alignments=(profiles.CondLevels("euler", (64, 64), (0.5, 0.8), (0.45, 0.75)),),
     )  # fmt: skip
-    ours = lambda m: host.call("AttuneNoiseShift", model=m, profile=shift({(64, 64): 0.5}))[0]
+    ours = lambda m: host.call("AttuneApplyProfile", model=m, profile=shift({(64, 64): 0.5}))[0]
     align = lambda m: host.call("AttuneApplyProfile", model=m, profile=aligned)[0]
     sd3 = lambda m: host.call("ModelSamplingSD3", model=m, shift=1.5)[0]
     for other in (align, sd3):
@@ -178,19 +184,23 @@ def test_images_are_encoded_at_every_size_and_a_stopped_run_is_continued(host, d
     hook.remove()
     assert {tuple(shape[2:]) for shape in calls} == {(4, 5)} and "1 of 2 sizes were there" in report
     assert both.alignments[0] == done.alignments[0] and [a.resolution for a in both.alignments] == [(32, 32), (40, 32)]
-    (loaded, _) = host.call("AttuneLoadProfile", profile_name="stopped shift.json")
+    loaded, *_ = host.call("AttuneLoadProfile", profile_name="stopped shift.json")
     assert loaded == both
     again, _, report = fit(host, demo[0], prompts, **inputs)
     assert again == both and "2 of 2 sizes were there" in report and "\n0 evaluations" in report
-    with pytest.raises(ValueError, match="this one with other settings"):
+    with pytest.raises(ValueError, match="this one with other pictures or settings"):
         fit(host, demo[0], prompts, **inputs | {"seed": 1})
+    with pytest.raises(ValueError, match="this one with other pictures or settings"):
+        fit(host, demo[0], prompts, **inputs | {"images": images.flip(0)})
+    (file,) = host.profiles.iterdir()
+    assert file.name == "stopped shift.json"
 
 
 def test_without_pictures_and_prompts_the_model_draws_its_own(host, demo):
     small = {"sizes": "16x16", "native_width": 32, "native_height": 32}
-    profile, _, report = fit(host, demo[0], None, vae=demo[2], method="per level", **small)
-    assert "draws its own" in report and "the text is zeroed" in report and "nothing was held out" in report
-    assert profile.resolution == (32, 32) and profile.method == "noise shift, per level"
+    profile, _, report = fit(host, demo[0], None, vae=demo[2], **small)
+    assert "draws its own" in report and "the text is zeroed" in report and "on held-out pictures" in report
+    assert profile.resolution == (32, 32) and profile.method == "noise shift"
 
 
 def test_interruption_leaves_the_model_as_it_was(host, flow, prompts, clean):
@@ -217,16 +227,16 @@ def test_what_cannot_be_calibrated_is_refused_in_a_sentence_before_the_first_cal
     images = torch.rand(8, 64, 64, 3)
     never = flow[0].model.diffusion_model.register_forward_pre_hook(lambda *_: pytest.fail("the network was called"))
     for more, words in (
-        ({"latent": few}, "'latent' holds 3 pictures, but at least 4"),
+        ({"latent": few}, "'latent' holds 3 pictures, but at least 6"),
         ({"latent": {"samples": torch.zeros(8, 16, 8, 8)}}, "'latent' is empty"),
         ({"latent": clean, "images": images}, "not both"),
         ({"images": images}, "Connect 'vae'"),
         ({"images": images, "vae": flow[2], "sizes": "128x128"}, "'images' are 64x64, smaller than 128x128"),
         ({"images": images, "vae": flow[2], "sizes": ""}, "'sizes' is empty"),
-        ({"images": images[:5], "vae": flow[2]}, "8 prompts for 5 pictures"),
+        ({"images": images[:7], "vae": flow[2]}, "8 prompts for 7 pictures"),
     ):
         with pytest.raises(ValueError, match=words):
             fit(host, flow[0], prompts, **more)
     never.remove()
     with pytest.raises(ValueError, match="is for flow models"):
-        host.call("AttuneNoiseShift", model=demo[0], profile=shift({(64, 64): 0.5}))
+        host.call("AttuneApplyProfile", model=demo[0], profile=shift({(64, 64): 0.5}))

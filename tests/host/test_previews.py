@@ -37,10 +37,10 @@ GRAPHS = {
     },
     "encoder propagation": {
         "1": LOADER, "2": LATENT, "3": N("CLIPTextEncode", clip=["1", 1], text="a cat"),
-        "6": N("AttuneFitEncoderPropagation", model=["1", 0], positive=["3", 0], negative=["3", 0], latent_image=["2", 0],
+        "6": N("AttuneFitPropagation", model=["1", 0], positive=["3", 0], negative=["3", 0], latent_image=["2", 0],
                sampler_name="euler", scheduler="simple", steps=8, cfg=1.0, seed=0, reuse="top level fresh", fastest=1.5,
                longest=2),
-        "7": N("AttuneEncoderPropagation", model=["1", 0], profile=["6", 0], **PROPAGATE),
+        "7": N("AttunePropagation", model=["1", 0], profile=["6", 0], **PROPAGATE),
         "8": N("PreviewAny", source=["7", 0]),
     },
     "one more step": {

@@ -273,6 +273,7 @@ def test_the_selected_noise_is_the_draw_with_the_best_score(host, demo, flow, co
     given = {"model": model, "latent_image": latent, "seed": 7, "candidates": 3, "steps": 2, **common}
     noise, said = host.call("AttuneSelectNoise", **given)
     chosen = noise.generate_noise(latent)
+    assert len(said.splitlines()) == 2
     for i, line in enumerate(said.splitlines()):
         scores = {int(part.split()[0]): float(part.split("(")[1][:-1]) for part in line.split(" of ")[1].split(", ")}
         best = max(scores, key=scores.get)

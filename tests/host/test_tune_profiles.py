@@ -10,14 +10,14 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parents[2] / "training"))
 import tune_profiles as script
 
-from pack.models.calibration import load_profile, save_profile
+from pack.models.store import load_profile, save_profile
 
 
 @pytest.fixture
 def small(host, monkeypatch):
     """A preset of a few evaluations, two prompts."""
     kit = sys.modules[host.nodes.NODE_CLASS_MAPPINGS["AttuneTuneSchedule"].__module__]
-    monkeypatch.setitem(kit.PRESETS, "mini", type(kit.PRESETS["mini"])(1, 1, 8, 2, 1))
+    monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 8, 2, 1))
     monkeypatch.setattr(script, "PROMPTS", script.PROMPTS[:2])
 
 

@@ -1,1 +1,457 @@
-"""Encoder and block propagation inside the host."""
+"""Propagation inside the host: one object per run, the wrappers that feed it, and which network it is for."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ....kernels.propagation import (
+    PRIOR_NOISE_TIME,
+    SAME_PLACE,
+    Costs,
+    FeatureCache,
+    Reuse,
+    add_prior_noise_,
+    boundary_keys,
+    fine_detail,
+    make_plan,
+    resemblance,
+    speedup,
+)
+from ....models.calibration import Calibration, KeySteps, Point
+from ..._plan.propagation import CALIBRATED, TARGET, Choice, ReuseSettings, chosen_point, said_of
+from ..calibrating import stands_aside
+from ..clock import Clock, active_levels, conditioning_changes, noise_space, step_times, why_not
+from ..solvers import adds_noise, facts_of, solver_name
+
+LOG = logging.getLogger(__name__)
+NODE = "Attune Propagation"
+KEY = "attune.propagation"
+RUN = f"{KEY}.run"  # of a run's options: its Propagation
+DTYPES = {"as computed": None, "half": torch.float16}
+DEVICES = {"as computed": None, "cpu": torch.device("cpu")}
+
+
+class Propagation:
+    """One sampling run: its plan, its features, and what was done. A subclass knows one kind of network.
+
+    network: of the subclass, with its article. profile_kind: of the calibrations for it. inner: its own wrapper, by the
+    host's kind of wrappers.
+    """
+
+    network: str
+    profile_kind: str
+    inner: dict[str, Callable]
+    costs: Costs
+
+    def __init__(self, guider: Any, settings: ReuseSettings, noise: Tensor, sampler: Any, sigmas: Tensor):
+        self.model, self.settings, self.noise = guider.model_patcher, settings, noise
+        sampling = self.model.get_model_object("model_sampling")
+        self.space = noise_space(sampling)
+        self.rows = noise.shape[0] * sum(len(side) for side in guider.conds.values())
+        times, top_time = step_times(sampling, sigmas)
+        shares = [time / top_time for time in times]
+        levels = sigmas.tolist()  # a copy: uni_pc writes into the tensor
+        self.inspect(noise)
+        choice = self.choose(levels, shares, adds_noise(sampler))
+        self.reuse, self.cache_dtype, cache_device, squeezed = self.within_limit(choice.reuse)
+        self.said = choice.said + squeezed
+        self.plan = make_plan(
+            levels, times, choice.keys,
+            forecast=self.reuse.forecast, last=choice.keep_last,
+            always=boundary_keys(levels, conditioning_changes(sampling, guider.conds)),
+            active=active_levels(sampling, settings.start_percent, settings.end_percent),
+        )  # fmt: skip
+        self.clock = Clock(self.plan, sampler)
+        self.cache = FeatureCache(2 if self.reuse.forecast else 1, self.cache_dtype, cache_device)
+        injects = settings.prior_noise > 0 and bool(noise.any())
+        self.noisy = {i for i, share in enumerate(shares) if injects and share < PRIOR_NOISE_TIME}
+        self.deferred: dict[int, DeferredControl] = {}
+        self.lock = threading.Lock()  # newer hosts evaluate conditions in threads, one per GPU
+        self.seen: Counter = Counter()
+        self.counts: Counter = Counter()
+        self.most_bytes = 0
+        self.sources: tuple[int, int | None] | None = None  # a calibration's choice of captures
+        # Such a function may cut the latent into tiles, and move them from step to step.
+        self.tiled = "model_function_wrapper" in guider.model_options
+        self.details: dict[tuple, Tensor] = {}  # of the x that each condition's features were captured at
+
+    def __deepcopy__(self, memo: dict) -> Propagation:
+        """Other packs deep-copy a run's options to evaluate once more: it is the same run."""
+        return self
+
+    # --- what a subclass says about its network ---
+
+    @classmethod
+    def blocks_in(cls, model: Any) -> int:
+        """How many blocks of this kind of network a MODEL has: 0 for another kind, 1 for one with nothing to reuse."""
+        raise NotImplementedError
+
+    @staticmethod
+    def part(name: str) -> str:
+        """What the input 'reuse' stands for; ValueError for a part of another kind of network."""
+        raise NotImplementedError
+
+    def inspect(self, noise: Tensor) -> None:
+        """Look at the network for latents like `noise`; sets `costs`."""
+        raise NotImplementedError
+
+    def choose(self, sigmas: list[float], shares: list[float], fresh_noise: bool) -> Choice:
+        raise NotImplementedError
+
+    def bytes_of(self, reuse: Reuse, dtype: torch.dtype | None) -> int:
+        """What the features of a run take at most."""
+        raise NotImplementedError
+
+    def thinner(self, reuse: Reuse) -> Reuse:
+        """The reuse with the fewest features."""
+        return reuse
+
+    # --- before and after the run ---
+
+    def within_limit(self, reuse: Reuse) -> tuple[Reuse, torch.dtype | None, torch.device | None, str]:
+        """The reuse, dtype and device that keep the features under the user's limit: half precision, less, the CPU."""
+        s = self.settings
+        dtype, device, limit = DTYPES[s.cache_dtype], DEVICES[s.cache_device], s.memory_limit * 1024**2
+        if not limit or self.bytes_of(reuse, dtype) <= limit:
+            return reuse, dtype, device, ""
+        if self.bytes_of(reuse, torch.float16) <= limit:
+            return reuse, torch.float16, device, "; features kept in half precision for the memory limit"
+        less = self.thinner(reuse)
+        if self.bytes_of(less, torch.float16) <= limit:
+            return less, torch.float16, device, "; less is reused and kept in half precision for the memory limit"
+        return less, torch.float16, torch.device("cpu"), "; less is reused and kept on the CPU for the memory limit"
+
+    def element_size(self, dtype: torch.dtype | None) -> int:
+        computed = self.model.model.manual_cast_dtype or self.model.model_dtype()
+        return torch.empty((), dtype=dtype or computed).element_size()
+
+    def announce(self) -> None:
+        share, keys = self.costs.of_step(self.reuse), sorted(self.plan.keys)
+        LOG.info(
+            "%s: %s; %d of %d steps are key steps (%s), the others cost %.0f %%: %.2f times less computing; "
+            "features take up to %.1f MB.",
+            NODE, self.said, len(keys), self.plan.steps, " ".join(map(str, keys)), 100 * share,
+            speedup(self.plan.steps, len(keys), share), self.bytes_of(self.reuse, self.cache_dtype) / 1024**2,
+        )  # fmt: skip
+
+    def report(self) -> None:
+        c = self.counts
+        LOG.info(
+            "%s: the network ran whole %d times (%d of them because features were missing), in part %d times, and %d "
+            "outputs were ready; features took %.1f MB.",
+            NODE, c["whole"], c["missing"], c["part"], c["ready"], self.most_bytes / 1024**2,
+        )  # fmt: skip
+        if c["moved"]:
+            LOG.info("%s: tiles moved, so %d calls of the network ran whole.", NODE, c["moved"])
+
+    def close(self) -> None:
+        self.cache.clear()
+        self.deferred.clear()
+        self.details.clear()
+        self.noise = None  # type: ignore[assignment]
+
+    # --- during the run ---
+
+    def begin(self, sigma: Tensor) -> None:
+        """An evaluation of the guided model begins."""
+        self.clock.begin(sigma)
+        self.seen.clear()
+
+    @property
+    def step(self) -> int:
+        return self.clock.step or 0
+
+    @property
+    def shorter(self) -> bool:
+        """Whether the evaluation in progress may reuse features."""
+        return self.sources is not None or (self.clock.step is not None and self.clock.step not in self.plan.keys)
+
+    def records(self, keys: list) -> bool:
+        """Whether the features of a whole call are wanted: a later step uses them, or one was missing."""
+        wanted = self.shorter or self.step in self.plan.captured
+        return wanted and (self.clock.on_grid or not all(self.cache.holds(key, self.step) for key in keys))
+
+    def deferring(self, cond: dict) -> dict:
+        """A condition whose ControlNet waits until its residuals are looked at."""
+        control = cond.get("control")
+        if control is None:
+            return cond
+        return {**cond, "control": self.deferred.setdefault(id(control), DeferredControl(control))}
+
+    def recall(self, keys: list, signature: tuple, time: float, like: Tensor):
+        return self.cache.recall(keys, signature, self.plan.last_key(self.step), time, like, self.sources)
+
+    def store(self, keys: list, signature: tuple, features: dict, x: Tensor) -> None:
+        with self.lock:
+            self.cache.store(keys, self.step, self.plan.time(self.clock.sigma), signature, features)
+            self.most_bytes = max(self.most_bytes, self.cache.bytes)
+            if self.tiled:
+                self.details |= zip(keys, self._details(keys, x), strict=True)
+
+    def moved(self, keys: list, x: Tensor) -> bool:
+        """Whether x is of another place of the picture than the captured features of its conditions.
+
+        Asked only where another pack calls the network itself: it waits for the device, once a call.
+        """
+        if not self.tiled or self.sources is not None:
+            return False
+        pairs = [(self.details.get(key), now) for key, now in zip(keys, self._details(keys, x), strict=True)]
+        found = [resemblance(then, now) for then, now in pairs if then is not None and then.shape == now.shape]
+        moved = bool(found) and bool(torch.stack(found).min() < SAME_PLACE)
+        self.counts["moved"] += moved
+        return moved
+
+    def _details(self, keys: list, x: Tensor) -> tuple[Tensor, ...]:
+        """Of each condition's rows, without what an inpainting network is given beside the latent."""
+        return fine_detail(x[:, : self.noise.shape[1]]).chunk(len(keys))
+
+    def keys_of(self, options: dict, device: torch.device) -> list[tuple] | None:
+        """The condition of each chunk of a call: its id, context window and device, how often it was seen before."""
+        if "uuids" not in options:
+            return None
+        window = getattr(options.get("context_window"), "index_list", None)
+        keys = []
+        for uuid in options["uuids"]:  # one call may hold a condition twice: an area's negative has the positive's id
+            condition = (uuid, window and tuple(window), device)
+            keys.append((*condition, self.seen[condition]))
+            self.seen[condition] += 1
+        return keys
+
+    def signature(self, keys: list, x: Tensor) -> tuple:
+        """What must be the same for features to fit: rows, shape, dtype, device, and the strength of every hook."""
+        hooks = getattr(self.model.current_hooks, "hooks", ())
+        return (x.shape[0] // len(keys), *x.shape[1:], x.dtype, x.device, tuple(hook.strength for hook in hooks))
+
+    # --- prior noise ---
+
+    def stirring(self, sampler: Any) -> Any:
+        """The SAMPLER with the prior noise added to its own state, before the model is first asked in a step.
+
+        Between the solver and the guided model the host may copy the state (a mask does), so it is added in front.
+        """
+        facts = facts_of(sampler)
+        if facts is None or not facts.keeps_state:
+            raise ValueError(
+                f"{NODE} cannot add 'prior_noise' with the sampler '{solver_name(sampler)}', which works on copies of "
+                "the latent or is not known: set 'prior_noise' to 0, or choose a sampler such as 'euler' or 'dpmpp_2m'."
+            )
+        solve, stirred = sampler.sampler_function, copy.copy(sampler)
+
+        @functools.wraps(solve)
+        def solve_stirred(model, x, sigmas, *args, callback=None, **kwargs):
+            def finished(facts_of_step):
+                with_noise.calls = 0
+                if callback is not None:
+                    callback(facts_of_step)
+
+            with_noise = _Stirred(self, model, facts.calls)
+            return solve(with_noise, x, sigmas, *args, callback=finished, **kwargs)
+
+        stirred.sampler_function = solve_stirred
+        return stirred
+
+
+class _Stirred:
+    """A solver's model that adds the prior noise to the state it is first asked about in a step.
+
+    calls: since the solver reported a step, which all of them do after the step's first call.
+    """
+
+    def __init__(self, run: Propagation, model: Any, per_step: int):
+        self._run, self._model, self._per_step, self.calls = run, model, per_step, per_step - 1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, *args, **kwargs) -> Tensor:
+        run = self._run
+        if self.calls >= self._per_step - 1:
+            step = run.clock.begin(sigma)
+            if step in run.noisy and run.clock.on_grid:
+                run.noisy.discard(step)
+                run.noise = run.noise.to(x)
+                add_prior_noise_(x, run.noise, run.clock.sigma, run.settings.prior_noise, run.space)
+        self.calls += 1
+        return self._model(x, sigma, *args, **kwargs)
+
+
+# --- ControlNets that are computed only when the network looks at their residuals ---
+
+
+class DeferredControl:
+    """In the place of a ControlNet: computed when the network asks for its residuals, which a shorter step does not."""
+
+    def __init__(self, control: Any):
+        self._control = control
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_control":  # a copy in the making
+            raise AttributeError(name)
+        return getattr(self._control, name)
+
+    def get_control(self, *args, **kwargs) -> Mapping:
+        return DeferredResiduals(lambda: self._control.get_control(*args, **kwargs))
+
+
+class DeferredResiduals(Mapping):
+    """The host's dict of control residuals, computed at the first look into it."""
+
+    def __init__(self, compute):
+        self._compute, self._values = compute, None
+
+    def _get(self) -> dict:
+        if self._values is None:
+            self._values = self._compute() or {}
+        return self._values
+
+    def __getitem__(self, name):
+        return self._get()[name]
+
+    def __iter__(self):
+        return iter(self._get())
+
+    def __len__(self):
+        return len(self._get())
+
+
+# --- the wrappers ---
+
+
+def outer_sample(propagation: type[Propagation]) -> Callable:
+    """The OUTER_SAMPLE wrapper: makes the run's object and drops it, however the run ends."""
+
+    def wrapper(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        saved = guider.model_options
+        if stands_aside(saved, KEY):
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        reason = why_not(sampler, sigmas)
+        if reason is not None:
+            LOG.info("%s stands aside: %s.", NODE, reason)
+            return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        run = propagation(guider, saved["transformer_options"][KEY], noise, sampler, sigmas)
+        if run.noisy:
+            sampler = run.stirring(sampler)
+        run.announce()
+        guider.model_options = comfy.model_patcher.create_model_options_clone(saved)
+        guider.model_options["transformer_options"][RUN] = run
+        if len(args) > 1:
+            args = (args[0], run.clock.listen(args[1]), *args[2:])
+        else:
+            kwargs["callback"] = run.clock.listen(kwargs.get("callback"))
+        try:
+            output = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            run.report()
+            return output
+        finally:
+            run.close()
+            guider.model_options = saved
+
+    return wrapper
+
+
+def run_of(model_options: dict) -> Any:
+    """The run's object in the options of an evaluation, None outside of such a run."""
+    return model_options["transformer_options"].get(RUN)
+
+
+def _predict_noise(executor, x, sigma, model_options, *args, **kwargs):
+    """PREDICT_NOISE: tells the run's object that an evaluation begins."""
+    run = run_of(model_options)
+    if run is not None:
+        run.begin(sigma)
+    return executor(x, sigma, model_options, *args, **kwargs)
+
+
+def _calc_cond_batch(executor, model, conds, x, sigma, model_options, *args, **kwargs):
+    """CALC_COND_BATCH: on a shorter step no ControlNet is computed until the network asks for it."""
+    run = run_of(model_options)
+    if run is not None and run.shorter:
+        conds = [side and [run.deferring(cond) for cond in side] for side in conds]
+    return executor(model, conds, x, sigma, model_options, *args, **kwargs)
+
+
+def applied(
+    model: Any, propagation: type[Propagation], settings: ReuseSettings, replaced: Mapping[str, Callable] | None = None
+) -> Any:
+    """A clone of a MODEL with the wrappers of a run; applied twice, the later settings count."""
+    wrappers = {
+        WrappersMP.OUTER_SAMPLE: outer_sample(propagation),
+        WrappersMP.PREDICT_NOISE: _predict_noise,
+        WrappersMP.CALC_COND_BATCH: _calc_cond_batch,
+        **propagation.inner,
+        **(replaced or {}),
+    }
+    patched = model.clone()
+    for kind, wrapper in wrappers.items():
+        patched.remove_wrappers_with_key(kind, KEY)
+        patched.add_wrapper_with_key(kind, KEY, wrapper)
+    patched.model_options["transformer_options"][KEY] = settings
+    return patched
+
+
+# --- which network ---
+
+
+def propagation_for(model: Any) -> type[Propagation]:
+    """The run's class for a MODEL's network; ValueError for one of which nothing can be reused."""
+    from .transformer import TransformerPropagation  # these build on this file
+    from .unet import UNetPropagation
+
+    for kind in (UNetPropagation, TransformerPropagation):
+        if kind.blocks_in(model) > 1:
+            return kind
+    network = type(model.get_model_object("diffusion_model")).__name__
+    raise ValueError(
+        f"{NODE} works on a UNet (SD 1.x, SD 2.x, SDXL) and on a transformer (SD3, Flux, …) of at least 2 blocks, but "
+        f"this MODEL is a {network}: connect another MODEL, or remove the node."
+    )
+
+
+def add_propagation(model: Any, settings: ReuseSettings) -> Any:
+    """A clone of a MODEL that samples with propagation; ValueError for a part that its network has not."""
+    kind = propagation_for(model)
+    kind.part(settings.reuse)
+    return applied(model, kind, settings)
+
+
+def key_steps_for(model: Any, profile: Calibration) -> KeySteps:
+    """What a profile says of a MODEL's key steps; ValueError unless it is one for its kind of network and its size."""
+    kind = propagation_for(model)
+    fit = profile.key_steps
+    if profile.kind != kind.profile_kind or fit is None:
+        raise ValueError(
+            f"The profile '{profile.name}' holds no key steps for {kind.network}: it is a "
+            f"{profile.kind.replace('_', ' ')}. Make one with 'Attune Fit Propagation'."
+        )
+    blocks = kind.blocks_in(model)
+    if fit.blocks != blocks:
+        raise ValueError(
+            f"The profile '{profile.name}' is for a network of {fit.blocks} blocks, but this MODEL has {blocks}: "
+            "fit it again."
+        )
+    return fit
+
+
+def with_calibration(model: Any, profile: Calibration, speed: float | None = None) -> tuple[Any, Point, list[str]]:
+    """A clone of a MODEL that samples as a profile of key steps says, which setting that is, and what to report.
+
+    speed: how many times less computing; None takes the fastest setting that stays faithful.
+    """
+    settings = ReuseSettings(
+        CALIBRATED if speed is None else TARGET, speed=speed or 1.0, calibration=key_steps_for(model, profile)
+    )
+    assert settings.calibration is not None
+    point = chosen_point(settings, settings.calibration)
+    return add_propagation(model, settings), point, [said_of(point, settings.calibration)]

@@ -1,9 +1,10 @@
-"""Calibrate encoder or block propagation on a model: measure what every reuse would have cost, then try the best."""
+"""Calibrate propagation on a model: measure what every reuse would have cost, then try the best."""
 
 from __future__ import annotations
 
 import logging
 import math
+import statistics
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,36 +15,34 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ....kernels.encoder_propagation import Reuse, optimal_keys, speedup, step_weights
-from ....kernels.feature_cache import FeatureCache
-from ....models.calibration import Calibration, KeySteps, Point
+from ....kernels.propagation import FeatureCache, Reuse, optimal_keys, speedup, step_weights
+from ....models.calibration import Calibration, KeySteps, ModelIdentity, Point, fitted
 from ..._plan.propagation import (
-    BLOCK_REUSES,
+    AUTOMATIC,
     CALIBRATED,
     ENCODER,
     ENDS,
     FIRST,
     ONE,
-    REUSES,
     TOP,
     TWO,
     Choice,
-    Settings,
+    ReuseSettings,
     block_reuse_by_name,
     reuse_by_name,
 )
+from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, pixels
 from ..sampling import run_stock_node, sample
-from ..solvers import adds_noise
-from . import transformer, unet
-from .run import Propagation, applied, outer_sample, run_key
-from .unet import unet_of
+from ..solvers import adds_noise, known
+from . import KEY, Propagation, applied, outer_sample, propagation_for, run_of
+from .transformer import blocks_of
+from .unet import blocks_a_side, top_blocks, unet_of
 
 LOG = logging.getLogger(__name__)
-NODE = "Attune Fit Encoder Propagation"
+NODE = "Attune Fit Propagation"
 SPEED_STEP = 0.25
-BEST = "parts that cost little"
 EQUAL = 200.0  # dB, for a result that is the same
 
 
@@ -86,7 +85,7 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
         def records(self, keys):
             return True
 
-        def store(self, keys, signature, features):
+        def store(self, keys, signature, features, x):
             before = self.cache.recall(keys, signature, max(self.step - 1, 0), 0.0, next(iter(features.values())))
             if before is not None and self.step and before.keys() == features.keys():
                 for name, value in features.items():
@@ -94,7 +93,7 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
                     seen = measured.changes.setdefault(name, [])
                     if len(seen) < self.step:
                         seen.append(change)
-            super().store(keys, signature, features)
+            super().store(keys, signature, features, x)
 
         def announce(self):
             pass
@@ -108,8 +107,10 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
                 for gap in range(gaps + 1):
                     if gap > last:
                         continue
+                    missing = self.counts["missing"]
                     part = self.reusing(last, last - gap if gap else None, executor, arguments)
-                    measured.errors[gap, age - 1, self.step] = (part - whole).float().square().mean().sqrt()
+                    if self.counts["missing"] == missing:  # else the features do not fit: a run would have a key step
+                        measured.errors[gap, age - 1, self.step] = (part - whole).float().square().mean().sqrt()
 
         def reusing(self, last: int, before: int | None, executor, arguments: tuple) -> Tensor:
             self.sources = (last, before)
@@ -122,19 +123,17 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
     return Measuring, measured
 
 
-def _compare(key: str):
-    def wrapper(executor, x, sigma, model_options, *args, **kwargs):
-        run = model_options["transformer_options"].get(run_key(key))
-        if run is None:
-            return executor(x, sigma, model_options, *args, **kwargs)
-        run.begin(x, sigma)
-        whole = executor(x, sigma, model_options, *args, **kwargs)
-        if run.clock.on_grid and run.step not in run.compared:
-            run.compared.add(run.step)
-            run.compare(executor, whole, (x, sigma, model_options, *args))
-        return whole
-
-    return wrapper
+def _compare(executor, x, sigma, model_options, *args, **kwargs):
+    """PREDICT_NOISE of a run that measures."""
+    run = run_of(model_options)
+    if run is None:
+        return executor(x, sigma, model_options, *args, **kwargs)
+    run.begin(sigma)
+    whole = executor(x, sigma, model_options, *args, **kwargs)
+    if run.clock.on_grid and run.step not in run.compared:
+        run.compared.add(run.step)
+        run.compare(executor, whole, (x, sigma, model_options, *args))
+    return whole
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ class Task:
 
 
 def fit(
-    task: Task, kind: type[Propagation], key: str, wrappers: dict, reuses: list[Reuse], fastest: float, longest: int
+    task: Task, kind: type[Propagation], reuses: list[Reuse], fastest: float, longest: int
 ) -> Generator[tuple[str, float], None, tuple[KeySteps, dict[str, list[float]]]]:
     """Measure each of `reuses`, choose key steps for speeds up to `fastest`, run them; yields what it does and how far.
 
@@ -172,49 +171,46 @@ def fit(
     for number, reuse in enumerate(reuses):
         yield f"measuring {number + 1} of {len(reuses)} parts", 0.5 * number / len(reuses)
         measuring_kind, measured = measuring(kind, reuse, longest - 1, steps)
-        replaced = {
-            **wrappers,
-            WrappersMP.OUTER_SAMPLE: outer_sample(key, measuring_kind),
-            WrappersMP.PREDICT_NOISE: _compare(key),
-        }
-        reference = task.run(applied(task.model, key, replaced, Settings()))
+        replaced = {WrappersMP.OUTER_SAMPLE: outer_sample(measuring_kind), WrappersMP.PREDICT_NOISE: _compare}
+        reference = task.run(applied(task.model, kind, ReuseSettings(), replaced))
         changes = {**measured.change_table(), **changes}
-        costs = measured.run.costs  # type: ignore[union-attr]
+        share = measured.run.costs.of_step(reuse)  # type: ignore[union-attr]
         best = optimal_keys(measured.errors.cpu(), weights)
         for n in range(1, round((fastest - 1) / SPEED_STEP) + 1):
-            speed, share = 1 + n * SPEED_STEP, costs.of_step(reuse)
-            counts = [count for count in best if speedup(steps, count, share) >= speed]
+            counts = [count for count in best if speedup(steps, count, share) >= 1 + n * SPEED_STEP]
             if counts:
                 candidates[reuse, best[max(counts)][1]] = speedup(steps, max(counts), share)
     if not candidates:
         raise ValueError(
             f"No setting is {1 + SPEED_STEP:g} times faster: set 'reuse' to a part that costs less, or raise 'longest'."
         )
+    found = KeySteps(kind.blocks_in(task.model), task.sampler_name, tuple(sigmas), ())
     points = []
     for number, ((reuse, keys), speed) in enumerate(candidates.items()):
         yield f"trying {number + 1} of {len(candidates)} settings", 0.5 + 0.5 * number / len(candidates)
         trial = Point(reuse, tuple(sorted(keys)), speed, EQUAL)
-        tried = KeySteps(len(costs.input), task.sampler_name, tuple(sigmas), (trial,))
-        model = applied(task.model, key, wrappers, Settings(CALIBRATED, calibration=tried))
-        points.append(replace(trial, psnr=_psnr(task.run(model), reference)))
+        settings = ReuseSettings(CALIBRATED, calibration=replace(found, points=(trial,)))
+        points.append(replace(trial, psnr=_psnr(task.run(applied(task.model, kind, settings)), reference)))
     kept = sorted((p for p in points if not any(_beats(q, p) for q in points)), key=lambda p: p.speed)
-    return KeySteps(len(costs.input), task.sampler_name, tuple(sigmas), tuple(kept)), changes
+    return replace(found, points=tuple(kept)), changes
 
 
 def fit_profile(
     model: Any, positive, negative, latent_image: dict, seed: int, steps: int, cfg: float, sampler_name: str,
-    scheduler: str, reuse: str, fastest: float, longest: int,
+    scheduler: str, reuse: str = AUTOMATIC, fastest: float = 2.5, longest: int = 4,
 ) -> tuple[Calibration, KeySteps, dict[str, list[float]]]:  # fmt: skip
     """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes."""
-    (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=1.0)
     sampler = comfy.samplers.sampler_object(sampler_name)
+    known(sampler, NODE)
+    (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=1.0)
     reason = why_not(sampler, sigmas)
     if reason is not None:
         raise ValueError(f"There is nothing to calibrate: {reason}. Change 'sampler_name' or 'steps'.")
-    kind, key, wrappers, reuses = _kind_of(model, reuse, adds_noise(sampler))
-    task = Task(model, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
+    kind = propagation_for(model)
+    reuses = _reuses(model, kind, reuse, adds_noise(sampler))
+    task = Task(calibrating(model, KEY), seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
     bar = comfy.utils.ProgressBar(1000)
-    work = fit(task, kind, key, wrappers, reuses, fastest, longest)
+    work = fit(task, kind, reuses, fastest, longest)
     while True:
         try:
             said, done = next(work)
@@ -223,15 +219,21 @@ def fit_profile(
         except StopIteration as finished:
             calibration, changes = finished.value
             break
-    facts = identify(model)
-    name = f"{facts.families[0]} {key.rpartition('.')[2].replace('_', ' ')}, {sampler_name} {steps} steps"
-    profile = Calibration(
-        name=name, method="measured errors, dynamic programming", space=facts.space, families=facts.families,
-        resolution=pixels(model, latent_image) or (1, 1), sigmas=calibration.sigmas, source=NODE,
-        kind=key.rpartition(".")[2], solver=sampler_name, cfg=cfg, calibration=calibration,
-        provenance={"seed": seed, "scheduler": scheduler, "longest": longest},
+    made = {"seed": seed, "scheduler": scheduler, "longest": longest, "pictures": len(latent_image["samples"])}
+    size = pixels(model, latent_image) or (1, 1)
+    return _fitted(identify(model, weights=True), kind.profile_kind, calibration, cfg, size, made), calibration, changes
+
+
+def _fitted(
+    model: ModelIdentity, kind: str, calibration: KeySteps, cfg: float, size: tuple[int, int], made: dict[str, Any]
+) -> Calibration:
+    """The profile of what was measured, with all that tells whether it is for a model."""
+    solver, steps = calibration.solver, len(calibration.sigmas) - 1
+    evidence = {"psnr": [point.psnr for point in calibration.points], "speed": [p.speed for p in calibration.points]}
+    return fitted(
+        model, kind, f"propagation, {solver} {steps} steps", "measured errors, dynamic programming", size, evidence,
+        solver=solver, cfg=cfg, sigmas=calibration.sigmas, key_steps=calibration, **made,
     )  # fmt: skip
-    return profile, calibration, changes
 
 
 def measures_too_few(sampler_name: str, latent_image: dict) -> bool:
@@ -239,33 +241,26 @@ def measures_too_few(sampler_name: str, latent_image: dict) -> bool:
     return latent_image["samples"].shape[0] == 1 and adds_noise(comfy.samplers.sampler_object(sampler_name))
 
 
-def _kind_of(model: Any, name: str, fresh_noise: bool) -> tuple[type[Propagation], str, dict, list[Reuse]]:
-    """The run's class, its key and wrappers, and what to measure on this kind of network."""
-    network = unet_of(model)
+def _reuses(model: Any, kind: type[Propagation], name: str, fresh_noise: bool) -> list[Reuse]:
+    """What to measure on this kind of network; "automatic" is the parts that cost little."""
+    part, network = kind.part(name), unet_of(model)
     if network is not None:
-        n, top = unet.blocks_a_side(network), unet.top_blocks(network)
-        names = [TOP, TWO, ONE] if name == BEST else [name]
-        _check_names(names, REUSES, "a UNet")
-        if fresh_noise and ENCODER in names:
+        if fresh_noise and part == ENCODER:
             raise ValueError(f"This solver adds noise, which '{ENCODER}' would not see: set 'reuse' to '{TOP}'.")
-        reuses = list(dict.fromkeys(reuse_by_name(one, True, n, top) for one in names))
-        return unet.EncoderPropagation, unet.KEY, unet.WRAPPERS, reuses
-    n = len(transformer.blocks_of(model.get_model_object("diffusion_model")))
-    if n < 2:
-        raise ValueError("This model is neither a UNet nor a transformer that this node knows: nothing to calibrate.")
-    names = ([FIRST, ENDS] if n > 2 else [FIRST]) if name == BEST else [name]
-    _check_names(names, BLOCK_REUSES, "a transformer")
-    reuses = [block_reuse_by_name(one, True, n) for one in names]
-    return transformer.BlockPropagation, transformer.KEY, transformer.WRAPPERS, reuses
+        names = [TOP, TWO, ONE] if name == AUTOMATIC else [part]
+        n, top = blocks_a_side(network), top_blocks(network)
+        return list(dict.fromkeys(reuse_by_name(one, True, n, top) for one in names))
+    n = len(blocks_of(model.get_model_object("diffusion_model")))
+    names = [FIRST, ENDS] if name == AUTOMATIC and n > 2 else [part]
+    return [block_reuse_by_name(one, True, n) for one in names]
 
 
-def _check_names(names: list[str], known: list[str], what: str) -> None:
-    if names[0] not in known:
-        raise ValueError(f"The model is {what}: set 'reuse' to '{BEST}' or one of {', '.join(known)}.")
+def _psnr(latents: Tensor, references: Tensor) -> float:
+    """dB, with the range of each reference as its peak; the mean of the pictures."""
+    return statistics.fmean(map(_psnr_of_one, latents, references))
 
 
-def _psnr(latent: Tensor, reference: Tensor) -> float:
-    """dB, with the range of the reference as the peak."""
+def _psnr_of_one(latent: Tensor, reference: Tensor) -> float:
     peak = float(reference.max() - reference.min())
     error = float((latent - reference).square().mean())
     return EQUAL if error == 0 else min(EQUAL, 10 * math.log10(peak**2 / error))

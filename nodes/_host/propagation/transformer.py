@@ -1,4 +1,4 @@
-"""Block propagation for transformers (SD3, Flux, …): on most steps the inner blocks are replaced by what they added.
+"""Propagation in a transformer (SD3, Flux, …): on most steps the inner blocks are replaced by what they added.
 
 The host lets a patch stand in for any block, so its forward runs as it is. On a key step the first and the last
 replaced block of each kind record what goes in and what comes out; on the others the last one returns what went in plus
@@ -18,12 +18,10 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor, nn
 
-from ....kernels.encoder_propagation import Costs, Reuse
-from ....kernels.feature_cache import Features
-from ..._plan.propagation import Choice, Settings, choose_blocks
-from .run import Propagation, applied, calc_cond_batch, outer_sample, predict_noise, run_key
+from ....kernels.propagation import Costs, Features, Reuse
+from ..._plan.propagation import Choice, choose_blocks, part_of_transformer
+from . import RUN, Propagation
 
-KEY = "attune.block_propagation"
 # Where the host's transformers keep the blocks that it offers to patches under these names.
 KINDS = {
     "double_block": ("joint_blocks", "double_blocks", "double_layers", "transformer_blocks", "blocks"),
@@ -53,15 +51,25 @@ def costs_of(blocks: Iterable[nn.Module]) -> Costs:
     return Costs(shares, 0.0, shares)  # of_step adds those before `fresh` and those from `cut` on
 
 
-def add_block_propagation(model: Any, settings: Settings) -> Any:
-    """A clone of a transformer MODEL that samples with block propagation."""
-    return applied(model, KEY, WRAPPERS, settings)
+def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **extra):
+    options = transformer_options or {}
+    run = options.get(RUN)
+    if run is None or run.clock.step is None:
+        return executor(x, t, c_concat, c_crossattn, control, options, **extra)
+    return run.evaluate(executor, x, t, c_concat, c_crossattn, control, options, extra)
 
 
-class BlockPropagation(Propagation):
+class TransformerPropagation(Propagation):
     """The run's object for a transformer."""
 
-    name = "Attune Block Propagation"
+    network = "a transformer"
+    profile_kind = "block_propagation"
+    inner = {WrappersMP.APPLY_MODEL: _apply_model}
+    part = staticmethod(part_of_transformer)
+
+    @classmethod
+    def blocks_in(cls, model: Any) -> int:
+        return len(blocks_of(model.get_model_object("diffusion_model")))
 
     def inspect(self, noise: Tensor) -> None:
         network = self.model.get_model_object("diffusion_model")
@@ -87,7 +95,8 @@ class BlockPropagation(Propagation):
             self.counts["whole"] += 1
             return executor(x, t, concat, context, control, options, **extra)
         signature = self.signature(keys, x)
-        features = self.recall(keys, signature, self.plan.time(self.clock.sigma), x) if self.shorter else None
+        reuses = self.shorter and not self.moved(keys, x)
+        features = self.recall(keys, signature, self.plan.time(self.clock.sigma), x) if reuses else None
         if features is not None:
             self.counts["part"] += 1
             options = self._patched(options, lambda *of: _Reused(features, self.reuse.fresh > 0).patches(*of))
@@ -102,7 +111,7 @@ class BlockPropagation(Propagation):
             options = self._patched(options, lambda *of: _Recorded(found, self.reuse.fresh > 0).patches(*of))
         output = executor(x, t, concat, context, control, options, **extra)
         if found and residuals is not None:  # nothing is found in a network that does not offer its blocks
-            self.store(keys, signature, {**found, **residuals})
+            self.store(keys, signature, {**found, **residuals}, x)
         return output
 
     def _control_features(self, control: Mapping | None, rows: int) -> Features | None:
@@ -205,19 +214,3 @@ class _Reused:
         if feature is None:
             return args[name]
         return args[name] + feature if self.difference else feature.clone()
-
-
-def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **extra):
-    options = transformer_options or {}
-    run = options.get(run_key(KEY))
-    if run is None or run.clock.step is None:
-        return executor(x, t, c_concat, c_crossattn, control, options, **extra)
-    return run.evaluate(executor, x, t, c_concat, c_crossattn, control, options, extra)
-
-
-WRAPPERS = {
-    WrappersMP.OUTER_SAMPLE: outer_sample(KEY, BlockPropagation),
-    WrappersMP.PREDICT_NOISE: predict_noise(KEY),
-    WrappersMP.CALC_COND_BATCH: calc_cond_batch(KEY),
-    WrappersMP.APPLY_MODEL: _apply_model,
-}

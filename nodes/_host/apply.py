@@ -1,0 +1,106 @@
+"""Put a calibration of any kind on a MODEL: what to sample with, the sampler, the levels, and what there is to say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from ...models.calibration import NOISE_SHIFT, SCHEDULE, Calibration, Point, refuse_unfit, size_text
+from .._plan.noise_shift import shift_for
+from .._plan.profile_on_model import REMEDY, Applied, apply_profile, doubts
+from .conditioning import Remap, with_conditioning
+from .identity import identify, pixels
+from .noise_shift import with_noise_shift
+from .propagation import with_calibration
+from .sampling import run_stock_node
+from .session import named_sampler
+
+USUAL_STEPS = 20  # where neither the user nor the profile says how many
+STOCK = "simple"  # the schedule where the profile has none
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a profile is put to use; see the inputs of Attune Apply Profile."""
+
+    steps: int = 0
+    denoise: float = 1.0
+    denoise_mode: str = "exact"
+    policy: str = "ignore"
+    strength: float = 1.0
+    speed: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a graph samples with; applied: of a schedule; point: the setting that runs, of propagation."""
+
+    model: Any
+    sampler: Any
+    sigmas: Tensor
+    report: list[str]
+    applied: Applied | None = None
+    point: Point | None = None
+
+
+def put_to_use(model: Any, profile: Calibration, choice: Use, latent: dict | None = None) -> Ready:
+    """A MODEL with `profile` on it; ValueError, in the names on screen, where the profile does not fit the model."""
+    if profile.kind == SCHEDULE:
+        return _schedule(model, profile, choice, latent)
+    refuse_unfit(profile, identify(model), REMEDY)
+    if profile.kind == NOISE_SHIFT:
+        return _shift(model, profile, choice, latent)
+    return _propagation(model, profile, choice)
+
+
+def _schedule(model: Any, profile: Calibration, choice: Use, latent: dict | None) -> Ready:
+    size = None if latent is None else pixels(model, latent)
+    applied = apply_profile(
+        profile, identify(model, weights=True), choice.steps, choice.denoise, choice.denoise_mode, choice.policy, size,
+        choice.strength,
+    )  # fmt: skip
+    out = model
+    if applied.conditioning is not None:
+        out = with_conditioning(model, Remap(profile.name, applied.conditioning, applied.solver, profile.cfg))
+
+    return Ready(out, named_sampler(profile.solver or "euler"), applied.sigmas, applied.report, applied)
+
+
+def _shift(model: Any, profile: Calibration, choice: Use, latent: dict | None) -> Ready:
+    size = None if latent is None else pixels(model, latent)
+    asked = [one.resolution for one in profile.alignments] if size is None else [size]
+    steps = choice.steps or USUAL_STEPS
+    report = [
+        f"Noise shift '{profile.name}' at strength {choice.strength:g}. Every run gets its own size's.",
+        *(shift_for(profile, one, choice.strength)[1] for one in asked),
+        *doubts(profile, identify(model, weights=True)),
+        f"It has no schedule of its own: SIGMAS are {steps} steps of the stock '{STOCK}', SAMPLER is euler.",
+    ]
+    sigmas = stock_levels(model, steps, choice.denoise)
+    shifted = with_noise_shift(model, profile, choice.strength)
+    return Ready(shifted, named_sampler("euler"), sigmas, report)
+
+
+def _propagation(model: Any, profile: Calibration, choice: Use) -> Ready:
+    about = identify(model, weights=True)
+    patched, chosen, said = with_calibration(model, profile, choice.speed or None)
+    sigmas = apply_profile(_levels_alone(profile), about, choice.steps, choice.denoise, choice.denoise_mode).sigmas
+    report = [
+        f"Propagation '{profile.name}', measured at {size_text(profile.resolution)}.",
+        *said,
+        *doubts(profile, about),
+    ]
+    return Ready(patched, named_sampler(profile.solver or "euler"), sigmas, report, point=chosen)
+
+
+def _levels_alone(profile: Calibration) -> Calibration:
+    """The schedule that a calibration of propagation was measured on."""
+    return replace(profile, kind=SCHEDULE, key_steps=None)
+
+
+def stock_levels(model: Any, steps: int, denoise: float) -> Tensor:
+    """The stock schedule, for what has none and to compare with."""
+    (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=STOCK, steps=steps, denoise=denoise)
+    return sigmas
