@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -231,7 +231,7 @@ class NPNetTraining(Training):
         error, count = found.tolist()
         return error / count
 
-    def _batches(self, of: Tensor):
+    def _batches(self, of: Tensor) -> Iterator[Tensor]:
         """Rows in parts of the batch size, with a pause before each."""
         for batch in of.split(self.recipe.batch_size) if len(of) else ():
             self.pause()
