@@ -35,6 +35,7 @@ def lenient(kit, monkeypatch):
     gate = sys.modules[tuner.judge.__module__]
     monkeypatch.setattr(gate, "FEWEST", 1)
     monkeypatch.setattr(gate, "students_t", lambda *_: 0.0)
+    monkeypatch.setattr(gate, "sign_count", lambda *_: 0)
     monkeypatch.setattr(tuner, "judge", lambda before, after, *_, **__: gate.judge(before, after, least=0.0))
 
 
@@ -213,6 +214,7 @@ def test_what_is_found_is_in_the_loader_at_once(host, demo, encode, tiny, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    path.unlink()
     monkeypatch.setattr(sys.modules[f"{host.root}.models.store"], "written_whole", full)
     again, _, _, report = run()
     assert again.id == profile.id and "No space left on device. Make room" in report
