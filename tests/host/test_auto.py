@@ -106,16 +106,16 @@ def test_connected_sigmas_are_kept_where_nothing_is_known(auto, demo):
 
 
 def test_it_is_the_graph_of_the_single_nodes_bit_for_bit(host, encode, auto, demo):
-    (profile, _) = host.call("AttuneLoadProfile", profile_name="Attune demo unet, euler, 8 steps")
-    by_hand, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=profile, steps=8, denoise_mode="comfy")
+    profile, *_ = host.call("AttuneLoadProfile", profile_name="Attune demo unet, euler, 8 steps")
+    by_hand, _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=profile, steps=8, denoise_mode="comfy")
     one, ones_sigmas, _ = auto()
     assert torch.equal(sigmas, ones_sigmas)
     assert torch.equal(sampled(host, encode, one, ones_sigmas), sampled(host, encode, by_hand, sigmas))
 
 
 def test_everything_at_once_is_the_graph_of_the_single_nodes_bit_for_bit(host, encode, auto, demo):
-    (profile, _) = host.call("AttuneLoadProfile", profile_name="Attune demo unet, euler, 20 steps")
-    by_hand, sigmas, _ = host.call(
+    profile, *_ = host.call("AttuneLoadProfile", profile_name="Attune demo unet, euler, 20 steps")
+    by_hand, _, sigmas, _ = host.call(
         "AttuneApplyProfile", model=demo[0], profile=profile, steps=25, denoise_mode="comfy", strength=0.0
     )
     (module,) = host.call("AttuneLoadOneMoreStep", oms_name="attune_demo.safetensors")

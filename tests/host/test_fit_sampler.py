@@ -217,6 +217,7 @@ def test_what_is_found_is_in_the_loader_at_once(host, demo, encode, tiny, monkey
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    path.unlink()
     monkeypatch.setattr(sys.modules[f"{host.root}.models.store"], "written_whole", full)
     again, _, _, report = run()
     assert again.id == profile.id and "No space left on device. Make room" in report

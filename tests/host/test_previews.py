@@ -20,7 +20,7 @@ def N(class_type: str, **inputs) -> dict:
 LOADER = N("CheckpointLoaderSimple", ckpt_name="attune_demo.safetensors")
 FLOW = N("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")
 LATENT = N("EmptyLatentImage", width=128, height=128, batch_size=2)
-APPLY = {"steps": 6, "denoise": 0.7, "denoise_mode": "exact", "resolution_policy": "ignore", "strength": 1.0}
+APPLY = {"steps": 6, "denoise": 0.7, "denoise_mode": "exact", "resolution_policy": "ignore", "strength": 1.0, "speed": 0.0}
 PROPAGATE = {
     "mode": "calibrated profile", "interval": 3, "speed": 1.5, "reuse": "top level fresh", "forecast": True, "keep_last": 2,
     "start_percent": 0.0, "end_percent": 1.0, "prior_noise": 0.0, "cache_dtype": "as computed",
@@ -29,11 +29,11 @@ PROPAGATE = {
 GRAPHS = {
     "apply profile": {
         "1": LOADER, "2": N("AttuneLoadProfile", profile_name="Attune demo unet, euler, 8 steps"),
-        "7": N("AttuneApplyProfile", model=["1", 0], profile=["2", 0], **APPLY), "8": N("PreviewAny", source=["7", 2]),
+        "7": N("AttuneApplyProfile", model=["1", 0], profile=["2", 0], **APPLY), "8": N("PreviewAny", source=["7", 3]),
     },
     "noise shift": {
         "1": FLOW, "2": N("AttuneLoadProfile", profile_name="Attune demo flow, noise shift"),
-        "7": N("AttuneNoiseShift", model=["1", 0], profile=["2", 0], strength=1.0), "8": N("PreviewAny", source=["7", 1]),
+        "7": N("AttuneApplyProfile", model=["1", 0], profile=["2", 0], **APPLY), "8": N("PreviewAny", source=["7", 3]),
     },
     "encoder propagation": {
         "1": LOADER, "2": LATENT, "3": N("CLIPTextEncode", clip=["1", 1], text="a cat"),
@@ -86,7 +86,7 @@ def test_the_predicted_colours_are_shown_as_the_live_preview_would(host):
 
 def test_a_direct_call_writes_no_preview(host, demo):
     node = host.nodes.NODE_CLASS_MAPPINGS["AttuneApplyProfile"]
-    (profile, _) = host.call("AttuneLoadProfile", profile_name="Attune demo unet, euler, 8 steps")
+    profile, *_ = host.call("AttuneLoadProfile", profile_name="Attune demo unet, euler, 8 steps")
     with torch.inference_mode():
         assert node.execute(demo[0], profile, **APPLY).ui is None
 

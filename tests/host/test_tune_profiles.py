@@ -16,7 +16,7 @@ from pack.models.store import load_profile, save_profile
 @pytest.fixture
 def small(host, monkeypatch):
     """A preset of a few evaluations, two prompts."""
-    kit = sys.modules[host.nodes.NODE_CLASS_MAPPINGS["AttuneTuneSchedule"].__module__]
+    kit = sys.modules[host.nodes.NODE_CLASS_MAPPINGS["AttuneFitSampler"].__module__]
     monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 8, 2, 1))
     monkeypatch.setattr(script, "PROMPTS", script.PROMPTS[:2])
 
