@@ -62,9 +62,8 @@ class AttuneLoadProfile(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, profile_name=None):
-        if profile_name is None or profile_name in shipped_profiles() or has_profile(profile_name):
-            return True  # None: linked, not known yet
-        return missing_profile(profile_name)
+        known = has_profile(profile_name) or (isinstance(profile_name, str) and profile_name in shipped_profiles())
+        return profile_name is None or known or missing_profile(profile_name)  # None: linked, not known yet
 
     @classmethod
     def fingerprint_inputs(cls, profile_name=None, model=None):

@@ -125,7 +125,8 @@ def fit(**changes) -> Calibration:
         "solver": "euler", "prediction": "eps", "cfg": 6.0, "config_hash": "theirs",
         "alignments": (CondLevels("euler", (512, 512), (0.4, 4.0), (0.35, 3.8)),), **changes,
     }  # fmt: skip
-    return Calibration("mine", "a test", "ve", ("SD15",), (512, 512), (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), "a test", **made)
+    size = made.pop("resolution", (512, 512))
+    return Calibration("mine", "a test", "ve", ("SD15",), size, (14.6, 4.0, 1.0, 0.4, 0.1, 0.0), "a test", **made)
 
 
 def with_fits(**profiles) -> Shelf:
@@ -226,6 +227,37 @@ def test_a_noise_shift_waits_for_its_switch_and_changes_nothing_at_the_native_si
     assert picks(small, EULER, always, shelf) == {SHIFT: "small.json"}
     assert picks(SD15, EULER, always, shelf) == {}
     assert picks(replace(small, size=None), EULER, always, shelf) == {}
+
+
+def test_of_calibrations_that_differ_in_their_loras_the_models_own_is_taken():
+    """Whatever their order; on a model without LoRAs the one that was fitted without."""
+    small = replace(SD15, size=(256, 256), area=32 * 32)
+    points = (Point(Reuse(1, 8, True), (0, 2), 1.5, 50.0),)
+    reuse = replace(fit(), kind="encoder_propagation", key_steps=KeySteps(12, "euler", fit().sigmas, points))
+    wishes = Wishes(noise_shift=ALWAYS, speed=FAITHFUL)
+    for has in ("none", "a LoRA"):
+        facts = replace(small, model=replace(small.model, patches=has))
+        for order in (("none", "a LoRA", "another"), ("another", "a LoRA", "none")):
+            made = {"fit": fit(resolution=(256, 256)), "shift": shift((256, 256)), "reuse": reuse}
+            shelf = Shelf({f"{key} {one}": replace(value, patches=one) for key, value in made.items() for one in order})
+            got = picks(facts, EULER, wishes, shelf)
+            assert {got[SCHEDULE], got[SHIFT], got[SPEED]} == {f"fit {has}", f"shift {has}", f"reuse {has}"}
+
+
+def test_a_calibration_of_propagation_is_for_its_network_weights_solver_and_steps():
+    points = (Point(Reuse(1, 8, True), (0, 2), 1.5, 50.0),)
+    reuse = replace(
+        fit(weights_hash="w"), kind="encoder_propagation", key_steps=KeySteps(12, "euler", fit().sigmas, points)
+    )
+    facts = replace(SD15, model=replace(SD15.model, weights_hash="w"))
+    wishes, shelf = Wishes(schedule=OFF, speed=FAITHFUL), Shelf({"mine": reuse})
+    assert picks(facts, EULER, wishes, shelf) == {SPEED: "mine"}
+    for other in (
+        (facts, replace(EULER, solver="heun")), (facts, replace(EULER, steps=9)), (facts, replace(EULER, cfg=15.0)),
+        *((replace(facts, model=replace(facts.model, **{key: "x"})), EULER) for key in ("config_hash", "weights_hash")),
+        (replace(facts, network="transformer", blocks=12), EULER),
+    ):  # fmt: skip
+        assert picks(*other, wishes, shelf).get(SPEED) != "mine"
 
 
 def test_redenoising_needs_guidance():

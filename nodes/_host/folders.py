@@ -71,13 +71,15 @@ def profile_path(name: str) -> Path | None:
     return None if path is None else Path(path)
 
 
-def has_profile(name: str) -> bool:
-    """Whether the user, or a workflow that the user opened, has a profile file of that name."""
-    return profile_path(name.partition(AT)[0]) is not None or name in CARRIED
+def has_profile(name: object) -> bool:
+    """Whether the user, or a workflow that the user opened, has a profile file of that name; any value may be asked."""
+    return isinstance(name, str) and (profile_path(name.partition(AT)[0]) is not None or name in CARRIED)
 
 
-def find_profile(name: str) -> Calibration:
+def find_profile(name: object) -> Calibration:
     """The profile of that name; ValueError with the folder and the choices when there is none."""
+    if not isinstance(name, str):
+        raise ValueError(missing_profile(name))
     if name in shipped_profiles():
         return shipped_profiles()[name]
     if name in CARRIED:
@@ -89,12 +91,12 @@ def find_profile(name: str) -> Calibration:
     raise ValueError(missing_profile(name))
 
 
-def missing_profile(name: str) -> str:
+def missing_profile(name: object) -> str:
     """What to do about a profile that is not there."""
     return (
-        f"There is no profile '{name.partition(AT)[0]}' in {profile_folder()}. Ask the maker of the workflow for that "
-        "file, or for a picture saved by the workflow, which carries its profiles; put the file there and press R to "
-        f"refresh. Or choose one of: {', '.join(profile_names())}."
+        f"There is no profile '{str(name).partition(AT)[0]}' in {profile_folder()}. Ask the maker of the workflow for "
+        "that file, or for a picture saved by the workflow, which carries its profiles; put the file there and press R "
+        f"to refresh. Or choose one of: {', '.join(profile_names())}."
     )
 
 

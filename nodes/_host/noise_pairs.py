@@ -137,7 +137,7 @@ def import_published(clip: Any, source: Path, folder: Path, shard_size: int) -> 
         else:
             prompts = list(dict.fromkeys(job.prompt for job in jobs))
             which = torch.tensor([prompts.index(job.prompt) for job in jobs])
-            noise, golden = torch.cat([one for _, one, _ in some]), torch.cat([one for _, _, one in some])
+            noise, golden = torch.cat([pair[1] for pair in some]), torch.cat([pair[2] for pair in some])
             texts = _stack([(prompt, _encode(clip, prompt)) for prompt in prompts])
             save_shard(path, Shard(noise, golden, which, *texts, tuple(jobs), facts))
         index, count = index + 1, count + len(some)

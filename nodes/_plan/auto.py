@@ -165,7 +165,7 @@ def decide_schedule(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision
         return Decision(SCHEDULE, "", f"{run.solver} chooses its own levels.")
     fits = {name: one for name, one in shelf.profiles.items() if one.kind == SCHEDULE and one.is_fitted}
     ranked = [(*_rank(one, facts, run, wish), name) for name, one in fits.items()]
-    stage, _, reason, name = min(ranked, default=(0, 0.0, "", ""), key=lambda rank: (-rank[0], rank[1]))
+    stage, _, reason, name = min(ranked, default=(0, (0.0, 0), "", ""), key=lambda rank: (-rank[0], rank[1]))
     if stage == len(ASPECTS):
         return Decision(SCHEDULE, name, f"Fitted to this network with {run.solver}.{_measured(fits[name])}")
     near = f" The nearest fit, '{name}', is {reason}." if stage > ASPECTS.index("network") else ""
@@ -206,11 +206,12 @@ def blocking(one: Calibration, facts: Facts, run: Run, wish: str) -> list[Misfit
     return [misfit for misfit in misfits(one, facts.model, planned) if misfit.aspect not in allowed]
 
 
-def _rank(one: Calibration, facts: Facts, run: Run, wish: str) -> tuple[int, float, str]:
-    """How many of ASPECTS a fitted schedule meets in a row, how far its steps are off, and what it is for instead."""
+def _rank(one: Calibration, facts: Facts, run: Run, wish: str) -> tuple[int, tuple[float, int], str]:
+    """How many of ASPECTS a fitted schedule meets in a row, how far its steps and its LoRAs are off, and what it is for
+    instead."""
     found = blocking(one, facts, run, wish)
     stage, reason = (ASPECTS.index(found[0].aspect), found[0].short) if found else (len(ASPECTS), "")
-    return stage, abs(math.log(one.steps / run.steps)), reason
+    return stage, (abs(math.log(one.steps / run.steps)), len(misfits(one, facts.model))), reason
 
 
 def _measured(profile: Calibration) -> str:
@@ -245,6 +246,7 @@ def decide_shift(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
     changing = [name for name, one in found.items() if not shift_for(one, facts.size)[0].is_identity]
     if not changing:
         return Decision(SHIFT, "", f"'{next(iter(found))}' changes nothing at {size_text(facts.size)}.")
+    changing.sort(key=lambda name: len(misfits(found[name], facts.model)))  # one for these very LoRAs before others
     if wish == SHOWN:
         why = f"'{changing[0]}' is there, but on the demo model no picture got better by it (docs/noise_shift.md)."
         return Decision(SHIFT, "", why, f"set 'noise_shift' to '{ALWAYS}'")
@@ -319,7 +321,8 @@ def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
     if not facts.network:
         return Decision(SPEED, "", "Neither a UNet nor a transformer that the pack knows.")
     kind = ENCODER if facts.network == "unet" else BLOCKS
-    for name, one in shelf.profiles.items():
+    nearest = sorted(shelf.profiles.items(), key=lambda item: len(misfits(item[1], facts.model)))
+    for name, one in nearest:
         if one.kind == kind and one.key_steps is not None and not blocking(one, facts, run, wish):
             point = calibrated_point(one.key_steps)
             if wish == FAST:

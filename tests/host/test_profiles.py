@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from pack.models.calibration import Calibration, CondLevels
+from pack.kernels.propagation import Reuse
+from pack.models.calibration import Calibration, CondLevels, KeySteps, Point
 from pack.models.profile_format import spell_profile
-from pack.models.store import save_profile, shipped_profiles
+from pack.models.store import save_profile, shipped_profiles, update_profile
 
 VE_KNOTS = CondLevels("euler", (128, 128), (0.4, 1.4, 4.0, 14.0), (0.33, 1.1, 3.3, 13.0))
 VE = Calibration(
@@ -99,7 +101,7 @@ def test_what_is_saved_is_in_the_loader_and_the_scheduler_at_once(host, folder):
     ):
         inputs = host.nodes.NODE_CLASS_MAPPINGS[node].GET_SCHEMA().inputs
         assert "mine_ v1_test.json" in next(one for one in inputs if one.id == widget).options
-    profile, info = host.call("AttuneLoadProfile", profile_name="mine_ v1_test.json")
+    profile, info, _ = host.call("AttuneLoadProfile", profile_name="mine_ v1_test.json")
     assert profile.sigmas == VE.sigmas and profile.id == VE.id and "for AttuneDemo, euler, cfg 3, 128x128" in info
 
 
@@ -108,9 +110,10 @@ def test_a_changed_file_is_loaded_again(host, folder):
     node = host.nodes.NODE_CLASS_MAPPINGS["AttuneLoadProfile"]
     before = node.fingerprint_inputs(profile_name="demo 4 steps.json")
     assert before == node.fingerprint_inputs(profile_name="demo 4 steps.json")
-    save_profile(VE.with_facts({"after": 0.1}), folder)
+    update_profile(folder / "demo 4 steps.json", VE, replace(VE, cfg=5.0))
     assert before != node.fingerprint_inputs(profile_name="demo 4 steps.json")
-    assert node.fingerprint_inputs(profile_name="AYS SDXL") == shipped_profiles()["AYS SDXL"].id
+    assert host.call("AttuneLoadProfile", profile_name="demo 4 steps.json")[0].cfg == 5.0
+    assert len({node.fingerprint_inputs(profile_name=name) for name in ("AYS SDXL", "AYS SD 1.5")}) == 2
 
 
 @pytest.mark.parametrize("name", ["gone.json", "../../../etc/passwd", "../outside.json", "nonsense"])
@@ -125,6 +128,7 @@ def test_a_folder_that_cannot_be_written_is_said(host, folder, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr("os.link", full)
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(ValueError, match=r"could not be saved in .*No space left on device. Make room"):
         host.call("AttuneSaveProfile", profile=VE, name="")
@@ -135,7 +139,7 @@ def test_a_folder_that_cannot_be_written_is_said(host, folder, monkeypatch):
 @pytest.mark.parametrize("kind", ["unet", "flow"])
 def test_an_applied_profile_samples_on_its_levels_and_tells_its_map(host, demo, flow, encode, node, kind):
     model, profile = (demo[0], VE) if kind == "unet" else (flow[0], FLOW)
-    patched, sigmas, report = host.call("AttuneApplyProfile", model=model, profile=profile)
+    patched, _, sigmas, report = host.call("AttuneApplyProfile", model=model, profile=profile)
     assert torch.equal(sigmas, torch.tensor(profile.sigmas)) and "Timestep alignment" in report
     with_map = sample(host, encode, patched, sigmas, node=node)
     without = sample(host, encode, model, sigmas, node=node)
@@ -145,21 +149,21 @@ def test_an_applied_profile_samples_on_its_levels_and_tells_its_map(host, demo, 
 
 
 def test_strength_zero_is_the_graph_without_the_node(host, demo, encode):
-    patched, _, report = host.call("AttuneApplyProfile", model=demo[0], profile=VE, strength=0.0)
+    patched, _, _, report = host.call("AttuneApplyProfile", model=demo[0], profile=VE, strength=0.0)
     assert patched is demo[0] and "'strength' is 0" in report
 
 
 def test_half_strength_lies_between(host, demo, encode):
     results = []
     for strength in (0.0, 0.5, 1.0):
-        patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE, strength=strength)
+        patched, _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE, strength=strength)
         results.append(sample(host, encode, patched, sigmas))
     none, half, whole = results
     assert (half - none).norm() < (whole - none).norm() and (whole - half).norm() < (whole - none).norm()
 
 
 def test_another_sampler_runs_with_the_schedule_and_without_the_map(host, demo, encode, caplog):
-    patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    patched, _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
     got = sample(host, encode, patched, sigmas, "dpmpp_2m")
     assert "timestep alignment skipped: made for euler, this run uses dpmpp_2m" in caplog.text
     assert torch.equal(got, sample(host, encode, demo[0], sigmas, "dpmpp_2m"))
@@ -167,7 +171,7 @@ def test_another_sampler_runs_with_the_schedule_and_without_the_map(host, demo, 
 
 def test_guidance_far_from_the_fits_is_said(host, demo, encode, caplog):
     for cfg, said in ((1.0, True), (2.0, False), (3.0, False), (10.0, True)):
-        patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=replace(VE, cfg=cfg))
+        patched, _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=replace(VE, cfg=cfg))
         caplog.clear()
         sample(host, encode, patched, sigmas)
         assert (f"fitted at cfg {cfg:g}, this run has 3" in caplog.text) == said
@@ -175,9 +179,9 @@ def test_guidance_far_from_the_fits_is_said(host, demo, encode, caplog):
 
 def test_a_mask_on_the_latent_is_allowed_and_noted(host, demo):
     latent = {"samples": torch.zeros(1, 4, 16, 16), "noise_mask": torch.ones(1, 128, 128)}
-    assert "has a mask" in host.call("AttuneApplyProfile", model=demo[0], profile=VE, latent=latent)[2]
+    assert "has a mask" in host.call("AttuneApplyProfile", model=demo[0], profile=VE, latent=latent)[3]
     del latent["noise_mask"]
-    assert "has a mask" not in host.call("AttuneApplyProfile", model=demo[0], profile=VE, latent=latent)[2]
+    assert "has a mask" not in host.call("AttuneApplyProfile", model=demo[0], profile=VE, latent=latent)[3]
 
 
 def test_a_controlnet_hears_the_true_level_and_the_network_the_map(host, demo, encode):
@@ -203,7 +207,7 @@ def test_a_controlnet_hears_the_true_level_and_the_network_the_map(host, demo, e
         [[context, extra]] = encode(text)
         return [[context, {**extra, "control": Net(), "control_apply_to_uncond": True}]]
 
-    patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    patched, _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
     got = sample(host, controlled, patched, sigmas)
     assert sorted(set(heard), reverse=True) == sigmas[:-1].tolist()
     assert not torch.equal(got, sample(host, controlled, demo[0], sigmas))
@@ -231,7 +235,7 @@ def test_torch_compile_after_the_profile_gives_the_same_picture(host, demo, enco
 
 
 def test_another_parameterisation_is_refused_for_the_map_alone(host, demo):
-    model, sigmas, report = host.call("AttuneApplyProfile", model=demo[0], profile=replace(VE, prediction="eps"))
+    model, _, sigmas, report = host.call("AttuneApplyProfile", model=demo[0], profile=replace(VE, prediction="eps"))
     assert model is demo[0] and torch.equal(sigmas, torch.tensor(VE.sigmas))
     assert "Schedule applied, timestep alignment skipped: made for eps prediction, this MODEL has v." in report
 
@@ -244,9 +248,9 @@ def test_a_profile_of_another_architecture_is_refused(host, demo, flow):
 
 def test_uni_pc_cannot_spoil_the_levels_of_the_next_run(host, demo, encode):
     """It writes into the levels it is given."""
-    _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    _, _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
     sample(host, encode, demo[0], sigmas, "uni_pc")
-    _, again, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    _, _, again, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
     assert torch.equal(again, torch.tensor(VE.sigmas))
 
 
@@ -254,9 +258,9 @@ def test_uni_pc_cannot_spoil_the_levels_of_the_next_run(host, demo, encode):
 @pytest.mark.parametrize("kind", ["unet", "flow"])
 def test_img2img_in_every_denoise_mode_keeps_part_of_the_picture(host, demo, flow, encode, mode, steps, kind):
     model, profile = (demo[0], VE) if kind == "unet" else (flow[0], FLOW)
-    patched, whole, _ = host.call("AttuneApplyProfile", model=model, profile=profile, steps=6)
+    patched, _, whole, _ = host.call("AttuneApplyProfile", model=model, profile=profile, steps=6)
     picture = sample(host, encode, patched, whole, seed=11)
-    _, sigmas, _ = host.call(
+    _, _, sigmas, _ = host.call(
         "AttuneApplyProfile", model=model, profile=profile, steps=6, denoise=0.45, denoise_mode=mode
     )
     assert len(sigmas) == steps + 1
@@ -266,7 +270,7 @@ def test_img2img_in_every_denoise_mode_keeps_part_of_the_picture(host, demo, flo
 
 
 def test_too_little_denoise_returns_the_latent(host, demo, encode):
-    model, sigmas, report = host.call(
+    model, _, sigmas, report = host.call(
         "AttuneApplyProfile", model=demo[0], profile=VE, steps=4, denoise=0.05, denoise_mode="ays"
     )
     latent = {"samples": torch.randn(1, 4, 16, 16)}
@@ -277,7 +281,7 @@ def test_too_little_denoise_returns_the_latent(host, demo, encode):
 def test_an_interrupt_in_the_middle_leaves_nothing_and_the_next_run_is_the_same(host, demo, encode):
     import comfy.model_management
 
-    patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    patched, _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
     want, calls = sample(host, encode, patched, sigmas), []
 
     def stop(module, args):
@@ -294,7 +298,7 @@ def test_an_interrupt_in_the_middle_leaves_nothing_and_the_next_run_is_the_same(
 
 
 def test_a_second_pass_at_twice_the_size_follows_the_policy(host, demo, encode):
-    patched, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
+    patched, _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
     (large,) = host.call(
         "LatentUpscale", samples={"samples": sample(host, encode, patched, sigmas)}, upscale_method="nearest-exact",
         width=256, height=256, crop="disabled",
@@ -302,8 +306,8 @@ def test_a_second_pass_at_twice_the_size_follows_the_policy(host, demo, encode):
     second = {"model": demo[0], "profile": VE, "steps": 4, "denoise": 0.5, "latent": large}
     with pytest.raises(ValueError, match="made at 128x128, the latent is 256x256"):
         host.call("AttuneApplyProfile", **second, resolution_policy="strict")
-    _, plain, noted = host.call("AttuneApplyProfile", **second)
-    model, shifted, said = host.call("AttuneApplyProfile", **second, resolution_policy="shift")
+    _, _, plain, noted = host.call("AttuneApplyProfile", **second)
+    model, _, shifted, said = host.call("AttuneApplyProfile", **second, resolution_policy="shift")
     assert "used unchanged" in noted and "shifted by 2 from 128x128 to 256x256" in said
     assert (shifted[:-1] > plain[:-1]).all()
     out = sample(host, encode, model, shifted, latent=large)
@@ -312,8 +316,8 @@ def test_a_second_pass_at_twice_the_size_follows_the_policy(host, demo, encode):
 
 def test_a_model_shift_before_and_after_gives_the_same_run(host, flow, encode):
     (shifted,) = host.call("ModelSamplingSD3", model=flow[0], shift=3.0)
-    before, sigmas, _ = host.call("AttuneApplyProfile", model=shifted, profile=FLOW)
-    model, same, _ = host.call("AttuneApplyProfile", model=flow[0], profile=FLOW)
+    before, _, sigmas, _ = host.call("AttuneApplyProfile", model=shifted, profile=FLOW)
+    model, _, same, _ = host.call("AttuneApplyProfile", model=flow[0], profile=FLOW)
     (after,) = host.call("ModelSamplingSD3", model=model, shift=3.0)
     assert torch.equal(sigmas, same)
     assert torch.equal(sample(host, encode, before, sigmas), sample(host, encode, after, same))
@@ -340,6 +344,43 @@ def test_the_scheduler_and_our_ksampler_run_a_users_profile_by_its_file_name(hos
         negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)},
     )  # fmt: skip
     assert torch.equal(out["samples"], sample(host, encode, demo[0], sigmas))
+
+
+SHIFT = replace(
+    VE, name="shift", kind="noise_shift", sigmas=(), solver="", config_hash="", cfg=None,
+    alignments=(replace(VE_KNOTS, solver=""),),
+)  # fmt: skip
+REUSE = replace(
+    VE, name="reuse", kind="encoder_propagation", alignments=(),
+    key_steps=KeySteps(6, "euler", VE.sigmas, (Point(Reuse(1, 5, False), (0, 2), 1.5, 50.0),)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("profile", [SHIFT, REUSE], ids=lambda one: one.kind)
+def test_what_is_no_schedule_is_not_offered_as_one_and_refused_where_it_is_typed(host, demo, encode, folder, profile):
+    save_profile(profile, folder, "typed")
+    save_profile(VE, folder, "real")
+    inputs = {"model": demo[0], "steps": 4, "denoise": 1.0, "schedule": "typed.json"}
+    sampling = {"seed": 3, "cfg": 3.0, "sampler_name": "euler", "positive": encode("a cat"), "negative": encode(""),
+                "latent_image": {"samples": torch.zeros(1, 4, 8, 8)}}  # fmt: skip
+    kind = "noise shift" if profile is SHIFT else "calibration of propagation"
+    for node, more in (("AttuneScheduler", {}), ("AttuneKSampler", sampling)):
+        schema = host.nodes.NODE_CLASS_MAPPINGS[node].GET_SCHEMA()
+        options = next(one for one in schema.inputs if one.id == "schedule").options
+        assert "real.json" in options and "typed.json" not in options
+        with pytest.raises(ValueError, match=f"'{profile.name}' is a {kind}, but a schedule is needed here"):
+            host.call(node, **inputs, **more)
+
+
+@pytest.mark.parametrize("profile", [VE, SHIFT, REUSE], ids=lambda one: one.kind)
+def test_apply_profile_serves_every_kind_with_all_that_a_sampler_needs(host, demo, encode, profile):
+    model, sampler, sigmas, report = host.call("AttuneApplyProfile", model=demo[0], profile=profile, steps=8)
+    assert model is not demo[0] and len(sigmas) == 9 and float(sigmas[-1]) == 0 and f"'{profile.name}'" in report
+    assert sampler.sampler_function.__name__ == "sample_euler"
+    common = {"add_noise": True, "noise_seed": 3, "cfg": 3.0, "positive": encode("a cat"), "negative": encode(""),
+              "sampler": sampler, "sigmas": sigmas, "latent_image": {"samples": torch.zeros(1, 4, 16, 16)}}  # fmt: skip
+    with_it, without = (host.call("SamplerCustom", model=m, **common)[0]["samples"] for m in (model, demo[0]))
+    assert torch.isfinite(with_it).all() and not torch.equal(with_it, without)
 
 
 def test_the_plot_shows_every_schedule_and_the_profile(host, demo):
@@ -387,8 +428,61 @@ def test_the_weights_have_a_name_that_precision_and_loras_do_not_change(host, de
     lora.add_patches({key: ("diff", (torch.randn_like(demo[0].model.state_dict()[key]),)) for key in keys}, 1.0)
     sample(host, encode, lora, torch.tensor([14.6, 1.0, 0.0]))  # its weights are now in the network
     assert identity.weights_hash(lora) == identity.weights_hash(demo[0]) == name
-    assert identity.identify(lora).patched and not identity.identify(demo[0]).patched
+    known = [identity.identify(model, weights=True).patches for model in (lora, demo[0])]
+    assert len(known[0]) == 16 and known[1] == "none"
     sample(host, encode, demo[0], torch.tensor([14.6, 1.0, 0.0]))  # and now no longer
+
+
+def test_the_name_of_loras_changes_with_strength_and_file_and_not_with_the_order(host, demo):
+    from pack.nodes._host.identity import patches_hash
+
+    state = demo[0].model.state_dict()
+    keys = [key for key, value in state.items() if key.startswith("diffusion_model.") and value.ndim > 1][:40]
+    drawn = torch.Generator().manual_seed(0)
+    files = [{key: torch.randn(state[key].shape, generator=drawn) for key in keys} for _ in range(2)]
+
+    def named(*loras):
+        model = demo[0].clone()
+        for file, strength in loras:
+            model.add_patches({key: ("diff", (file[key],)) for key in keys}, strength)
+        return patches_hash(model)
+
+    one, other = files
+    assert named() == "none" and named((one, 1.0)) == named((one, 1.0))
+    assert (
+        len({named(), named((one, 1.0)), named((one, 0.8)), named((other, 1.0)), named((one, 1.0), (other, 1.0))}) == 5
+    )
+    few = demo[0].clone()
+    few.add_patches({key: ("diff", (one[key],)) for key in keys[:7]}, 1.0)
+    assert patches_hash(few) != named((one, 1.0))
+
+
+def test_a_lora_file_of_the_hosts_own_loader_has_a_name_for_each_strength(host, flow):
+    import folder_paths
+
+    from pack.nodes._host.identity import patches_hash
+
+    load = lambda strength: host.call(
+        "LoraLoaderModelOnly",
+        model=flow[0],
+        lora_name=folder_paths.get_filename_list("loras")[0],
+        strength_model=strength,
+    )[0]
+    assert len({patches_hash(load(strength)) for strength in (0.5, 1.0)} | {patches_hash(flow[0])}) == 3
+    (sizes,) = (one for one in shipped_profiles().values() if one.kind == "noise_shift" and one.patches != "none")
+    assert sizes.patches == patches_hash(load(1.0))  # the one that was fitted with it
+
+
+def test_every_shipped_calibration_names_its_weights(demo, flow):
+    from pack.nodes._host import identity
+
+    known = {
+        identity.config_hash(m[0].model.model_config.unet_config): identity.weights_hash(m[0]) for m in (demo, flow)
+    }
+    ours = [one for one in shipped_profiles().values() if one.config_hash]
+    assert len(ours) == 33
+    for one in ours:
+        assert one.weights_hash == known[one.config_hash]
 
 
 def test_the_shipped_fits_are_of_the_shipped_weights(demo, flow):
@@ -404,8 +498,8 @@ def test_other_weights_of_the_same_architecture_are_noted(host, demo):
 
     for made, noted in ((identity.weights_hash(demo[0]), False), ("0" * 16, True)):
         profile = replace(VE, weights_hash=made, config_hash=identity.identify(demo[0]).config_hash)
-        _, _, report = host.call("AttuneApplyProfile", model=demo[0], profile=profile)
-        assert ("other weights than the profile was fitted on" in report) == noted
+        *_, report = host.call("AttuneApplyProfile", model=demo[0], profile=profile)
+        assert ("fitted on other weights than the model has" in report) == noted
 
 
 def queued(*names, **carried):
@@ -416,6 +510,10 @@ def queued(*names, **carried):
 
 def carried_by(queue) -> dict:
     return queue["extra_data"]["extra_pnginfo"]["workflow"]["extra"].get("attune_profiles", {})
+
+
+def named_by(queue) -> str:
+    return queue["prompt"]["0"]["inputs"]["profile_name"]
 
 
 @pytest.fixture
@@ -447,10 +545,66 @@ def test_a_profile_travels_inside_the_workflow_to_a_machine_without_its_file(hos
     path.unlink()
     node = host.nodes.NODE_CLASS_MAPPINGS["AttuneLoadProfile"]
     assert "There is no profile 'mine.json'" in node.validate_inputs(profile_name="mine.json")
-    assert carried_by(exchange(queued("mine.json", **sent))) == sent
-    assert node.validate_inputs(profile_name="mine.json") is True
-    profile, _ = host.call("AttuneLoadProfile", profile_name="mine.json")
-    assert profile.id == VE.id and node.fingerprint_inputs(profile_name="mine.json") == VE.id
+    sent_on = exchange(queued("mine.json", **sent))
+    name = named_by(sent_on)
+    assert carried_by(sent_on) == sent and name == f"mine.json@{VE.id}"
+    assert node.validate_inputs(profile_name=name) is True
+    assert host.call("AttuneLoadProfile", profile_name=name)[0].id == VE.id
+    assert named_by(exchange(queued("mine.json"))) == name  # queued again from a page that kept nothing
+
+
+def sampled_with(profile: str) -> dict:
+    """A prompt that samples with a profile's schedule and map, and keeps the latent."""
+    node = lambda kind, **inputs: {"class_type": kind, "inputs": inputs}
+    return {
+        "1": node("CheckpointLoaderSimple", ckpt_name="attune_demo.safetensors"),
+        "2": node("CLIPTextEncode", clip=["1", 1], text="a cat"),
+        "3": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "4": node("AttuneLoadProfile", profile_name=profile),
+        "5": node("AttuneApplyProfile", model=["1", 0], profile=["4", 0], steps=0, denoise=1.0, denoise_mode="exact",
+                  resolution_policy="ignore", strength=1.0, speed=0.0),
+        "6": node("SamplerCustom", model=["5", 0], add_noise=True, noise_seed=3, cfg=3.0, positive=["2", 0],
+                  negative=["2", 0], sampler=["5", 1], sigmas=["5", 2], latent_image=["3", 0]),
+        "7": node("AttunePlotSigmas", sigmas_1=["5", 2], labels=""),
+        "8": node("SaveLatent", samples=["6", 0], filename_prefix=profile.partition(".")[0]),
+        "9": node("PreviewAny", source=["5", 3]),
+    }  # fmt: skip
+
+
+def latent_of(host, outputs: dict) -> torch.Tensor:
+    (saved,) = outputs["8"]["latents"]
+    file = Path(host.folders) / saved["type"] / saved["subfolder"] / saved["filename"]
+    with safe_open(file, framework="pt") as content:
+        return content.get_tensor("latent_tensor")
+
+
+def test_two_queued_prompts_with_different_profiles_under_one_name_each_sample_with_their_own(host, carried):
+    """Both are queued, and so exchanged, before either runs."""
+    other = replace(VE, name="other", sigmas=(14.6146, 9.0, 6.0, 2.0, 0.5, 0.0), alignments=())
+    queue = []
+    for profile in (VE, other):
+        workflow = {"extra": {"attune_profiles": {"mine.json": spell_profile(profile)}}}
+        one = {"prompt": sampled_with("mine.json"), "extra_data": {"extra_pnginfo": {"workflow": workflow}}}
+        queue.append(carried.exchange(one)["prompt"])
+    ends, reports = [], []
+    for prompt in queue:
+        outputs = host.run(prompt)
+        ends.append(latent_of(host, outputs))
+        reports += outputs["9"]["text"]
+    assert f"'{VE.name}'" in reports[0] and f"'{other.name}'" in reports[1]
+    for profile, end in zip((VE, other), ends, strict=True):
+        save_profile(profile, host.profiles, profile.name)
+        assert torch.equal(latent_of(host, host.run(sampled_with(f"{profile.name}.json"))), end)
+    assert not torch.equal(*ends)
+
+
+def test_several_profiles_under_one_name_are_not_guessed_at(host, carried):
+    for cfg in (1.0, 2.0):
+        carried.exchange(queued("mine.json", **{"mine.json": spell_profile(replace(VE, cfg=cfg))}))
+    name = named_by(carried.exchange(queued("mine.json")))
+    assert name == "mine.json"
+    with pytest.raises(ValueError, match=r"There is no profile 'mine\.json'"):
+        host.call("AttuneLoadProfile", profile_name=name)
 
 
 def test_a_workflow_holds_only_what_its_prompt_names(folder, exchange):
@@ -494,12 +648,14 @@ def test_memory_of_carried_profiles_is_bounded(carried):
     names = [f"{i}.json" for i in range(carried.MOST_CARRIED + 6)]
     for name in names:
         carried.exchange(queued(name, **{name: spell_profile(VE)}))
-    assert list(carried.CARRIED) == names[6:]
+    assert [name.partition("@")[0] for name in carried.CARRIED] == names[6:]
 
 
 @pytest.mark.parametrize("node", ["AttuneScheduler", "AttuneKSampler"])
 def test_a_schedule_that_is_not_there_is_said_before_the_run(host, node):
     known = host.nodes.NODE_CLASS_MAPPINGS[node].validate_inputs
     assert known(schedule="auto") is True and known(schedule=None) is True
+    for odd in (5, ["auto"], {"auto": 1}, 0.5, True, ""):
+        assert known(schedule=odd).startswith(f"There is no schedule {odd!r}. Choose one of: auto")
     assert "There is no profile 'gone.json' in" in known(schedule="gone.json")
     assert "There is no schedule 'AYS 9'. Choose one of: auto" in known(schedule="AYS 9")

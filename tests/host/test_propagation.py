@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import comfy_stub
+from nightly import daily
 from real_size import FAMILIES, build, inputs, sample
 
 REUSES = ["top level fresh", "one block fresh", "encoder reused"]
@@ -199,7 +200,7 @@ def test_a_shorter_step_of_a_published_network_does_the_work_and_keeps_the_featu
 SOLVERS = ["euler", "dpmpp_2m", "heun", "dpm_2", "dpmpp_sde", "euler_ancestral", "uni_pc", "ddim"]
 
 
-@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("sampler", daily(SOLVERS, "euler", "heun", "dpmpp_sde", "uni_pc"))
 def test_with_key_steps_only_the_result_is_the_stock_one_bit_for_bit(draw, propagate, sampler):
     stock = draw(sampler=sampler, steps=8)
     assert torch.equal(draw(propagate(interval=1), sampler=sampler, steps=8), stock)
@@ -290,7 +291,7 @@ def test_the_published_mode_is_the_papers_algorithm(demo, encode, draw, propagat
     torch.testing.assert_close(ours, want, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "uni_pc", "lms"])
+@pytest.mark.parametrize("sampler", daily(["euler", "dpmpp_2m", "heun", "uni_pc", "lms"], "euler", "heun", "lms"))
 def test_decoding_several_steps_at_once_changes_nothing(draw, propagate, sampler, caplog):
     one, many = (propagate(reuse="encoder reused", interval=4, parallel=p) for p in ("off", "4"))
     one = draw(one, sampler=sampler, steps=12)
@@ -305,7 +306,11 @@ TWICE_A_STEP = [(sampler, reuse) for sampler in ("heun", "dpm_2") for reuse in (
 NOISY = ["dpmpp_2s_ancestral", "dpmpp_sde", "seeds_2", "dpmpp_2m_sde"]  # "encoder reused" becomes "top level fresh"
 
 
-@pytest.mark.parametrize(("sampler", "reuse"), TWICE_A_STEP + [(sampler, "encoder reused") for sampler in NOISY])
+EVERY_KIND = TWICE_A_STEP + [(sampler, "encoder reused") for sampler in NOISY]
+DAILY = [("heun", "encoder reused"), ("dpm_2", "top level fresh"), ("dpmpp_sde", "encoder reused")]
+
+
+@pytest.mark.parametrize(("sampler", "reuse"), daily(EVERY_KIND, *DAILY, names=2))
 def test_every_kind_of_solver_stays_near_the_whole_run(draw, propagate, sampler, reuse):
     stock, ours = draw(sampler=sampler, steps=24), draw(propagate(reuse=reuse, interval=2), sampler=sampler, steps=24)
     assert psnr(ours, stock) > (16 if sampler == "dpmpp_2m_sde" else 24) and not torch.equal(ours, stock)
@@ -356,7 +361,7 @@ def test_prior_noise_is_added_in_the_second_half(demo, encode, draw, propagate):
     by_hand = demo[0].clone()
     by_hand.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test.noise", add)
     ours = draw(propagate(interval=1, prior_noise=0.01), steps=10)
-    torch.testing.assert_close(ours, draw(by_hand, steps=10), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, draw(by_hand, steps=10), rtol=1e-4, atol=1e-4)
     assert not torch.equal(ours, draw(steps=10))
 
 
@@ -445,8 +450,10 @@ def conditionings(host, encode):
     }
 
 
-@pytest.mark.parametrize("reuse", REUSES)
-@pytest.mark.parametrize("kind", ["areas", "several", "long", "late"])
+MIXED = [(reuse, kind) for kind in ("areas", "several", "long", "late") for reuse in REUSES]
+
+
+@pytest.mark.parametrize(("reuse", "kind"), daily(MIXED, *MIXED[::4], MIXED[2], MIXED[-1], names=2))
 def test_conditions_never_mix(draw, propagate, conditionings, one_by_one, reuse, kind):
     positive, model = conditionings[kind], propagate(reuse=reuse, interval=2)
     stock, ours = draw(positive=positive, steps=14), draw(model, positive=positive, steps=14)
