@@ -176,6 +176,10 @@ class NPNetTraining(Training):
         """The part of the held-out golden noise that the kept network predicts: 0 for the plain noise, 1 for all."""
         return 1 - self.best_error / self.pairs.error
 
+    def result(self) -> NPNet:
+        super().result()
+        return self.network
+
     def learn(self) -> float:
         self._train()
         error = self._measure()
