@@ -979,7 +979,7 @@ def fitted(host, demo, encode):
 
 def test_one_picture_of_a_solver_that_adds_noise_is_too_few_and_the_report_says_so(host, fitted):
     measures_too_few = host.module("nodes._host.propagation.fit").measures_too_few
-    report_of, fit = host.module("nodes.propagation").report_of, fitted[0].calibration
+    report_of, fit = host.module("nodes.propagation").report_of, fitted[0].key_steps
     chosen = host.module("nodes._plan.propagation").calibrated_point(fit)
     latents = {n: {"samples": torch.zeros(n, 4, 16, 16)} for n in (1, 4)}
     assert measures_too_few("euler_ancestral", latents[1]) and measures_too_few("dpmpp_2m_sde", latents[1])
@@ -990,7 +990,7 @@ def test_one_picture_of_a_solver_that_adds_noise_is_too_few_and_the_report_says_
 
 def test_a_calibration_predicts_what_its_settings_give(draw, propagate, fitted, caplog):
     profile, plot, report = fitted
-    points = profile.calibration.points
+    points = profile.key_steps.points
     assert profile.kind == "encoder_propagation" and [p.speed for p in points] == sorted(p.speed for p in points)
     assert plot.shape[0] == 1 and plot.shape[-1] == 3 and f"{points[0].psnr:.1f} dB" in report
     stock = draw(steps=12)
@@ -1004,18 +1004,18 @@ def test_a_calibration_predicts_what_its_settings_give(draw, propagate, fitted, 
 
 def test_calibrated_key_steps_are_better_than_even_ones(draw, propagate, fitted):
     profile, stock = fitted[0], draw(steps=12)
-    point = profile.calibration.points[-1]
+    point = profile.key_steps.points[-1]
     calibrated = draw(propagate(mode="speed target", speed=point.speed, profile=profile), steps=12)
     even = draw(propagate(mode="speed target", speed=point.speed, keep_last=0), steps=12)
     assert psnr(calibrated, stock) > psnr(even, stock)
 
 
-def test_a_calibration_survives_its_file(fitted, tmp_path):
+def test_a_calibration_survives_its_file(host, fitted, tmp_path):
     from pack.models.store import load_profile
 
-    saved = sys.modules[type(fitted[0]).__module__].save_profile(fitted[0], tmp_path)
-    assert vars(load_profile(saved).calibration)["sigmas"] == fitted[0].calibration.sigmas
-    assert load_profile(saved).calibration.points[0].keys == fitted[0].calibration.points[0].keys
+    saved = host.module("models.store").save_profile(fitted[0], tmp_path)
+    assert vars(load_profile(saved).key_steps)["sigmas"] == fitted[0].key_steps.sigmas
+    assert load_profile(saved).key_steps.points[0].keys == fitted[0].key_steps.points[0].keys
 
 
 def test_a_profile_of_another_kind_or_network_is_refused(host, demo, draw, propagate, fitted):
@@ -1024,7 +1024,7 @@ def test_a_profile_of_another_kind_or_network_is_refused(host, demo, draw, propa
     profile = fitted[0]
     with pytest.raises(ValueError, match="holds no key steps for a UNet: it is a block propagation"):
         propagate(profile=replace(profile, kind="block_propagation"), mode="calibrated profile")
-    other = replace(profile, calibration=replace(profile.calibration, blocks=12))
+    other = replace(profile, key_steps=replace(profile.key_steps, blocks=12))
     with pytest.raises(ValueError, match="for a network of 12 blocks, but this MODEL has 6"):
         propagate(profile=other, mode="calibrated profile")
     with pytest.raises(ValueError, match="fastest setting is"):
@@ -1046,7 +1046,7 @@ def test_a_fit_names_its_network_and_weights_and_auto_takes_it(host, demo, fitte
     assert identity.config_hash and identity.weights_hash
     for name in ("config_hash", "weights_hash", "prediction"):
         assert getattr(profile, name) == getattr(identity, name)
-    assert profile.families == identity.families[:1] and profile.provenance["patched"] is False
+    assert profile.families == identity.families[:1] and profile.patches == identity.patches
     host.module("nodes._host.folders").keep_fit(profile)
     *_, report = host.call(
         "AttuneAuto", model=demo[0], latent={"samples": torch.zeros(1, 4, 16, 16)}, steps=12, sampler_name="euler",
@@ -1063,7 +1063,7 @@ def test_a_fit_behind_the_node_measures_whole_runs(host, demo, encode, propagate
         negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=12, cfg=3.0,
         sampler_name="euler", scheduler="normal", reuse="automatic", fastest=1.75, longest=3,
     )  # fmt: skip
-    assert behind[0].calibration == fitted[0].calibration
+    assert behind[0].key_steps == fitted[0].key_steps
     session, space = host.module("nodes._host.session"), host.module("kernels.space").NoiseSpace("ve")
     solver = session.solver_of(session.named_sampler("euler"), demo[0])
     sigmas = torch.linspace(14, 0, 13)
@@ -1100,11 +1100,11 @@ def test_a_fit_refuses_a_sampler_that_the_table_does_not_know(host, demo, encode
 
 def test_a_calibration_is_applied_in_one_call(host, demo, draw, propagate, fitted):
     with_calibration, profile = host.module("nodes._host.propagation").with_calibration, fitted[0]
-    model, said = with_calibration(demo[0], profile)
+    model, _, said = with_calibration(demo[0], profile)
     assert torch.equal(draw(model, steps=12), draw(propagate(mode="calibrated profile", profile=profile), steps=12))
     assert "calibrated with euler over 12 steps: " in said[0]
-    fastest = profile.calibration.points[-1]
-    model, said = with_calibration(demo[0], profile, fastest.speed)
+    fastest = profile.key_steps.points[-1]
+    model, _, said = with_calibration(demo[0], profile, fastest.speed)
     ours = draw(propagate(mode="speed target", speed=fastest.speed, profile=profile), steps=12)
     assert torch.equal(draw(model, steps=12), ours) and f"{fastest.speed:.2f}x at {fastest.psnr:.1f} dB" in said[0]
 
