@@ -57,6 +57,14 @@ REPLACED = [
         ("seed", "steps", "cfg", "sampler_name", "scheduler", "reuse", "fastest", "longest"),
         ("model", "positive", "negative", "latent_image"), outputs={0: 0, 1: 1, 2: 2},
     ),
+    Replaced(
+        "AttuneOneMoreStepPredict", "AttuneOneMoreStep", ("cfg", "seed"),
+        ("model", "oms_model", "positive", "negative", "latent"), dropped=("seed",), outputs={0: 1},
+    ),
+    Replaced(
+        "AttuneZigzagSampler", "AttuneRedenoise", ("zigzag_steps", "strong_cfg", "weak_cfg", "rounds"), (),
+        outputs={0: 1},
+    ),
 ]  # fmt: skip
 
 
