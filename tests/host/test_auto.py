@@ -244,7 +244,7 @@ def test_a_second_run_of_the_prompt_executes_no_node_again_and_loads_no_module_a
         def send_sync(self, event, data, sid=None):
             if event == "executing" and data.get("node"):
                 executed.append(data["node"])
-            assert event != "execution_error", data
+            assert event != "execution_error", data["exception_message"]
 
         def send_progress_text(self, *_):
             pass
@@ -284,7 +284,7 @@ def broken(folder: Path) -> dict[str, str]:
     (folder / "cut.JSON").write_text('{"format": 1, "kind"')
     (folder / "empty.json").touch()
     (folder / "nowhere.json").symlink_to(folder / "gone")
-    (folder / "locked.json").write_text("{}")
+    (folder / "locked.json").touch()
     return {
         "inside.json": "not a profile", "binary.json": "not a profile", "cut.JSON": "not a profile",
         "empty.json": "not a profile", "locked.json": "cannot be read: Permission denied",
