@@ -309,7 +309,7 @@ def cells(lab: FittedLab, model: str, sampler: str, steps: int, groups: list[str
 
 
 def shipped_profile(lab: FittedLab, model: str, sampler: str, steps: int) -> Any:
-    profiles = lab.module("models.calibration")
+    profiles = lab.module("models.store")
     path = profiles.SHIPPED / f"demo_{model}_{sampler}_{steps:02}{profiles.SUFFIX}"
     return profiles.load_profile(path) if path.exists() else None
 

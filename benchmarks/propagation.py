@@ -130,7 +130,7 @@ class CalibratedLab(Lab):
 
     def given(self, name: str, value, part: Sequence[Task]):
         if name == "profile":
-            return pack("models.calibration").load_profile(self.cache / value)
+            return pack("models.store").load_profile(self.cache / value)
         return super().given(name, value, part)
 
 
@@ -144,7 +144,7 @@ def calibrated(lab: Lab, model: str, sampler: str, steps: int, drawn: bool) -> d
     path = path or fit(lab, model, sampler, steps, stem)
     demo = networks(lab, model)["demo"].reuses
     found = {}
-    for point in pack("models.calibration").load_profile(path).calibration.points:
+    for point in pack("models.store").load_profile(path).key_steps.points:
         reuse = next(
             name for name, part in demo.items() if (part.fresh, part.cut) == (point.reuse.fresh, point.reuse.cut)
         )
@@ -161,7 +161,7 @@ def fit(lab: Lab, model: str, sampler: str, steps: int, stem: str) -> Path:
         negative=lab.conditioning([""]), latent_image=latent, seed=987654321, steps=steps, cfg=3.0,
         sampler_name=sampler, scheduler="normal", reuse="automatic", fastest=3.0, longest=5,
     )  # fmt: skip
-    return pack("models.calibration").save_profile(profile, lab.cache, stem)
+    return pack("models.store").save_profile(profile, lab.cache, stem)
 
 
 # --- what it costs ---

@@ -245,7 +245,7 @@ def _config(name: str, shapes: dict[str, tuple[int, ...]], facts: Mapping[str, s
     if not stages or any(heads < 1 or depth > 64 for depth, heads in stages) or side < 1:
         raise ValueError(f"{name} is damaged: no Swin transformer of the published kind can be found in it.")
     return NPNetConfig(
-        channels=channels, side=side, text=text, tokens=tokens,
+        channels=channels, side=side, text=text, tokens=tokens,  # type: ignore[arg-type]
         width=text_size // (tokens if text == "flat" else 1), signs=signs,  # type: ignore[arg-type]
         swin_width=shapes[f"{SWIN}patch_embed.proj.weight"][0], swin_depths=tuple(depth for depth, _ in stages),
         swin_heads=tuple(heads for _, heads in stages), hidden=shapes["unet_svd.mlp4.0.weight"][0],

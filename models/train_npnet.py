@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +176,10 @@ class NPNetTraining(Training):
         """The part of the held-out golden noise that the kept network predicts: 0 for the plain noise, 1 for all."""
         return 1 - self.best_error / self.pairs.error
 
+    def result(self) -> NPNet:
+        super().result()
+        return self.network
+
     def learn(self) -> float:
         self._train()
         error = self._measure()
@@ -231,7 +235,7 @@ class NPNetTraining(Training):
         error, count = found.tolist()
         return error / count
 
-    def _batches(self, of: Tensor):
+    def _batches(self, of: Tensor) -> Iterator[Tensor]:
         """Rows in parts of the batch size, with a pause before each."""
         for batch in of.split(self.recipe.batch_size) if len(of) else ():
             self.pause()

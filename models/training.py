@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Training:
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate * share
 
-    def run(self, state: Path, every: int = 1, writes: bool = True) -> Iterator[int]:
+    def run(self, state: Path, every: int = 1, writes: bool = True) -> Generator[int, None, None]:
         """Go on from the file `state`, if it is there, to the last step; yields the steps taken after each.
 
         The file is written every so many steps, at the end, and when the generator is closed in between: use

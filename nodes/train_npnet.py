@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from ..models.noise_pairs import plan, remaining, shard_paths
+from ..models.npnet import NPNet
 from ..models.npnet_files import save_npnet
 from ..models.train_npnet import ALONE, NPNET_SIZES, NPNetTraining, Pairs, Recipe, Share
 from ..models.training import MADE, UNFINISHED, check_writable, find_place, keep_result, spelled
@@ -79,7 +81,8 @@ class AttuneTrainNPNet(io.ComfyNode):
             source = Source(model, clip, negative, empty_latent(model, latent_image)[:1], settings)
             said = collected(source, prompts, seeds_per_prompt, seed, shard_size, part, folder, recipe)
             if part != ALL:
-                return io.NodeOutput(blocked(), said)
+                why = f"'part' {part} only collects. With all files in one folder, run it again with 1/1 to train."
+                return io.NodeOutput(blocked(why), said)
         with torch.inference_mode(False), torch.enable_grad():  # the host runs nodes without gradients
             file = trained(folder, name, recipe)
         npnet = HostNPNet.load(file)
@@ -173,7 +176,7 @@ def trained(folder: Path, name: str, recipe: Recipe, share: Share = ALONE) -> Pa
             bar.update(epoch)
             if first:
                 LOG.info("Attune Train NPNet: epoch %d, the best explains %.2f %%.", epoch, 100 * training.explained)
-    measured, net = training.report(), training.result()
+    measured, net = training.report(), cast(NPNet, training.result())
     if first:
         facts = {key: value for key, value in pairs.facts.items() if not isinstance(value, list)}
         facts |= {**measured, MADE: spelled(training.made)}

@@ -62,7 +62,14 @@ def examples(kit: Kit) -> dict:
 
 
 FROM_A_PICTURE = "The run begins from a picture, not from noise: the method stands aside."
-APPLY = {"steps": 0, "denoise": 1.0, "denoise_mode": "exact", "resolution_policy": "ignore", "strength": 1.0, "speed": 0.0}
+APPLY = {
+    "steps": 0,
+    "denoise": 1.0,
+    "denoise_mode": "exact",
+    "resolution_policy": "ignore",
+    "strength": 1.0,
+    "speed": 0.0,
+}
 REUSE = {
     "mode": "uniform", "interval": 2, "speed": 1.5, "forecast": True, "keep_last": 1, "start_percent": 0.0,
     "end_percent": 1.0, "prior_noise": 0.0, "cache_dtype": "as computed", "cache_device": "as computed",

@@ -246,7 +246,9 @@ def test_of_calibrations_that_differ_in_their_loras_the_models_own_is_taken():
 
 def test_a_calibration_of_propagation_is_for_its_network_weights_solver_and_steps():
     points = (Point(Reuse(1, 8, True), (0, 2), 1.5, 50.0),)
-    reuse = replace(fit(weights_hash="w"), kind="encoder_propagation", key_steps=KeySteps(12, "euler", fit().sigmas, points))
+    reuse = replace(
+        fit(weights_hash="w"), kind="encoder_propagation", key_steps=KeySteps(12, "euler", fit().sigmas, points)
+    )
     facts = replace(SD15, model=replace(SD15.model, weights_hash="w"))
     wishes, shelf = Wishes(schedule=OFF, speed=FAITHFUL), Shelf({"mine": reuse})
     assert picks(facts, EULER, wishes, shelf) == {SPEED: "mine"}

@@ -219,6 +219,7 @@ def test_levels_hardly_better_than_the_reference_do_not_follow_its_errors(preset
         assert not tuned.changed or truth(tuned.sigmas) < truth(between(share)), times
 
 
+@pytest.mark.nightly  # the other tests of this file ask what it counts
 def test_the_tables_are_made_in_a_minute(root, tmp_path):
     command = [sys.executable, str(root / "benchmarks" / "gate.py"), "--quick", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -49,15 +49,10 @@ def use_host() -> None:
 
 
 def pack() -> None:
-    """Make the pack's modules importable as `pack.…` without running any of its `__init__` files."""
-    for name, folder in {
-        "pack": ROOT,
-        "pack.nodes": ROOT / "nodes",
-        "pack.nodes._host": ROOT / "nodes" / "_host",
-    }.items():
-        module = types.ModuleType(name)
-        module.__path__ = [str(folder)]
-        sys.modules[name] = module
+    """Make the pack's modules importable as `pack.…`, whatever its folder is called; after `use_host`."""
+    module = types.ModuleType("pack")
+    module.__path__ = [str(ROOT)]
+    sys.modules["pack"] = module
 
 
 def autocast() -> torch.autocast:

@@ -9,6 +9,7 @@ Load One More Step lists, with how pictures differ from its prediction, and a re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import time
@@ -21,15 +22,14 @@ use_host()
 pack()
 
 from data import BACKGROUND_NAMES, OBJECT_NAMES  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor  # noqa: E402
 from train_diffusion import PLACEMENTS, batches, conditions, latents  # noqa: E402
 
 from pack.kernels.one_more_step import SignalLeak, clean_of_v  # noqa: E402
-from pack.kernels.one_more_step_training import Training  # noqa: E402
 from pack.models.demo import TEXT_WIDTH  # noqa: E402
 from pack.models.one_more_step import Architecture, save_module  # noqa: E402
-from pack.models.store import save_tensors  # noqa: E402
+from pack.models.train_one_more_step import ModuleTraining  # noqa: E402
+from pack.models.training import digest  # noqa: E402
 from pack.nodes._host.timeless_unet import TimelessUNet, diffusers_names, initialise  # noqa: E402
 
 FOLDER = Path(os.environ.get("ATTUNE_ONE_MORE_STEP", ROOT / "models" / "one_more_step"))
@@ -78,25 +78,32 @@ def main() -> None:
     x0, _ = latents(ARCHITECTURE.in_channels)
     network = TimelessUNet(ARCHITECTURE, dtype=torch.float32)
     initialise(network, torch.Generator().manual_seed(args.seed))
-    training = Training(network.to(DEVICE), args.steps, args.lr, warm_up=200, seed=args.seed)
-    if path.exists():
-        training.go_on(load_file(path))
     draws = torch.Generator()
     feed = batches(x0, args.batch, draws)
-    began = time.monotonic()
-    while training.step < args.steps and time.monotonic() - began < 60 * args.minutes:
-        draws.set_state(training.generator().get_state())
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        draws.set_state(generator.get_state())
         of, said, _ = next(feed)
-        training.learn(of, said)
-        if training.step % 100 == 0 or training.step == args.steps:
-            last = sum(training.losses[-100:]) / len(training.losses[-100:])
-            print(training.step, f"{last:.4f}", f"{time.monotonic() - began:.0f} s", flush=True)
-            save_tensors(path, training.state(), {})
-    save_tensors(path, training.state(), {})
+        generator.set_state(draws.get_state())
+        return of, said
+
+    made = {
+        "pictures": digest(x0, *conditions()), "steps": args.steps, "batch": args.batch, "lr": args.lr,
+        "seed": args.seed,
+    }  # fmt: skip
+    training = ModuleTraining(network.to(DEVICE), draw, made, args.steps, args.lr, warm_up=200, seed=args.seed)
+    began = time.monotonic()
+    with contextlib.closing(training.run(path, every=100)) as taken:
+        for step in taken:
+            if step % 100 == 0 or step == args.steps:
+                last = sum(training.losses[-100:]) / len(training.losses[-100:])
+                print(step, f"{last:.4f}", f"{time.monotonic() - began:.0f} s", flush=True)
+            if time.monotonic() - began > 60 * args.minutes:
+                break
     if training.step < args.steps:
         print("stopped; run it again to go on")
         return
-    average = training.average.eval()
+    average = training.result()
     leak = SignalLeak.fit(residuals(average, x0), FREQUENCIES)
     own = average.state_dict()
     tensors = {theirs: own[ours] for theirs, ours in diffusers_names(ARCHITECTURE).items()}

@@ -36,7 +36,7 @@ def advanced(*inputs: io.Input) -> list[io.Input]:
 
 def check_choices(node: type[io.ComfyNode], **chosen) -> None:
     """ValueError for a value that the node's list of that name does not have: older hosts let it through."""
-    lists = {one.id: one.options for one in node.GET_SCHEMA().inputs if isinstance(one, io.Combo.Input)}
+    lists = {one.id: one.options for one in node.define_schema().inputs if isinstance(one, io.Combo.Input)}
     for name, value in chosen.items():
         if value not in lists[name]:
             raise ValueError(f"'{name}' is {value!r}. Choose one of: {', '.join(map(str, lists[name]))}.")

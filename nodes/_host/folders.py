@@ -72,7 +72,7 @@ def profile_path(name: str) -> Path | None:
 
 
 def has_profile(name: object) -> bool:
-    """Whether the user, or a workflow that the user opened, has a profile file of that name; a prompt names anything."""
+    """Whether the user, or a workflow that the user opened, has a profile file of that name; any value may be asked."""
     return isinstance(name, str) and (profile_path(name.partition(AT)[0]) is not None or name in CARRIED)
 
 
@@ -94,9 +94,9 @@ def find_profile(name: object) -> Calibration:
 def missing_profile(name: object) -> str:
     """What to do about a profile that is not there."""
     return (
-        f"There is no profile '{str(name).partition(AT)[0]}' in {profile_folder()}. Ask the maker of the workflow for that "
-        "file, or for a picture saved by the workflow, which carries its profiles; put the file there and press R to "
-        f"refresh. Or choose one of: {', '.join(profile_names())}."
+        f"There is no profile '{str(name).partition(AT)[0]}' in {profile_folder()}. Ask the maker of the workflow for "
+        "that file, or for a picture saved by the workflow, which carries its profiles; put the file there and press R "
+        f"to refresh. Or choose one of: {', '.join(profile_names())}."
     )
 
 

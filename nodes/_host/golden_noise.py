@@ -72,7 +72,7 @@ class GoldenNoise(Start):
     place = "golden noise"
 
     @property
-    def strength(self) -> float:  # type: ignore[override]
+    def strength(self) -> float:
         return self.settings.strength
 
     def check(self, positive: list | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,9 @@ class Source:
         config_for(Shard(one, one, torch.zeros(1, dtype=torch.long), tokens, pooled, (), {}), recipe)
 
 
-def collect(source: Source, shards: list[list[Job]], missing: list[int], folder: Path, batch: int = 8) -> Iterator[int]:
+def collect(
+    source: Source, shards: list[list[Job]], missing: list[int], folder: Path, batch: int = 8
+) -> Generator[int, None, None]:
     """Makes the missing shards, in order; yields how many pairs are done after each batch.
 
     Every pair is drawn from its own seed, as the host would for it alone. What is done of a shard is kept when the
@@ -135,7 +137,7 @@ def import_published(clip: Any, source: Path, folder: Path, shard_size: int) -> 
         else:
             prompts = list(dict.fromkeys(job.prompt for job in jobs))
             which = torch.tensor([prompts.index(job.prompt) for job in jobs])
-            noise, golden = (torch.cat([pair[i] for pair in some]) for i in (1, 2))
+            noise, golden = torch.cat([pair[1] for pair in some]), torch.cat([pair[2] for pair in some])
             texts = _stack([(prompt, _encode(clip, prompt)) for prompt in prompts])
             save_shard(path, Shard(noise, golden, which, *texts, tuple(jobs), facts))
         index, count = index + 1, count + len(some)

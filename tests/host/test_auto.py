@@ -107,7 +107,9 @@ def test_connected_sigmas_are_kept_where_nothing_is_known(auto, demo):
 
 def test_it_is_the_graph_of_the_single_nodes_bit_for_bit(host, encode, auto, demo):
     profile, *_ = host.call("AttuneLoadProfile", profile_name="Attune demo unet, euler, 8 steps")
-    by_hand, _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=profile, steps=8, denoise_mode="comfy")
+    by_hand, _, sigmas, _ = host.call(
+        "AttuneApplyProfile", model=demo[0], profile=profile, steps=8, denoise_mode="comfy"
+    )
     one, ones_sigmas, _ = auto()
     assert torch.equal(sigmas, ones_sigmas)
     assert torch.equal(sampled(host, encode, one, ones_sigmas), sampled(host, encode, by_hand, sigmas))

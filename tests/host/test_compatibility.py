@@ -99,8 +99,8 @@ def in_turn(model: str, kinds: Iterable) -> set[tuple]:
 # Where conditions are evaluated apart, features of one must not serve another; where a start is no pure noise, a method of
 # the first state has to know.
 TELLING = {
-    "encoder propagation": ("areas", "prompts in turn", "LoRA schedule on one prompt", "ControlNet", "torch.compile"),
-    "block propagation": ("areas", "ControlNet", "context windows", "torch.compile"),
+    "encoder propagation": ("areas", "prompts in turn", "LoRA schedule on one prompt", "ControlNet"),
+    "block propagation": ("areas", "ControlNet", "context windows"),
     "one more step": ("KSampler (Advanced), two stages", "inpaint mask", "batch_index", "areas"),
     "golden noise": ("batch_index", "prompts in turn"),
 }

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import comfy_stub
+from nightly import daily
 
 STEPS = 4
 WAN = {
@@ -156,7 +157,7 @@ def test_a_video_model_keeps_the_zeros_of_its_given_frames(host, kit):
 
 
 @pytest.mark.parametrize("name", ["unet", "flow"])
-@pytest.mark.parametrize("sampler", PLAIN)
+@pytest.mark.parametrize("sampler", daily(PLAIN, "euler", "heun", "dpmpp_2m", "dpmpp_sde"))
 @pytest.mark.parametrize("node", ["KSampler", "SamplerCustomAdvanced"])
 def test_a_map_works_in_every_solver_and_leaves_nothing_behind(kit, demo, flow, solve, name, sampler, node):
     model, a_map = case(kit, demo, flow, name)

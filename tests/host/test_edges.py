@@ -16,6 +16,7 @@ from torch import Tensor
 
 from graphs import SIDE, Kit
 from methods import METHODS
+from nightly import daily
 
 Draw = Callable[[Kit, Callable], Tensor]
 FROM_NOISE = ("one more step", "signal leak", "golden noise", "re-denoise")  # they change the noise of a run
@@ -146,8 +147,10 @@ def same(a: Tensor | str, b: Tensor | str) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
-@pytest.mark.parametrize("model", ["unet", "flow"])
-@pytest.mark.parametrize("name", EDGES)
+EVERY = [(name, model) for name in EDGES for model in ("unet", "flow")]
+
+
+@pytest.mark.parametrize(("name", "model"), daily(EVERY, *(EVERY[2 * i + i % 2] for i in range(len(EDGES))), names=2))
 def test_the_right_result_or_the_right_sentence(kits, plain, name, model):
     kit, edge = kits[model], EDGES[name]
     methods = {label: method for label, method in METHODS.items() if method.model == model}

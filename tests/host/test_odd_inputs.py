@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 
 import pytest
@@ -16,7 +17,10 @@ def ours(host) -> dict:
 
 def checked(host, inputs: dict, class_type: str) -> list[dict]:
     """What the host answers to a prompt with one of our nodes, and a node that needs it."""
-    prompt = {"1": {"class_type": class_type, "inputs": inputs}, "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}}}
+    prompt = {
+        "1": {"class_type": class_type, "inputs": inputs},
+        "2": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+    }
     _, error, _, node_errors = host.loop.run_until_complete(host.execution.validate_prompt("odd", prompt, None))
     assert "exception" not in (error or {}).get("type", ""), error
     return [one for node in node_errors.values() for one in node["errors"]]
@@ -55,11 +59,10 @@ def test_our_own_checks_take_any_value(host, value):
             ask = getattr(node, check)
             ask()
             for one in node.GET_SCHEMA().inputs:
-                try:
-                    answer = ask(**{one.id: value})
-                except TypeError as error:
-                    assert "unexpected keyword" in str(error), (name, check, one.id, error)
-                    continue
+                takes = inspect.signature(ask).parameters
+                if one.id not in takes and not any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+                    continue  # the host asks for no more than what is named
+                answer = ask(**{one.id: value})
                 assert check == "fingerprint_inputs" or answer is True or isinstance(answer, str), (name, one.id)
 
 

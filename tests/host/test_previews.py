@@ -20,7 +20,14 @@ def N(class_type: str, **inputs) -> dict:
 LOADER = N("CheckpointLoaderSimple", ckpt_name="attune_demo.safetensors")
 FLOW = N("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")
 LATENT = N("EmptyLatentImage", width=128, height=128, batch_size=2)
-APPLY = {"steps": 6, "denoise": 0.7, "denoise_mode": "exact", "resolution_policy": "ignore", "strength": 1.0, "speed": 0.0}
+APPLY = {
+    "steps": 6,
+    "denoise": 0.7,
+    "denoise_mode": "exact",
+    "resolution_policy": "ignore",
+    "strength": 1.0,
+    "speed": 0.0,
+}
 PROPAGATE = {
     "mode": "calibrated profile", "interval": 3, "speed": 1.5, "reuse": "top level fresh", "forecast": True, "keep_last": 2,
     "start_percent": 0.0, "end_percent": 1.0, "prior_noise": 0.0, "cache_dtype": "as computed",

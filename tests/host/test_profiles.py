@@ -449,7 +449,9 @@ def test_the_name_of_loras_changes_with_strength_and_file_and_not_with_the_order
 
     one, other = files
     assert named() == "none" and named((one, 1.0)) == named((one, 1.0))
-    assert len({named(), named((one, 1.0)), named((one, 0.8)), named((other, 1.0)), named((one, 1.0), (other, 1.0))}) == 5
+    assert (
+        len({named(), named((one, 1.0)), named((one, 0.8)), named((other, 1.0)), named((one, 1.0), (other, 1.0))}) == 5
+    )
     few = demo[0].clone()
     few.add_patches({key: ("diff", (one[key],)) for key in keys[:7]}, 1.0)
     assert patches_hash(few) != named((one, 1.0))
@@ -461,7 +463,10 @@ def test_a_lora_file_of_the_hosts_own_loader_has_a_name_for_each_strength(host, 
     from pack.nodes._host.identity import patches_hash
 
     load = lambda strength: host.call(
-        "LoraLoaderModelOnly", model=flow[0], lora_name=folder_paths.get_filename_list("loras")[0], strength_model=strength
+        "LoraLoaderModelOnly",
+        model=flow[0],
+        lora_name=folder_paths.get_filename_list("loras")[0],
+        strength_model=strength,
     )[0]
     assert len({patches_hash(load(strength)) for strength in (0.5, 1.0)} | {patches_hash(flow[0])}) == 3
     (sizes,) = (one for one in shipped_profiles().values() if one.kind == "noise_shift" and one.patches != "none")
@@ -471,7 +476,9 @@ def test_a_lora_file_of_the_hosts_own_loader_has_a_name_for_each_strength(host, 
 def test_every_shipped_calibration_names_its_weights(demo, flow):
     from pack.nodes._host import identity
 
-    known = {identity.config_hash(m[0].model.model_config.unet_config): identity.weights_hash(m[0]) for m in (demo, flow)}
+    known = {
+        identity.config_hash(m[0].model.model_config.unet_config): identity.weights_hash(m[0]) for m in (demo, flow)
+    }
     ours = [one for one in shipped_profiles().values() if one.config_hash]
     assert len(ours) == 33
     for one in ours:

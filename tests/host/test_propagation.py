@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import comfy_stub
+from nightly import daily
 from real_size import FAMILIES, build, inputs, sample
 
 REUSES = ["top level fresh", "one block fresh", "encoder reused"]
@@ -199,7 +200,7 @@ def test_a_shorter_step_of_a_published_network_does_the_work_and_keeps_the_featu
 SOLVERS = ["euler", "dpmpp_2m", "heun", "dpm_2", "dpmpp_sde", "euler_ancestral", "uni_pc", "ddim"]
 
 
-@pytest.mark.parametrize("sampler", SOLVERS)
+@pytest.mark.parametrize("sampler", daily(SOLVERS, "euler", "heun", "dpmpp_sde", "uni_pc"))
 def test_with_key_steps_only_the_result_is_the_stock_one_bit_for_bit(draw, propagate, sampler):
     stock = draw(sampler=sampler, steps=8)
     assert torch.equal(draw(propagate(interval=1), sampler=sampler, steps=8), stock)
@@ -290,7 +291,7 @@ def test_the_published_mode_is_the_papers_algorithm(demo, encode, draw, propagat
     torch.testing.assert_close(ours, want, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "uni_pc", "lms"])
+@pytest.mark.parametrize("sampler", daily(["euler", "dpmpp_2m", "heun", "uni_pc", "lms"], "euler", "heun", "lms"))
 def test_decoding_several_steps_at_once_changes_nothing(draw, propagate, sampler, caplog):
     one, many = (propagate(reuse="encoder reused", interval=4, parallel=p) for p in ("off", "4"))
     one = draw(one, sampler=sampler, steps=12)
@@ -305,7 +306,11 @@ TWICE_A_STEP = [(sampler, reuse) for sampler in ("heun", "dpm_2") for reuse in (
 NOISY = ["dpmpp_2s_ancestral", "dpmpp_sde", "seeds_2", "dpmpp_2m_sde"]  # "encoder reused" becomes "top level fresh"
 
 
-@pytest.mark.parametrize(("sampler", "reuse"), TWICE_A_STEP + [(sampler, "encoder reused") for sampler in NOISY])
+EVERY_KIND = TWICE_A_STEP + [(sampler, "encoder reused") for sampler in NOISY]
+DAILY = [("heun", "encoder reused"), ("dpm_2", "top level fresh"), ("dpmpp_sde", "encoder reused")]
+
+
+@pytest.mark.parametrize(("sampler", "reuse"), daily(EVERY_KIND, *DAILY, names=2))
 def test_every_kind_of_solver_stays_near_the_whole_run(draw, propagate, sampler, reuse):
     stock, ours = draw(sampler=sampler, steps=24), draw(propagate(reuse=reuse, interval=2), sampler=sampler, steps=24)
     assert psnr(ours, stock) > (16 if sampler == "dpmpp_2m_sde" else 24) and not torch.equal(ours, stock)
@@ -356,7 +361,7 @@ def test_prior_noise_is_added_in_the_second_half(demo, encode, draw, propagate):
     by_hand = demo[0].clone()
     by_hand.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test.noise", add)
     ours = draw(propagate(interval=1, prior_noise=0.01), steps=10)
-    torch.testing.assert_close(ours, draw(by_hand, steps=10), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, draw(by_hand, steps=10), rtol=1e-4, atol=1e-4)
     assert not torch.equal(ours, draw(steps=10))
 
 
@@ -445,8 +450,10 @@ def conditionings(host, encode):
     }
 
 
-@pytest.mark.parametrize("reuse", REUSES)
-@pytest.mark.parametrize("kind", ["areas", "several", "long", "late"])
+MIXED = [(reuse, kind) for kind in ("areas", "several", "long", "late") for reuse in REUSES]
+
+
+@pytest.mark.parametrize(("reuse", "kind"), daily(MIXED, *MIXED[::4], MIXED[2], MIXED[-1], names=2))
 def test_conditions_never_mix(draw, propagate, conditionings, one_by_one, reuse, kind):
     positive, model = conditionings[kind], propagate(reuse=reuse, interval=2)
     stock, ours = draw(positive=positive, steps=14), draw(model, positive=positive, steps=14)
@@ -972,7 +979,7 @@ def fitted(host, demo, encode):
 
 def test_one_picture_of_a_solver_that_adds_noise_is_too_few_and_the_report_says_so(host, fitted):
     measures_too_few = host.module("nodes._host.propagation.fit").measures_too_few
-    report_of, fit = host.module("nodes.propagation").report_of, fitted[0].calibration
+    report_of, fit = host.module("nodes.propagation").report_of, fitted[0].key_steps
     chosen = host.module("nodes._plan.propagation").calibrated_point(fit)
     latents = {n: {"samples": torch.zeros(n, 4, 16, 16)} for n in (1, 4)}
     assert measures_too_few("euler_ancestral", latents[1]) and measures_too_few("dpmpp_2m_sde", latents[1])
@@ -983,7 +990,7 @@ def test_one_picture_of_a_solver_that_adds_noise_is_too_few_and_the_report_says_
 
 def test_a_calibration_predicts_what_its_settings_give(draw, propagate, fitted, caplog):
     profile, plot, report = fitted
-    points = profile.calibration.points
+    points = profile.key_steps.points
     assert profile.kind == "encoder_propagation" and [p.speed for p in points] == sorted(p.speed for p in points)
     assert plot.shape[0] == 1 and plot.shape[-1] == 3 and f"{points[0].psnr:.1f} dB" in report
     stock = draw(steps=12)
@@ -997,18 +1004,18 @@ def test_a_calibration_predicts_what_its_settings_give(draw, propagate, fitted, 
 
 def test_calibrated_key_steps_are_better_than_even_ones(draw, propagate, fitted):
     profile, stock = fitted[0], draw(steps=12)
-    point = profile.calibration.points[-1]
+    point = profile.key_steps.points[-1]
     calibrated = draw(propagate(mode="speed target", speed=point.speed, profile=profile), steps=12)
     even = draw(propagate(mode="speed target", speed=point.speed, keep_last=0), steps=12)
     assert psnr(calibrated, stock) > psnr(even, stock)
 
 
-def test_a_calibration_survives_its_file(fitted, tmp_path):
+def test_a_calibration_survives_its_file(host, fitted, tmp_path):
     from pack.models.store import load_profile
 
-    saved = sys.modules[type(fitted[0]).__module__].save_profile(fitted[0], tmp_path)
-    assert vars(load_profile(saved).calibration)["sigmas"] == fitted[0].calibration.sigmas
-    assert load_profile(saved).calibration.points[0].keys == fitted[0].calibration.points[0].keys
+    saved = host.module("models.store").save_profile(fitted[0], tmp_path)
+    assert vars(load_profile(saved).key_steps)["sigmas"] == fitted[0].key_steps.sigmas
+    assert load_profile(saved).key_steps.points[0].keys == fitted[0].key_steps.points[0].keys
 
 
 def test_a_profile_of_another_kind_or_network_is_refused(host, demo, draw, propagate, fitted):
@@ -1017,7 +1024,7 @@ def test_a_profile_of_another_kind_or_network_is_refused(host, demo, draw, propa
     profile = fitted[0]
     with pytest.raises(ValueError, match="holds no key steps for a UNet: it is a block propagation"):
         propagate(profile=replace(profile, kind="block_propagation"), mode="calibrated profile")
-    other = replace(profile, calibration=replace(profile.calibration, blocks=12))
+    other = replace(profile, key_steps=replace(profile.key_steps, blocks=12))
     with pytest.raises(ValueError, match="for a network of 12 blocks, but this MODEL has 6"):
         propagate(profile=other, mode="calibrated profile")
     with pytest.raises(ValueError, match="fastest setting is"):
@@ -1039,7 +1046,7 @@ def test_a_fit_names_its_network_and_weights_and_auto_takes_it(host, demo, fitte
     assert identity.config_hash and identity.weights_hash
     for name in ("config_hash", "weights_hash", "prediction"):
         assert getattr(profile, name) == getattr(identity, name)
-    assert profile.families == identity.families[:1] and profile.provenance["patched"] is False
+    assert profile.families == identity.families[:1] and profile.patches == identity.patches
     host.module("nodes._host.folders").keep_fit(profile)
     *_, report = host.call(
         "AttuneAuto", model=demo[0], latent={"samples": torch.zeros(1, 4, 16, 16)}, steps=12, sampler_name="euler",
@@ -1056,7 +1063,7 @@ def test_a_fit_behind_the_node_measures_whole_runs(host, demo, encode, propagate
         negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=12, cfg=3.0,
         sampler_name="euler", scheduler="normal", reuse="automatic", fastest=1.75, longest=3,
     )  # fmt: skip
-    assert behind[0].calibration == fitted[0].calibration
+    assert behind[0].key_steps == fitted[0].key_steps
     session, space = host.module("nodes._host.session"), host.module("kernels.space").NoiseSpace("ve")
     solver = session.solver_of(session.named_sampler("euler"), demo[0])
     sigmas = torch.linspace(14, 0, 13)
@@ -1093,11 +1100,11 @@ def test_a_fit_refuses_a_sampler_that_the_table_does_not_know(host, demo, encode
 
 def test_a_calibration_is_applied_in_one_call(host, demo, draw, propagate, fitted):
     with_calibration, profile = host.module("nodes._host.propagation").with_calibration, fitted[0]
-    model, said = with_calibration(demo[0], profile)
+    model, _, said = with_calibration(demo[0], profile)
     assert torch.equal(draw(model, steps=12), draw(propagate(mode="calibrated profile", profile=profile), steps=12))
     assert "calibrated with euler over 12 steps: " in said[0]
-    fastest = profile.calibration.points[-1]
-    model, said = with_calibration(demo[0], profile, fastest.speed)
+    fastest = profile.key_steps.points[-1]
+    model, _, said = with_calibration(demo[0], profile, fastest.speed)
     ours = draw(propagate(mode="speed target", speed=fastest.speed, profile=profile), steps=12)
     assert torch.equal(draw(model, steps=12), ours) and f"{fastest.speed:.2f}x at {fastest.psnr:.1f} dB" in said[0]
 

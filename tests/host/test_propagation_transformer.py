@@ -184,9 +184,9 @@ def test_a_profile_of_a_transformer_is_measured_and_used(host, flow, draw, encod
         latent_image={"samples": torch.zeros(1, 16, 16, 16)}, seed=0, steps=10, cfg=3.0, sampler_name="euler",
         scheduler="simple", reuse="automatic", fastest=1.75, longest=3,
     )  # fmt: skip
-    assert profile.kind == "block_propagation" and profile.calibration.blocks == 3 and "dB" in report
+    assert profile.kind == "block_propagation" and profile.key_steps.blocks == 3 and "dB" in report
     assert plot.ndim == 4 and plot.shape[-1] == 3
-    best = profile.calibration.points[0]
+    best = profile.key_steps.points[0]
     ours = draw(propagate(mode="speed target", speed=best.speed, profile=profile), steps=10)
     peak = float(draw(steps=10).max() - draw(steps=10).min())
     measured = float(10 * (peak**2 / (ours - draw(steps=10)).square().mean()).log10())

@@ -97,7 +97,7 @@ def test_every_sampler_of_the_host_is_in_the_table(host):
     assert {table_name(name) for name in listed()} <= SOLVERS.keys() >= NEWER
 
 
-@pytest.mark.parametrize("name", SOLVERS.keys() - ADAPTIVE)
+@pytest.mark.parametrize("name", sorted(SOLVERS.keys() - ADAPTIVE))
 def test_the_model_is_asked_as_often_and_where_the_table_says(host, name):
     of_host(name)
     facts, (_, model) = SOLVERS[name], run(name, exact)
@@ -128,7 +128,7 @@ def test_the_order_is_the_one_of_the_table(host, name):
     assert slope > SOLVERS[name].order - 0.1 and (slope < SOLVERS[name].order + 0.5 or name in CANCELS)
 
 
-@pytest.mark.parametrize("name", SOLVERS.keys() - ADAPTIVE)
+@pytest.mark.parametrize("name", sorted(SOLVERS.keys() - ADAPTIVE))
 def test_errors_of_the_answers_grow_by_what_the_table_says(host, name):
     of_host(name)
     assert spread(name) / spread("euler") == pytest.approx(SOLVERS[name].amplification, rel=0.1)

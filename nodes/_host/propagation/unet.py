@@ -83,9 +83,8 @@ def watching(options: dict, shapes: Shapes) -> dict:
 
     def watched(patch: Callable, *place) -> Callable:
         def note(h, options):
-            before, out = tuple(h.shape[1:]), patch(h, options)
-            at = (*place, options["block"][1])
-            shapes[at] = before, tuple(out.shape[1:])
+            before, out, where = tuple(h.shape[1:]), patch(h, options), (*place, options["block"][1])
+            shapes[where] = before, tuple(out.shape[1:])
             return out
 
         return note
