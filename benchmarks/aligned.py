@@ -91,8 +91,8 @@ class FittedLab(Lab):
 
     def module(self, name: str) -> Any:
         """A module of the pack as the host has loaded it."""
-        node = self.host.nodes.NODE_CLASS_MAPPINGS["AttuneTuneSchedule"]
-        return sys.modules[f"{node.__module__.removesuffix('.nodes.tune_schedule')}.{name}"]
+        node = self.host.nodes.NODE_CLASS_MAPPINGS["AttuneFitSampler"]
+        return sys.modules[f"{node.__module__.removesuffix('.nodes.fit_sampler')}.{name}"]
 
     def space(self, model: str) -> Any:
         return self.module("kernels.space").NoiseSpace("ve" if model == "unet" else "flow")

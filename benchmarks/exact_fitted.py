@@ -54,6 +54,7 @@ SEED = 1000  # of the noises to fit on
 FREE, BY_NAME = "best free", "its name"
 ROWS = ["KLUB minimised", "KLUB stopped early", f"{BASE}, published aligner, sequential",
         f"{BASE}, published aligner, parallel", f"{BASE}, aligned", "tuned levels", "tuned"]  # fmt: skip
+EFFORT = {"preset": "mini", "budget_minutes": 0.0}  # of a fit
 
 
 class Problem:
@@ -95,14 +96,14 @@ class Problem:
         return {"samples": torch.zeros(1, 1, 32, 32) if self.name == "mixture" else torch.zeros(4, 1, SIDE, SIDE)}
 
     def run(self, solver: str) -> dict:
-        """The inputs of a tuning node."""
+        """The inputs of Attune Fit Sampler but for what it fits."""
         nothing = [[torch.zeros(1, 1, 1), {}]]
         (sampler,) = self.host.call("KSamplerSelect", sampler_name=solver)
         return {"model": self.model, "positive": nothing, "negative": nothing, "cfg": 1.0, "sampler": sampler,
                 "latent": self.latent(), "seed": SEED}  # fmt: skip
 
     def applied(self, profile: Calibration, strength: float = 1.0) -> tuple[Any, Tensor]:
-        model, sigmas, _ = self.host.call(
+        model, _, sigmas, _ = self.host.call(
             "AttuneApplyProfile", model=self.model, profile=profile, steps=0, denoise=1.0, denoise_mode="exact",
             resolution_policy="ignore", strength=strength,
         )  # fmt: skip
@@ -172,9 +173,9 @@ def fitted(problem: Problem, solver: str, steps: int) -> Iterator[tuple[str, Any
         base = levels(problem.host, plain, BASE, steps)
         for how in ("sequential", "parallel"):
             yield f"{BASE}, published aligner, {how}", *problem.applied(published(problem, base, how == "parallel"))
-        profile, *_ = call("AttuneAlignTimesteps", **problem.run(solver), sigmas=base, noises=1)
+        profile, *_ = call("AttuneFitSampler", **problem.run(solver), steps=steps, sigmas=base, levels=False, **EFFORT)
         yield f"{BASE}, aligned", *problem.applied(profile)
-    profile, *_ = call("AttuneTuneSchedule", **problem.run(solver), steps=steps, preset="mini", budget_minutes=0.0)
+    profile, *_ = call("AttuneFitSampler", **problem.run(solver), steps=steps, **EFFORT)
     if profile.alignments:
         yield "tuned levels", plain, problem.applied(profile, strength=0.0)[1]
     yield "tuned", *problem.applied(profile)

@@ -18,6 +18,7 @@ again to continue. Writes docs/results/noise_shift.json, docs/results.md, the ta
 from __future__ import annotations
 
 import argparse
+import copy
 import hashlib
 import json
 import math
@@ -28,6 +29,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -35,11 +37,13 @@ from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 from torch import Tensor
 
+import _pack  # noqa: F401
 from comfy_process import ROOT, Host
 from harness import CACHE, Cell, Lab, Task, prompt, tasks
 from judge import HERE, corner_colours, load_judge, nearest_colour
 from looks import GROUPS, data
 from metrics import frechet, jackknife
+from pack.kernels.space import NoiseSpace
 from results import DOCS, Table, markdown, record
 
 NATIVE = 128
@@ -127,20 +131,20 @@ class Bench:
         model = self.lab.patched(self.model, stock)
         given = {"model": model, "scheduler": self.schedule, "steps": self.steps, "denoise": 1.0}
         (sigmas,) = self.lab.host.call("BasicScheduler", **given)
-        if any(node == "AttuneApplyProfile" for node, _ in nodes):
+        if self.scheduled() in nodes:
             profile = self.lab.given("profile", self.tuned, ())
-            _, sigmas, _ = self.lab.host.call("AttuneApplyProfile", model=model, profile=profile)
+            _, _, sigmas, _ = self.lab.host.call("AttuneApplyProfile", model=model, profile=profile)
         return Cell(self.model, self.sampler, tuple(sigmas.tolist()), nodes=nodes, side=side)
 
     def told(self, side: int, offset: float, slope: float = 0.0) -> Cell:
         """The network told `offset` + `slope` ln(sigma / alpha) log units more."""
-        return self.cell(side, ("AttuneNoiseShift", (("profile", self._line(offset, slope)), ("strength", 1.0))))
+        return self.cell(side, ("AttuneApplyProfile", (("profile", self._line(offset, slope)), ("strength", 1.0))))
 
     def fitted(self, side: int, method: str, *before: tuple) -> Cell:
         """Where the fit told the truth, the cell without it: the pictures are the same to the bit."""
         if side in self.truthful[method]:
             return self.cell(side, *before)
-        node = ("AttuneNoiseShift", (("profile", self.names[method]), ("strength", 1.0)))
+        node = ("AttuneApplyProfile", (("profile", self.names[method]), ("strength", 1.0)))
         return self.cell(side, *before, node)
 
     def scheduled(self) -> tuple:
@@ -245,27 +249,42 @@ def measure(bench: Bench, side: int, work: list[Task], sweep: list[Task]) -> lis
     ]
 
 
+def mistold(model: Any, offset: float) -> Any:
+    """A clone of MODEL that tells its network ln(sigma / alpha) + `offset`, as a foreign node might."""
+    sampling = copy.copy(model.get_model_object("model_sampling"))
+    kind = type(sampling)
+    space = NoiseSpace("flow" if "CONST" in [one.__name__ for one in kind.__mro__] else "ve")
+
+    class Mistold(kind):
+        def timestep(self, sigma: Tensor) -> Tensor:
+            return super().timestep(space.at_log_ratio(space.log_ratio(sigma.double()) + offset).to(sigma))
+
+    sampling.__class__ = Mistold
+    clone = model.clone()
+    clone.add_object_patch("model_sampling", sampling)
+    return clone
+
+
 def measure_injected(bench: Bench, work: list[Task], sweep: list[Task]) -> list[Row]:
     """The native size with every level told wrong on purpose: here the told level is all that is to be repaired.
 
     The fit gets eight latents that the right model drew of other tasks; two thirds of a minute on one core.
     """
-    wrong = ("AttuneNoiseShift", (("profile", bench._line(INJECTED)), ("strength", 1.0)))
+    wrong = ("AttuneApplyProfile", (("profile", bench._line(INJECTED)), ("strength", 1.0)))
     pictures = sweep[:8]
     clean = bench.lab.run(bench.cell(NATIVE), pictures).latents
     prompts = bench.lab.conditioning([prompt(t.obj, t.background) for t in pictures])
     given = {"native_width": NATIVE, "native_height": NATIVE, "preset": "quick", "seed": 0, "save_as": "", "sizes": ""}
     right = bench.seen(bench.cell(NATIVE), work)
     settings = {"told right": right, "told wrong": bench.seen(bench.cell(NATIVE, wrong), work)}
-    for method in ("joint",):
-        profile, _, report = bench.lab.host.call(
-            "AttuneFitNoiseShift", model=bench.lab.patched(bench.model, (*bench.loaders, wrong)), method=method,
-            latent={"samples": clean}, positive=prompts, **given,
-        )  # fmt: skip
-        print(f"\n{report}")
-        _, path = bench.lab.host.call("AttuneSaveProfile", profile=profile, name=profile.id)
-        mend = ("AttuneNoiseShift", (("profile", Path(path).name), ("strength", 1.0)))
-        settings[f"told wrong + noise shift, {method}"] = bench.seen(bench.cell(NATIVE, wrong, mend), work)
+    model = mistold(bench.lab.patched(bench.model, bench.loaders), INJECTED)  # to our own nodes a fit is deaf
+    profile, _, report = bench.lab.host.call(
+        "AttuneFitNoiseShift", model=model, latent={"samples": clean}, positive=prompts, **given
+    )
+    print(f"\n{report}")
+    _, path = bench.lab.host.call("AttuneSaveProfile", profile=profile, name=profile.id)
+    mend = ("AttuneApplyProfile", (("profile", Path(path).name), ("strength", 1.0)))
+    settings["told wrong + noise shift, joint"] = bench.seen(bench.cell(NATIVE, wrong, mend), work)
     return [
         row_of(bench.title, NATIVE, label, seen, None if seen is right else right, "")
         for label, seen in settings.items()

@@ -40,7 +40,7 @@ def pictures(count: int) -> tuple[list[Task], Tensor]:
     return work, compose(rgba, colour, torch.Generator().manual_seed(77)).movedim(1, -1)
 
 
-def fit(lab: Lab, name: str, method: str, preset: str, sizes: str, save_as: str, own: bool):
+def fit(lab: Lab, name: str, preset: str, sizes: str, save_as: str, own: bool):
     """The profile, plot and report of the node; `own`: on pictures that the model draws itself."""
     work, images = pictures(PRESETS[preset])
     model, vae = ("flow" if name == "sizes" else name), lab.vaes["flow" if name == "sizes" else name]
@@ -52,7 +52,7 @@ def fit(lab: Lab, name: str, method: str, preset: str, sizes: str, save_as: str,
         given = {"negative": lab.conditioning([""]), "cfg": CFG} if own else {"images": images}
     return lab.host.call(
         "AttuneFitNoiseShift", model=network, sizes=sizes, native_width=NATIVE, native_height=NATIVE, preset=preset,
-        method=method, seed=0, save_as=save_as, positive=captions, vae=vae, **given,
+        seed=0, save_as=save_as, positive=captions, vae=vae, **given,
     )  # fmt: skip
 
 
@@ -60,7 +60,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(NAMES), default=list(NAMES))
     parser.add_argument("--preset", choices=list(PRESETS), default="normal")
-    parser.add_argument("--method", choices=["joint"], default="joint")
     parser.add_argument("--own", action="store_true", help="on pictures that the model draws itself")
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--out", type=Path, default=ROOT / "models" / "profiles")
@@ -72,8 +71,8 @@ def main() -> None:
     torch.set_num_threads(1)
     lab = Lab(Host(folder), folder / "cache")
     for model in args.models:
-        name = f"{FILES[model]} {args.method}{' own' if args.own else ''}"
-        profile, plot, report = fit(lab, model, args.method, args.preset, args.sizes, name, args.own)
+        name = f"{FILES[model]}{' own' if args.own else ''}"
+        profile, plot, report = fit(lab, model, args.preset, args.sizes, name, args.own)
         print(report, flush=True)
         told = "pictures of its own" if args.own else "training pictures"
         named = replace(profile, name=NAMES[model], source=f"training/fit_noise_shift.py: {told} and captions.")

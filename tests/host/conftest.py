@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def _no_profile_stays(request):
     yield
     if "host" in request.fixturenames:
         for file in request.getfixturevalue("host").profiles.glob("*"):
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
 
 
 def pytest_collection_modifyitems(items):

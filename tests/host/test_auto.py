@@ -212,3 +212,115 @@ def test_one_dial_of_the_blueprint_drives_the_sampler_and_attune_auto(host):
     assert ends["sampler"] == {("AttuneAuto", "sampler_name"), ("KSamplerSelect", "sampler_name")}
     assert ends["latent"] == {("AttuneAuto", "latent"), ("SamplerCustom", "latent_image")}
     assert ends["positive"] == {("AttuneAuto", "positive"), ("SamplerCustom", "positive")}
+
+
+def prompt_of(state: str = ALWAYS, **changed) -> dict:
+    """Attune Auto in front of a sampler, with everything that the demo UNet can have."""
+    node = lambda kind, **inputs: {"class_type": kind, "inputs": inputs}
+    asked = {
+        "model": ["1", 0], "latent": ["2", 0], "positive": ["3", 0], "steps": 6, "sampler_name": "euler", "cfg": 3.0,
+        "denoise": 1.0, "scheduler": "simple", **dict.fromkeys(SWITCHES, state), "speed": OFF, **changed,
+    }  # fmt: skip
+    return {
+        "1": node("CheckpointLoaderSimple", ckpt_name="attune_demo.safetensors"),
+        "2": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "3": node("CLIPTextEncode", clip=["1", 1], text="a cat"), "6": node("KSamplerSelect", sampler_name="euler"),
+        "7": node("AttuneAuto", **asked), "8": node("PreviewAny", source=["7", 2]),
+        "9": node("SamplerCustom", model=["7", 0], add_noise=True, noise_seed=3, cfg=3.0, positive=["3", 0],
+                  negative=["3", 0], sampler=["6", 0], sigmas=["7", 1], latent_image=["2", 0]),
+        "10": node("VAEDecode", samples=["9", 0], vae=["1", 2]), "11": node("PreviewImage", images=["10", 0]),
+    }  # fmt: skip
+
+
+def test_a_second_run_of_the_prompt_executes_no_node_again_and_loads_no_module_again(host, monkeypatch):
+    loads, module = [], host.module("nodes.one_more_step")
+    load = module.AttuneLoadOneMoreStep.execute.__func__
+    monkeypatch.setattr(
+        module.AttuneLoadOneMoreStep, "execute", classmethod(lambda cls, *a, **k: loads.append(1) or load(cls, *a, **k))
+    )
+    executed: list[str] = []
+
+    class Server:
+        client_id, last_node_id, sockets_metadata = "test", None, {}
+
+        def send_sync(self, event, data, sid=None):
+            if event == "executing" and data.get("node"):
+                executed.append(data["node"])
+            assert event != "execution_error", data["exception_message"]
+
+        def send_progress_text(self, *_):
+            pass
+
+    executor = host.execution.PromptExecutor(
+        Server(), cache_type=host.execution.CacheType.CLASSIC, cache_args={"lru": 0, "ram": 0, "ram_inactive": 0}
+    )
+
+    def run(prompt: dict) -> int:
+        """How many nodes are executed, those that Attune Auto stands for among them."""
+        executed.clear()
+        valid = host.loop.run_until_complete(host.execution.validate_prompt("twice", prompt, None))
+        assert valid[0], valid
+        executor.execute(prompt, "twice", {"client_id": "test"}, valid[2])
+        assert executor.success
+        return len(executed)
+
+    first = run(prompt_of())
+    assert first >= 15 and len(loads) == 1
+    assert run(prompt_of()) == 0 and len(loads) == 1
+    again = run(prompt_of(cfg=4.0))  # Auto itself, and what hangs on its report; what it stands for is the same
+    assert 0 < again < first and len(loads) == 1
+
+
+@pytest.mark.parametrize("state", [OFF, SHOWN])
+def test_with_nothing_to_add_the_model_itself_is_handed_on(host, auto, demo, state):
+    model, sigmas, report = auto(state=state, sampler_name="heun", steps=3, latent={"samples": torch.zeros(1, 4, 16, 16)})
+    assert model is demo[0] and "\n+ " not in report
+
+
+def broken(folder: Path) -> dict[str, str]:
+    """Files that cannot be used, of every sort, and what is said of each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "a folder.json").mkdir()
+    (folder / "a folder.json" / "inside.json").write_text("{")
+    (folder / "binary.json").write_bytes(b"\x80\x04\x95pickle")
+    (folder / "cut.JSON").write_text('{"format": 1, "kind"')
+    (folder / "empty.json").touch()
+    (folder / "nowhere.json").symlink_to(folder / "gone")
+    (folder / "locked.json").touch()
+    return {
+        "inside.json": "not a profile", "binary.json": "not a profile", "cut.JSON": "not a profile",
+        "empty.json": "not a profile", "locked.json": "cannot be read: Permission denied",
+    }  # fmt: skip
+
+
+@pytest.fixture
+def locked(monkeypatch):
+    """As a file that its user may not read, or on a share that is gone; tests may run as root, who may read all."""
+    read = Path.open
+
+    def refuse(path, *args, **kwargs):
+        if path.name == "locked.json":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+
+
+def test_no_broken_file_stops_auto_the_list_or_the_combos(host, auto, demo, locked):
+    said = broken(host.profiles)
+    mine = replace(shipped_profiles()["Attune demo unet, euler, 8 steps"], name="mine", solver="heun", alignments=())
+    text = save_profile(mine, host.profiles).read_text("utf-8")
+    (host.profiles / "mine.json").unlink()
+    (host.profiles / "WINDOWS.JSON").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    *_, report = auto(sampler_name="heun")
+    *_, listed = host.call("AttuneLoadProfile", profile_name="WINDOWS.JSON", model=demo[0])
+    for where in (report, listed):
+        for name, why in said.items():
+            assert any(line.startswith("! ") and name in line and why in line for line in where.splitlines()), name
+    assert "+ schedule: WINDOWS.JSON" in report and "* WINDOWS.JSON: schedule for AttuneDemo" in listed
+    for node, widget in (("AttuneScheduler", "schedule"), ("AttuneKSampler", "schedule"), ("AttuneLoadProfile", "profile_name")):
+        options = next(one for one in host.nodes.NODE_CLASS_MAPPINGS[node].GET_SCHEMA().inputs if one.id == widget).options
+        assert "WINDOWS.JSON" in options and (widget == "profile_name" or not {*said} & {*options})
+    with pytest.raises(ValueError, match=r"locked\.json cannot be read: Permission denied\. Allow reading it"):
+        host.call("AttuneLoadProfile", profile_name="locked.json")
+    assert host.nodes.NODE_CLASS_MAPPINGS["AttuneAuto"].fingerprint_inputs() is not None

@@ -11,13 +11,15 @@ from oracles import mixture_2d
 from pack.kernels.space import NoiseSpace
 from pack.kernels.timestep_aligner import block_norm
 
+ALIGN = {"preset": "quick", "levels": False, "budget_minutes": 0.0}
+
 
 def test_aligned_timesteps_on_a_grid_of_modes_through_the_stock_sampler(host, grid):
     """Eight Euler steps of karras deviate by 18 %; by about 10 % at half strength, by less than 3 % at full."""
     model, profile, noise, exact = grid
     errors = []
     for strength in (0.0, 0.5, 1.0):
-        patched, sigmas, _ = host.call("AttuneApplyProfile", model=model, profile=profile, strength=strength)
+        patched, _, sigmas, _ = host.call("AttuneApplyProfile", model=model, profile=profile, strength=strength)
         end = sample(host, patched, "euler", sigmas, noise)
         errors.append(block_norm(rows(end - exact)) / block_norm(rows(exact)))
     assert errors[0] == pytest.approx(0.18, abs=0.01) and errors[1] == pytest.approx(0.1, abs=0.02)
@@ -29,7 +31,7 @@ def test_the_published_loss_harms_where_ours_helps(host):
     base = levels(host, problem.model, "beta", 20)
     plain = problem.errors(problem.model, "euler", base)
     theirs = problem.errors(*swapped(problem.applied(published(problem, base, parallel=True))))
-    profile, *_ = host.call("AttuneAlignTimesteps", **problem.run("euler"), sigmas=base, noises=2)
+    profile, *_ = host.call("AttuneFitSampler", **problem.run("euler"), sigmas=base, steps=20, **ALIGN)
     ours = problem.errors(*swapped(problem.applied(profile)))
     assert sum(ours) < 0.8 * sum(plain) < 0.8 / 2 * sum(theirs)
 
@@ -50,8 +52,8 @@ def grid(host):
     nothing = [[torch.zeros(1, 1, 1), {}]]
     (sampler,) = host.call("KSamplerSelect", sampler_name="euler")
     profile, *_ = host.call(
-        "AttuneAlignTimesteps", model=model, positive=nothing, negative=nothing, cfg=1.0, sampler=sampler, seed=5,
-        latent={"samples": torch.zeros(1, 1, 32, 32)}, sigmas=levels(host, model, "karras", 8), noises=2,
+        "AttuneFitSampler", model=model, positive=nothing, negative=nothing, cfg=1.0, sampler=sampler, seed=5,
+        latent={"samples": torch.zeros(1, 1, 32, 32)}, sigmas=levels(host, model, "karras", 8), steps=8, **ALIGN,
     )  # fmt: skip
     noise = torch.randn(1, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     exact = sample(host, model, "dpmpp_2m", levels(host, model, "karras", 400), noise)
