@@ -49,7 +49,7 @@ def test_widgets_keep_their_values_through_saving_and_a_reload(page):
         }"""
     )
     before = values(page)
-    assert len(before) >= 28 and unchanged == []
+    assert len(before) == 22 and unchanged == []
     saved = page.evaluate("() => JSON.stringify(app.graph.serialize())")
     page.reload()
     page.wait_for_function(READY, timeout=120_000)
@@ -127,10 +127,11 @@ def test_a_german_browser_sees_german_nodes(browser, server, tmp_path):
     names = german["names"]
     assert node["title"] == german["nodes"]["Attune Apply Profile"]
     assert node["category"].split("/") == [german["menu"][part] for part in ("attune", "profiles")]
-    assert node["help"].startswith("Der Schedule eines Profils als SIGMAS")
+    said = json.loads((ROOT / "locales/en/nodeDefs.json").read_text("utf-8"))["AttuneApplyProfile"]["description"]
+    assert node["help"] == german["texts"][said] != said
     assert {names[name] for name in ("model", "profile", "latent", "steps", "report")} <= set(node["sockets"])
     assert node["widgets"] == [
-        names[name] for name in ("steps", "denoise", "denoise_mode", "resolution_policy", "strength")
+        names[name] for name in ("steps", "denoise", "denoise_mode", "resolution_policy", "strength", "speed")
     ]
     assert node["options"] == ["exact", "ignore"]
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
