@@ -96,6 +96,7 @@ METHODS = {
     "noise shift": Method(
         "flow", "AttuneApplyProfile",
         {**APPLY, "profile": next(p for p in shipped_profiles().values() if p.kind == "noise_shift")}, {"strength": 0.0},
+        place="noise shift",  # beside a schedule, which the same node applies
     ),
     "one more step": Method(
         "unet", "AttuneOneMoreStep", {"strength": 1.0, "diversity": 1.0}, {"strength": 0.0}, module,

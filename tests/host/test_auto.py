@@ -273,7 +273,7 @@ def test_a_second_run_of_the_prompt_executes_no_node_again_and_loads_no_module_a
 
 @pytest.mark.parametrize("state", [OFF, SHOWN])
 def test_with_nothing_to_add_the_model_itself_is_handed_on(host, auto, demo, state):
-    model, sigmas, report = auto(state=state, sampler_name="heun", steps=3, latent={"samples": torch.zeros(1, 4, 16, 16)})
+    model, _, report = auto(state=state, sampler_name="heun", steps=3, latent={"samples": torch.zeros(1, 4, 16, 16)})
     assert model is demo[0] and "\n+ " not in report
 
 
@@ -318,8 +318,14 @@ def test_no_broken_file_stops_auto_the_list_or_the_combos(host, auto, demo, lock
         for name, why in said.items():
             assert any(line.startswith("! ") and name in line and why in line for line in where.splitlines()), name
     assert "+ schedule: WINDOWS.JSON" in report and "* WINDOWS.JSON: schedule for AttuneDemo" in listed
-    for node, widget in (("AttuneScheduler", "schedule"), ("AttuneKSampler", "schedule"), ("AttuneLoadProfile", "profile_name")):
-        options = next(one for one in host.nodes.NODE_CLASS_MAPPINGS[node].GET_SCHEMA().inputs if one.id == widget).options
+    for node, widget in (
+        ("AttuneScheduler", "schedule"),
+        ("AttuneKSampler", "schedule"),
+        ("AttuneLoadProfile", "profile_name"),
+    ):
+        options = next(
+            one for one in host.nodes.NODE_CLASS_MAPPINGS[node].GET_SCHEMA().inputs if one.id == widget
+        ).options
         assert "WINDOWS.JSON" in options and (widget == "profile_name" or not {*said} & {*options})
     with pytest.raises(ValueError, match=r"locked\.json cannot be read: Permission denied\. Allow reading it"):
         host.call("AttuneLoadProfile", profile_name="locked.json")
