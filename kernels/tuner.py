@@ -40,9 +40,9 @@ class TunerPreset:
     candidates: int
     trials: int
 
-    def evaluations(self, steps: int, candidates: int, order: int = 1, aligned: bool = False) -> int:
-        """The most calls of the guided model that `tune` makes; `order`: calls in one step of the solver."""
-        run, seeds = steps * order, self.fit + self.held_out
+    def evaluations(self, steps: int, candidates: int, calls: int = 1, aligned: bool = False) -> int:
+        """The most calls of the guided model that `tune` makes; `calls`: those of one step of the solver."""
+        run, seeds = steps * calls, self.fit + self.held_out
         reference = self.reference_steps * seeds + self.reference_steps // 2
         search = (min(candidates, self.candidates) + self.trials) * run * self.fit
         gates = (FINALISTS + (2 if aligned else 1)) * run * self.held_out
@@ -62,13 +62,13 @@ class Runner:
 
     solve: the end of a run of the solver, told a map or None. record: the path of a run of the reference solver.
     denoise: x, sigma, sigma_cond -> denoised, for solvers whose step is Euler's; else None and nothing is aligned.
-    order: evaluations of the model in one step of the solver. highest: the highest level the network knows.
+    calls: of the model in one step of the solver. highest: the highest level the network knows.
     """
 
     solve: Callable[[Sigmas, Latent, ConditioningMap | None], Latent]
     record: Callable[[Sigmas, Latent], Trajectory]
     denoise: ToldDenoiser | None = None
-    order: int = 1
+    calls: int = 1
     highest: float = math.inf
 
 
@@ -202,7 +202,7 @@ class _Work:
         self.runner, self.preset, self.candidates, self.space = runner, preset, candidates, space
         self.steps = len(next(iter(candidates.values()))) - 1
         self.evaluations, self.looks = 0, 1
-        self.predicted = preset.evaluations(self.steps, len(candidates), runner.order, runner.denoise is not None)
+        self.predicted = preset.evaluations(self.steps, len(candidates), runner.calls, runner.denoise is not None)
         self.noises: list[Latent] = []
         self.paths: list[Trajectory] = []
         self.ends: list[Latent] = []
@@ -356,7 +356,7 @@ class _Work:
         errors = []
         for i in which:
             end = self.runner.solve(sigmas, self.noises[i], a_map)
-            self.evaluations += self.steps * self.runner.order
+            self.evaluations += self.steps * self.runner.calls
             errors.append(picture_errors(end, self.ends[i]))
         return torch.cat(errors)
 

@@ -126,14 +126,14 @@ class AttuneFitSampler(io.ComfyNode):
         def work(solves: Solves):
             seconds = solves.seconds_per_evaluation(setting.model.sigma_max, *draw_noises(empty, seed, 1))
             aligned = timesteps and solver.first_order
-            chosen, plan = affordable(preset, steps, len(known), solver.order, aligned, seconds, budget_minutes)
+            chosen, plan = affordable(preset, steps, len(known), solver.calls, aligned, seconds, budget_minutes)
             LOG.info("Attune Fit Sampler: %s", plan)
             about = setting.model
             reference = reference_levels(chosen.reference_steps, setting.space, about.sigma_min, about.sigma_max)
             deadline = began + 60 * budget_minutes
             in_time = lambda: not budget_minutes or time.monotonic() < deadline
             runner = Runner(
-                solves.solve, solves.record, solves.denoise if solver.first_order else None, solver.order,
+                solves.solve, solves.record, solves.denoise if solver.first_order else None, solver.calls,
                 about.sigma_max,
             )  # fmt: skip
             draws = draw_noises(empty, seed, chosen.fit + chosen.held_out)

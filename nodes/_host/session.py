@@ -39,8 +39,8 @@ class Solver:
     facts: SolverFacts
 
     @property
-    def order(self) -> int:
-        """Calls of the model in one step."""
+    def calls(self) -> int:
+        """Of the model in one step."""
         return self.facts.calls
 
     @property

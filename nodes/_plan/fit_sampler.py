@@ -33,7 +33,7 @@ def affordable(
     wanted: str,
     steps: int,
     candidates: int,
-    order: int,
+    calls: int,
     aligned: bool,
     seconds: float,
     minutes: float,
@@ -43,7 +43,7 @@ def affordable(
     `seconds`: measured for one evaluation of the guided model. ValueError when not even the smallest fits.
     """
     names = list(TUNER_PRESETS)
-    needed = {name: one.evaluations(steps, candidates, order, aligned) for name, one in TUNER_PRESETS.items()}
+    needed = {name: one.evaluations(steps, candidates, calls, aligned) for name, one in TUNER_PRESETS.items()}
     for name in reversed(names[: names.index(wanted) + 1]):
         needs = needed[name] * seconds / 60
         if not minutes or needs <= minutes:

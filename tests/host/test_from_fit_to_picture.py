@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from pack.kernels.propagation import Reuse
 from pack.models.calibration import KeySteps, Point
-from pack.models.store import save_profile, shipped_profiles
+from pack.models.store import load_profile, save_profile, shipped_profiles
 from pack.nodes._plan.auto import ALWAYS, FAITHFUL, OFF, SHOWN
 
 CHECKPOINTS = {"unet": "attune_demo.safetensors", "flow": "attune_demo_flow.safetensors"}
@@ -51,6 +51,8 @@ def kept(host, graph: dict, fit: dict, report: int) -> str:
     outputs = host.run({**graph, "10": fit, "11": N("PreviewAny", source=["10", report])})
     (file,) = host.profiles.iterdir()
     assert f"Saved as '{file.name}'" in outputs["11"]["text"][0]
+    found = load_profile(file)
+    assert len(found.config_hash) == len(found.weights_hash) == 16 and found.patches == "none"
     return file.name
 
 
