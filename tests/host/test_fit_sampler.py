@@ -214,7 +214,7 @@ def test_what_is_found_is_in_the_loader_at_once(host, demo, encode, tiny, monkey
         assert f"Saved as '{path.name}' in {path.parent}" in report
         assert host.call("AttuneLoadProfile", profile_name=path.name)[0].id == profile.id
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     path.unlink()
