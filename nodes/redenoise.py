@@ -43,11 +43,6 @@ class AttuneRedenoise(io.ComfyNode):
                     "strength", default=1.0, min=0.0, max=2.0, step=0.05,
                     tooltip="How much of the change before the run: 0 leaves the model as it is, bit for bit.",
                 ),
-                io.Int.Input(
-                    "zigzag_steps", default=0, min=0, max=10000,
-                    tooltip="0: once, before the run. More: before each of the first so many steps (Z-Sampling), by "
-                    "the output 'sampler'; the model stays as it is.",
-                ),
                 *advanced(
                     io.Combo.Input(
                         "mode", options=["two-step", "direct"], default="two-step",
@@ -71,6 +66,11 @@ class AttuneRedenoise(io.ComfyNode):
                         "partial_denoise", options=["skip", "apply"], default="skip",
                         tooltip="Runs that start from a picture (img2img, a second pass): skip keeps their noise.",
                     ),
+                ),
+                io.Int.Input(
+                    "zigzag_steps", default=0, min=0, max=10000,
+                    tooltip="0: once, before the run. More: before each of the first so many steps (Z-Sampling), by "
+                    "the output 'sampler'; the model stays as it is.",
                 ),
             ],
             outputs=[

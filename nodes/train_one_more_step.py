@@ -41,10 +41,6 @@ class AttuneTrainOneMoreStep(io.ComfyNode):
                     "steps", default=5000, min=1, max=1000000,
                     tooltip="2,000 to 20,000. A training that was stopped goes on when it is run again.",
                 ),
-                io.String.Input(
-                    "captions", default="", multiline=True,
-                    tooltip="With 'latents' connected: one line for each of them, or one for all. Else unused.",
-                ),
                 *advanced(
                     io.Int.Input("batch_size", default=16, min=1, max=4096, tooltip="16 and more; 64 is better."),
                     io.Float.Input(
@@ -59,6 +55,10 @@ class AttuneTrainOneMoreStep(io.ComfyNode):
                         "seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
                         tooltip="The same seed on the same machine trains the same module.",
                     ),
+                ),
+                io.String.Input(
+                    "captions", default="", multiline=True,
+                    tooltip="With 'latents' connected: one line for each of them, or one for all. Else unused.",
                 ),
                 io.Latent.Input(
                     "latents", optional=True, tooltip="Encoded pictures in place of the folder, for a small training."

@@ -23,6 +23,25 @@ def test_every_old_node_finds_its_inputs_and_outputs_in_the_new(host):
         assert len({*one.outputs.values()}) == len(one.outputs) > 0, one.old
 
 
+# Of nodes that kept their ids and got widgets: those of before, in the order in which workflows store their values.
+STORED = {
+    "AttuneApplyProfile": ["steps", "denoise", "denoise_mode", "resolution_policy", "strength"],
+    "AttuneRedenoise": [
+        "strong_cfg", "weak_cfg", "rounds", "strength", "mode", "depth", "evaluate_at", "renormalize", "partial_denoise",
+    ],
+    "AttuneTrainOneMoreStep": [
+        "folder", "name", "size", "steps", "batch_size", "learning_rate", "empty_prompts", "seed", "captions",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("node", STORED)
+def test_a_workflow_of_before_keeps_its_values(host, node):
+    inputs = host.nodes.NODE_CLASS_MAPPINGS[node].GET_SCHEMA().inputs
+    widgets = [one.id for one in inputs if one.io_type in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")]
+    assert widgets[: len(STORED[node])] == STORED[node]
+
+
 @pytest.mark.parametrize("knows", [False, True])
 def test_a_host_is_told_only_where_it_can_replace_nodes(host, monkeypatch, knows):
     from pack.nodes._host import replaced
