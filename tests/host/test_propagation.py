@@ -14,6 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import comfy_stub
+from controlled import controlled
 from nightly import daily
 from real_size import FAMILIES, build, inputs, sample
 
@@ -515,31 +516,16 @@ def test_a_batch_that_is_split_halfway_keeps_its_features(draw, propagate, demo,
 # --- other nodes on the same model ---
 
 
-def controlled(encode, weight=1.0):
-    """A conditioning with a ControlNet whose residuals depend on x, and the list of the levels it was computed at."""
-    import comfy.controlnet
+def with_controlnet(encode, weight=1.0):
+    """A conditioning with a ControlNet for the demo UNet, and the list of the levels it was computed at."""
 
-    calls = []
+    def residuals(x):
+        sides, widths = [16, 16, 8, 8, 4, 4], [32, 32, 32, 128, 128, 160]
+        level = 0.1 * x.mean(dim=(1, 2, 3), keepdim=True) + weight
+        make = lambda side, width: level.expand(len(x), width, side, side) * torch.linspace(-1, 1, side)
+        return {"input": [], "middle": [make(4, 160)], "output": list(map(make, sides, widths))}
 
-    class Net(comfy.controlnet.ControlBase):
-        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
-            calls.append(float(t[0]))
-            rows, sides, widths = x_noisy.shape[0], [16, 16, 8, 8, 4, 4], [32, 32, 32, 128, 128, 160]
-            level = 0.1 * x_noisy.mean(dim=(1, 2, 3), keepdim=True) + weight
-            make = lambda side, width: level.expand(rows, width, side, side) * torch.linspace(-1, 1, side)
-            return {"input": [], "middle": [make(4, 160)], "output": list(map(make, sides, widths))}
-
-        def pre_run(self, *args):
-            pass
-
-        def get_models(self):
-            return []
-
-        def copy(self):
-            return self
-
-    (context, extra), *_ = encode("a cat on a black background")
-    return [[context, {**extra, "control": Net(), "control_apply_to_uncond": True}]], calls
+    return controlled(encode, residuals)
 
 
 @pytest.mark.parametrize("reuse", REUSES)
@@ -548,7 +534,7 @@ def test_a_controlnet_is_computed_only_where_it_is_used(draw, propagate, encode,
 
     from pack.nodes._host.propagation import KEY
 
-    positive, calls = controlled(encode)
+    positive, calls = with_controlnet(encode)
     stock = draw(positive=positive, steps=12)
     assert len(calls) == 12 and psnr(stock, draw(steps=12)) < 40
     model = propagate(reuse=reuse, interval=2)
@@ -573,20 +559,20 @@ def test_the_trained_controlnet_moves_the_object_and_runs_on_key_steps_only(host
     calls = []
     net.control_model.register_forward_hook(lambda *_: calls.append(1))
 
-    def controlled(model):
+    def run(model):
         calls.clear()
         return draw(model, positive=positive, negative=negative, steps=12)
 
-    stock = controlled(demo[0])
+    stock = run(demo[0])
     (picture,) = host.call("VAEDecode", samples={"samples": stock}, vae=demo[2])
     assert len(calls) == 12 and picture[:, :, 64:].mean() > 4 * picture[:, :, :64].mean() > 0
-    assert torch.equal(controlled(propagate(interval=1)), stock) and len(calls) == 12
+    assert torch.equal(run(propagate(interval=1)), stock) and len(calls) == 12
     for reuse in REUSES:
-        assert psnr(controlled(propagate(reuse=reuse, interval=2)), stock) > 22 and len(calls) == 7
+        assert psnr(run(propagate(reuse=reuse, interval=2)), stock) > 22 and len(calls) == 7
 
 
 def test_where_a_controlnet_ends_there_is_a_key_step(draw, propagate, encode, caplog):
-    positive, _ = controlled(encode)
+    positive, _ = with_controlnet(encode)
     positive[0][1]["control"].timestep_percent_range = (0.0, 0.5)
     with caplog.at_level("INFO"):
         draw(propagate(interval=12, keep_last=0), positive=positive, steps=10)
@@ -648,7 +634,7 @@ def test_another_pack_may_deep_copy_the_options_and_evaluate_once_more(host, dem
         model.set_model_sampler_post_cfg_function(once_more)
         return model
 
-    positive, _ = controlled(encode)
+    positive, _ = with_controlnet(encode)
     copy.deepcopy(host.module("nodes._host.propagation").DeferredControl(positive[0][1]["control"]))
     for given in ({}, {"positive": positive}):
         ours = propagate(interval=2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from controlled import controlled
+
 
 @pytest.fixture(scope="module")
 def flow(host):
@@ -126,34 +128,19 @@ def test_torch_compile_makes_no_more_graphs_and_the_same_picture(flow, draw, pro
 PATTERNS = [weight * torch.linspace(-1, 1, 192).expand(2, 64, 192) for weight in (1.0, 0.5, 2.0)]
 
 
-def controlled(encode):
-    """A conditioning with a ControlNet whose residuals depend on x, and the list of the levels it was computed at."""
-    import comfy.controlnet
+def with_controlnet(encode):
+    """A conditioning with a ControlNet for the demo flow model, and the list of the levels it was computed at."""
 
-    calls = []
+    def residuals(x):
+        level = 0.2 * x.mean(dim=(1, 2, 3)).reshape(-1, 1, 1) + 0.5
+        return {"output": [level * value for value in PATTERNS]}
 
-    class Net(comfy.controlnet.ControlBase):
-        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
-            calls.append(float(t[0]))
-            level = 0.2 * x_noisy.mean(dim=(1, 2, 3)).reshape(-1, 1, 1) + 0.5
-            return {"output": [level * value for value in PATTERNS]}
-
-        def pre_run(self, *args):
-            pass
-
-        def get_models(self):
-            return []
-
-        def copy(self):
-            return self
-
-    (context, extra), *_ = encode("a cat on a black background")
-    return [[context, {**extra, "control": Net(), "control_apply_to_uncond": True}]], calls
+    return controlled(encode, residuals)
 
 
 @pytest.mark.parametrize("reuse", REUSES)
 def test_a_controlnet_is_computed_only_where_it_is_used(draw, propagate, encode, reuse):
-    positive, calls = controlled(encode)
+    positive, calls = with_controlnet(encode)
     stock = draw(positive=positive, steps=20)
     assert len(calls) == 20 and psnr(stock, draw(steps=20)) < 30
     calls.clear()
@@ -164,7 +151,7 @@ def test_a_controlnet_is_computed_only_where_it_is_used(draw, propagate, encode,
 @pytest.mark.parametrize("reuse", REUSES)
 def test_with_the_same_residuals_on_every_step_none_is_lost(draw, propagate, encode, reuse, monkeypatch):
     """With a constant ControlNet the kept residuals are exact, so the fidelity is that of a run without one."""
-    positive, _ = controlled(encode)
+    positive, _ = with_controlnet(encode)
     monkeypatch.setattr(positive[0][1]["control"], "get_control", lambda *_: {"output": PATTERNS})
     stock, ours = draw(positive=positive, steps=20), draw(propagate(reuse=reuse), positive=positive, steps=20)
     assert psnr(ours, stock) > 24
