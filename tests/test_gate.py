@@ -227,3 +227,11 @@ def test_the_tables_are_made_in_a_minute(root, tmp_path):
     rows = json.loads((tmp_path / "results" / "gate.json").read_text("utf-8"))["data"]
     assert [row["gain"] for row in rows] == [0.0, 0.1, 0.2] and rows[0]["passed"] == 0
     assert "| 1/f field | euler | mini | 0 of 8 |" in done.stdout
+
+
+def test_a_second_look_asks_more_of_the_signs_too():
+    """7 of 8 pictures by chance: 3.5 %, enough for one look, too often for each of two. The t is beyond both."""
+    before, after = torch.ones(8), torch.tensor([0.5, 0.51, 0.49, 0.5, 0.52, 0.5, 0.48, 1.01])
+    once, twice = judge(before, after), judge(before, after, looks=2)
+    assert once.accepted and once.share_improved == 7 / 8 == once.share_needed
+    assert not twice.accepted and twice.t < twice.needed and twice.share_needed == 1
