@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 from typing import Any, Literal, TypeAlias
 
 from ..kernels.conditioning import ConditioningMap
+from ..kernels.fitted_sampler import FittedRun
 from ..kernels.propagation import Reuse
 from ..kernels.space import NoiseSpace
 
@@ -18,9 +19,12 @@ Size: TypeAlias = tuple[int, int]  # width and height in pixels
 
 FORMAT = 1  # of the JSON object that stands for a calibration
 SCHEDULE, NOISE_SHIFT, ENCODER, BLOCKS = "schedule", "noise_shift", "encoder_propagation", "block_propagation"
-KINDS = (SCHEDULE, NOISE_SHIFT, ENCODER, BLOCKS)
+SAMPLER = "fitted_sampler"
+KINDS = (SCHEDULE, NOISE_SHIFT, ENCODER, BLOCKS, SAMPLER)
 PROPAGATION = (ENCODER, BLOCKS)
 NEAR_STEPS, NEAR_CFG = 1.3, 2.0  # a fit holds for runs whose steps and guidance differ by no more than these factors
+MOST_CFG = 1.2  # a fitted sampler, for guidance up to this factor: beyond it is worse than plain steps
+SAME_LEVEL = 1e-3  # noise levels that differ by less, relative, are the same
 SAME_SIDE = 0.1  # a picture whose sides differ by less has the same size
 UNPATCHED = "none"  # where a model's weights are changed by no LoRA
 
@@ -53,12 +57,15 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class Planned:
-    """A run to be made. solver: its name in the table of solvers; None, 0 and "" for what is not known."""
+    """A run to be made. solver: its name in the table of solvers; levels: of its schedule, and setting: all else that a
+    fitted sampler depends on. None, 0, () and "" for what is not known."""
 
     solver: str = ""
     steps: int = 0
     cfg: float | None = None
     size: Size | None = None
+    levels: tuple[float, ...] = ()
+    setting: str = ""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,19 @@ class KeySteps:
     solver: str
     sigmas: tuple[float, ...]
     points: tuple[Point, ...]
+
+
+@dataclass(frozen=True)
+class ShortRun:
+    """A fitted run that stands in for a long one, and what it proved.
+
+    psnr: dB of its latents to the long run's, on what it was not fitted to; `pictures` of them, 0 for the other half of
+    the one that it was fitted to.
+    """
+
+    run: FittedRun
+    psnr: float
+    pictures: int = 0
 
 
 @dataclass(frozen=True)
@@ -105,8 +125,10 @@ class Calibration:
     fitted schedule ends in its own 0; a noise shift has none. source: where it comes from.
 
     Of a fit also, "" or None where unknown: solver, prediction, cfg, config_hash, weights_hash, patches (see
-    ModelIdentity); alignments, one per resolution; key_steps, what propagation reuses on which of the `sigmas`. metrics
-    (the evidence) and provenance are free-form facts; prompts only as `text_hash`.
+    ModelIdentity); alignments, one per resolution; key_steps, what propagation reuses on which of the `sigmas`; runs,
+    by their steps, that stand in for the long run over `sigmas`, and setting, which names what else that run depends on
+    (the guider, the kinds of conditioning, patches on the network). metrics (the evidence) and provenance are free-form
+    facts; prompts only as `text_hash`.
     """
 
     name: str
@@ -125,6 +147,8 @@ class Calibration:
     patches: str = ""
     alignments: tuple[CondLevels, ...] = ()
     key_steps: KeySteps | None = None
+    runs: tuple[ShortRun, ...] = ()
+    setting: str = ""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
@@ -164,6 +188,12 @@ class Calibration:
                  "keys": list(point.keys), "speed": point.speed, "psnr": point.psnr}
                 for point in (fit.points if fit else ())
             ],
+            "runs": [
+                {"sigmas": list(one.run.sigmas), "numbers": [list(row) for row in one.run.numbers], "psnr": one.psnr,
+                 "pictures": one.pictures}
+                for one in self.runs
+            ],
+            "setting": self.setting,
             "metrics": dict(self.metrics), "provenance": dict(self.provenance),
         }  # fmt: skip
         return {key: value for key, value in said.items() if value not in ("", None, [], {})}
@@ -196,6 +226,8 @@ def fitted(
     sigmas: Sequence[float] = (),
     alignments: Sequence[CondLevels] = (),
     key_steps: KeySteps | None = None,
+    runs: Sequence[ShortRun] = (),
+    setting: str = "",
     **provenance: Any,
 ) -> Calibration:
     """What a fit found on a model: the only way in which a fitted calibration comes to be.
@@ -213,7 +245,7 @@ def fitted(
         resolution=resolution, sigmas=tuple(map(float, sigmas)), source="Fitted with ComfyUI-Attune on this model.",
         kind=kind, solver=solver, prediction=identity.prediction, cfg=cfg, config_hash=identity.config_hash,
         weights_hash=identity.weights_hash, patches=identity.patches, alignments=tuple(alignments),
-        key_steps=key_steps, metrics=metrics,
+        key_steps=key_steps, runs=tuple(runs), setting=setting, metrics=metrics,
         provenance={"date": datetime.now(timezone.utc).date().isoformat(), **shift, **provenance},
     )  # fmt: skip
 
@@ -239,7 +271,7 @@ class Misfit:
 
 
 OF_THE_MODEL = ("noise", "family", "prediction", "network", "weights", "patches", "shift")
-ASPECTS = (*OF_THE_MODEL, "solver", "size", "steps", "cfg")  # from what matters most
+ASPECTS = (*OF_THE_MODEL, "solver", "size", "steps", "cfg", "setting")  # from what matters most
 
 
 def misfits(calibration: Calibration, identity: ModelIdentity, run: Planned | None = None) -> list[Misfit]:
@@ -282,7 +314,7 @@ def _model_misfits(one: Calibration, model: ModelIdentity) -> Iterable[Misfit]:
         yield Misfit("prediction", f"for {one.prediction} prediction", said, exact)
     if one.config_hash and model.config_hash and one.config_hash != model.config_hash:
         said = f"'{one.name}' was fitted on another network configuration of the family {one.families[0]}."
-        yield Misfit("network", "for another network", said, one.kind in PROPAGATION)
+        yield Misfit("network", "for another network", said, one.kind in (*PROPAGATION, SAMPLER))
     elif one.weights_hash and model.weights_hash and one.weights_hash != model.weights_hash:
         said = (
             f"'{one.name}' was fitted on other weights than the model has, of the same architecture; its gain was not "
@@ -307,6 +339,9 @@ def _run_misfits(one: Calibration, run: Planned) -> Iterable[Misfit]:
         yield Misfit(
             "solver", f"for {one.solver}", f"'{one.name}' was fitted with {one.solver}, the run has {run.solver}."
         )
+    if one.kind == SAMPLER:
+        yield from _long_run_misfits(one, run)
+        return
     if one.kind == SCHEDULE and one.config_hash and run.size and not same_size(run.size, one.resolution):
         said = f"'{one.name}' was made at {size_text(one.resolution)}, the latent is {size_text(run.size)}."
         yield Misfit("size", f"for {size_text(one.resolution)}", said)
@@ -317,6 +352,27 @@ def _run_misfits(one: Calibration, run: Planned) -> Iterable[Misfit]:
         yield Misfit(
             "cfg", f"for cfg {one.cfg:g}", f"'{one.name}' was fitted at cfg {one.cfg:g}, the run has {run.cfg:g}."
         )
+
+
+def _long_run_misfits(one: Calibration, run: Planned) -> Iterable[Misfit]:
+    """A fitted sampler stands in for one long run alone."""
+    if run.size and run.size != one.resolution:
+        said = f"'{one.name}' was made at {size_text(one.resolution)}, the latent is {size_text(run.size)}."
+        yield Misfit("size", f"for {size_text(one.resolution)}", said)
+    if run.levels and not _same_levels(run.levels, one.sigmas):
+        said = f"'{one.name}' stands in for {one.steps} steps of another schedule, or with another 'denoise'."
+        yield Misfit("steps", f"for {one.steps} steps", said)
+    if one.cfg and run.cfg is not None and not 1 / NEAR_CFG <= run.cfg / one.cfg <= MOST_CFG:
+        said = f"'{one.name}' was fitted at cfg {one.cfg:g}, the run has {run.cfg:g}."
+        yield Misfit("cfg", f"for cfg {one.cfg:g}", said)
+    if one.setting and run.setting and one.setting != run.setting:
+        said = f"'{one.name}' was fitted with another guider, kind of conditioning, sampler option or model patch."
+        yield Misfit("setting", "for another set-up", said)
+
+
+def _same_levels(one: Sequence[float], other: Sequence[float]) -> bool:
+    near = lambda a, b: abs(a - b) <= SAME_LEVEL * max(a, b)
+    return len(one) == len(other) and all(map(near, one, other))
 
 
 def refuse_unfit(calibration: Calibration, identity: ModelIdentity, remedy: str, kinds: Sequence[str] = KINDS) -> None:
@@ -333,7 +389,8 @@ def refuse_unfit(calibration: Calibration, identity: ModelIdentity, remedy: str,
 
 def kind_text(kind: str) -> str:
     """A kind as people call it."""
-    return {SCHEDULE: "schedule", NOISE_SHIFT: "noise shift"}.get(kind, "calibration of propagation")
+    named = {SCHEDULE: "schedule", NOISE_SHIFT: "noise shift", SAMPLER: "fitted sampler"}
+    return named.get(kind, "calibration of propagation")
 
 
 def same_size(one: Size, other: Size) -> bool:

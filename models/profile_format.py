@@ -8,6 +8,7 @@ import re
 from itertools import pairwise
 from typing import Any, NoReturn
 
+from ..kernels.fitted_sampler import FittedRun
 from ..kernels.propagation import Reuse
 from .calibration import (
     ENCODER,
@@ -15,15 +16,18 @@ from .calibration import (
     KINDS,
     NOISE_SHIFT,
     PROPAGATION,
+    SAMPLER,
     Calibration,
     CondLevels,
     KeySteps,
     Point,
+    ShortRun,
     conditioning_map,
 )
 
 MOST_LEVELS = 10_001
 MOST_ENTRIES, DEEPEST = 2_000, 6  # of the free-form metrics and provenance
+MOST_RUNS, MOST_STEPS, MOST_HISTORY, LARGEST_NUMBER = 20, 100, 4, 16.0  # of a fitted sampler
 
 
 def parse_profile(label: str, content: bytes) -> Calibration:
@@ -59,7 +63,7 @@ def read_profile(label: str, fields: Any) -> Calibration:
     need(kind in KINDS, f'"kind" must be one of {", ".join(KINDS)}')
     for key in ("name", "method", "source"):
         need(_is_text(fields.get(key)) and bool(fields[key]), f'"{key}" must be a short text')
-    for key in ("solver", "prediction", "config_hash", "weights_hash", "patches"):
+    for key in ("solver", "prediction", "config_hash", "weights_hash", "patches", "setting"):
         need(_is_text(fields.get(key, "")), f'"{key}" must be a short text')
     need(fields.get("space") in ("ve", "flow"), '"space" must be "ve" or "flow"')
     families = fields.get("families")
@@ -92,6 +96,8 @@ def read_profile(label: str, fields: Any) -> Calibration:
         fields.get("patches", ""),
         tuple(_alignment(one, i, need) for i, one in enumerate(alignments)),
         _key_steps(fields, need) if kind in PROPAGATION else None,
+        _runs(fields, need) if kind == SAMPLER else (),
+        fields.get("setting", ""),
         fields.get("metrics", {}), fields.get("provenance", {}),
     )  # fmt: skip
     for i, one in enumerate(profile.alignments):
@@ -153,6 +159,43 @@ def _key_steps(fields: dict[str, Any], need: Any) -> KeySteps:
         reuse = Reuse(fresh, cut, one["forecast"])
         found.append(Point(reuse, tuple(keys), float(one["speed"]), float(one["psnr"])))
     return KeySteps(blocks, fields.get("solver", ""), _levels(fields["sigmas"]), tuple(found))
+
+
+def _runs(fields: dict[str, Any], need: Any) -> tuple[ShortRun, ...]:
+    """Short runs between the ends of the long one, with numbers that no fit exceeds."""
+    runs: Any = fields.get("runs")
+    need(isinstance(runs, list) and 0 < len(runs) <= MOST_RUNS, f'"runs" must list 1 to {MOST_RUNS} fitted runs')
+    found = []
+    for i, one in enumerate(runs):
+        where = f'"runs"[{i}]'
+        need(isinstance(one, dict), f"{where} must be a JSON object")
+        levels, rows, pictures = one.get("sigmas"), one.get("numbers"), one.get("pictures", 0)
+        need(
+            _is_schedule(levels) and 2 <= len(levels) <= MOST_STEPS + 1 and _same_ends(levels, fields["sigmas"]),
+            f'{where} "sigmas" must go from the first noise level of the profile down to its last',
+        )
+        need(
+            isinstance(rows, list) and len(rows) == len(levels) - 1 and all(map(_is_row, rows, range(len(rows)))),
+            f'{where} "numbers" must hold a row for each step: 2 numbers and one for each answer before it, at most '
+            f"{MOST_HISTORY}, none beyond {LARGEST_NUMBER:g}",
+        )
+        need(_is_level(one.get("psnr")), f'{where} "psnr" must be a number of dB')
+        need(type(pictures) is int and 0 <= pictures <= 1_000_000, f'{where} "pictures" must be a whole number')
+        run = FittedRun(_levels(levels), tuple(map(_levels, rows)))
+        found.append(ShortRun(run, float(one["psnr"]), pictures))
+    return tuple(found)
+
+
+def _same_ends(levels: list[float], long: list[float]) -> bool:
+    return all(abs(a - b) <= 1e-5 * max(a, b) for a, b in ((levels[0], long[0]), (levels[-1], long[-1])))
+
+
+def _is_row(row: Any, step: int) -> bool:
+    return (
+        isinstance(row, list)
+        and 2 <= len(row) <= 2 + min(step, MOST_HISTORY)
+        and all(type(n) in (int, float) and abs(n) <= LARGEST_NUMBER for n in row)
+    )
 
 
 def _levels(numbers: list[float]) -> tuple[float, ...]:

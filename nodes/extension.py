@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import (
     auto,
     compare,
+    fast_sampler,
     fit_sampler,
     golden_noise,
     noise,
@@ -26,6 +27,7 @@ from ._host.workflow_profiles import register_exchange
 NODES = [
     *auto.NODES,
     *schedules.NODES,
+    *fast_sampler.NODES,
     *fit_sampler.NODES,
     *noise_shift.NODES,
     *one_more_step.NODES,

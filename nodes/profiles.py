@@ -127,7 +127,8 @@ class AttuneApplyProfile(io.ComfyNode):
                 io.Int.Input(
                     "steps", default=0, min=0, max=10000,
                     tooltip="0 takes the profile's own count, where its gain was measured. Others are interpolated. A "
-                    "noise shift has no count of its own: 0 means 20 steps.",
+                    "noise shift has no count of its own: 0 means 20 steps. A fitted sampler has those that it was fitted "
+                    "for: 0 takes the shortest that is faithful to 45 dB.",
                 ),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
@@ -188,6 +189,9 @@ def _plot(model, profile, ready: Ready, denoise: float):
     if ready.point is not None:
         return draw_speeds(profile.key_steps.points, ready.point)
     steps = len(ready.sigmas) - 1
+    if ready.short is not None:
+        long = Curve(f"{profile.steps} steps of {profile.solver}", tuple(profile.sigmas))
+        return draw_schedules([Curve(f"fitted, {steps} steps", ready.short.run.sigmas), long], profile.name)
     if steps < 1 or ready.applied is None:
         return draw_schedules([profile_curve(profile)], profile.name)
     stock = Curve(f"stock '{STOCK}'", tuple(stock_levels(model, steps, denoise).tolist()))

@@ -24,9 +24,10 @@ from torch import nn
 
 import hostile
 import npnets
+from pack.kernels.fitted_sampler import FittedRun, solve
 from pack.kernels.propagation import Reuse
 from pack.kernels.schedules import check_sigmas
-from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, conditioning_map
+from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, ShortRun, conditioning_map
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
 from pack.models.noise_pairs import Job, Shard, load_shard, published_pairs, read_jobs, rows, save_shard, shard_path
 from pack.models.npnet_files import load_npnet, read_config, save_npnet
@@ -63,11 +64,14 @@ def kinds() -> list[Calibration]:
     )  # fmt: skip
     reuse = lambda fresh, cut: KeySteps(12, "euler", levels, (Point(Reuse(fresh, cut, True), (0, 2), 1.4, 30.0),))
     flow = tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768))
+    numbers = ((-0.1, 0.2), (0.1, 0.1, 0.4))
+    short = ShortRun(FittedRun((levels[0], levels[1], levels[-1]), numbers), 44.0, 2)
     return [
         made,
         replace(made, kind="noise_shift", space="flow", families=("SD3",), sigmas=(), alignments=flow),
         replace(made, kind="encoder_propagation", key_steps=reuse(2, 3)),
         replace(made, kind="block_propagation", key_steps=reuse(1, 3)),
+        replace(made, kind="fitted_sampler", alignments=(), setting="0" * 16, runs=(short,)),
     ]
 
 
@@ -79,6 +83,9 @@ def use_profile(path: Path) -> None:
         again.unlink()
     if got.sigmas:
         check_sigmas(torch.tensor(got.sigmas, dtype=torch.float64))
+    for one in got.runs:
+        x = solve(lambda x, sigma: 0.5 * x, torch.ones(1, 1, 2, 2, dtype=torch.float64), one.run)
+        assert x.isfinite().all() and one.run.history <= 4
     for one in got.alignments:
         assert torch.isfinite(conditioning_map(got, one)(torch.linspace(0, 1, 20))).all()
 

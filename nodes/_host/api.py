@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
+from collections.abc import Callable
 
 from comfy_execution.graph_utils import ExecutionBlocker
 from server import PromptServer
@@ -43,9 +44,19 @@ def check_choices(node: type[io.ComfyNode], **chosen) -> None:
 
 
 def say_on_node(node: type[io.ComfyNode], text: str) -> None:
-    """Show `text` on the node that is running; the page takes it for HTML."""
-    if node.hidden is not None and PromptServer.instance is not None:
-        PromptServer.instance.send_progress_text(html.escape(text, quote=False), node.hidden.unique_id)
+    """Show `text` on the node that is running."""
+    if node.hidden is not None:
+        progress_text(node.hidden.unique_id)(text)
+
+
+def progress_text(node_id: str) -> Callable[[str], None]:
+    """Shows a text on a node, whenever it is called; the page takes it for HTML."""
+
+    def show(text: str) -> None:
+        if getattr(PromptServer, "instance", None) is not None:
+            PromptServer.instance.send_progress_text(html.escape(text, quote=False), node_id)
+
+    return show
 
 
 def blocked(why: str) -> ExecutionBlocker:
@@ -65,6 +76,7 @@ __all__ = [
     "blocked",
     "check_choices",
     "io",
+    "progress_text",
     "say_on_node",
     "schema",
     "shown_on",

@@ -5,12 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ...models.calibration import NOISE_SHIFT, SCHEDULE, Calibration, Point, refuse_unfit, size_text
+from ...models.calibration import (
+    NOISE_SHIFT,
+    SAMPLER,
+    SCHEDULE,
+    Calibration,
+    Planned,
+    Point,
+    ShortRun,
+    refuse_unfit,
+    size_text,
+)
+from .._plan.fitted_sampler import best_run, proved
 from .._plan.noise_shift import shift_for
 from .._plan.profile_on_model import REMEDY, Applied, apply_profile, doubts
 from .conditioning import Remap, with_conditioning
+from .fitted_sampler import fitted_sampler_of
 from .identity import identify, pixels
 from .noise_shift import with_noise_shift
 from .propagation import with_calibration
@@ -35,7 +48,8 @@ class Use:
 
 @dataclass(frozen=True)
 class Ready:
-    """What a graph samples with; applied: of a schedule; point: the setting that runs, of propagation."""
+    """What a graph samples with; applied: of a schedule; point: the setting that runs, of propagation; short: of a
+    fitted sampler."""
 
     model: Any
     sampler: Any
@@ -43,6 +57,7 @@ class Ready:
     report: list[str]
     applied: Applied | None = None
     point: Point | None = None
+    short: ShortRun | None = None
 
 
 def put_to_use(model: Any, profile: Calibration, choice: Use, latent: dict | None = None) -> Ready:
@@ -52,6 +67,8 @@ def put_to_use(model: Any, profile: Calibration, choice: Use, latent: dict | Non
     refuse_unfit(profile, identify(model), REMEDY)
     if profile.kind == NOISE_SHIFT:
         return _shift(model, profile, choice, latent)
+    if profile.kind == SAMPLER:
+        return _fitted(model, profile, choice, latent)
     return _propagation(model, profile, choice)
 
 
@@ -93,6 +110,23 @@ def _propagation(model: Any, profile: Calibration, choice: Use) -> Ready:
         *doubts(profile, about),
     ]
     return Ready(patched, named_sampler(profile.solver or "euler"), sigmas, report, point=chosen)
+
+
+def _fitted(model: Any, profile: Calibration, choice: Use, latent: dict | None) -> Ready:
+    if choice.denoise < 1:
+        raise ValueError(
+            f"'{profile.name}' is a fitted sampler: it starts where the run that it stands for started. Set 'denoise' "
+            "to 1, or let Attune Fast Sampler learn the run with your 'denoise'."
+        )
+    short = best_run(profile, choice.steps)
+    size = None if latent is None else pixels(model, latent)
+    report = [
+        f"Fitted sampler '{profile.name}', {profile.steps} steps in {short.run.steps}.",
+        "Connect SAMPLER and SIGMAS both.",
+        f"Proved: {proved(short)}.",
+        *doubts(profile, identify(model, weights=True), Planned(size=size)),
+    ]
+    return Ready(model, fitted_sampler_of(short.run), torch.tensor(short.run.sigmas), report, short=short)
 
 
 def _levels_alone(profile: Calibration) -> Calibration:

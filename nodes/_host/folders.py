@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -54,15 +55,38 @@ def profile_names() -> list[str]:
 
 
 def schedule_files() -> list[str]:
-    """The user's profile files that hold a schedule; what cannot be read is left out here."""
-    return [name for name in user_profile_names() if _kind(name) == SCHEDULE]
+    """The user's profile files that hold a schedule."""
+    return list(profiles_of_kind(SCHEDULE, user_profile_names()))
 
 
-def _kind(name: str) -> str:
+def profiles_of_kind(kind: str, names: Iterable[str] | None = None) -> dict[str, Calibration]:
+    """The profiles of one kind by name, of `names` or all; what cannot be read is left out here."""
+    found = {}
+    for name in profile_names() if names is None else names:
+        with suppress(ValueError):
+            found[name] = find_profile(name)
+    return {name: one for name, one in found.items() if one.kind == kind}
+
+
+def profile_names_of(kind: str) -> list[str]:
+    return list(profiles_of_kind(kind))
+
+
+def forget_profile(name: str) -> None:
+    """Delete a profile file of the user's; ValueError for one of the pack's own, or where that is not allowed."""
+    path = profile_path(name.partition(AT)[0])
+    if path is None:
+        raise ValueError(f"'{name}' is no file in {profile_folder()}: it cannot be forgotten.")
     try:
-        return find_profile(name).kind
-    except ValueError:
-        return ""
+        path.unlink()
+    except OSError as error:
+        raise ValueError(f"'{path}' could not be deleted: {error.strerror}. Delete it by hand.") from error
+
+
+def profile_stamps(kind: str) -> tuple:
+    """Another value once a profile file of the user's of that kind appears, changes or goes."""
+    paths = map(profile_path, profiles_of_kind(kind, user_profile_names()))
+    return tuple(file_stamp(path) for path in paths if path is not None)
 
 
 def profile_path(name: str) -> Path | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import comfy.samplers
 
-from .._plan.solvers import SOLVERS, SolverFacts, table_name
+from .._plan.solvers import OWN_SOLVERS, SOLVERS, SolverFacts, table_name
 
 NOISE_OPTIONS = ("eta", "s_churn")
 
@@ -20,7 +20,8 @@ def solver_name(sampler: Any) -> str:
 
 def facts_of(sampler: Any) -> SolverFacts | None:
     """The row of a SAMPLER's solver, None for one that is not in the table."""
-    return SOLVERS.get(solver_name(sampler))
+    name = solver_name(sampler)
+    return SOLVERS.get(name) or OWN_SOLVERS.get(name)
 
 
 def on_grid(sampler: Any) -> bool:

@@ -20,7 +20,9 @@ from .folders import AT, CARRIED, find_profile, profile_path
 
 LOG = logging.getLogger(__name__)
 KEY = "attune_profiles"
-WIDGETS = ("profile_name", "schedule")  # of our nodes: what names a profile's file
+WIDGETS = ("profile_name", "schedule", "use")  # of our nodes: what names a profile's file
+TICKET = "attune_ticket"  # in a prompt's extra data: which of the remembered workflows is saved with its pictures
+MOST_QUEUED = 1024  # prompts that may wait in the queue
 LARGEST = 100_000  # characters of JSON in a picture; most profiles have a few thousand
 MOST_CARRIED = 256  # kept in memory, the last ones
 
@@ -34,19 +36,23 @@ def register_exchange() -> None:
 def exchange(queued: dict[str, Any]) -> dict[str, Any]:
     """The queued JSON, its workflow holding only the profiles that its prompt names; what it brought is remembered.
 
-    A brought profile is used where there is no file of its name. The prompt then names it by its content, so that
-    another prompt in the queue, whose workflow brought another profile under the same name, gets its own.
+    A brought profile is used where there is no file of its name, or none with the content that is asked for. The prompt
+    then names it by its content, so that another prompt in the queue, whose workflow brought another profile under the
+    same name, gets its own.
     """
-    workflow = _object(_object(_object(queued.get("extra_data")).get("extra_pnginfo")).get("workflow"))
+    extra_data = _object(queued.get("extra_data"))
+    workflow = _object(_object(extra_data.get("extra_pnginfo")).get("workflow"))
     if not workflow:
         return queued
+    _remember_workflow(extra_data, workflow)
     extra = workflow["extra"] = _object(workflow.get("extra"))
     brought, holds = _object(extra.pop(KEY, None)), {}
     for inputs, widget in _places(_object(queued.get("prompt"))):
         name = inputs[widget]
-        file = name.partition(AT)[0]
-        if profile_path(file):
-            profile, inputs[widget] = _installed(file), file
+        file, _, wanted = name.partition(AT)
+        installed = _installed(file) if profile_path(file) else None
+        if profile_path(file) and (not wanted or installed is None or installed.id == wanted):
+            profile, inputs[widget] = installed, file
         else:
             profile = _remember(file, brought.get(file)) or CARRIED.get(name) or _only(file)
             inputs[widget] = name if profile is None else content_name(file, profile)
@@ -62,6 +68,53 @@ def exchange(queued: dict[str, Any]) -> dict[str, Any]:
     if holds:
         extra[KEY] = holds
     return queued
+
+
+# --- what a prompt writes into its own workflow ---
+
+QUEUED: dict[int, dict[str, Any]] = {}  # workflows by ticket, the very objects that the host will save
+
+
+def _remember_workflow(extra_data: dict[str, Any], workflow: dict[str, Any]) -> None:
+    """The host copies a prompt's extra data for whoever asks what is running; the ticket leads back to the original."""
+    extra_data[TICKET] = ticket = max(QUEUED, default=0) + 1
+    QUEUED[ticket] = workflow
+    while len(QUEUED) > MOST_QUEUED:
+        del QUEUED[next(iter(QUEUED))]
+
+
+def running_workflow() -> dict[str, Any] | None:
+    """The workflow that will be saved in the pictures of the prompt that runs now; None for a prompt without one."""
+    server = getattr(PromptServer, "instance", None)
+    running = list(getattr(getattr(server, "prompt_queue", None), "currently_running", {}).values())
+    if len(running) != 1:
+        return None
+    return QUEUED.get(_object(running[0][3]).get(TICKET, 0))
+
+
+def set_widget(node_id: str, place: int, value: Any, name: str = "", profile: Calibration | None = None) -> None:
+    """Set the widget at `place` of a node in the workflow that the pictures of this prompt carry, with the profile that
+    it then names. A node that is not in the workflow (one of an expanded graph) is passed over."""
+    workflow = running_workflow()
+    nodes = [] if workflow is None else _nodes(workflow, node_id.split(":"))
+    for node in nodes:
+        values = node.get("widgets_values")
+        if isinstance(values, list) and place < len(values):
+            values[place] = value
+    if nodes and workflow is not None and profile is not None:
+        extra = workflow["extra"] = _object(workflow.get("extra"))
+        extra[KEY] = {**_object(extra.get(KEY)), name.partition(AT)[0]: spell_profile(profile)}
+
+
+def _nodes(graph: dict[str, Any], path: list[str], definitions: list | None = None) -> list[dict[str, Any]]:
+    """The node at `path`, through the subgraphs that lead to it."""
+    if definitions is None:
+        definitions = _object(graph.get("definitions")).get("subgraphs") or []
+    found = [node for node in map(_object, graph.get("nodes") or []) if str(node.get("id")) == path[0]]
+    if len(path) == 1:
+        return found
+    inner = [one for node in found for one in map(_object, definitions) if one.get("id") == node.get("type")]
+    return [node for one in inner for node in _nodes(one, path[1:], definitions)]
 
 
 def content_name(file: str, profile: Calibration) -> str:

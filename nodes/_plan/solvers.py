@@ -76,6 +76,7 @@ SOLVERS = {
     "uni_pc": SolverFacts(order=2, on_grid=False, keeps_state=False, amplification=1.1),
     "uni_pc_bh2": SolverFacts(order=2, on_grid=False, keeps_state=False, amplification=1.1),
 }
+OWN_SOLVERS = {"attune_fitted": SolverFacts()}  # ours, which no list of the host has
 ALIASES = {"ddim": "euler", "unipc": "uni_pc", "unipc_bh2": "uni_pc_bh2"}  # other names for the same steps
 
 

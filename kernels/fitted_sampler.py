@@ -1,0 +1,313 @@
+"""A sampler of few steps, fitted to a long run of the user's own: same noise, same picture, fewer evaluations.
+
+Every step is linear in the state and in the latest answers of the network, with r = sigma_next / sigma:
+
+    x' = r x + (1 - r) D_i + a (x - D_i) + b D_i + c_1 (D_i - D_{i-1}) + ... + c_m (D_i - D_{i-m})
+
+a = b = c = 0 is Euler's step, c_1 = (1 - r) h / (2 h_last) that of DPM-Solver++(2M); both hold on VE and on flow. The
+numbers of a step are those that bring the states of the fitted run itself nearest to the recorded run at the step's
+end, by least squares, so that a step repairs what those before it left over (after OLSS, Duan et al. 2023, arXiv
+2305.14677, which fits the weights of all answers and explodes where these resemble each other). The ridge holds each
+number by itself, for the noise that is left, x - D, and the answer D have little in common; with x and D in their
+place, almost the same at low noise, it would cost what it gains. One recorded run and one run of the new sampler are
+all that a fit costs. Where the levels lie is found on paper: along the recorded run every answer is known, so that a
+whole run of other levels is a combination of recorded tensors, and its cost comes from their inner products without any
+evaluation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .schedules import resample_theta
+from .space import NoiseSpace
+from .timestep_aligner import BLOCK, Trajectory
+from .tuner import moved_level
+from .types import Denoiser, Latent, Sigmas
+
+HISTORY = 2  # earlier answers in a step; a third gains nothing on pictures that no fit has seen
+RIDGE = 0.1  # on columns of norm 1
+FIRST_MOVE, LAST_MOVE = 0.5, 0.02  # of the gap to the neighbouring level
+ENOUGH = 1e-3  # relative gain at which the search on paper takes a move
+TRIALS = 600  # on paper, a few milliseconds each
+EARLY = 0.1  # of the search: an error at sigma counts 1 / (sigma + EARLY), for the steps after it repair a part of it
+EQUAL = 120.0  # dB, where nothing differs that counts
+CHUNK = 1 << 16  # elements of the inner products at a time
+
+
+@dataclass(frozen=True)
+class FittedRun:
+    """The levels of a run, decreasing, [n+1], and the numbers a, b, c_1, ... of each of its n steps.
+
+    Step i has at most i earlier answers, so its row has from 2 to 2 + i numbers.
+    """
+
+    sigmas: tuple[float, ...]
+    numbers: tuple[tuple[float, ...], ...]
+
+    @property
+    def steps(self) -> int:
+        return len(self.numbers)
+
+    @property
+    def history(self) -> int:
+        """How many answers before the newest a run has to keep."""
+        return max(map(len, self.numbers)) - 2
+
+    def weights(self, i: int) -> tuple[float, list[float]]:
+        """Of the state, and of the answers from the newest back, in step i."""
+        a, b, *c = self.numbers[i]
+        r = self.sigmas[i + 1] / self.sigmas[i]
+        return r + a, [1 - r - a + b + sum(c), *(-one for one in c)]
+
+
+def advance(run: FittedRun, i: int, x: Latent, answers: Sequence[Latent]) -> Latent:
+    """The state after step i; answers: the network's, the newest first, at least as many as the step has numbers for.
+
+    One multiplication and as many additions as there are answers, nothing is read back from the device.
+    """
+    of_state, of_answers = run.weights(i)
+    out = x * of_state
+    for answer, weight in zip(answers, of_answers, strict=False):
+        out.add_(answer, alpha=weight)
+    return out
+
+
+def solve(denoise: Denoiser, x: Latent, run: FittedRun) -> Latent:
+    """The end of the run from the state x at its first level."""
+    answers: list[Latent] = []
+    for i, sigma in enumerate(run.sigmas[:-1]):
+        answers = [denoise(x, torch.tensor(sigma, dtype=torch.float64)), *answers[: run.history]]
+        x = advance(run, i, x, answers)
+    return x
+
+
+def fit(
+    denoise: Denoiser, sigmas: Sigmas, path: Trajectory, part: Tensor | None = None, history: int = HISTORY
+) -> Generator[int, None, tuple[FittedRun, Latent]]:
+    """A run over the levels `sigmas` that follows `path` from its first state, and where it ends; yields its steps.
+
+    part: mask of the elements to fit to, which broadcasts against a state; None: all. ValueError for levels that do not
+    lie within those of the path.
+    """
+    levels = check_within(sigmas, path)
+    x = path.states[0]
+    answers: list[Latent] = []
+    numbers: list[tuple[float, ...]] = []
+    for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
+        answers = [denoise(x, torch.tensor(sigma, dtype=torch.float64)), *answers[:history]]
+        columns = step_columns(x, answers)
+        target = path.at(sigma_next) - euler(x, answers[0], sigma, sigma_next)
+        numbers.append(tuple(least_squares([_chosen(one, part) for one in columns], _chosen(target, part)).tolist()))
+        x = advance(FittedRun(tuple(levels[: i + 2]), tuple(numbers)), i, x, answers)
+        yield i + 1
+    return FittedRun(tuple(levels), tuple(numbers)), x
+
+
+def check_within(sigmas: Sigmas, path: Trajectory) -> list[float]:
+    """The levels as numbers; ValueError unless they decrease and share both ends with the path."""
+    levels, ends = sigmas.tolist(), (float(path.sigmas[0]), float(path.sigmas[-1]))
+    near = lambda a, b: abs(a - b) <= 1e-5 * max(abs(a), abs(b))
+    if not (near(levels[0], ends[0]) and near(levels[-1], ends[1]) and all(a > b for a, b in pairwise(levels))):
+        raise ValueError(
+            f"A fitted run goes from sigma {ends[0]:.4g} down to {ends[1]:.4g}, as the recorded one, but its levels "
+            f"are {' '.join(f'{s:.4g}' for s in levels)}."
+        )
+    return levels
+
+
+def euler(x: Latent, denoised: Latent, sigma: float, sigma_next: float) -> Latent:
+    """The plain step: r x + (1 - r) D."""
+    return torch.lerp(denoised, x, sigma_next / sigma)
+
+
+def step_columns(x: Latent, answers: Sequence[Latent]) -> list[Latent]:
+    """What the numbers of a step multiply: the noise left, the newest answer, its differences from those before."""
+    return [x - answers[0], answers[0], *(answers[0] - earlier for earlier in answers[1:])]
+
+
+def least_squares(columns: Sequence[Tensor], target: Tensor) -> Tensor:
+    """The float64 numbers [k] with the least |sum_k n_k column_k - target|^2 and a ridge on columns of norm 1."""
+    flat = torch.stack([one.reshape(-1) for one in (*columns, target)]).cpu()
+    return solve_normal(inner_products(flat))
+
+
+def inner_products(rows: Tensor) -> Tensor:
+    """[k k] float64 of rows [k n], a part of n at a time."""
+    total = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for part in rows.split(CHUNK, dim=1):
+        wide = part.double()
+        total += wide @ wide.T
+    return total
+
+
+def solve_normal(products: Tensor) -> Tensor:
+    """The least-squares numbers [k] from the inner products [k+1 k+1] of k columns and, last, the target."""
+    gram, right = products[:-1, :-1], products[:-1, -1]
+    norm = gram.diagonal().clamp(min=1e-30).sqrt()
+    ridged = gram / norm / norm[:, None] + RIDGE * torch.eye(len(gram), dtype=gram.dtype)
+    return torch.linalg.solve(ridged, right / norm) / norm
+
+
+def _chosen(x: Latent, part: Tensor | None) -> Tensor:
+    return x if part is None else x[part.expand_as(x)]
+
+
+# --- where the levels lie ---
+
+
+class OnPaper:
+    """A recorded run as vectors over its own states and slopes: [2 (n+1)], with their inner products."""
+
+    def __init__(self, path: Trajectory):
+        self._levels = path.sigmas.double().tolist()
+        self._products = inner_products(torch.cat([path.states.flatten(1), path.slopes.flatten(1)]))
+
+    def state(self, sigma: float) -> Tensor:
+        """The path's state: the cubic Hermite polynomial, as in Trajectory."""
+        i, t, h = self._place(sigma)
+        n, vector = len(self._levels), self._nothing()
+        vector[i] += 2 * t**3 - 3 * t**2 + 1
+        vector[i + 1] += 3 * t**2 - 2 * t**3
+        vector[n + i] += (t**3 - 2 * t**2 + t) * h
+        vector[n + i + 1] += (t**3 - t**2) * h
+        return vector
+
+    def answer(self, sigma: float) -> Tensor:
+        """What the network said near `sigma`: between two recorded answers x - sigma dx/dsigma, linear in ln sigma."""
+        low = self._levels[-2] if self._levels[-1] == 0 else self._levels[-1]
+        i, _, _ = self._place(max(sigma, low))
+        i = min(i, len(self._levels) - 2 - (self._levels[-1] == 0))
+        high, low = self._levels[i : i + 2]
+        share = math.log(high / max(sigma, low)) / math.log(high / low) if i + 1 < len(self._levels) and low else 0.0
+        vector, n = self._nothing(), len(self._levels)
+        for at, weight in ((i, 1 - share), (i + 1, share)):
+            vector[at] += weight
+            vector[n + at] -= weight * self._levels[at]
+        return vector
+
+    def cost(self, sigmas: Sigmas, history: int = HISTORY) -> float:
+        """The squared distances of a fitted run from the path, a weighted sum over its steps, if the network said near
+        the path what it says on it."""
+        levels, total = sigmas.tolist(), 0.0
+        answers: list[Tensor] = []
+        x = self.state(levels[0])
+        for sigma, sigma_next in pairwise(levels):
+            answers = [self.answer(sigma), *answers[:history]]
+            plain, goal = euler(x, answers[0], sigma, sigma_next), self.state(sigma_next)
+            columns = torch.stack([*step_columns(x, answers), goal - plain])
+            x = plain + solve_normal(columns @ self._products @ columns.T) @ columns[:-1]
+            total += max(float((x - goal) @ self._products @ (x - goal)), 0.0) / (sigma_next + EARLY)
+        return total
+
+    def _place(self, sigma: float) -> tuple[int, float, float]:
+        """The step that holds `sigma`, how far into it, and its length."""
+        i = next((i for i, level in enumerate(self._levels[1:]) if level <= sigma), len(self._levels) - 2)
+        h = self._levels[i + 1] - self._levels[i]
+        return i, min(max((sigma - self._levels[i]) / h, 0.0), 1.0), h
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(2 * len(self._levels), dtype=torch.float64)
+
+
+def search_levels(
+    paper: OnPaper, start: Sigmas, lowest: float, space: NoiseSpace, has_time: Callable[[], bool] = lambda: True
+) -> Sigmas:
+    """Levels for a fitted run by a pattern search on paper; the ends of `start` stay, no inner one below `lowest`."""
+    best, move, trials = start.double(), FIRST_MOVE, 0
+    least = paper.cost(best)
+    while move >= LAST_MOVE and trials < TRIALS and has_time():
+        gained = False
+        for i in range(1, len(best) - 1):
+            for direction in (1, -1):
+                moved = moved_level(best, i, direction * move, space)
+                if not (moved[:-1] > moved[1:]).all() or moved[i] < lowest:
+                    continue
+                cost, trials = paper.cost(moved), trials + 1
+                if cost < (1 - ENOUGH) * least:
+                    best, least, gained = moved, cost, True
+                    break
+        move = move if gained else move / 2
+    return best
+
+
+# --- learning from a recorded run ---
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A fitted run and what it proved: dB of its end to the recorded one, on the part that it was not fitted to."""
+
+    run: FittedRun
+    psnr: float
+    evaluations: int
+
+
+def learn(
+    denoise_over: Callable[[Sigmas], Denoiser], path: Trajectory, steps: int, space: NoiseSpace, paper: OnPaper
+) -> Generator[int, None, Learned]:
+    """A run of `steps` steps that follows `path`; yields evaluations so far, of 2 `steps`.
+
+    denoise_over: levels -> the network as a run over these asks it. paper: that of the path.
+
+    Fitted to one half and proved on the other: of several pictures to every second one, of one to every second block of
+    8x8 latent pixels. The recorded run's own levels, spread over fewer steps, and those of the search on paper are both
+    run; what comes nearer on the unseen half stays.
+    """
+    part = half(path.states[0])
+    levels = [level for level in path.sigmas.tolist() if level > 0]
+    plain = resample_theta(path.sigmas.double(), steps, space)
+    plain[0], plain[-1] = path.sigmas[0], path.sigmas[-1]
+    found = search_levels(paper, plain, levels[-1], space)
+    best: Learned | None = None
+    for done, sigmas in enumerate((plain, found)):
+        run, end = yield from _counted(fit(denoise_over(sigmas), sigmas, path, part), done * steps)
+        psnr = fidelity(end, path.end, ~part)
+        if best is None or psnr > best.psnr:
+            best = Learned(run, psnr, 2 * steps)
+    assert best is not None
+    return best
+
+
+def _counted(
+    work: Generator[int, None, tuple[FittedRun, Latent]], before: int
+) -> Generator[int, None, tuple[FittedRun, Latent]]:
+    while True:
+        try:
+            done = next(work)
+        except StopIteration as end:
+            return end.value
+        yield before + done
+
+
+def half(x: Latent) -> Tensor:
+    """Mask of half of x: every second picture of a batch; of a single one every second block of 8x8 latent pixels,
+    smaller ones where a side has fewer than two of these."""
+    if len(x) > 1:
+        return (torch.arange(len(x)) % 2 == 0).reshape(-1, *[1] * (x.ndim - 1))
+    sides = x.shape[-2:] if x.ndim > 3 else x.shape[-1:]
+    block = max(min(BLOCK, *(side // 2 for side in sides)), 1)
+    place = torch.zeros(1, dtype=torch.long)
+    for side in sides:
+        place = place[..., None] + torch.arange(side) // block
+    return place[0] % 2 == 0
+
+
+def fidelity(x: Latent, exact: Latent, part: Tensor | None = None) -> float:
+    """dB of latents to those of another run, the mean over pictures; the peak is each exact picture's own range."""
+    total, counted = 0.0, 0
+    keep = None if part is None else part.expand_as(x)
+    for i, (one, goal) in enumerate(zip(x.double(), exact.double(), strict=True)):
+        inside = slice(None) if keep is None else keep[i]
+        if not one[inside].numel():
+            continue
+        error, peak = float((one - goal)[inside].square().mean()), float(goal.max() - goal.min())
+        total += EQUAL if error == 0 else min(EQUAL, 10 * math.log10(peak**2 / error)) if peak else 0.0
+        counted += 1
+    return total / counted if counted and math.isfinite(total) else -math.inf

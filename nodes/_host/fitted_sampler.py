@@ -1,0 +1,371 @@
+"""Samplers that were fitted, and the one that learns them while the user works."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from comfy.k_diffusion.sampling import trange
+from torch import Tensor
+
+from ...kernels.fitted_sampler import FittedRun, OnPaper, advance, fidelity, learn, solve
+from ...kernels.space import NoiseSpace
+from ...kernels.timestep_aligner import Trajectory
+from ...kernels.types import Denoiser, Sigmas
+from ...models.calibration import SAMPLER, Calibration, ModelIdentity, Planned, ShortRun, misfits
+from .._plan.fitted_sampler import (
+    AUTO,
+    COUNTS,
+    FORGET,
+    FULL_RUN,
+    LEARN_AGAIN,
+    USES,
+    Wish,
+    choose,
+    fitted_sampler,
+    said_of_run,
+    was_tried,
+)
+from .calibrating import stands_aside
+from .folders import find_profile, forget_profile, keep_profile, keep_update, profile_path, profiles_of_kind
+from .identity import identify, is_distilled, pixels_of
+from .propagation import KEY as PROPAGATION
+from .session import stop_if_asked
+from .setting import setting_of
+from .solvers import adds_noise, facts_of, solver_name
+from .workflow_profiles import content_name, set_widget
+
+LOG = logging.getLogger(__name__)
+KEY = "attune.fitted_sampler"
+RUN = "fitted_run"  # option of the sampler function
+STOPPED = (ValueError, RuntimeError, OSError, comfy.model_management.InterruptProcessingException)
+MOST_RECORDED = 4 << 30  # bytes of main memory; 50 steps of a picture of SDXL take 26 MB, of a long video 2 GB
+
+
+@torch.no_grad()
+def sample_attune_fitted(
+    model, x, sigmas, extra_args=None, callback=None, disable=None, fitted_run: FittedRun | None = None
+):
+    """The host's form of a solver, for one fitted run: its levels must be those of the run."""
+    run = _checked(fitted_run, sigmas)
+    answers: list[Tensor] = []
+    each = x.new_ones(len(x))
+    for i in trange(run.steps, disable=disable):
+        denoised = model(x, sigmas[i] * each, **(extra_args or {}))
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
+        answers = [denoised, *answers[: run.history]]
+        x = advance(run, i, x, answers)
+    return _outside_kept(x, model, extra_args or {}) if run.sigmas[-1] == 0 else x
+
+
+def _outside_kept(x: Tensor, model: Any, extra_args: dict) -> Tensor:
+    """x with the picture as it was where the mask of an inpainting lets nothing change: Euler's last step ends there by
+    itself, a fitted one nearly."""
+    mask = extra_args.get("denoise_mask")
+    return x if mask is None else x * mask + model.latent_image * (1 - mask)
+
+
+def _checked(run: FittedRun | None, sigmas: Tensor) -> FittedRun:
+    assert run is not None
+    given = sigmas.tolist()
+    if len(given) != len(run.sigmas) or any(
+        abs(a - b) > 1e-4 * max(abs(a), abs(b)) for a, b in zip(given, run.sigmas, strict=True)
+    ):
+        raise ValueError(
+            f"The fitted sampler has {run.steps} steps on noise levels of its own, but SIGMAS are another schedule of "
+            f"{len(given) - 1} steps. Connect the SIGMAS of the same Attune Apply Profile, without a node between them."
+        )
+    return run
+
+
+def fitted_sampler_of(run: FittedRun) -> Any:
+    """A SAMPLER that makes a fitted run; goes with the run's levels as SIGMAS."""
+    return comfy.samplers.KSAMPLER(sample_attune_fitted, {RUN: run})
+
+
+# --- the sampler that learns ---
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A run that is about to begin, as calibrations are matched to it. refused: why it cannot be learned, or ""."""
+
+    identity: ModelIdentity
+    planned: Planned
+    refused: str
+
+
+class FastSampler(comfy.samplers.Sampler):
+    """A SAMPLER that makes the user's own run, or the short one that was learned from it.
+
+    It passes for the sampler that it stands for wherever a solver is asked for. use_at: the place of the widget `use`
+    among those of its node `node_id`.
+    """
+
+    def __init__(
+        self, inner: Any, wish: Wish, say: Callable[[str], None] = lambda _: None, node_id: str = "", use_at: int = 0
+    ):
+        self.inner, self.wish, self.node_id, self.use_at, self._say = inner, wish, node_id, use_at, say
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner":  # not there yet: while a copy is made
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def sample(
+        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
+    ):
+        given = (sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
+        if not hasattr(model_wrap, "model_patcher") or stands_aside(extra_args["model_options"], KEY):
+            return self.own.sample(model_wrap, *given)
+        return _Run(self, model_wrap, *given).made()
+
+    @property
+    def own(self) -> Any:
+        """The sampler that it stands for, with what others have set on this one in its place."""
+        changed = {name: vars(self)[name] for name in ("sampler_function", "extra_options") if name in vars(self)}
+        if not changed:
+            return self.inner
+        inner = copy.copy(self.inner)
+        vars(inner).update(changed)
+        return inner
+
+    def say(self, text: str) -> None:
+        LOG.info("Attune Fast Sampler: %s", text)
+        self._say(text)
+
+    def note(self, used: str, profile: Calibration | None = None) -> None:
+        """Have the saved workflow make the same picture again: with this very calibration, or in full."""
+        if self.node_id:
+            value = used if profile is None else content_name(used.partition("@")[0], profile)
+            set_widget(self.node_id, self.use_at, value, used, profile)
+
+
+@dataclass
+class _Run:
+    """One call of a FastSampler, with the host's arguments."""
+
+    sampler: FastSampler
+    guider: Any
+    sigmas: Tensor
+    extra_args: dict
+    callback: Callable | None
+    noise: Tensor
+    latent: Tensor | None
+    mask: Tensor | None
+    quiet: bool
+
+    def made(self) -> Tensor:
+        """The picture: by the short run where one is proved, else in full, from which the sampler learns."""
+        wish, scene = self.sampler.wish, self._scene()
+        name, known = self._known(scene)
+        short = None if known is None or wish.use == LEARN_AGAIN else choose(known, wish)
+        if known is not None and wish.use not in USES:
+            short = short or min(known.runs, key=lambda one: -one.psnr)
+        if known is not None and short is not None and wish.use not in (FULL_RUN, FORGET) and not self._is_due(name):
+            end = self._short(short.run)
+            self.sampler.say(said_of_run(known, short, len(self.sigmas) - 1, name))
+            self.sampler.note(name, known)
+            return end
+        end, said = self._full(scene, name, known, short)
+        self.sampler.say(f"A full run of {len(self.sigmas) - 1} steps. {said}".strip())
+        self.sampler.note(FULL_RUN)
+        return end
+
+    def _full(self, scene: Scene, name: str, known: Calibration | None, short: ShortRun | None) -> tuple[Tensor, str]:
+        """The end of the user's own run, and what came of it."""
+        wish = self.sampler.wish
+        why = scene.refused
+        if wish.use == FULL_RUN:
+            why = "As 'use' asks for."
+        elif wish.use == FORGET:
+            why = "There was nothing to forget." if known is None else f"'{name}' is forgotten."
+        elif known is not None and short is None and wish.use == AUTO and was_tried(known, wish):
+            best = max(known.runs, key=lambda one: one.psnr)
+            why = (
+                f"Short runs proved {best.psnr:.1f} dB at most with {best.run.steps} evaluations, less than the "
+                f"'fidelity' of {wish.fidelity:g} dB: allow more evaluations, or less fidelity."
+            )
+        if why:
+            end = self._whole(self.guider)
+            if wish.use == FORGET and known is not None:
+                forget_profile(name)
+            return end, why
+        recorder = Recorder(self.guider, self.sigmas.clone())  # uni_pc writes into its own
+        end = self._whole(recorder)
+        try:
+            return end, self._taught(scene, recorder.path(end), name, known, short)
+        except STOPPED as error:  # the picture is there: nothing that goes wrong afterwards may cost it
+            LOG.warning("Attune Fast Sampler", exc_info=error)
+            return end, f"Nothing was learned: {error or type(error).__name__}"
+
+    def _scene(self) -> Scene:
+        options, patcher = self.extra_args["model_options"], self.guider.model_patcher
+        inner, steps = self.sampler.inner, len(self.sigmas) - 1
+        size = pixels_of(patcher.get_model_object("latent_format"), self.noise.shape)
+        cfg = getattr(self.guider, "cfg", None)
+        planned = Planned(
+            solver_name(inner), steps, float(cfg) if isinstance(cfg, int | float) else None, size,
+            tuple(self.sigmas.tolist()), setting_of(self.guider, inner, options),
+        )  # fmt: skip
+        return Scene(identify(patcher, weights=True), planned, self._refused(size))
+
+    def _refused(self, size: tuple[int, int] | None) -> str:
+        inner, patcher = self.sampler.inner, self.guider.model_patcher
+        facts, levels = facts_of(inner), self.sigmas.tolist()
+        if facts is None or adds_noise(inner) or facts.jumps or facts.own_levels:
+            return (
+                f"Only solvers that add no noise and keep to their levels can be learned, not '{solver_name(inner)}'."
+            )
+        if is_distilled(patcher.get_model_object("model_sampling")):
+            return "LCM, Turbo and Lightning models need few steps already."
+        if size is None or getattr(self.noise, "is_nested", False):
+            return "Only pictures and videos can be learned."
+        if any(a <= b for a, b in pairwise(levels)):
+            return "The noise levels do not decrease."
+        wrappers = self.extra_args["model_options"].get("transformer_options", {}).get("wrappers", {})
+        if any(PROPAGATION in kind for kind in wrappers.values()):
+            return "Attune Propagation is on this MODEL and counts its steps: bypass one of the two."
+        return ""
+
+    def _known(self, scene: Scene) -> tuple[str, Calibration | None]:
+        """The calibration for this run and its file's name; ValueError where the node names one that does not fit."""
+        use = self.sampler.wish.use
+        if use in USES:
+            fitting = {} if scene.refused else profiles_of_kind(SAMPLER)
+            matching = ((n, one) for n, one in fitting.items() if not misfits(one, scene.identity, scene.planned))
+            return next(matching, ("", None))
+        profile = find_profile(use)
+        wrong = [str(one) for one in misfits(profile, scene.identity, scene.planned)]
+        if profile.kind != SAMPLER:
+            wrong = [f"'{profile.name}' is no fitted sampler."]
+        if wrong or scene.refused:
+            said = " ".join([*wrong, scene.refused]).strip()
+            raise ValueError(f"{said} Set 'use' of Attune Fast Sampler to '{AUTO}', or make the run that it is for.")
+        return use, profile
+
+    def _is_due(self, name: str) -> bool:
+        """Whether this picture is the one that is made in full, to see whether the short run still holds."""
+        every = self.sampler.wish.check_every
+        SINCE[name] = SINCE.get(name, 0) + 1
+        return 0 < every < SINCE[name]
+
+    def _whole(self, guider: Any) -> Tensor:
+        """The user's own run, as if this sampler were not there."""
+        return self.sampler.own.sample(
+            guider, self.sigmas, self.extra_args, self.callback, self.noise, self.latent, self.mask, self.quiet
+        )
+
+    def _short(self, run: FittedRun) -> Tensor:
+        levels = torch.tensor(run.sigmas, dtype=self.sigmas.dtype, device=self.sigmas.device)
+        arguments = {**self.extra_args, "model_options": options_over(self.extra_args["model_options"], levels)}
+        return fitted_sampler_of(run).sample(
+            self.guider, levels, arguments, self.callback, self.noise, self.latent, self.mask, self.quiet
+        )
+
+    def _taught(
+        self, scene: Scene, path: Trajectory | None, name: str, known: Calibration | None, short: ShortRun | None
+    ) -> str:
+        """Fit what is asked for to the recorded run, keep it, and say what it proved."""
+        wish = self.sampler.wish
+        if path is None or self.mask is not None:
+            return "Nothing is learned from a run with a mask, or from one that is too large to record."
+        if short is not None and known is not None:
+            SINCE[name] = 0
+            levels = torch.tensor(short.run.sigmas)
+            reached = fidelity(solve(self._denoise_over(levels), path.states[0], short.run), path.end)
+            if reached >= wish.fidelity:
+                file, seen = profile_path(name), replace(short, psnr=round(reached, 2), pictures=len(path.end))
+                if file is not None:
+                    keep_update(file, known, fitted_sampler(scene.identity, scene.planned, [seen], known))
+                return f"The short run of '{name}' was checked: {reached:.1f} dB to this picture."
+        runs = self._learned(path, NoiseSpace(scene.identity.space))
+        if not runs:
+            return "It has no more steps than the short run that is asked for."
+        made, best = fitted_sampler(scene.identity, scene.planned, runs, known), max(runs, key=lambda one: one.psnr)
+        file = None if known is None else profile_path(name)
+        kept = keep_profile(made) if file is None or known is None else keep_update(file, known, made)
+        SINCE.pop(kept.name, None)
+        proved = f"{best.run.steps} evaluations proved {best.psnr:.1f} dB"
+        if best.psnr < wish.fidelity:
+            return f"Learned, but {proved}, less than the 'fidelity' of {wish.fidelity:g} dB: full runs go on."
+        return f"Learned as '{kept.name}': {proved}, and the next pictures take no more."
+
+    def _learned(self, path: Trajectory, space: NoiseSpace) -> list[ShortRun]:
+        wish, paper, runs = self.sampler.wish, OnPaper(path), []
+        for steps in [wish.evaluations] if wish.evaluations else COUNTS:
+            if steps >= len(path.sigmas) - 1:
+                break
+            found = last(learn(self._denoise_over, path, steps, space, paper))
+            runs.append(ShortRun(found.run, round(max(found.psnr, 0.0), 2), len(path.end) // 2))
+            if found.psnr >= wish.fidelity:
+                break
+        return runs
+
+    def _denoise_over(self, levels: Sigmas) -> Denoiser:
+        """The guided model, for latents in main memory, as a run over `levels` asks it."""
+        here, dtype, seed = self.noise.device, self.noise.dtype, self.extra_args.get("seed")
+        options = options_over(self.extra_args["model_options"], levels.to(here, torch.float32))
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            level = sigma.to(here, torch.float32).expand(len(x))
+            with torch.no_grad():
+                return self.guider(x.to(here, dtype), level, model_options=options, seed=seed).float().cpu()
+
+        return denoise
+
+
+SINCE: dict[str, int] = {}  # short runs of each calibration since its last check, by file
+
+
+def options_over(options: dict, levels: Tensor) -> dict:
+    """A run's model_options as a run over other levels must see them."""
+    return {**options, "transformer_options": {**options.get("transformer_options", {}), "sample_sigmas": levels}}
+
+
+def last(work) -> Any:
+    """What a generator returns in the end; the user can stop it between its parts."""
+    while True:
+        try:
+            next(work)
+            stop_if_asked()
+        except StopIteration as end:
+            return end.value
+
+
+class Recorder:
+    """A guider that keeps, in main memory, what it is first asked at each level of a schedule and what it says."""
+
+    def __init__(self, guider: Any, sigmas: Tensor):
+        self._guider, self._sigmas = guider, sigmas
+        self._states: list[Tensor] = []
+        self._answers: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._guider, name)
+
+    def __call__(self, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        answer = self._guider(x, sigma, *args, **kwargs)
+        at, steps = len(self._states), len(self._sigmas) - 1
+        if at < steps and 8 * steps * x.numel() <= MOST_RECORDED:
+            level, wanted = float(sigma.reshape(-1)[0]), float(self._sigmas[at])
+            if abs(level - wanted) <= 1e-4 * wanted:
+                self._states.append(x.detach().float().cpu())
+                self._answers.append(answer.detach().float().cpu())
+        return answer
+
+    def path(self, end: Tensor) -> Trajectory | None:
+        """The run to its `end`; None where it did not pass by every level, or was too large."""
+        if len(self._states) != len(self._sigmas) - 1:
+            return None
+        space = NoiseSpace(identify(self._guider.model_patcher).space)
+        scaled = end.float().cpu() * space.alpha(self._sigmas[-1].double().cpu()).float()
+        return Trajectory.recorded(self._sigmas.double().cpu(), [*self._states, scaled], self._answers)

@@ -1,0 +1,79 @@
+"""The name of all that a run depends on besides its model, solver, levels, guidance and size: a hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import Tensor
+
+DEEPEST = 6
+PLAIN = (int, float, bool, str)
+OF_EVERY_RUN = {"sample_sigmas", "sigmas", "uuids", "cond_or_uncond", "callbacks", "model_options"}
+OF_THE_PROMPT = {
+    "uuid",
+    "cross_attn",
+    "pooled_output",
+    "model_conds",
+    "width",
+    "height",
+    "target_width",
+    "target_height",
+}
+
+
+def setting_of(guider: Any, sampler: Any, model_options: Mapping) -> str:
+    """16 hex digits: the guider's kind and numbers but its cfg, the sampler's options, the kinds of conditioning (never
+    what they say), and the patches, wrappers and functions of the MODEL with the numbers that they hold."""
+    guidance = {
+        name: one for name, one in vars(guider).items() if type(one) in (int, float, bool, str) and name != "cfg"
+    }
+    conds = {
+        role: [
+            sorted(key for key, value in one.items() if value is not None and key not in OF_THE_PROMPT) for one in many
+        ]
+        for role, many in getattr(guider, "conds", {}).items()
+    }
+    parts = [type(guider).__name__, guidance, getattr(sampler, "extra_options", {}), conds, model_options]
+    return hashlib.sha256("\n".join(_spelled(one) for one in parts).encode()).hexdigest()[:16]
+
+
+def _spelled(value: Any, depth: int = 0) -> str:
+    """A text that is the same in every process for what acts the same, as far as can be seen from outside."""
+    if depth > DEEPEST:
+        return "…"
+    if value is None or isinstance(value, bool | int | str):
+        return repr(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, Tensor):
+        return f"tensor {list(value.shape)}"
+    deeper = depth + 1
+    if isinstance(value, Mapping):
+        kept = sorted((str(key), one) for key, one in value.items() if key not in OF_EVERY_RUN)
+        return "{" + ", ".join(f"{key}: {_spelled(one, deeper)}" for key, one in kept) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(_spelled(one, deeper) for one in value) + "]"
+    if isinstance(value, MethodType):
+        return f"{_spelled(value.__self__, deeper)}.{value.__name__}"
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _holds_plain(cell)]
+        return f"{value.__qualname__}{_spelled(cells, deeper)}"
+    numbers = {
+        name: one for name, one in getattr(value, "__dict__", {}).items() if type(one) in (int, float, bool, str)
+    }
+    return f"{type(value).__qualname__}{_spelled(numbers, deeper) if numbers else ''}"
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    """The attributes that are numbers or texts."""
+    return {name: one for name, one in getattr(value, "__dict__", {}).items() if type(one) in PLAIN}
+
+
+def _holds_plain(cell: Any) -> bool:
+    try:
+        return type(cell.cell_contents) in PLAIN
+    except ValueError:  # not filled yet
+        return False

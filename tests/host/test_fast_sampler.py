@@ -1,0 +1,271 @@
+"""Attune Fast Sampler in the host: the first run is the user's own, the next ones are short, and nothing else changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphs import Kit
+from harness import counting
+from pack.models.calibration import SAMPLER
+from pack.models.store import load_profile
+
+STEPS, SHORT = 9, 4
+
+
+@pytest.fixture(scope="module", params=["unet", "flow"])
+def kit(host, request):
+    return Kit(host, request.param)
+
+
+@pytest.fixture(scope="module")
+def unet(host):
+    return Kit(host, "unet")
+
+
+class Drawn:
+    """A picture, how often the network was asked for it, and what the node said."""
+
+    def __init__(self, kit, seed=1, steps=STEPS, cfg=3.0, solver="euler", denoise=1.0, model=None, latent=None, stock=False,
+                 positive=None, sigmas=None, noise=True, **wish):  # fmt: skip
+        model = model or kit.model
+        (sampler,) = kit.host.call("KSamplerSelect", sampler_name=solver)
+        self.said: list[str] = []
+        if not stock:
+            given = {"use": "auto", "evaluations": SHORT, "fidelity": 5.0, "check_every": 0, **wish}
+            (sampler,) = kit.host.call("AttuneFastSampler", sampler=sampler, **given)
+            sampler._say = self.said.append
+        if sigmas is None:
+            (sigmas,) = kit.host.call("BasicScheduler", model=model, scheduler="beta", steps=steps, denoise=denoise)
+        with counting(model) as calls:
+            out, _ = kit.host.call(
+                "SamplerCustom", model=model, add_noise=noise, noise_seed=seed, cfg=cfg,
+                positive=positive or kit.positive, negative=kit.negative, sampler=sampler, sigmas=sigmas,
+                latent_image=latent or kit.empty(),
+            )  # fmt: skip
+        self.latent, self.calls = out["samples"], calls[0]
+
+    @property
+    def text(self) -> str:
+        (said,) = self.said
+        return said
+
+    @property
+    def full(self) -> bool:
+        return self.text.startswith("A full run")
+
+    @property
+    def learned(self) -> bool:
+        return "Learned" in self.text
+
+
+def test_the_first_picture_is_the_users_own_to_the_bit_and_the_second_is_short(kit, host):
+    first, stock = Drawn(kit), Drawn(kit, stock=True)
+    assert torch.equal(first.latent, stock.latent)
+    assert first.full and first.learned and first.calls == STEPS + 2 * SHORT
+    second = Drawn(kit, seed=2)
+    assert second.calls == SHORT and not second.full
+    assert not torch.equal(second.latent, Drawn(kit, seed=2, stock=True).latent)
+    assert torch.equal(second.latent, Drawn(kit, seed=2).latent)
+    (file,) = host.profiles.iterdir()
+    kept = load_profile(file)
+    assert kept.kind == SAMPLER and kept.steps == STEPS and [one.run.steps for one in kept.runs] == [SHORT]
+
+
+def test_the_short_run_is_nearer_than_as_many_plain_steps(unet):
+    def deviation(one):
+        return float((one.latent - Drawn(unet, seed=4, steps=30, latent=large, stock=True).latent).square().mean())
+
+    large = {"samples": torch.zeros(1, unet.channels, 16, 16)}
+    Drawn(unet, seed=3, steps=30, latent=large, evaluations=8)
+    short = Drawn(unet, seed=4, steps=30, latent=large, evaluations=8)
+    assert short.calls == 8
+    assert deviation(short) < deviation(Drawn(unet, seed=4, steps=8, latent=large, stock=True)) / 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cfg": 3.8}, {"cfg": 1.4}, {"steps": STEPS + 2}, {"denoise": 0.7}, {"solver": "dpmpp_2m"},
+        {"latent": {"samples": torch.zeros(1, 4, 16, 8)}},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_what_was_not_learned_is_run_in_full_and_learned_beside_it(unet, host, change):
+    Drawn(unet)
+    other = Drawn(unet, seed=2, **change)
+    assert other.full and other.learned
+    assert torch.equal(other.latent, Drawn(unet, seed=2, stock=True, **change).latent)
+    assert len(list(host.profiles.iterdir())) == 2
+    assert Drawn(unet, seed=3).calls == SHORT and Drawn(unet, seed=3, **change).calls == SHORT
+
+
+def test_other_weights_loras_prompts_and_seeds(unet):
+    Drawn(unet)
+    key, weight = unet.weight(unet.model)
+    other = unet.model.clone()
+    other.add_patches({key: (torch.full_like(weight, 1e-3),)}, 1.0)
+    assert Drawn(unet, model=other).full
+    assert Drawn(unet, seed=9, positive=unet.encode("a red apple on a white background")).calls == SHORT
+    assert Drawn(unet, seed=9, latent=unet.empty(2)).calls == SHORT
+
+
+def test_another_kind_of_conditioning_or_guidance_is_a_full_run(unet, host):
+    Drawn(unet)
+    (areas,) = host.call("ConditioningSetAreaPercentage", conditioning=unet.positive, width=0.5, height=1.0, x=0.0, y=0.0,
+                         strength=1.0)  # fmt: skip
+    assert Drawn(unet, positive=areas).full
+    (rescaled,) = host.call("RescaleCFG", model=unet.model, multiplier=0.7)
+    assert Drawn(unet, model=rescaled).full
+    (more,) = host.call("RescaleCFG", model=unet.model, multiplier=0.3)
+    assert Drawn(unet, model=more).full
+    assert Drawn(unet, model=rescaled, seed=5).calls == SHORT
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "heun", "uni_pc", "lms", "res_multistep"])
+def test_every_solver_that_adds_no_noise_is_learned(unet, solver):
+    assert Drawn(unet, solver=solver).learned
+    assert Drawn(unet, solver=solver, seed=2).calls == SHORT
+
+
+@pytest.mark.parametrize("solver", ["euler_ancestral", "dpmpp_2m_sde", "lcm", "dpm_adaptive"])
+def test_solvers_that_cannot_be_learned_run_as_they_are(unet, host, solver):
+    drawn = Drawn(unet, solver=solver)
+    assert drawn.full and not drawn.learned and solver in drawn.text
+    assert torch.equal(drawn.latent, Drawn(unet, solver=solver, stock=True).latent)
+    assert not list(host.profiles.iterdir())
+
+
+def test_a_run_that_stops_early_or_starts_from_a_picture_is_learned_for_itself(unet, host):
+    (sigmas,) = host.call("BasicScheduler", model=unet.model, scheduler="beta", steps=20, denoise=1.0)
+    high, low = host.call("SplitSigmas", sigmas=sigmas, step=10)
+    for half, noise, latent in ((high, True, None), (low, False, unet.picture())):
+        given = {"sigmas": half, "noise": noise, "latent": latent}
+        first = Drawn(unet, **given)
+        assert first.learned and torch.equal(first.latent, Drawn(unet, stock=True, **given).latent)
+        short, stock = Drawn(unet, seed=2, **given), Drawn(unet, seed=2, stock=True, **given)
+        assert short.calls == SHORT
+        assert float((short.latent - stock.latent).square().mean()) < 0.05 * float(stock.latent.square().mean())
+
+
+def test_a_mask_uses_what_was_learned_but_teaches_nothing(unet, host):
+    masked = {**unet.picture(), "noise_mask": torch.cat([torch.ones(1, 1, 8, 4), torch.zeros(1, 1, 8, 4)], dim=3)}
+    first = Drawn(unet, latent=masked, denoise=0.8)
+    assert first.full and "mask" in first.text and not list(host.profiles.iterdir())
+    Drawn(unet, latent=unet.picture(), denoise=0.8)
+    short = Drawn(unet, latent=masked, denoise=0.8)
+    assert short.calls == SHORT
+    torch.testing.assert_close(short.latent[..., 4:], masked["samples"][..., 4:], rtol=1e-3, atol=1e-3)
+
+
+def test_what_was_not_proved_is_not_used_and_not_learned_again(unet):
+    first = Drawn(unet, fidelity=99.0)
+    assert "less than" in first.text and first.calls == STEPS + 2 * SHORT
+    second = Drawn(unet, fidelity=99.0, seed=2)
+    assert second.full and second.calls == STEPS and "allow more evaluations" in second.text
+    assert Drawn(unet, fidelity=5.0, seed=2).calls == SHORT
+
+
+def test_the_fewest_evaluations_that_are_faithful_enough(unet, host):
+    Drawn(unet, evaluations=0, fidelity=25.0)
+    (file,) = host.profiles.iterdir()
+    *short_of, enough = load_profile(file).runs
+    assert enough.psnr >= 25 and all(one.psnr < 25 for one in short_of)
+    assert Drawn(unet, evaluations=0, fidelity=25.0, seed=2).calls == enough.run.steps
+
+
+def test_more_evaluations_are_learned_beside_the_fewer(unet, host):
+    Drawn(unet)
+    more = Drawn(unet, evaluations=8)
+    assert more.learned and Drawn(unet, evaluations=8, seed=3).calls == 8 and Drawn(unet, seed=3).calls == SHORT
+    (file,) = host.profiles.iterdir()
+    assert [one.run.steps for one in load_profile(file).runs] == [SHORT, 8]
+
+
+def test_full_run_learn_again_and_forget(unet, host):
+    stock = Drawn(unet, stock=True)
+    Drawn(unet)
+    full = Drawn(unet, use="full run")
+    assert full.calls == STEPS and torch.equal(full.latent, stock.latent)
+    again = Drawn(unet, use="learn again", seed=7)
+    assert again.learned and len(list(host.profiles.iterdir())) == 1
+    gone = Drawn(unet, use="forget")
+    assert torch.equal(gone.latent, stock.latent) and "forgotten" in gone.text and not list(host.profiles.iterdir())
+    assert "nothing to forget" in Drawn(unet, use="forget").text
+    assert Drawn(unet).learned
+
+
+def test_a_picture_in_full_now_and_then_checks_the_short_run(unet, host):
+    Drawn(unet)
+    texts = [Drawn(unet, seed=seed, check_every=2).text for seed in range(2, 7)]
+    full = ["checked" in text for text in texts]
+    assert full == [False, False, True, False, False]
+    (file,) = host.profiles.iterdir()
+    assert load_profile(file).runs[0].pictures == 1
+
+
+def test_a_named_calibration_is_used_or_refused_with_the_reason(unet, host):
+    Drawn(unet)
+    (file,) = host.profiles.iterdir()
+    assert Drawn(unet, use=file.name, seed=2).calls == SHORT
+    with pytest.raises(ValueError, match=r"fitted at cfg 3, the run has 8.*Set 'use'.*to 'auto'"):
+        Drawn(unet, use=file.name, cfg=8.0)
+
+
+def test_a_run_that_is_stopped_leaves_nothing_and_one_stopped_while_learning_gives_its_picture(unet, host, monkeypatch):
+    import comfy.model_management as management
+
+    stop = management.InterruptProcessingException
+    seen = []
+
+    def at(call):
+        def forward(self, x, *args, **kwargs):
+            seen.append(1)
+            if len(seen) == call:
+                raise stop
+            return whole(self, x, *args, **kwargs)
+
+        return forward
+
+    network = type(unet.model.model.diffusion_model)
+    whole = network.forward
+    monkeypatch.setattr(network, "forward", at(4))
+    with pytest.raises(stop):
+        Drawn(unet)
+    assert not list(host.profiles.iterdir())
+    monkeypatch.setattr(network, "forward", whole)
+    stock = Drawn(unet, stock=True)
+    seen.clear()
+    monkeypatch.setattr(network, "forward", at(STEPS + 3))
+    drawn = Drawn(unet)
+    assert torch.equal(drawn.latent, stock.latent) and "Nothing was learned" in drawn.text
+    assert not list(host.profiles.iterdir())
+
+
+def test_a_full_disk_costs_no_picture(unet, host, monkeypatch):
+    store = host.module("models.store")
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "fsync", full)
+    drawn = Drawn(unet)
+    assert "No space left" in drawn.text and torch.equal(drawn.latent, Drawn(unet, stock=True).latent)
+    assert not list(host.profiles.iterdir())
+
+
+def test_beside_propagation_it_steps_back(unet, host):
+    from methods import REUSE
+
+    (reused,) = host.call(
+        "AttunePropagation", model=unet.model, **{**REUSE, "reuse": "encoder reused", "parallel": "off"}
+    )
+    drawn = Drawn(unet, model=reused)
+    assert drawn.full and "Propagation" in drawn.text
+    assert torch.equal(drawn.latent, Drawn(unet, model=reused, stock=True).latent)
+
+
+def test_a_fit_that_measures_is_left_alone(unet, host):
+    Drawn(unet)
+    calibrating = host.module("nodes._host.calibrating")
+    assert Drawn(unet, model=calibrating.calibrating(unet.model), seed=2).calls == STEPS
