@@ -127,8 +127,8 @@ class AttuneApplyProfile(io.ComfyNode):
                 io.Int.Input(
                     "steps", default=0, min=0, max=10000,
                     tooltip="0 takes the profile's own count, where its gain was measured. Others are interpolated. A "
-                    "noise shift has no count of its own: 0 means 20 steps. A fitted sampler has the counts of its fit: "
-                    "0 takes the shortest that is faithful to 45 dB.",
+                    "noise shift has no count of its own: 0 means 20 steps. A fitted sampler has the counts of its "
+                    "fit: 0 takes the shortest that is faithful to 45 dB.",
                 ),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
