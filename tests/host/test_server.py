@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import pictures
 from pictures import saved
@@ -106,3 +108,62 @@ def test_nothing_of_ours_failed_to_load(server):
     log = server.log.read_text("utf-8", errors="replace")
     assert "ComfyUI-Attune" in log and "could not load" not in log
     assert not [line for line in log.splitlines() if "IMPORT FAILED" in line and "Attune" in line]
+
+
+def fast(use: str = "auto", seed: int = 1) -> dict:
+    """An API-format prompt with Attune Fast Sampler: 12 steps, 4 evaluations, of 64 pixels."""
+    node = lambda kind, **inputs: {"class_type": kind, "inputs": inputs}
+    return {
+        "1": node("CheckpointLoaderSimple", ckpt_name="attune_demo.safetensors"),
+        "2": node("CLIPTextEncode", text="a cat on a black background", clip=["1", 1]),
+        "3": node("CLIPTextEncode", text="", clip=["1", 1]),
+        "4": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        "5": node("KSamplerSelect", sampler_name="euler"),
+        "6": node("BasicScheduler", model=["1", 0], scheduler="karras", steps=12, denoise=1.0),
+        "7": node("AttuneFastSampler", sampler=["5", 0], use=use, evaluations=4, fidelity=10.0, check_every=0),
+        "8": node("SamplerCustom", model=["1", 0], add_noise=True, noise_seed=seed, cfg=3.0, positive=["2", 0],
+                  negative=["3", 0], sampler=["7", 0], sigmas=["6", 0], latent_image=["4", 0]),
+        "9": node("VAEDecode", samples=["8", 0], vae=["1", 2]),
+        "10": node("SaveImage", images=["9", 0], filename_prefix="Attune/fast"),
+    }  # fmt: skip
+
+
+def workflow_of_fast(use: str = "auto") -> dict:
+    """As much of the page's workflow as the server sees: the node and the places of its widgets."""
+    return {"nodes": [{"id": 7, "type": "AttuneFastSampler", "widgets_values": [use, 4, 10.0, 0]}], "extra": {}}
+
+
+def draw_fast(dev, server, prompt: dict, workflow: dict) -> tuple[np.ndarray, dict]:
+    """The pixels of the picture that a prompt saves, and the workflow inside it."""
+    extra = {"extra_pnginfo": {"workflow": workflow}}
+    queued = dev.ask(f"{server.url}/prompt", {"prompt": prompt, "extra_data": extra})["prompt_id"]
+    until = time.time() + 120
+    while not (entry := dev.ask(f"{server.url}/history/{queued}").get(queued)):
+        assert time.time() < until
+        time.sleep(0.1)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    (path,) = saved(server, entry)
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int), json.loads(image.info["workflow"])
+
+
+def test_a_picture_carries_what_made_it_and_makes_it_again_elsewhere(dev, server):
+    """First in full, then short; the cache notices that there is something to use by now; another machine, where the
+    calibration is not, draws the same bits from the picture's workflow."""
+    folder = server.folder / "models/attune"
+    before = set(folder.glob("*.json"))
+    full, first = draw_fast(dev, server, fast(), workflow_of_fast())
+    assert first["nodes"][0]["widgets_values"][0] == "full run" and "attune_profiles" not in first["extra"]
+    (file,) = set(folder.glob("*.json")) - before
+    try:
+        short, second = draw_fast(dev, server, fast(), workflow_of_fast())
+        name = second["nodes"][0]["widgets_values"][0]
+        assert name.startswith(f"{file.name}@attune-") and list(second["extra"]["attune_profiles"]) == [file.name]
+        assert 0 < np.abs(full - short).mean() < 10
+        again, third = draw_fast(dev, server, fast(use="full run"), first)
+        assert np.array_equal(again, full) and third["nodes"][0]["widgets_values"][0] == "full run"
+    finally:
+        file.unlink()
+    elsewhere, carried = draw_fast(dev, server, fast(use=name), second)
+    assert np.array_equal(elsewhere, short) and carried["nodes"][0]["widgets_values"][0] == name
+    assert set(folder.glob("*.json")) == before
