@@ -54,7 +54,7 @@ SEED = 1000  # of the noises to fit on
 FREE, BY_NAME = "best free", "its name"
 ROWS = ["KLUB minimised", "KLUB stopped early", f"{BASE}, published aligner, sequential",
         f"{BASE}, published aligner, parallel", f"{BASE}, aligned", "tuned levels", "tuned"]  # fmt: skip
-EFFORT = {"preset": "mini", "budget_minutes": 0.0}  # of a fit
+EFFORT = {"preset": "mini", "budget_minutes": 0.0, "coefficients": False}  # of a fit
 
 
 class Problem:

@@ -25,10 +25,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .gate import Verdict, judge
 from .schedules import resample_theta
 from .space import NoiseSpace
 from .timestep_aligner import BLOCK, Trajectory
-from .tuner import moved_level
+from .tuner import moved_level, picture_errors
 from .types import Denoiser, Latent, Sigmas
 
 HISTORY = 2  # earlier answers in a step; a third gains nothing on pictures that no fit has seen
@@ -260,19 +261,31 @@ def learn(
     8x8 latent pixels. The recorded run's own levels, spread over fewer steps, and those of the search on paper are both
     run; what comes nearer on the unseen half stays.
     """
-    part = half(path.states[0])
-    levels = [level for level in path.sigmas.tolist() if level > 0]
+    best, end = yield from _nearest(denoise_over, path, steps, space, paper, half(path.states[0]))
+    return Learned(best, end, 2 * steps)
+
+
+def _nearest(
+    denoise_over: Callable[[Sigmas], Denoiser],
+    path: Trajectory,
+    steps: int,
+    space: NoiseSpace,
+    paper: OnPaper | None,
+    part: Tensor | None,
+) -> Generator[int, None, tuple[FittedRun, float]]:
+    """Of the fits over the path's own levels and over those found on paper the one that ends nearest outside of `part`
+    (None: everywhere), and its dB there. Without `paper` the own levels alone."""
     plain = resample_theta(path.sigmas.double(), steps, space)
     plain[0], plain[-1] = path.sigmas[0], path.sigmas[-1]
-    found = search_levels(paper, plain, levels[-1], space)
-    best: Learned | None = None
-    for done, sigmas in enumerate((plain, found)):
-        run, end = yield from _counted(fit(denoise_over(sigmas), sigmas, path, part), done * steps)
-        psnr = fidelity(end, path.end, ~part)
-        if best is None or psnr > best.psnr:
-            best = Learned(run, psnr, 2 * steps)
-    assert best is not None
-    return best
+    tried = [plain]
+    if paper is not None and steps > 1:
+        lowest = min(level for level in path.sigmas.tolist() if level > 0)
+        tried.append(search_levels(paper, plain, lowest, space))
+    found: list[tuple[FittedRun, float]] = []
+    for sigmas in tried:
+        run, end = yield from _counted(fit(denoise_over(sigmas), sigmas, path, part), len(found) * steps)
+        found.append((run, fidelity(end, path.end, None if part is None else ~part)))
+    return max(found, key=lambda one: one[1])
 
 
 def _counted(
@@ -311,3 +324,94 @@ def fidelity(x: Latent, exact: Latent, part: Tensor | None = None) -> float:
         total += EQUAL if error == 0 else min(EQUAL, 10 * math.log10(peak**2 / error)) if peak else 0.0
         counted += 1
     return total / counted if counted and math.isfinite(total) else -math.inf
+
+
+# --- proving on pictures that no fit has seen ---
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What held-out pictures say of a fitted run beside the best known way to spend as many evaluations.
+
+    rival: its name. psnr: dB of the run's ends to the long run's, the mean over the held-out pictures.
+    """
+
+    run: FittedRun
+    rival: str
+    verdict: Verdict
+    psnr: float
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What is being done, and the run that came nearest so far."""
+
+    stage: str
+    run: FittedRun | None = None
+
+
+def prove(
+    denoise_over: Callable[[Sigmas], Denoiser],
+    paths: Sequence[Trajectory],
+    held_out: int,
+    counts: Sequence[int],
+    rivals: Callable[[int], dict[str, Callable[[int], Latent]]],
+    space: NoiseSpace,
+    levels: bool = True,
+    doubt: float = 0.0,
+    has_time: Callable[[], bool] = lambda: True,
+) -> Generator[Attempt, None, list[Proof]]:
+    """A fitted run for each count of steps, judged on the last `held_out` of the recorded `paths`.
+
+    rivals: count -> the known ways to spend as many evaluations, by name: where they end from the noise of the i-th
+    path; the best of them on the paths that are fitted is what a run must beat. levels: whether these are searched.
+    doubt: how wrong the recorded ends may be, as in `judge`. Counts that no time is left for are left out.
+    """
+    fitted, unseen = joined(paths[:-held_out]), paths[-held_out:]
+    paper, first = OnPaper(fitted) if levels else None, len(paths) - held_out
+    proofs: list[Proof] = []
+    for steps in counts:
+        if proofs and not has_time():
+            break
+        known, errors = rivals(steps), {}
+        for name, ends in known.items():
+            errors[name] = float(_errors([ends(i) for i in range(first)], paths).mean())
+            yield Attempt(f"known samplers, {steps} evaluations")
+        rival = min(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
+        work = _nearest(denoise_over, fitted, steps, space, paper, None)
+        run, _ = yield from _attempted(work, f"fitting {steps} steps")
+        theirs, mine = [], []
+        for i, path in enumerate(unseen):
+            theirs.append(known[rival](first + i))
+            mine.append(solve(denoise_over(torch.tensor(run.sigmas)), path.states[0], run))
+            yield Attempt("held-out pictures", run)
+        verdict = judge(_errors(theirs, unseen), _errors(mine, unseen), len(counts), doubt)
+        psnr = sum(fidelity(end, path.end) for end, path in zip(mine, unseen, strict=True)) / held_out
+        proofs.append(Proof(run, rival, verdict, psnr))
+    return proofs
+
+
+def _errors(ends: Sequence[Latent], paths: Sequence[Trajectory]) -> Tensor:
+    return torch.cat([picture_errors(end, path.end) for end, path in zip(ends, paths, strict=False)])
+
+
+def joined(paths: Sequence[Trajectory]) -> Trajectory:
+    """Paths over the same levels as one of more pictures."""
+    if len(paths) == 1:
+        return paths[0]
+    return Trajectory(
+        paths[0].sigmas,
+        torch.cat([one.states for one in paths], dim=1),
+        torch.cat([one.slopes for one in paths], dim=1),
+    )
+
+
+def _attempted(
+    work: Generator[int, None, tuple[FittedRun, float]], stage: str
+) -> Generator[Attempt, None, tuple[FittedRun, float]]:
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value
+        yield Attempt(stage)

@@ -20,10 +20,20 @@ from ..kernels.tuner import (
 from ._draw.axes import to_image
 from ._draw.schedules import Curve, draw_schedules
 from ._host.api import Profile, advanced, io, schema, shown_on
+from ._host.fit_run import Task, fit_run, rival_schedules, rivals_of
 from ._host.folders import keep_fit, keep_profile
 from ._host.identity import identify, pixels
 from ._host.session import ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 from ._host.stock_schedules import known_schedules
+from ._plan.fit_run import (
+    EXACT_PATH,
+    YOUR_RUN,
+    affordable_run,
+    counts_of,
+    evaluations,
+    proved_profile,
+    run_report,
+)
 from ._plan.fit_sampler import (
     Setting,
     affordable,
@@ -65,7 +75,7 @@ class AttuneFitSampler(io.ComfyNode):
             node_id="AttuneFitSampler",
             display_name="Attune Fit Sampler",
             category=CATEGORY,
-            description="Find better noise levels and timesteps for your model, sampler and steps, and prove the gain.",
+            description="Fit a short run to your own long one, or a schedule to your sampler, and prove the gain.",
             search_aliases=["align your steps", "optimize schedule", "sigmas", "timestep aligner", "TTA", "calibrate"],
             inputs=[
                 *_run_inputs(),
@@ -82,12 +92,12 @@ class AttuneFitSampler(io.ComfyNode):
                     "levels", default=True,
                     tooltip="Search for better noise levels. Off: those of 'sigmas' stay, or else the best known ones.",
                 ),
-                io.Boolean.Input(
-                    "timesteps", default=True,
-                    tooltip="Fit what the network is told at each level. This works for euler (ddim) alone; other "
-                    "samplers keep the true levels.",
-                ),
                 *advanced(
+                    io.Boolean.Input(
+                        "timesteps", default=True,
+                        tooltip="Without 'coefficients': fit what the network is told at each level. This works for "
+                        "euler (ddim) alone; other samplers keep the true levels.",
+                    ),
                     io.Float.Input(
                         "budget_minutes", default=30.0, min=0.0, max=10000.0, step=1.0,
                         tooltip="When the preset would take longer, a smaller one is taken, or none. 0: no limit.",
@@ -97,10 +107,26 @@ class AttuneFitSampler(io.ComfyNode):
                         tooltip="The first of the noises that are fitted on and held out; the others follow it.",
                     ),
                 ),
+                io.Boolean.Input(
+                    "coefficients", default=True,
+                    tooltip="Fit the sampler itself: a run of 'steps' evaluations that ends where a long run does. "
+                    "Off: fit the schedule of your sampler, and the timesteps.",
+                ),
+                io.Combo.Input(
+                    "to", options=[YOUR_RUN, EXACT_PATH], default=YOUR_RUN,
+                    tooltip="What 'coefficients' are fitted to. your run: your sampler on the long schedule in "
+                    "'sigmas'. exact path: where many small steps lead.",
+                ),
+                *advanced(
+                    io.String.Input(
+                        "more_steps", default="",
+                        tooltip="Other counts to fit from the same long runs, such as 6, 8, 12.",
+                    )
+                ),
                 io.Sigmas.Input(
                     "sigmas", optional=True,
-                    tooltip="A schedule of your own with as many steps: it enters the contest first, and is kept where "
-                    "'levels' is off.",
+                    tooltip="With 'coefficients' to your run: its long schedule. Without: one of your own with 'steps' "
+                    "steps, which enters the contest first and is kept where 'levels' is off.",
                 ),
             ],
             outputs=[
@@ -116,9 +142,12 @@ class AttuneFitSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, cfg, sampler, latent, steps, preset="mini", levels=True, timesteps=True,
-        budget_minutes=30.0, seed=0, sigmas=None,
+        budget_minutes=30.0, seed=0, coefficients=True, to=YOUR_RUN, more_steps="", sigmas=None,
     ) -> io.NodeOutput:  # fmt: skip
         solver, setting, empty = _setting(model, cfg, sampler, latent, seed)
+        if coefficients:
+            task = _task(sigmas if to == YOUR_RUN else None, to, counts_of(steps, more_steps), levels)
+            return _sampler(cls, model, positive, negative, solver, setting, empty, task, preset, budget_minutes)
         _check_switches(solver, levels, timesteps)
         known = _contest(model, steps, sigmas, levels)
         began, what = time.monotonic(), {"levels": levels, "timesteps": timesteps}
@@ -151,6 +180,77 @@ class AttuneFitSampler(io.ComfyNode):
         if tuned.changed:
             report = f"{report}\n{keep_fit(profile)}"
         return io.NodeOutput(profile, tuned.sigmas.clone(), picture, report, ui=shown_on(cls, picture))
+
+
+def _task(sigmas: torch.Tensor | None, to: str, counts: list[int], levels: bool) -> Task:
+    """What is fitted to what; ValueError where the long run is not there, or is no longer than the short ones."""
+    if to == EXACT_PATH:
+        return Task(None, counts, levels)
+    if sigmas is None:
+        raise ValueError(
+            "'coefficients' are fitted to your own long run, but 'sigmas' is not connected. Connect the schedule that "
+            f"you sample with, such as BasicScheduler's, set 'to' to '{EXACT_PATH}', or switch 'coefficients' off."
+        )
+    long = check_sigmas(sigmas.detach().float().cpu().clone())
+    if len(long) - 1 <= max(counts):
+        raise ValueError(
+            f"'sigmas' has {len(long) - 1} steps, but a fit for {max(counts)} needs a longer run to follow. Give the "
+            "long schedule that you sample with, or fewer 'steps'."
+        )
+    return Task(long, counts, levels)
+
+
+def _sampler(
+    cls, model, positive, negative, solver: Solver, setting: Setting, empty, task: Task, preset: str, minutes: float
+) -> io.NodeOutput:  # fmt: skip
+    """Fit the sampler itself: profile, levels, plot and report."""
+    began, about = time.monotonic(), setting.model
+    steps = TUNER_PRESETS[preset].reference_steps if task.sigmas is None else len(task.sigmas) - 1
+    rivals = len(rivals_of(setting.runs)) * len(rival_schedules(model, task.counts[0]))
+
+    def work(solves: Solves):
+        seconds = solves.seconds_per_evaluation(about.sigma_max, *draw_noises(empty, setting.seed, 1))
+        calls = steps * (solver.calls if task.sigmas is not None else 1)
+        chosen, plan = affordable_run(preset, calls, task.counts, rivals, seconds, minutes)
+        LOG.info("Attune Fit Sampler: %s", plan)
+        total = evaluations(chosen, calls, task.counts, rivals)
+        fit = fit_run(model, solves, setting, task, chosen, empty, minutes)
+        proofs, long = _followed(fit, solves, total)
+        return proofs, long, plan, chosen.held_out * len(empty), solves.evaluations
+
+    whole = torch.tensor([about.sigma_max, 0.0])
+    proofs, long, plan, pictures, used = run_session(
+        model, positive, negative, setting.cfg, solver, whole, empty, setting.seed, setting.space, work
+    )
+    took = time.monotonic() - began
+    profile = proved_profile(proofs, setting, long, pictures, took)
+    what = "the exact path" if task.sigmas is None else "your run"
+    report = run_report(proofs, setting, len(long) - 1, what, plan, took, used)
+    LOG.info("Attune Fit Sampler:\n%s", report)
+    if profile is None:
+        raise ValueError(report)
+    sigmas = profile.runs[-1].run.sigmas
+    curves = [Curve(f"{one.run.steps} steps", one.run.sigmas) for one in profile.runs[:5]]
+    plot = draw_schedules([*curves, Curve(f"{len(long) - 1} steps of {setting.runs}", tuple(long))], "Fitted sampler")
+    ProgressBar(1).update(1, plot)
+    picture = to_image(plot)
+    return io.NodeOutput(
+        profile, torch.tensor(sigmas), picture, f"{report}\n{keep_fit(profile)}", ui=shown_on(cls, picture)
+    )
+
+
+def _followed(fit, solves: Solves, predicted: int):
+    """The result of `fit_run`, with the node's bar and the levels of the run at hand."""
+    bar, shown, picture = ProgressBar(predicted), None, None
+    while True:
+        try:
+            now = next(fit)
+        except StopIteration as end:
+            return end.value
+        if now.run is not None and now.run is not shown:
+            shown = now.run
+            picture = draw_schedules([Curve(f"{shown.steps} steps", shown.sigmas)], now.stage)
+        bar.update(solves.evaluations, picture)
 
 
 def _check_switches(solver: Solver, levels: bool, timesteps: bool) -> None:

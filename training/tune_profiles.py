@@ -75,6 +75,7 @@ def tune(host: Host, model: str, solver: str, steps: int, preset: str) -> tuple[
     profile, _, _, report = host.call(
         "AttuneFitSampler", model=patcher, positive=positive, negative=negative, cfg=CFG, sampler=sampler,
         latent=latent, steps=steps, preset=preset, budget_minutes=0.0, seed=SEED,
+        coefficients=False,
     )  # fmt: skip
     return profile, report
 

@@ -37,7 +37,8 @@ from .calibrating import stands_aside
 from .folders import find_profile, forget_profile, keep_profile, keep_update, profile_path, profiles_of_kind
 from .identity import identify, is_distilled, pixels_of
 from .propagation import KEY as PROPAGATION
-from .session import stop_if_asked
+from .recorder import Recorder
+from .session import last
 from .setting import setting_of
 from .solvers import adds_noise, facts_of, solver_name
 from .workflow_profiles import content_name, set_widget
@@ -46,7 +47,6 @@ LOG = logging.getLogger(__name__)
 KEY = "attune.fitted_sampler"
 RUN = "fitted_run"  # option of the sampler function
 STOPPED = (ValueError, RuntimeError, OSError, comfy.model_management.InterruptProcessingException)
-MOST_RECORDED = 4 << 30  # bytes of main memory; 50 steps of a picture of SDXL take 26 MB, of a long video 2 GB
 
 
 @torch.no_grad()
@@ -241,7 +241,8 @@ class _Run:
         use = self.sampler.wish.use
         if use in USES:
             fitting = {} if scene.refused else profiles_of_kind(SAMPLER)
-            matching = ((n, one) for n, one in fitting.items() if not misfits(one, scene.identity, scene.planned))
+            fits = lambda one: one.setting and not misfits(one, scene.identity, scene.planned)
+            matching = ((n, one) for n, one in fitting.items() if fits(one))
             return next(matching, ("", None))
         profile = find_profile(use)
         wrong = [str(one) for one in misfits(profile, scene.identity, scene.planned)]
@@ -329,43 +330,3 @@ SINCE: dict[str, int] = {}  # short runs of each calibration since its last chec
 def options_over(options: dict, levels: Tensor) -> dict:
     """A run's model_options as a run over other levels must see them."""
     return {**options, "transformer_options": {**options.get("transformer_options", {}), "sample_sigmas": levels}}
-
-
-def last(work) -> Any:
-    """What a generator returns in the end; the user can stop it between its parts."""
-    while True:
-        try:
-            next(work)
-            stop_if_asked()
-        except StopIteration as end:
-            return end.value
-
-
-class Recorder:
-    """A guider that keeps, in main memory, what it is first asked at each level of a schedule and what it says."""
-
-    def __init__(self, guider: Any, sigmas: Tensor):
-        self._guider, self._sigmas = guider, sigmas
-        self._states: list[Tensor] = []
-        self._answers: list[Tensor] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._guider, name)
-
-    def __call__(self, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        answer = self._guider(x, sigma, *args, **kwargs)
-        at, steps = len(self._states), len(self._sigmas) - 1
-        if at < steps and 8 * steps * x.numel() <= MOST_RECORDED:
-            level, wanted = float(sigma.reshape(-1)[0]), float(self._sigmas[at])
-            if abs(level - wanted) <= 1e-4 * wanted:
-                self._states.append(x.detach().float().cpu())
-                self._answers.append(answer.detach().float().cpu())
-        return answer
-
-    def path(self, end: Tensor) -> Trajectory | None:
-        """The run to its `end`; None where it did not pass by every level, or was too large."""
-        if len(self._states) != len(self._sigmas) - 1:
-            return None
-        space = NoiseSpace(identify(self._guider.model_patcher).space)
-        scaled = end.float().cpu() * space.alpha(self._sigmas[-1].double().cpu()).float()
-        return Trajectory.recorded(self._sigmas.double().cpu(), [*self._states, scaled], self._answers)

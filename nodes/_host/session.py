@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -18,11 +18,13 @@ from torch import Tensor
 from ...kernels.conditioning import ConditioningMap
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
+from ...kernels.types import Denoiser
 from .._plan.solvers import SOLVERS, SolverFacts
 from .calibrating import calibrating as calibrating
 from .calibrating import stands_aside as stands_aside
 from .conditioning import choose_for_solve, with_choice_per_solve
 from .identity import is_distilled
+from .recorder import Recorder
 from .solvers import adds_noise, known, solver_name
 
 LOG = logging.getLogger(__name__)
@@ -105,6 +107,33 @@ class Solves:
         end = self._run(self._reference, sigmas, noise, None, note)
         return Trajectory.recorded(sigmas, [*states, end], denoised)
 
+    def record_own(self, sigmas: Tensor, noise: Tensor) -> Trajectory:
+        """The whole path of the solver itself; ValueError where it passes a level by."""
+        recorder = Recorder(self._guider, sigmas)
+        path = recorder.path(self._run(self._solver.sampler, sigmas, noise, None, None, recorder))
+        if path is None:
+            raise ValueError(
+                f"The sampler '{self._solver.name}' does not ask the model at every level of 'sigmas', or its run is "
+                "too large to be recorded. Choose 'euler' or 'dpmpp_2m' in 'sampler', or a smaller latent."
+            )
+        return path
+
+    def solve_by(self, name: str, sigmas: Tensor, noise: Tensor) -> Tensor:
+        """Where a solver of the host ends."""
+        return self._run(named_sampler(name), sigmas, noise, None, None)
+
+    def denoise_over(self, sigmas: Tensor) -> Denoiser:
+        """The guided model for latents in main memory, any number of them, as a run over `sigmas` asks it."""
+        here, each, seed = self._latent.device, len(self._latent), self._extra_args.get("seed")
+        options = self._options(sigmas.float().to(here), None)
+
+        def ask(x: Tensor, sigma: Tensor) -> Tensor:
+            level = sigma.float().to(here).expand(len(x))
+            with torch.no_grad():
+                return self._guider(x.to(here), level, model_options=options, seed=seed).float().cpu()
+
+        return lambda x, sigma: torch.cat([ask(part, sigma) for part in x.split(each)])
+
     def denoise(self, x: Tensor, sigma: Tensor, told: Tensor) -> Tensor:
         """One call of the guided model that is told a level of its own; x [b ...]; sigma and told [b], all equal."""
         level, heard = float(sigma[0]), float(told[0])
@@ -135,12 +164,14 @@ class Solves:
         self.denoise(x, level, level)
         return time.perf_counter() - began
 
-    def _run(self, sampler, sigmas: Tensor, noise: Tensor, a_map: ConditioningMap | None, callback) -> Tensor:
+    def _run(
+        self, sampler, sigmas: Tensor, noise: Tensor, a_map: ConditioningMap | None, callback, guider=None
+    ) -> Tensor:
         here = self._latent.device
         levels = sigmas.float().to(here, copy=True)
         arguments = {**self._extra_args, "model_options": self._options(levels, a_map)}
         end = sampler.sample(
-            self._guider, levels.clone(), arguments, callback, noise.to(here), self._latent, None, True
+            guider or self._guider, levels.clone(), arguments, callback, noise.to(here), self._latent, None, True
         )
         return end.float().cpu()
 
@@ -217,6 +248,16 @@ def empty_latent(model, latent: dict) -> Tensor:
 def draw_noises(latent: Tensor, seed: int, n: int) -> list[Tensor]:
     """The host's own noise of the seeds `seed`, `seed` + 1, …; each of the latent's shape."""
     return [comfy.sample.prepare_noise(latent, (seed + i) % 2**64) for i in range(n)]
+
+
+def last(work: Generator[Any, None, Any]) -> Any:
+    """What a generator returns in the end; the user can stop it between its parts."""
+    while True:
+        try:
+            next(work)
+            stop_if_asked()
+        except StopIteration as end:
+            return end.value
 
 
 def stop_if_asked() -> None:

@@ -11,7 +11,7 @@ from oracles import mixture_2d
 from pack.kernels.space import NoiseSpace
 from pack.kernels.timestep_aligner import block_norm
 
-ALIGN = {"preset": "quick", "levels": False, "budget_minutes": 0.0}
+ALIGN = {"preset": "quick", "levels": False, "budget_minutes": 0.0, "coefficients": False}
 
 
 def test_aligned_timesteps_on_a_grid_of_modes_through_the_stock_sampler(host, grid):

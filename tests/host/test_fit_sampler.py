@@ -71,7 +71,7 @@ def setting(host, demo, encode, sampler="euler", **more):
 
 
 def tuned(host, demo, encode, sampler="euler", **more):
-    options = {"steps": 4, "preset": "mini", "budget_minutes": 0.0} | more
+    options = {"steps": 4, "preset": "mini", "budget_minutes": 0.0, "coefficients": False} | more
     return host.call("AttuneFitSampler", **setting(host, demo, encode, sampler, **options))
 
 

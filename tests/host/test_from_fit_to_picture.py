@@ -90,7 +90,7 @@ def test_levels_and_timesteps_from_fit_to_picture(host, monkeypatch):
     monkeypatch.setattr(tuner, "judge", lambda before, after, *_, **__: gate.judge(before, after, least=0.0))
     monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 20, 1, 4))
     graph = {**loaded("unet"), "9": N("BasicScheduler", model=["1", 0], scheduler="karras", steps=4, denoise=1.0)}
-    fit = N("AttuneFitSampler", **of_run(sampler=["6", 0], latent=["5", 0], sigmas=["9", 0], steps=4, preset="mini", levels=True,
+    fit = N("AttuneFitSampler", **of_run(sampler=["6", 0], latent=["5", 0], sigmas=["9", 0], steps=4, preset="mini", levels=True, coefficients=False,
                                          timesteps=True, budget_minutes=0.0, seed=0))  # fmt: skip
     name = kept(host, graph, fit, 3)
     assert f"+ schedule: {name}" in changes(host, "unet", 4, schedule=SHOWN)
@@ -155,7 +155,14 @@ def test_a_fit_behind_our_own_nodes_finds_what_it_finds_without_them(host, demo,
     run = {"positive": positive, "negative": negative, "cfg": 3.0, "seed": 3}
     latent = {"samples": torch.zeros(1, 4, 8, 8)}
     (euler,) = host.call("KSamplerSelect", sampler_name="euler")
-    tune = {"sampler": euler, "latent": latent, "steps": 8, "preset": "mini", "budget_minutes": 0.0}
+    tune = {
+        "sampler": euler,
+        "latent": latent,
+        "steps": 8,
+        "preset": "mini",
+        "budget_minutes": 0.0,
+        "coefficients": False,
+    }
     found = [host.call("AttuneFitSampler", model=model, **run, **tune)[0] for model in (demo[0], behind)]
     assert found[0].id == found[1].id and found[0].metrics == found[1].metrics
     reuse = {"latent_image": latent, "steps": 8, "sampler_name": "euler", "scheduler": "simple",

@@ -1,0 +1,90 @@
+"""A fit of the sampler itself around its mathematics: for how many steps, what is reported, what becomes a profile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ...kernels.fitted_sampler import Proof
+from ...kernels.tuner import TUNER_PRESETS, TunerPreset
+from ...models.calibration import Calibration, Planned, ShortRun, size_text
+from .fit_sampler import Setting
+from .fitted_sampler import METHOD, fitted_sampler
+
+YOUR_RUN, EXACT_PATH = "your run", "exact path"
+MOST_COUNTS = 10
+
+
+def counts_of(steps: int, more: str) -> list[int]:
+    """The counts to fit for, ascending; ValueError for a text that lists none."""
+    numbers = [part for part in re.split(r"[,;\s]+", more.strip()) if part]
+    if not all(re.fullmatch(r"\d{1,3}", part) and 2 <= int(part) <= 100 for part in numbers):
+        raise ValueError(
+            f"'more_steps' is '{more}', but lists other counts of steps, each from 2 to 100, such as '6, 8, 12'. Leave "
+            "it empty for 'steps' alone."
+        )
+    counts = sorted({steps, *map(int, numbers)})
+    if len(counts) > MOST_COUNTS:
+        raise ValueError(f"'more_steps' lists {len(counts)} counts with 'steps', but at most {MOST_COUNTS} are fitted.")
+    return counts
+
+
+def evaluations(preset: TunerPreset, long: int, counts: Sequence[int], rivals: int) -> int:
+    """The most calls of the guided model: the long runs, then the known samplers, the fits and the proofs."""
+    each = rivals * preset.fit + 2 * preset.fit + 2 * preset.held_out
+    return long * (preset.fit + preset.held_out) + sum(counts) * each
+
+
+def affordable_run(
+    wanted: str, long: int, counts: Sequence[int], rivals: int, seconds: float, minutes: float
+) -> tuple[TunerPreset, str]:
+    """The preset `wanted`, or the largest smaller one that fits into `minutes` (0: no limit), and a sentence on it."""
+    names = list(TUNER_PRESETS)
+    for name in reversed(names[: names.index(wanted) + 1]):
+        calls = evaluations(TUNER_PRESETS[name], long, counts, rivals)
+        needs = calls * seconds / 60
+        if not minutes or needs <= minutes:
+            said = f"Preset '{name}': at most {calls} evaluations of {seconds:.3g} s, {needs:.3g} minutes."
+            return TUNER_PRESETS[name], said if name == wanted else f"'{wanted}' would take longer. {said}"
+    raise ValueError(
+        f"One evaluation of this MODEL takes {seconds:.3g} s here, so the smallest preset '{names[0]}' needs "
+        f"{needs:.3g} minutes, but 'budget_minutes' is {minutes:g}. Allow more minutes, take fewer steps in 'sigmas' "
+        "or 'more_steps', or a smaller latent."
+    )
+
+
+def proved_profile(
+    proofs: Sequence[Proof], setting: Setting, long: Sequence[float], pictures: int, seconds: float
+) -> Calibration | None:
+    """The runs that held-out pictures let pass; None without any."""
+    runs = [ShortRun(one.run, round(max(one.psnr, 0.0), 2), pictures) for one in proofs if one.verdict.accepted]
+    if not runs:
+        return None
+    planned = Planned(setting.runs, len(long) - 1, setting.cfg, setting.resolution, tuple(long))
+    made = fitted_sampler(setting.model, planned, runs)
+    evidence = {str(one.run.steps): {"rival": one.rival, "verdict": one.verdict.said} for one in proofs}
+    return made.with_facts({"held_out": evidence}, seconds=round(seconds, 1), seed=setting.seed)
+
+
+def run_report(
+    proofs: Sequence[Proof], setting: Setting, long: int, what: str, plan: str, seconds: float, used: int
+) -> str:
+    """What was measured for each count, kept and refused, in lines."""
+    lines = [
+        f"{METHOD.capitalize()} for {what}: {long} steps of {setting.runs}, cfg {setting.cfg:g}, "
+        f"{size_text(setting.resolution)}.",
+        plan,
+        "Error: distance of the end of a run from that of the long run with the same noise, relative.",
+    ]
+    for one in proofs:
+        kept = "kept" if one.verdict.accepted else "refused"
+        lines.append(
+            f"{one.run.steps} evaluations, {kept}: {one.psnr:.1f} dB. Beside the best known, {one.rival}: "
+            f"{one.verdict.said}."
+        )
+    if setting.runs != setting.solver:
+        lines.append(f"Fitted to {setting.runs}, which {setting.solver} follows but for the noise that it adds.")
+    if not any(one.verdict.accepted for one in proofs):
+        lines.append("Nothing was proved to be better than the best known sampler: there is no profile.")
+    lines.append(f"{used} evaluations in {seconds:.0f} s.")
+    return "\n".join(lines)
