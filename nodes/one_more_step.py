@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..kernels.one_more_step import NOISE_LEVELS
 from ..models.one_more_step import LATENT_SPACES, PREDICTIONS, colour_map
 from ._host.api import advanced, blocked, check_choices, io, schema, shown_on
-from ._host.folders import MODULES, module_names, module_path, state_of
+from ._host.folders import MODULES, file_names, file_path, state_of
 from ._host.one_more_step import (
     MODULE_DTYPES,
     SEEN_NOISE,
@@ -39,7 +39,6 @@ DIVERSITY = (
 class AttuneLoadOneMoreStep(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        names = module_names()
         return schema(
             node_id="AttuneLoadOneMoreStep",
             display_name="Attune Load One More Step",
@@ -48,7 +47,7 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
             search_aliases=["oms", "one more step", "terminal snr", "dark images"],
             inputs=[
                 io.Combo.Input(
-                    "oms_name", options=names, default="attune_demo.safetensors",
+                    "oms_name", options=file_names(MODULES), default="attune_demo.safetensors",
                     tooltip="Files in models/one_more_step, then the pack's own. Press R after copying a file there.",
                 ),
                 io.Combo.Input(
@@ -80,7 +79,7 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
     def execute(
         cls, oms_name, latent_space=AUTO, weight_dtype=DEFAULT, prediction=AUTO, head_dim=0
     ) -> io.NodeOutput:  # fmt: skip
-        path = module_path(oms_name)
+        path = file_path(MODULES, oms_name)
         check_choices(cls, latent_space=latent_space, weight_dtype=weight_dtype, prediction=prediction)
         space, dtype, says = ("" if value in (AUTO, DEFAULT) else value
                               for value in (latent_space, weight_dtype, prediction))  # fmt: skip
