@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....kernels.propagation import FeatureCache, Reuse, optimal_keys, speedup, step_weights
-from ....models.calibration import Calibration, KeySteps, ModelIdentity, Point, fitted
+from ....models.calibration import Calibration, KeySteps, Point, fitted
 from ..._plan.propagation import (
     AUTOMATIC,
     CALIBRATED,
@@ -57,11 +57,8 @@ class Measured:
 
     def change_table(self) -> dict[str, list[float]]:
         """Feature name -> its change at each step but the first."""
-        return {_name(key): torch.stack(values).tolist() for key, values in self.changes.items()}
-
-
-def _name(key: Any) -> str:
-    return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+        names = {key: " ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in self.changes}
+        return {names[key]: torch.stack(values).tolist() for key, values in self.changes.items()}
 
 
 def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> tuple[type[Propagation], Measured]:
@@ -136,43 +133,31 @@ def _compare(executor, x, sigma, model_options, *args, **kwargs):
     return whole
 
 
-@dataclass(frozen=True)
-class Task:
-    """One picture to calibrate on, as the stock sampler takes it."""
-
-    model: Any
-    seed: int
-    cfg: float
-    sampler_name: str
-    sigmas: Tensor
-    positive: Any
-    negative: Any
-    latent: dict
-
-    def run(self, model: Any) -> Tensor:
-        out = sample(
-            model, self.seed, self.cfg, self.sampler_name, self.sigmas, self.positive, self.negative, self.latent
-        )
-        return out["samples"].float()
-
-
 def fit(
-    task: Task, kind: type[Propagation], reuses: list[Reuse], fastest: float, longest: int
+    model: Any,
+    run: Callable[[Any], Tensor],
+    solver: str,
+    levels: Tensor,
+    kind: type[Propagation],
+    reuses: list[Reuse],
+    fastest: float,
+    longest: int,
 ) -> Generator[tuple[str, float], None, tuple[KeySteps, dict[str, list[float]]]]:
     """Measure each of `reuses`, choose key steps for speeds up to `fastest`, run them; yields what it does and how far.
 
-    Returns the calibration (settings that no other beats in speed and fidelity) and how much each feature changes.
+    run: a MODEL to the latents that it samples over `levels`. Returns the calibration (settings that no other beats in
+    speed and fidelity) and how much each feature changes.
     """
-    sigmas = task.sigmas.tolist()
+    sigmas = levels.tolist()
     steps = len(sigmas) - 1
-    weights = step_weights(sigmas, noise_space(task.model.get_model_object("model_sampling")))
+    weights = step_weights(sigmas, noise_space(model.get_model_object("model_sampling")))
     candidates: dict[tuple[Reuse, frozenset[int]], float] = {}
     changes: dict[str, list[float]] = {}
     for number, reuse in enumerate(reuses):
         yield f"measuring {number + 1} of {len(reuses)} parts", 0.5 * number / len(reuses)
         measuring_kind, measured = measuring(kind, reuse, longest - 1, steps)
         replaced = {WrappersMP.OUTER_SAMPLE: outer_sample(measuring_kind), WrappersMP.PREDICT_NOISE: _compare}
-        reference = task.run(applied(task.model, kind, ReuseSettings(), replaced))
+        reference = run(applied(model, kind, ReuseSettings(), replaced))
         changes = {**measured.change_table(), **changes}
         share = measured.run.costs.of_step(reuse)  # type: ignore[union-attr]
         best = optimal_keys(measured.errors.cpu(), weights)
@@ -184,13 +169,13 @@ def fit(
         raise ValueError(
             f"No setting is {1 + SPEED_STEP:g} times faster: set 'reuse' to a part that costs less, or raise 'longest'."
         )
-    found = KeySteps(kind.blocks_in(task.model), task.sampler_name, tuple(sigmas), ())
+    found = KeySteps(kind.blocks_in(model), solver, tuple(sigmas), ())
     points = []
     for number, ((reuse, keys), speed) in enumerate(candidates.items()):
         yield f"trying {number + 1} of {len(candidates)} settings", 0.5 + 0.5 * number / len(candidates)
         trial = Point(reuse, tuple(sorted(keys)), speed, EQUAL)
         settings = ReuseSettings(CALIBRATED, calibration=replace(found, points=(trial,)))
-        points.append(replace(trial, psnr=_psnr(task.run(applied(task.model, kind, settings)), reference)))
+        points.append(replace(trial, psnr=_psnr(run(applied(model, kind, settings)), reference)))
     kept = sorted((p for p in points if not any(_beats(q, p) for q in points)), key=lambda p: p.speed)
     return replace(found, points=tuple(kept)), changes
 
@@ -208,9 +193,12 @@ def fit_profile(
         raise ValueError(f"There is nothing to calibrate: {reason}. Change 'sampler_name' or 'steps'.")
     kind = propagation_for(model)
     reuses = _reuses(model, kind, reuse, adds_noise(sampler))
-    task = Task(calibrating(model, KEY), seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
+
+    def run(patched: Any) -> Tensor:
+        return sample(patched, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"].float()
+
     bar = comfy.utils.ProgressBar(1000)
-    work = fit(task, kind, reuses, fastest, longest)
+    work = fit(calibrating(model, KEY), run, sampler_name, sigmas, kind, reuses, fastest, longest)
     while True:
         try:
             said, done = next(work)
@@ -219,21 +207,14 @@ def fit_profile(
         except StopIteration as finished:
             calibration, changes = finished.value
             break
-    made = {"seed": seed, "scheduler": scheduler, "longest": longest, "pictures": len(latent_image["samples"])}
-    size = pixels(model, latent_image) or (1, 1)
-    return _fitted(identify(model, weights=True), kind.profile_kind, calibration, cfg, size, made), calibration, changes
-
-
-def _fitted(
-    model: ModelIdentity, kind: str, calibration: KeySteps, cfg: float, size: tuple[int, int], made: dict[str, Any]
-) -> Calibration:
-    """The profile of what was measured, with all that tells whether it is for a model."""
-    solver, steps = calibration.solver, len(calibration.sigmas) - 1
-    evidence = {"psnr": [point.psnr for point in calibration.points], "speed": [p.speed for p in calibration.points]}
-    return fitted(
-        model, kind, f"propagation, {solver} {steps} steps", "measured errors, dynamic programming", size, evidence,
-        solver=solver, cfg=cfg, sigmas=calibration.sigmas, key_steps=calibration, **made,
+    evidence = {name: [getattr(point, name) for point in calibration.points] for name in ("psnr", "speed")}
+    profile = fitted(
+        identify(model, weights=True), kind.profile_kind, f"propagation, {sampler_name} {len(sigmas) - 1} steps",
+        "measured errors, dynamic programming", pixels(model, latent_image) or (1, 1), evidence, solver=sampler_name,
+        cfg=cfg, sigmas=calibration.sigmas, key_steps=calibration, seed=seed, scheduler=scheduler, longest=longest,
+        pictures=len(latent_image["samples"]),
     )  # fmt: skip
+    return profile, calibration, changes
 
 
 def measures_too_few(sampler_name: str, latent_image: dict) -> bool:

@@ -311,12 +311,9 @@ def _diffusion_model(
     output, options, keep = run.prepare(executor, x, timesteps, context, y, control, options, extra)
     if output is None:
         output = executor(x, timesteps, context, y, control, options, **extra)
-        torch.compiler.disable(keep)()
+        if keep is not None:
+            torch.compiler.disable(keep)()
     return output
-
-
-def _nothing() -> None:
-    pass
 
 
 class UNetPropagation(Propagation):
@@ -361,9 +358,9 @@ class UNetPropagation(Propagation):
     @torch.compiler.disable
     def prepare(
         self, executor: Any, x: Tensor, timesteps, context, y, control, options: dict, extra: dict
-    ) -> tuple[Tensor | None, dict, Callable[[], None]]:
+    ) -> tuple[Tensor | None, dict, Callable[[], None] | None]:
         """Before a call of the UNet: its answer, or the options to run it whole with and what to do afterwards."""
-        whole = None, options, _nothing
+        whole = None, options, None
         keys = self.keys_of(options, x.device)
         if keys is None or x.shape[0] % len(keys) or "_forward" in vars(executor.class_obj):
             self.counts["whole"] += 1
@@ -373,7 +370,7 @@ class UNetPropagation(Propagation):
             now = (*signature, *shapes_now(options, self.shapes.get(signature, {}), x).items())
             output = self._shorter(executor, keys, now, x, timesteps, context, y, options, extra)
             if output is not None:
-                return output, options, _nothing
+                return output, options, None
         self.counts["missing"] += self.shorter
         self.counts["whole"] += 1
         wanted = self.records(keys)
