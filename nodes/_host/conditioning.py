@@ -35,13 +35,10 @@ class Remap:
     solver: str = ""
     cfg: float | None = None
 
-    def at(self, size: tuple[int, int] | None) -> ConditioningMap:
-        """The map for pictures of `size` pixels, None where the latent is no picture."""
-        return self.conditioning
-
-    def said(self, size: tuple[int, int] | None) -> str:
-        """What a run of that size has to know, for the log; "" where there is nothing to choose."""
-        return ""
+    def at(self, size: tuple[int, int] | None) -> tuple[ConditioningMap, str]:
+        """The map for pictures of `size` pixels, None where the latent is no picture; and what a run has to know of the
+        choice, for the log, "" where there is none."""
+        return self.conditioning, ""
 
 
 def with_conditioning(model, remap: Remap):
@@ -91,8 +88,9 @@ def _choose(executor, guider, sigmas, extra_args, *args, **kwargs):
     fitting = []
     for remap in _own(options):
         if remap.solver in ("", running):
-            fitting.append(remap.at(size))
-            if said := remap.said(size):
+            a_map, said = remap.at(size)
+            fitting.append(a_map)
+            if said:
                 LOG.info("%s: %s", remap.name, said)
             if remap.cfg and cfg and not 0.5 <= cfg / remap.cfg <= 2:
                 LOG.warning(
@@ -139,7 +137,7 @@ def _size(base_model, x: Tensor) -> tuple[int, int] | None:
 
 def _without_solver(options, size: tuple[int, int] | None) -> ConditioningMap | None:
     """For a call outside of any sampler: the maps that hold for all of them."""
-    fitting = [remap.at(size) for remap in _own(options) if not remap.solver]
+    fitting = [remap.at(size)[0] for remap in _own(options) if not remap.solver]
     return compose(fitting) if fitting else None
 
 

@@ -14,14 +14,12 @@ import torch
 from torch import Tensor
 
 from ...kernels.conditioning import ConditioningMap
-from ...kernels.noise_shift import Limits
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import ToldDenoiser
 from ...models.calibration import Calibration
 from .._plan.noise_shift import Size, shift_for
 from .calibrating import calibrating
 from .conditioning import Remap, choose_for_solve, with_choice_per_solve, with_conditioning
-from .identity import identify
 from .sampling import run_stock_node, sample
 
 T = TypeVar("T")
@@ -38,13 +36,7 @@ class SizedRemap(Remap):
     strength: float = 1.0
     _chosen: dict[Size, tuple[ConditioningMap, str]] = field(default_factory=dict, repr=False, compare=False)
 
-    def at(self, size: Size | None) -> ConditioningMap:
-        return self._choose(size)[0]
-
-    def said(self, size: Size | None) -> str:
-        return self._choose(size)[1]
-
-    def _choose(self, size: Size | None) -> tuple[ConditioningMap, str]:
+    def at(self, size: Size | None) -> tuple[ConditioningMap, str]:
         assert self.profile is not None
         if size is None:
             identity = ConditioningMap.through(NoiseSpace(self.profile.space), [0.5], [0.5])
@@ -59,11 +51,6 @@ def with_noise_shift(model, profile: Calibration, strength: float):
     maps = [shift_for(profile, one.resolution, strength)[0] for one in profile.alignments]
     changing = next((one for one in maps if not one.is_identity), maps[0])
     return with_conditioning(model, SizedRemap(profile.name, changing, profile=profile, strength=strength))
-
-
-def limits(model) -> Limits:
-    about = identify(model)
-    return Limits(about.sigma_min, about.sigma_max)
 
 
 class _Calibration(comfy.samplers.Sampler):
@@ -87,7 +74,7 @@ class _Calibration(comfy.samplers.Sampler):
             parts = []
             for i, start in enumerate(range(0, len(x), self.chunk)):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                conds, end = model_wrap.conds[_name(i)], start + self.chunk
+                conds, end = model_wrap.conds[f"positive {i}"], start + self.chunk
                 parts += comfy.samplers.calc_cond_batch(base, [conds], x[start:end], sigma[start:end], model_options)
             return torch.cat(parts)
 
@@ -105,7 +92,9 @@ def calibrate(
     """
     guider = comfy.samplers.CFGGuider(with_choice_per_solve(calibrating(model)))
     starts = range(0, len(latents), chunk)
-    guider.inner_set_conds({_name(i): _part(positive, s, s + chunk, len(latents)) for i, s in enumerate(starts)})
+    guider.inner_set_conds(
+        {f"positive {i}": prompts_of(positive, s, s + chunk, len(latents)) for i, s in enumerate(starts)}
+    )
     session = _Calibration(space, chunk, work)
     sigma_max = float(model.get_model_object("model_sampling").sigma_max)
     whole = torch.tensor([sigma_max, 0.0])
@@ -113,11 +102,7 @@ def calibrate(
     return session.result  # type: ignore[return-value]
 
 
-def _name(chunk: int) -> str:
-    return f"positive {chunk}"
-
-
-def _part(positive: Sequence, start: int, end: int, count: int) -> list:
+def prompts_of(positive: Sequence, start: int, end: int, count: int) -> list:
     """The prompts of the pictures start … end of `count`; tensors that do not hold one row a picture go to all."""
 
     def part(value):
@@ -143,10 +128,6 @@ def data_hash(latent: dict | None, images: Tensor | None, prompts: Sequence) -> 
     for tensor in given:
         digest.update(b"-" if tensor is None else tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def first_prompts(positive: Sequence, count: int, of: int) -> list:
-    return _part(positive, 0, count, of)
 
 
 def without_text(model) -> list:
@@ -184,7 +165,7 @@ def draw_own(model, vae, positive: Sequence, negative: Sequence | None, cfg: flo
     empty = {"samples": torch.zeros(1, latent_format.latent_channels, size[1] // scale, size[0] // scale)}
     pictures = []
     for i in range(count):
-        prompt = _part(positive, i, i + 1, count)
+        prompt = prompts_of(positive, i, i + 1, count)
         against, scale_of_it = (prompt, 1.0) if negative is None else (negative, cfg)
         drawn = sample(model, (seed + i) % 2**64, scale_of_it, "dpmpp_2m", sigmas, prompt, against, empty)
         pictures.append(run_stock_node("VAEDecode", samples=drawn, vae=vae)[0])
