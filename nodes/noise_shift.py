@@ -19,24 +19,9 @@ from ._host.api import Profile, advanced, io, schema, shown_on
 from ._host.calibrating import calibrating
 from ._host.folders import find_profile, keep_fit, keep_profile, keep_update, profile_path
 from ._host.identity import identify, pixels
-from ._host.noise_shift import (
-    STEPS,
-    calibrate,
-    check_prompts,
-    data_hash,
-    draw_own,
-    encode,
-    prompts_of,
-    without_text,
-)
+from ._host.noise_shift import STEPS, calibrate, check_prompts, data_hash, draw_own, encode, prompts_of, without_text
 from ._host.session import ProgressBar
-from ._plan.noise_shift import (
-    continues,
-    noise_shift_profile,
-    parse_sizes,
-    shift_plan,
-    shift_report,
-)
+from ._plan.noise_shift import continues, noise_shift_profile, parse_sizes, shift_plan, shift_report
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/noise shift"

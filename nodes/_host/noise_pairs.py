@@ -14,15 +14,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...models.noise_pairs import (
-    Job,
-    Shard,
-    check_same,
-    held_out,
-    load_shard,
-    save_shard,
-    shard_path,
-)
+from ...models.noise_pairs import Job, Shard, check_same, held_out, load_shard, save_shard, shard_path
 from ...models.store import file_stem, shortened
 from ...models.train_npnet import Recipe, config_for
 from ...models.training import UNFINISHED, outline

@@ -17,20 +17,7 @@ from torch import Tensor
 
 from ....kernels.propagation import FeatureCache, Reuse, optimal_keys, speedup, step_weights
 from ....models.calibration import Calibration, KeySteps, Point, fitted
-from ..._plan.propagation import (
-    AUTOMATIC,
-    CALIBRATED,
-    ENCODER,
-    ENDS,
-    FIRST,
-    ONE,
-    TOP,
-    TWO,
-    Choice,
-    ReuseSettings,
-    block_reuse_by_name,
-    reuse_by_name,
-)
+from ..._plan import propagation as plan
 from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, pixels
@@ -77,7 +64,7 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
             measured.run = self
 
         def choose(self, sigmas, shares, fresh_noise):
-            return Choice(frozenset(range(len(sigmas) - 1)), reuse, 0, "calibration")
+            return plan.Choice(frozenset(range(len(sigmas) - 1)), reuse, 0, "calibration")
 
         def records(self, keys):
             return True
@@ -157,7 +144,7 @@ def fit(
         yield f"measuring {number + 1} of {len(reuses)} parts", 0.5 * number / len(reuses)
         measuring_kind, measured = measuring(kind, reuse, longest - 1, steps)
         replaced = {WrappersMP.OUTER_SAMPLE: outer_sample(measuring_kind), WrappersMP.PREDICT_NOISE: _compare}
-        reference = run(applied(model, kind, ReuseSettings(), replaced))
+        reference = run(applied(model, kind, plan.ReuseSettings(), replaced))
         changes = {**measured.change_table(), **changes}
         share = measured.run.costs.of_step(reuse)  # type: ignore[union-attr]
         best = optimal_keys(measured.errors.cpu(), weights)
@@ -174,7 +161,7 @@ def fit(
     for number, ((reuse, keys), speed) in enumerate(candidates.items()):
         yield f"trying {number + 1} of {len(candidates)} settings", 0.5 + 0.5 * number / len(candidates)
         trial = Point(reuse, tuple(sorted(keys)), speed, EQUAL)
-        settings = ReuseSettings(CALIBRATED, calibration=replace(found, points=(trial,)))
+        settings = plan.ReuseSettings(plan.CALIBRATED, calibration=replace(found, points=(trial,)))
         points.append(replace(trial, psnr=_psnr(run(applied(model, kind, settings)), reference)))
     kept = sorted((p for p in points if not any(_beats(q, p) for q in points)), key=lambda p: p.speed)
     return replace(found, points=tuple(kept)), changes
@@ -182,7 +169,7 @@ def fit(
 
 def fit_profile(
     model: Any, positive, negative, latent_image: dict, seed: int, steps: int, cfg: float, sampler_name: str,
-    scheduler: str, reuse: str = AUTOMATIC, fastest: float = 2.5, longest: int = 4,
+    scheduler: str, reuse: str = plan.AUTOMATIC, fastest: float = 2.5, longest: int = 4,
 ) -> tuple[Calibration, KeySteps, dict[str, list[float]]]:  # fmt: skip
     """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes."""
     sampler = comfy.samplers.sampler_object(sampler_name)
@@ -226,14 +213,14 @@ def _reuses(model: Any, kind: type[Propagation], name: str, fresh_noise: bool) -
     """What to measure on this kind of network; "automatic" is the parts that cost little."""
     part, network = kind.part(name), unet_of(model)
     if network is not None:
-        if fresh_noise and part == ENCODER:
-            raise ValueError(f"This solver adds noise, which '{ENCODER}' would not see: set 'reuse' to '{TOP}'.")
-        names = [TOP, TWO, ONE] if name == AUTOMATIC else [part]
+        if fresh_noise and part == plan.ENCODER:
+            raise ValueError(f"This solver adds noise, which '{part}' would not see: set 'reuse' to '{plan.TOP}'.")
+        names = [plan.TOP, plan.TWO, plan.ONE] if name == plan.AUTOMATIC else [part]
         n, top = blocks_a_side(network), top_blocks(network)
-        return list(dict.fromkeys(reuse_by_name(one, True, n, top) for one in names))
+        return list(dict.fromkeys(plan.reuse_by_name(one, True, n, top) for one in names))
     n = len(blocks_of(model.get_model_object("diffusion_model")))
-    names = [FIRST, ENDS] if name == AUTOMATIC and n > 2 else [part]
-    return [block_reuse_by_name(one, True, n) for one in names]
+    names = [plan.FIRST, plan.ENDS] if name == plan.AUTOMATIC and n > 2 else [part]
+    return [plan.block_reuse_by_name(one, True, n) for one in names]
 
 
 def _psnr(latents: Tensor, references: Tensor) -> float:
