@@ -10,9 +10,11 @@ from server import PromptServer
 from torch import Tensor
 
 try:
-    from comfy_api.v0_0_2 import ComfyExtension, io, ui
+    from comfy_api.v0_0_2 import ComfyExtension as ComfyExtension
+    from comfy_api.v0_0_2 import io, ui
 except ImportError:  # a host that has retired the numbered version
-    from comfy_api.latest import ComfyExtension, io, ui
+    from comfy_api.latest import ComfyExtension as ComfyExtension
+    from comfy_api.latest import io, ui
 
 Profile = io.Custom("ATTUNE_PROFILE")
 
@@ -56,17 +58,3 @@ def blocked(why: str) -> ExecutionBlocker:
 def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
     """A preview of an IMAGE on the node that is running; None where another node calls it."""
     return None if node.hidden is None else ui.PreviewImage(image)
-
-
-__all__ = [
-    "ComfyExtension",
-    "Profile",
-    "advanced",
-    "blocked",
-    "check_choices",
-    "io",
-    "say_on_node",
-    "schema",
-    "shown_on",
-    "ui",
-]

@@ -32,14 +32,10 @@ class HostNPNet:
     patcher: comfy.model_patcher.ModelPatcher
 
     @classmethod
-    def of(cls, file: NPNetFile) -> HostNPNet:
-        management = comfy.model_management
+    def load(cls, path: Path) -> HostNPNet:
+        file, management = load_npnet(path), comfy.model_management
         devices = management.get_torch_device(), management.unet_offload_device()
         return cls(file, comfy.model_patcher.ModelPatcher(file.net, *devices))
-
-    @classmethod
-    def load(cls, path: Path) -> HostNPNet:
-        return cls.of(load_npnet(path))
 
     def refine(self, noise: Tensor, conds: list[dict], settings: GoldenSettings) -> tuple[Tensor, str]:
         """Golden noise [b c h w] on the CPU for the host's prompts, and what changed; ValueError before any work."""
