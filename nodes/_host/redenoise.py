@@ -15,16 +15,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...kernels import redenoise as kernel
 from ...kernels.golden_noise import mix
-from ...kernels.redenoise import (
-    Evaluate,
-    Mode,
-    inversion_stability,
-    keep_norm,
-    redenoise,
-    sample_zigzag,
-    turning_level,
-)
 from ...kernels.types import Denoiser
 from .._plan.solvers import SOLVERS
 from .clock import noise_space
@@ -46,9 +38,9 @@ class Redenoise(Start):
     weak_cfg: float = 1.0
     rounds: int = 1
     strength: float = 1.0
-    mode: Mode = "two-step"
+    mode: kernel.Mode = "two-step"
     depth: float = 0.39
-    evaluate: Evaluate = "next level"
+    evaluate: kernel.Evaluate = "next level"
     renormalize: bool = False
     partial: bool = False
     who = WHO
@@ -163,13 +155,13 @@ def redenoised(
     unit = float(
         (sampling.noise_scaling(sigma, one, none, full) - sampling.noise_scaling(sigma, none, none, full)).max()
     )
-    turn = turning_level(sigmas, settings.depth, unit, float(sampling.sigma_min))
+    turn = kernel.turning_level(sigmas, settings.depth, unit, float(sampling.sigma_min))
     strong, weak = (_denoiser(guider, guider, scale, extra_args) for scale in (settings.strong_cfg, settings.weak_cfg))
-    golden = redenoise(
+    golden = kernel.redenoise(
         strong, weak, noise, to_state, unit, sigma, turn, settings.rounds, settings.mode, settings.evaluate
     )
     if settings.renormalize:
-        golden = keep_norm(noise, golden)
+        golden = kernel.keep_norm(noise, golden)
     change = float((golden - noise).square().mean().sqrt() / noise.square().mean().sqrt())
     return mix(noise, golden, settings.strength), (
         f"{gap}, sigma {float(sigma):.4g} to {float(turn):.4g} and back, {settings.rounds} x 2 calls of the model; "
@@ -201,7 +193,7 @@ def zigzag_sampler(zigzag_steps: int, strong_cfg: float, weak_cfg: float, rounds
                 "%s: %s; %d of %d steps.", WHO, guidance_gap(guider, strong_cfg, weak_cfg), turning, len(sigmas) - 1
             )
         strong, weak = (_denoiser(model, guider, scale, extra_args or {}) for scale in scales)
-        for i, state, denoised, x_next in sample_zigzag(strong, weak, x, sigmas, zigzag_steps, rounds):
+        for i, state, denoised, x_next in kernel.sample_zigzag(strong, weak, x, sigmas, zigzag_steps, rounds):
             if callback is not None:
                 callback({"x": state, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             x = x_next
@@ -243,7 +235,9 @@ def select_noise(
             return solves.denoise(x, level, level)
 
         unit = sampling.noise_scaling(sigmas[0], torch.ones(1), torch.zeros(1), False)
-        return torch.stack([inversion_stability(denoise, unit.cpu() * n.float(), sigmas.float().cpu()) for n in noises])
+        return torch.stack(
+            [kernel.inversion_stability(denoise, unit.cpu() * n.float(), sigmas.float().cpu()) for n in noises]
+        )
 
     space = noise_space(sampling)
     scores = run_session(model, positive, negative, cfg, euler, sigmas, torch.zeros_like(latent), seed, space, work)
