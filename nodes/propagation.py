@@ -96,7 +96,10 @@ class AttunePropagation(io.ComfyNode):
             raise ValueError(plan.needs_profile())
         calibration = None if profile is None else key_steps_for(model, profile)
         settings = plan.ReuseSettings(mode, **inputs, calibration=calibration)
-        return io.NodeOutput(add_propagation(model, settings), ui=_shown(cls, settings))
+        patched, curve = add_propagation(model, settings), None
+        if calibration is not None and mode in (plan.CALIBRATED, plan.TARGET):
+            curve = shown_on(cls, to_image(draw_speeds(calibration.points, plan.chosen_point(settings, calibration))))
+        return io.NodeOutput(patched, ui=curve)
 
 
 def _keeping() -> list:
@@ -121,14 +124,6 @@ def _keeping() -> list:
             "Gains on a large GPU with small pictures, costs memory.",
         ),
     ]  # fmt: skip
-
-
-def _shown(node, settings: plan.ReuseSettings):
-    """The profile's curve with the setting that will run, on the node; None for modes that use no profile."""
-    if settings.calibration is None or settings.mode not in (plan.CALIBRATED, plan.TARGET):
-        return None
-    points = settings.calibration.points
-    return shown_on(node, to_image(draw_speeds(points, plan.chosen_point(settings, settings.calibration))))
 
 
 class AttuneFitPropagation(io.ComfyNode):

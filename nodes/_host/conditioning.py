@@ -109,7 +109,11 @@ def _tell(executor, x, sigma, *args, **kwargs):
     """APPLY_MODEL: one call of the network with its timestep replaced where the map changes sigma."""
     options = kwargs.get("transformer_options") or next((a for a in reversed(args) if isinstance(a, dict)), {})
     base_model = executor.class_obj
-    conditioning = options[CHOSEN] if CHOSEN in options else _without_solver(options, _size(base_model, x))
+    if CHOSEN in options:
+        conditioning = options[CHOSEN]
+    else:  # a call outside of any sampler: the maps that hold for all of them
+        fitting = [remap.at(_size(base_model, x))[0] for remap in _own(options) if not remap.solver]
+        conditioning = compose(fitting) if fitting else None
     if conditioning is None:
         return executor(x, sigma, *args, **kwargs)
     told = conditioning(sigma)
@@ -133,12 +137,6 @@ def _tell(executor, x, sigma, *args, **kwargs):
 
 def _size(base_model, x: Tensor) -> tuple[int, int] | None:
     return pixels_of(base_model.latent_format, x.shape)
-
-
-def _without_solver(options, size: tuple[int, int] | None) -> ConditioningMap | None:
-    """For a call outside of any sampler: the maps that hold for all of them."""
-    fitting = [remap.at(size)[0] for remap in _own(options) if not remap.solver]
-    return compose(fitting) if fitting else None
 
 
 def _own(options: dict) -> tuple[Remap, ...]:

@@ -402,7 +402,8 @@ class UNetPropagation(Propagation):
         features = each[0]
         if n > 1:
             features = {name: torch.cat([part[name] for part in each]) for name in features}
-            timesteps = torch.cat([self._network_times(i, x) for i in ahead])
+            sigmas = torch.tensor([self.plan.sigmas[i] for i in ahead], device=x.device).repeat_interleave(len(x))
+            timesteps = self.model.model.model_sampling.timestep(sigmas).float()
             x, context, y = (_repeat(value, n) for value in (x, context, y))
             options = {**options, **{name: options[name] * n for name in ("uuids", "cond_or_uncond")}}
 
@@ -443,10 +444,6 @@ class UNetPropagation(Propagation):
         base = self.model.model
         stock = type(base).process_timestep is comfy.model_base.BaseModel.process_timestep
         return stock and "process_timestep" not in vars(base)
-
-    def _network_times(self, step: int, x: Tensor) -> Tensor:
-        sigma = torch.full((x.shape[0],), self.plan.sigmas[step], device=x.device)
-        return self.model.model.model_sampling.timestep(sigma).float()
 
 
 def _repeat(value: Tensor | None, n: int) -> Tensor | None:
