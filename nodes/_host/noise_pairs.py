@@ -19,7 +19,7 @@ from ...models.store import file_stem, shortened
 from ...models.train_npnet import Recipe, config_for
 from ...models.training import UNFINISHED, outline
 from .calibrating import calibrating
-from .identity import config_hash, patches_hash, weights_hash
+from .identity import identify
 from .redenoise import Redenoise, redenoised
 
 
@@ -40,12 +40,11 @@ class Source:
 
     def facts(self, prompt: str) -> dict[str, Any]:
         """What the pairs are made with; those of other facts are not mixed. `prompt`: any, to know the encoder by."""
-        model, settings = self.model, self.settings
+        about, settings = identify(self.model, weights=True), self.settings
         return {
-            "base_model": type(model.model.model_config).__name__,
-            "config_hash": config_hash(model.model.model_config.unet_config),
-            "weights": weights_hash(model), "patches": patches_hash(model),
-            "latent_format": type(model.get_model_object("latent_format")).__name__,
+            "base_model": about.family, "config_hash": about.config_hash, "weights": about.weights_hash,
+            "patches": about.patches,
+            "latent_format": type(self.model.get_model_object("latent_format")).__name__,
             "latent": list(self.latent.shape[1:]),
             "strong_cfg": settings.strong_cfg, "weak_cfg": settings.weak_cfg, "rounds": settings.rounds,
             "depth": settings.depth, "negative": outline(torch.cat([tokens.flatten() for tokens, _ in self.negative])),
