@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
@@ -33,26 +33,15 @@ SPEED_STEP = 0.25
 EQUAL = 200.0  # dB, for a result that is the same
 
 
-@dataclass
-class Measured:
-    """What one run with key steps only tells: errors [gaps+1, ages, steps] (kernels' `optimal_keys`), and how much each
-    feature changed from step to step, relative to its size."""
+def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> tuple[type[Propagation], list]:
+    """A run's class that changes nothing and notes what key steps tell, and the list that its runs are added to.
 
-    errors: Tensor
-    changes: dict[Any, list[Tensor]] = field(default_factory=dict)
-    run: Propagation | None = None
-
-    def change_table(self) -> dict[str, list[float]]:
-        """Feature name -> its change at each step but the first."""
-        names = {key: " ".join(map(str, key)) if isinstance(key, tuple) else str(key) for key in self.changes}
-        return {names[key]: torch.stack(values).tolist() for key, values in self.changes.items()}
-
-
-def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> tuple[type[Propagation], Measured]:
-    """A run's class that changes nothing and fills a `Measured`: at every step, the error of having reused older
-    features instead, of each age up to `ages` and each distance between the two captures."""
+    errors [gaps+1, ages, steps] (kernels' `optimal_keys`): of having reused older features at every step, of each age
+    up to `ages` and each distance between the two captures. changes: by how much each feature changed at each step but
+    the first, relative to its size.
+    """
     gaps = ages + 1 if reuse.forecast else 0
-    measured = Measured(torch.full((gaps + 1, max(ages, 1), steps), torch.inf))
+    runs: list[Any] = []
 
     class Measuring(kind):  # type: ignore[valid-type, misc]
         sources: tuple[int, int | None] | None
@@ -61,7 +50,9 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
             super().__init__(*args)
             self.cache = FeatureCache(ages + gaps + 1)
             self.compared: set[int] = set()
-            measured.run = self
+            self.errors = torch.full((gaps + 1, max(ages, 1), steps), torch.inf)
+            self.changes: dict[str, list[Tensor]] = {}
+            runs.append(self)
 
         def choose(self, sigmas, shares, fresh_noise):
             return plan.Choice(frozenset(range(len(sigmas) - 1)), reuse, 0, "calibration")
@@ -74,7 +65,7 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
             if before is not None and self.step and before.keys() == features.keys():
                 for name, value in features.items():
                     change = (value - before[name]).float().norm() / value.float().norm()
-                    seen = measured.changes.setdefault(name, [])
+                    seen = self.changes.setdefault(" ".join(map(str, name)) if isinstance(name, tuple) else name, [])
                     if len(seen) < self.step:
                         seen.append(change)
             super().store(keys, signature, features, x)
@@ -88,13 +79,11 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
             """Evaluate the model with older features, too."""
             for age in range(1, min(ages, self.step) + 1):
                 last = self.step - age
-                for gap in range(gaps + 1):
-                    if gap > last:
-                        continue
+                for gap in range(min(gaps, last) + 1):
                     missing = self.counts["missing"]
                     part = self.reusing(last, last - gap if gap else None, executor, arguments)
                     if self.counts["missing"] == missing:  # else the features do not fit: a run would have a key step
-                        measured.errors[gap, age - 1, self.step] = (part - whole).float().square().mean().sqrt()
+                        self.errors[gap, age - 1, self.step] = (part - whole).float().square().mean().sqrt()
 
         def reusing(self, last: int, before: int | None, executor, arguments: tuple) -> Tensor:
             self.sources = (last, before)
@@ -104,7 +93,7 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
             finally:
                 self.sources = None
 
-    return Measuring, measured
+    return Measuring, runs
 
 
 def _compare(executor, x, sigma, model_options, *args, **kwargs):
@@ -142,11 +131,12 @@ def fit(
     changes: dict[str, list[float]] = {}
     for number, reuse in enumerate(reuses):
         yield f"measuring {number + 1} of {len(reuses)} parts", 0.5 * number / len(reuses)
-        measuring_kind, measured = measuring(kind, reuse, longest - 1, steps)
+        measuring_kind, runs = measuring(kind, reuse, longest - 1, steps)
         replaced = {WrappersMP.OUTER_SAMPLE: outer_sample(measuring_kind), WrappersMP.PREDICT_NOISE: _compare}
         reference = run(applied(model, kind, plan.ReuseSettings(), replaced))
-        changes = {**measured.change_table(), **changes}
-        share = measured.run.costs.of_step(reuse)  # type: ignore[union-attr]
+        (measured,) = runs
+        changes = {**{name: torch.stack(seen).tolist() for name, seen in measured.changes.items()}, **changes}
+        share = measured.costs.of_step(reuse)
         best = optimal_keys(measured.errors.cpu(), weights)
         for n in range(1, round((fastest - 1) / SPEED_STEP) + 1):
             counts = [count for count in best if speedup(steps, count, share) >= 1 + n * SPEED_STEP]
