@@ -20,7 +20,8 @@ from ...models.train_npnet import Recipe, config_for
 from ...models.training import UNFINISHED, outline
 from .calibrating import calibrating
 from .identity import identify
-from .redenoise import Redenoise, redenoised
+from .redenoise import Redenoise
+from .start import Run
 
 
 def pairs_folder(name: str) -> Path:
@@ -150,8 +151,9 @@ class _Collector(comfy.samplers.Sampler):
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
-        full = self.max_denoise(model_wrap, sigmas)
-        golden, _ = redenoised(model_wrap, sigmas, extra_args, noise, latent_image, full, self.settings)
+        sampling, top = model_wrap.inner_model.model_sampling, self.max_denoise(model_wrap, sigmas)
+        run = Run(model_wrap, sampling, sigmas, noise, latent_image, None, top, extra_args)
+        golden, _ = self.settings.begin(run)
         self.golden = golden.cpu()
         return latent_image
 

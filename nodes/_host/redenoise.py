@@ -57,8 +57,36 @@ class Redenoise(Start):
         return "context windows know the run's own noise levels only" if windows else None
 
     def begin(self, run: Run) -> tuple[Tensor, str]:
-        golden, done = redenoised(run.guider, run.sigmas, run.extra_args, run.noise, run.latent, run.top, self)
-        return golden if run.mask is None else run.noise * (1 - run.mask) + golden * run.mask, done
+        """Golden noise, float32."""
+        noise, sigma = run.noise.float(), run.sigmas[0]  # half precision is too coarse for a difference of two denoised
+        gap = guidance_gap(run.guider, self.strong_cfg, self.weak_cfg)
+        if self.evaluate == "first level" and noise_space(run.sampling).kind == "flow":
+            raise ValueError(
+                f"{WHO}: 'first level' is arithmetic of SD and SDXL; this is a flow model. Set 'evaluate_at' to "
+                "'next level'."
+            )
+
+        def to_state(n: Tensor, latent: Tensor = run.latent) -> Tensor:
+            return run.sampling.noise_scaling(sigma, n, latent, run.top)
+
+        one = torch.ones(1, *[1] * (noise.ndim - 1), device=noise.device)
+        none = torch.zeros_like(one)
+        unit = float((to_state(one, none) - to_state(none, none)).max())
+        turn = kernel.turning_level(run.sigmas, self.depth, unit, float(run.sampling.sigma_min))
+        strong, weak = (
+            _denoiser(run.guider, run.guider, scale, run.extra_args) for scale in (self.strong_cfg, self.weak_cfg)
+        )
+        golden = kernel.redenoise(
+            strong, weak, noise, to_state, unit, sigma, turn, self.rounds, self.mode, self.evaluate
+        )  # fmt: skip
+        if self.renormalize:
+            golden = kernel.keep_norm(noise, golden)
+        change = float((golden - noise).square().mean().sqrt() / noise.square().mean().sqrt())
+        golden = mix(noise, golden, self.strength)
+        return golden if run.mask is None else run.noise * (1 - run.mask) + golden * run.mask, (
+            f"{gap}, sigma {float(sigma):.4g} to {float(turn):.4g} and back, {self.rounds} x 2 calls of the model; "
+            f"changed the noise by {change:.3g} of its size at strength {self.strength:g}"
+        )
 
 
 @contextmanager
@@ -124,49 +152,6 @@ def guidance_gap(guider: Any, strong_cfg: float, weak_cfg: float) -> str:
         LOG.warning("%s: strong guidance %g is not above weak %g, which takes guidance away.", WHO, strong, weak_cfg)
     said = "the sampler's own" if strong is None else f"{strong:g}"
     return f"guidance {said} down, {weak_cfg:g} back"
-
-
-def redenoised(
-    guider: Any,
-    sigmas: Tensor,
-    extra_args: dict,
-    noise: Tensor,
-    latent: Tensor,
-    full: bool,
-    settings: Redenoise,
-) -> tuple[Tensor, str]:
-    """Golden noise for a run of this guider from `sigmas`, float32, and what was done; `full` as in the host's
-    noise_scaling."""
-    noise = noise.float()  # a difference of two denoised latents is more than half precision holds
-    sampling = guider.inner_model.model_sampling
-    sigma = sigmas[0]
-    gap = guidance_gap(guider, settings.strong_cfg, settings.weak_cfg)
-    if settings.evaluate == "first level" and noise_space(sampling).kind == "flow":
-        raise ValueError(
-            f"{WHO}: 'first level' is arithmetic of SD and SDXL; this is a flow model. Set 'evaluate_at' to "
-            "'next level'."
-        )
-
-    def to_state(n: Tensor) -> Tensor:
-        return sampling.noise_scaling(sigma, n, latent, full)
-
-    one = torch.ones(1, *[1] * (noise.ndim - 1), device=noise.device)
-    none = torch.zeros_like(one)
-    unit = float(
-        (sampling.noise_scaling(sigma, one, none, full) - sampling.noise_scaling(sigma, none, none, full)).max()
-    )
-    turn = kernel.turning_level(sigmas, settings.depth, unit, float(sampling.sigma_min))
-    strong, weak = (_denoiser(guider, guider, scale, extra_args) for scale in (settings.strong_cfg, settings.weak_cfg))
-    golden = kernel.redenoise(
-        strong, weak, noise, to_state, unit, sigma, turn, settings.rounds, settings.mode, settings.evaluate
-    )
-    if settings.renormalize:
-        golden = kernel.keep_norm(noise, golden)
-    change = float((golden - noise).square().mean().sqrt() / noise.square().mean().sqrt())
-    return mix(noise, golden, settings.strength), (
-        f"{gap}, sigma {float(sigma):.4g} to {float(turn):.4g} and back, {settings.rounds} x 2 calls of the model; "
-        f"changed the noise by {change:.3g} of its size at strength {settings.strength:g}"
-    )
 
 
 def _denoiser(denoise: Any, guider: Any, scale: float, extra_args: dict) -> Denoiser:
