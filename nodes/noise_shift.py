@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from ..kernels.noise_shift import FEWEST, SHIFT_PRESETS, Limits, Shift, ShiftPreset, fit_joint
+from ..kernels.noise_shift import FEWEST, SHIFT_PRESETS, Shift
 from ..kernels.space import NoiseSpace
 from ..models.calibration import ModelIdentity, Size
 from ..models.store import SUFFIX, file_stem
@@ -120,7 +120,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
         for size in left:
             x0 = (encode(vae, images, size) if latent is None else latent["samples"].float())[:count]
             chunk = max(1, 2 * math.prod(native) // math.prod(size))
-            shift = _fitted(model, prompts, x0, chunk, effort, seed, bar, done)
+            shift = calibrate(model, prompts, x0, chunk, effort, seed, bar, done)
             done += effort.evaluations
             lines.append(shift_report(size, shift, kept.space))
             LOG.info("Attune Fit Noise Shift: %s", lines[-1])
@@ -165,24 +165,6 @@ class _Kept:
             self.path = keep_update(self.path, old, self.profile)
         elif self.save_as:
             self.path = keep_profile(self.profile, self.save_as)
-
-
-def _fitted(
-    model, prompts, x0, chunk: int, effort: ShiftPreset, seed: int, bar: ProgressBar, before: int
-) -> Shift:  # fmt: skip
-    """The shift of one size; the bar moves on from the evaluations `before` it."""
-    about = identify(model)
-    space, limits = NoiseSpace(about.space), Limits(about.sigma_min, about.sigma_max)
-
-    def work(x0, denoise) -> Shift:
-        fit = fit_joint(denoise, x0, effort, space, limits, seed)
-        while True:
-            try:
-                bar.update(before + next(fit))
-            except StopIteration as end:
-                return end.value
-
-    return calibrate(model, prompts, x0, chunk, space, work)
 
 
 def _wanted(model, sizes: str, latent: dict | None, images, vae) -> list[tuple[int, int]]:

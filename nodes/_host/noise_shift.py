@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.samplers
@@ -14,15 +13,17 @@ import torch
 from torch import Tensor
 
 from ...kernels.conditioning import ConditioningMap
+from ...kernels.noise_shift import Limits, Shift, ShiftPreset, fit_joint
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import ToldDenoiser
 from ...models.calibration import Calibration
 from .._plan.noise_shift import Size, shift_for
 from .calibrating import calibrating
 from .conditioning import Remap, choose_for_solve, with_choice_per_solve, with_conditioning
+from .identity import identify
 from .sampling import run_stock_node, sample
+from .session import ProgressBar
 
-T = TypeVar("T")
 STEPS = 20  # of the model's own pictures
 SDXL_ADM = {2816, 2560}  # inputs of SDXL's and its refiner's second condition: pooled text and sizes
 POOLED = 1280  # the pooled text among them
@@ -56,8 +57,9 @@ def with_noise_shift(model, profile: Calibration, strength: float):
 class _Calibration(comfy.samplers.Sampler):
     """A sampler in the eyes of the host: runs `work` on the clean latents, in the model's scale, and a denoiser."""
 
-    def __init__(self, space: NoiseSpace, chunk: int, work: Callable[[Tensor, ToldDenoiser], Any]):
-        self.space, self.chunk, self.work, self.result = space, chunk, work, None
+    def __init__(self, space: NoiseSpace, chunk: int, work: Callable[[Tensor, ToldDenoiser], Shift]):
+        self.space, self.chunk, self.work = space, chunk, work
+        self.result: Shift | None = None
 
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
@@ -84,22 +86,33 @@ class _Calibration(comfy.samplers.Sampler):
 
 
 def calibrate(
-    model, positive: Sequence, latents: Tensor, chunk: int, space: NoiseSpace, work: Callable[[Tensor, ToldDenoiser], T]
-) -> T:
-    """What `work(x0, denoise)` returns, run once on the loaded MODEL; `positive`: one prompt a latent, or one for all.
+    model, positive: Sequence, latents: Tensor, chunk: int, effort: ShiftPreset, seed: int, bar: ProgressBar, done: int
+) -> Shift:
+    """The shift that clean latents of one size ask for; `positive`: one prompt a latent, or one for all.
 
-    `chunk` pictures go through the network at once.
+    `chunk` pictures go through the network at once. The bar moves on from the evaluations `done` before.
     """
+    about = identify(model)
+    space, limits = NoiseSpace(about.space), Limits(about.sigma_min, about.sigma_max)
+
+    def work(x0: Tensor, denoise: ToldDenoiser) -> Shift:
+        fit = fit_joint(denoise, x0, effort, space, limits, seed)
+        while True:
+            try:
+                bar.update(done + next(fit))
+            except StopIteration as end:
+                return end.value
+
     guider = comfy.samplers.CFGGuider(with_choice_per_solve(calibrating(model)))
     starts = range(0, len(latents), chunk)
     guider.inner_set_conds(
         {f"positive {i}": prompts_of(positive, s, s + chunk, len(latents)) for i, s in enumerate(starts)}
     )
     session = _Calibration(space, chunk, work)
-    sigma_max = float(model.get_model_object("model_sampling").sigma_max)
-    whole = torch.tensor([sigma_max, 0.0])
+    whole = torch.tensor([about.sigma_max, 0.0])
     guider.sample(torch.zeros_like(latents), latents, session, whole, disable_pbar=True, seed=0)
-    return session.result  # type: ignore[return-value]
+    assert session.result is not None
+    return session.result
 
 
 def prompts_of(positive: Sequence, start: int, end: int, count: int) -> list:
