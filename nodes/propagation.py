@@ -93,7 +93,7 @@ class AttunePropagation(io.ComfyNode):
     @classmethod
     def execute(cls, model, mode, profile=None, **inputs) -> io.NodeOutput:
         if profile is None and mode == plan.CALIBRATED:
-            raise ValueError(plan.needs_profile())
+            raise ValueError(plan.NEEDS_PROFILE)
         calibration = None if profile is None else key_steps_for(model, profile)
         settings = plan.ReuseSettings(mode, **inputs, calibration=calibration)
         patched, curve = add_propagation(model, settings), None

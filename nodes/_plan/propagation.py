@@ -25,6 +25,10 @@ FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "fi
 UNET_PARTS, TRANSFORMER_PARTS = [TOP, TWO, ONE, ENCODER], [FIRST, ENDS, BEGINNING]  # "automatic" takes the first
 PARTS = [AUTOMATIC, *UNET_PARTS, *TRANSFORMER_PARTS]
 PUBLISHED_SHARE = 18 / 28  # the blocks of DiT-XL/2 that the paper takes for its encoder
+NEEDS_PROFILE = (
+    f"The mode '{CALIBRATED}' needs a profile: connect one from 'Attune Fit Propagation' or 'Attune Load Profile', or "
+    f"choose '{UNIFORM}'."
+)
 FIDELITY = 45.0  # dB to the uncached run, below which differences begin to show
 
 
@@ -136,14 +140,7 @@ def _choose(
         return Choice(transfer_keys(point.keys, fit.sigmas, sigmas), point.reuse, 0, said_of(point, fit))
     if settings.mode == TARGET:
         return uncalibrated_target(settings, steps, costs, named())
-    raise ValueError(needs_profile())
-
-
-def needs_profile() -> str:
-    return (
-        f"The mode '{CALIBRATED}' needs a profile: connect one from 'Attune Fit Propagation' or "
-        f"'Attune Load Profile', or choose '{UNIFORM}'."
-    )
+    raise ValueError(NEEDS_PROFILE)
 
 
 def uncalibrated_target(settings: ReuseSettings, steps: int, costs: Costs, named: list[Reuse]) -> Choice:
