@@ -18,7 +18,6 @@ from .training import UNFINISHED, differences
 
 LARGEST_SHARD = 4 << 30  # bytes
 FORMAT = "1"
-TENSORS = ("noise", "golden", "which")
 FEWEST = 20  # prompts: a tenth of them is kept from training
 
 
@@ -125,7 +124,7 @@ def _no_pairs(path: Path, error: Exception) -> ValueError:
 def _check(name: str, tensors: dict[str, Tensor], n: int) -> None:
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     fits = (
-        {*TENSORS, "tokens"} <= set(shapes)
+        {"noise", "golden", "which", "tokens"} <= set(shapes)
         and len(shapes["noise"]) == 4
         and shapes["noise"] == shapes["golden"]
         and shapes["which"] == (n,) == shapes["noise"][:1]

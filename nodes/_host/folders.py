@@ -48,14 +48,16 @@ def profile_names() -> list[str]:
 
 def schedule_files() -> list[str]:
     """The user's profile files that hold a schedule; what cannot be read is left out here."""
-    return [name for name in file_names(FOLDER) if _kind(name) == SCHEDULE]
+    found = {name: readable_profile(name) for name in file_names(FOLDER)}
+    return [name for name, profile in found.items() if profile is not None and profile.kind == SCHEDULE]
 
 
-def _kind(name: str) -> str:
+def readable_profile(name: str) -> Calibration | None:
+    """The profile of that name, None where none can be read: the node that loads it says why."""
     try:
-        return find_profile(name).kind
+        return find_profile(name)
     except ValueError:
-        return ""
+        return None
 
 
 def profile_path(name: str) -> Path | None:

@@ -16,7 +16,7 @@ from server import PromptServer
 from ...models.calibration import Calibration
 from ...models.profile_format import read_profile, spell_profile
 from ...models.store import is_profile_file
-from .folders import AT, CARRIED, find_profile, profile_path
+from .folders import AT, CARRIED, profile_path, readable_profile
 
 LOG = logging.getLogger(__name__)
 KEY = "attune_profiles"
@@ -46,7 +46,7 @@ def exchange(queued: dict[str, Any]) -> dict[str, Any]:
         name = inputs[widget]
         file = name.partition(AT)[0]
         if profile_path(file):
-            profile, inputs[widget] = _installed(file), file
+            profile, inputs[widget] = readable_profile(file), file
         else:
             profile = _remember(file, brought.get(file)) or CARRIED.get(name) or _only(file)
             inputs[widget] = name if profile is None else content_name(file, profile)
@@ -79,13 +79,6 @@ def _places(prompt: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     places = [(_object(node.get("inputs")), widget) for node in ours for widget in WIDGETS]
     named = [(inputs, widget) for inputs, widget in places if isinstance(inputs.get(widget), str)]
     return [(inputs, widget) for inputs, widget in named if is_profile_file(inputs[widget].partition(AT)[0])]
-
-
-def _installed(name: str) -> Calibration | None:
-    try:
-        return find_profile(name)
-    except ValueError:
-        return None  # the node that loads it says why
 
 
 def _only(file: str) -> Calibration | None:
