@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..kernels.one_more_step import NOISE_LEVELS
 from ..models.one_more_step import LATENT_SPACES, PREDICTIONS, colour_map
 from ._host import one_more_step as host
-from ._host.api import advanced, blocked, check_choices, io, schema, shown_on
+from ._host.api import ExecutionBlocker, advanced, check_choices, io, schema, shown_on
 from ._host.folders import MODULES, file_names, file_path, state_of
 
 CATEGORY = "attune/one more step"
@@ -152,7 +152,7 @@ class AttuneOneMoreStep(io.ComfyNode):
             missing = (
                 "Attune One More Step: 'prediction' is used, but 'latent' is not connected. Connect the sampler's."
             )
-            return io.NodeOutput(patched, blocked(missing))
+            return io.NodeOutput(patched, ExecutionBlocker(missing))
         found = host.predicted_latent(model, host.FirstState(oms_model, positive, negative, cfg), latent)
         return io.NodeOutput(patched, found, ui=cls._colours(model, found))
 

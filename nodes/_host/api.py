@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import html
 
-from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_execution.graph_utils import ExecutionBlocker as ExecutionBlocker  # as an output: its users do not run
 from server import PromptServer
 from torch import Tensor
 
@@ -48,11 +48,6 @@ def say_on_node(node: type[io.ComfyNode], text: str) -> None:
     """Show `text` on the node that is running; the page takes it for HTML."""
     if node.hidden is not None and PromptServer.instance is not None:
         PromptServer.instance.send_progress_text(html.escape(text, quote=False), node.hidden.unique_id)
-
-
-def blocked(why: str) -> ExecutionBlocker:
-    """An output that is not there: a node that uses it does not run, and the page says why."""
-    return ExecutionBlocker(why)
 
 
 def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
