@@ -122,13 +122,11 @@ def compose(maps: Sequence[ConditioningMap]) -> ConditioningMap:
         return changing[0]
     at = sorted({knot for one in changing for knot in one.at})
     offsets = [math.fsum(one.offset_at(knot) for one in changing) for knot in at]
-    ceiling = at[-1]  # the last knot maps to itself
-    highest = -math.inf
-    for i, (knot, offset) in enumerate(zip(at, offsets, strict=True)):
-        level = min(max(knot + offset, highest), ceiling)
-        if level != knot + offset:
-            offsets[i] = level - knot
-        highest = level
+    levels = [knot + offset for knot, offset in zip(at, offsets, strict=True)]
+    for i, highest in enumerate(accumulate(levels, max)):
+        lifted = min(highest, at[-1])  # the last knot maps to itself
+        if lifted != levels[i]:
+            offsets[i] = lifted - at[i]
     return ConditioningMap(spaces.pop(), tuple(at), tuple(offsets))
 
 

@@ -314,9 +314,6 @@ class Capture:
     chunks: int
     features: Features
 
-    def chunk(self, i: int) -> Features:
-        return {name: value.chunk(self.chunks)[i] for name, value in self.features.items()}
-
 
 class FeatureCache:
     """The last `depth` captures of every condition, and outputs that were computed ahead.
@@ -359,13 +356,10 @@ class FeatureCache:
         With two captures of a condition they are extrapolated along the line through both, else held. `sources` names
         the steps of the last capture and of the one before it, for a calibration that compares several.
         """
-        parts = []
-        for key in keys:
-            pair = self._pair(key, signature, since, sources)
-            if pair is None:
-                return None
-            parts.append(pair)
-        last, before = ([part[i] for part in parts] for i in (0, 1))
+        pairs = [self._pair(key, signature, since, sources) for key in keys]
+        if None in pairs:
+            return None
+        last, before = ([pair[i] for pair in pairs] for i in (0, 1))
         features = _join(last, like)
         if features is None or None in before:
             return features
@@ -415,7 +409,7 @@ def _join(parts: list[tuple[Capture, int]], like: Tensor) -> Features | None:
     if len(parts) == first.chunks and all(c is first and i == at for at, (c, i) in enumerate(parts)):
         joined = first.features
     else:
-        chunks = [capture.chunk(i) for capture, i in parts]
+        chunks = [{name: value.chunk(c.chunks)[i] for name, value in c.features.items()} for c, i in parts]
         if any(chunk.keys() != chunks[0].keys() for chunk in chunks):
             return None
         joined = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import lzma
-import math
-import tokenize
-import zipfile
-import zlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,13 +17,7 @@ from .store import is_finite, load_tensors, save_tensors, shortened
 from .training import UNFINISHED, differences
 
 LARGEST_SHARD = 4 << 30  # bytes
-LARGEST_PAIR = 64 << 20  # bytes; a published one has 262,000
 FORMAT = "1"
-BAD_PAIR = (  # what reading a damaged archive of arrays can end in
-    OSError, EOFError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, zipfile.BadZipFile,
-    zlib.error, lzma.LZMAError, SyntaxError, tokenize.TokenError,
-)  # fmt: skip
-TENSORS = ("noise", "golden", "which")
 FEWEST = 20  # prompts: a tenth of them is kept from training
 
 
@@ -135,7 +124,7 @@ def _no_pairs(path: Path, error: Exception) -> ValueError:
 def _check(name: str, tensors: dict[str, Tensor], n: int) -> None:
     shapes = {key: tuple(value.shape) for key, value in tensors.items()}
     fits = (
-        {*TENSORS, "tokens"} <= set(shapes)
+        {"noise", "golden", "which", "tokens"} <= set(shapes)
         and len(shapes["noise"]) == 4
         and shapes["noise"] == shapes["golden"]
         and shapes["which"] == (n,) == shapes["noise"][:1]
@@ -176,62 +165,6 @@ def check_same(
             f"{path} was made with other prompts or settings: {other}. Set that back, choose another 'pairs' or "
             "'name', or delete that folder."
         )
-
-
-def published_pairs(folder: Path) -> Iterator[tuple[Job, Tensor, Tensor]]:
-    """Prompt, noise and golden noise [1 c h w] of a folder in the authors' format: INDEX_SEED.npz and JSON lines.
-
-    Only pairs whose picture scored higher with the golden noise, in the order of the lines. Lines without a file are
-    passed over. Nothing is unpickled or evaluated; ValueError names a line or a file that is damaged.
-    """
-    lines = [
-        (path, line)
-        for path in sorted(folder.glob("*.jsonl"))
-        for line in path.read_text("utf-8", "replace").splitlines()
-    ]
-    if not lines:
-        raise ValueError(f"There are no published pairs in {folder}: expected a .jsonl file and .npz files beside it.")
-    for path, line in lines:
-        if not line.strip():
-            continue
-        try:
-            told = json.loads(line)
-            index, seed = int(told["index"]), int(told["seed"])
-            if not (0 <= index < 2**64 and 0 <= seed < 2**64):
-                raise ValueError("index and seed are numbers of 64 bits")
-            name = f"{index}_{seed}.npz"
-            better = float(told["original_score_list"][0]) < float(told["optimized_score_list"][0])
-            job = Job(str(told["caption"]), seed)
-        except (ValueError, LookupError, TypeError, OverflowError, RecursionError) as error:
-            said = f"({shortened(error)}): {shortened(line, 80)}"
-            raise ValueError(f"{path.name} holds a line that describes no pair {said}") from error
-        if better and (folder / name).exists():
-            yield job, *_published(folder / name)
-
-
-def _published(path: Path) -> tuple[Tensor, Tensor]:
-    import numpy as np
-
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-            if size > LARGEST_PAIR:
-                raise ValueError(f"{size:,} bytes unpacked")
-            for name in ("arr_0.npy", "arr_1.npy"):
-                with archive.open(name) as file:
-                    np.lib.format.read_magic(file)
-                    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-                if dtype.kind != "f" or math.prod(shape) * dtype.itemsize > archive.getinfo(name).file_size:
-                    raise ValueError(f"{dtype} numbers in the shape {shape}")
-        with np.load(path, allow_pickle=False) as arrays:
-            noise, golden = (torch.from_numpy(np.asarray(arrays[key], dtype=np.float32)) for key in ("arr_0", "arr_1"))
-        if noise.ndim != 4 or noise.shape != golden.shape or len(noise) != 1:
-            raise ValueError(f"arrays of {tuple(noise.shape)} and {tuple(golden.shape)}")
-        if not (noise.isfinite().all() and golden.isfinite().all()):
-            raise ValueError("numbers that are not finite")
-    except BAD_PAIR as error:
-        raise ValueError(f"{path.name} holds no pair of noises ({shortened(error)}). Delete it or its line.") from error
-    return noise, golden
 
 
 def held_out(prompts: Collection[str]) -> frozenset[str]:

@@ -91,8 +91,7 @@ def save_profile(calibration: Calibration, folder: Path, name: str = "") -> Path
     """
     stem, text = file_stem(name or calibration.name), spelled(calibration)
     folder.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        path = folder / (f"{stem}{SUFFIX}" if number == 1 else f"{stem} ({number}){SUFFIX}")
+    for path in numbered(folder, stem, SUFFIX):
         with contextlib.suppress(FileExistsError):
             if not os.path.lexists(path):
                 with written_whole(path, exclusive=True) as temporary:
@@ -132,6 +131,12 @@ def file_stem(name: str) -> str:
     if not re.search(r"\w", stem.replace("_", "")):
         raise ValueError(f"'{name[:100]}' is no file name: use letters or digits in 'name'.")
     return f"_{stem}" if stem.split(".")[0].lower() in RESERVED else stem
+
+
+def numbered(folder: Path, stem: str, suffix: str) -> Iterator[Path]:
+    """What a file may be called where names are taken: stem, stem (2), stem (3), …"""
+    for number in itertools.count(1):
+        yield folder / (f"{stem}{suffix}" if number == 1 else f"{stem} ({number}){suffix}")
 
 
 def is_profile_file(name: str) -> bool:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from .store import file_stem, is_finite, load_tensors, save_tensors, shortened
+from .store import file_stem, is_finite, load_tensors, numbered, save_tensors, shortened
 
 SUFFIX = ".safetensors"
 UNFINISHED = ".unfinished"  # the state of a training that was stopped, beside the place of its result
@@ -202,7 +201,7 @@ def find_place(folder: Path, name: str, made: Mapping[str, Any]) -> tuple[Path, 
     ValueError for a name that cannot be a file's, and for a folder in which nothing can be written.
     """
     check_writable(folder)
-    for path in _numbered(folder, name):
+    for path in numbered(folder, file_stem(name.removesuffix(SUFFIX)), SUFFIX):
         if not path.exists():
             return path, False
         if not differences(_made_of(path), made):
@@ -212,7 +211,7 @@ def find_place(folder: Path, name: str, made: Mapping[str, Any]) -> tuple[Path, 
 
 def keep_result(folder: Path, name: str, save: Callable[[Path], Any]) -> Path:
     """Save under the first of name, name (2), … that nobody has taken; `save` raises FileExistsError where one has."""
-    for path in _numbered(folder, name):
+    for path in numbered(folder, file_stem(name.removesuffix(SUFFIX)), SUFFIX):
         with contextlib.suppress(FileExistsError):
             save(path)
             return path
@@ -227,12 +226,6 @@ def check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"Nothing can be written in {folder}: {error.strerror}. Allow it, then run again.") from error
-
-
-def _numbered(folder: Path, name: str) -> Iterator[Path]:
-    stem = file_stem(name.removesuffix(SUFFIX))
-    for number in itertools.count(1):
-        yield folder / (f"{stem}{SUFFIX}" if number == 1 else f"{stem} ({number}){SUFFIX}")
 
 
 def _made_of(path: Path) -> dict[str, Any]:

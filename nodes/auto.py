@@ -13,28 +13,7 @@ from ._host.propagation.unet import unet_of
 from ._host.sampling import run_stock_node, scheduler_names
 from ._host.shelf import installed
 from ._host.solvers import sampler_names
-from ._plan.auto import (
-    ALWAYS,
-    FAST,
-    NOISE,
-    OFF,
-    REDENOISE,
-    SCHEDULE,
-    SHIFT,
-    SHOWN,
-    SPEED,
-    SPEEDS,
-    START,
-    TOLD,
-    WISHES,
-    Facts,
-    Run,
-    Shelf,
-    Wishes,
-    auto_report,
-    decide,
-    key_steps_of,
-)
+from ._plan import auto as plan
 from ._plan.propagation import UNIFORM
 from .golden_noise import AttuneGoldenNoiseModel, AttuneLoadNPNet
 from .one_more_step import AttuneLoadOneMoreStep, AttuneOneMoreStep
@@ -47,8 +26,9 @@ LOG = logging.getLogger(__name__)
 
 
 def _switch(name: str, what: str) -> io.Combo.Input:
-    states = f"'{SHOWN}': where a gain is measured for such models. '{ALWAYS}': also where it is not. '{OFF}': never."
-    return io.Combo.Input(name, options=WISHES, default=SHOWN, tooltip=f"{what} {states}")
+    shown, always, off = plan.WISHES
+    states = f"'{shown}': where a gain is measured for such models. '{always}': also where it is not. '{off}': never."
+    return io.Combo.Input(name, options=plan.WISHES, default=shown, tooltip=f"{what} {states}")
 
 
 class AttuneAuto(io.ComfyNode):
@@ -89,7 +69,7 @@ class AttuneAuto(io.ComfyNode):
                     _switch("golden_noise", "Noise fitted to the prompt, by a network or by re-denoising."),
                 ),
                 io.Combo.Input(
-                    "speed", options=SPEEDS, default=OFF,
+                    "speed", options=plan.SPEEDS, default=plan.OFF,
                     tooltip="Reuse features between steps. faithful: hardly another picture (45 dB). fast: as far as "
                     "was measured. off: every step whole.",
                 ),
@@ -123,17 +103,17 @@ class AttuneAuto(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         width = positive[0][0].shape[-1] if positive and positive[0][0] is not None else None
         stock = scheduler if sigmas is None else "sigmas"
-        run = Run(steps, sampler_name.removesuffix("_gpu"), cfg, denoise, width, stock)
-        wishes = Wishes(schedule, one_more_step, noise_shift, golden_noise, speed)
+        run = plan.Run(steps, sampler_name.removesuffix("_gpu"), cfg, denoise, width, stock)
+        wishes = plan.Wishes(schedule, one_more_step, noise_shift, golden_noise, speed)
         inside = Expansion(cls, {"model": model, "latent": latent, "positive": positive})
         if sigmas is None:
             (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=denoise)
         facts = _facts(model, latent)
-        shelf, unread = installed(modules=one_more_step != OFF, npnets=golden_noise == ALWAYS)
-        decisions = decide(facts, run, wishes, shelf, float(sigmas[0]) if len(sigmas) else None)
+        shelf, unread = installed(modules=one_more_step != plan.OFF, npnets=golden_noise == plan.ALWAYS)
+        decisions = plan.decide(facts, run, wishes, shelf, float(sigmas[0]) if len(sigmas) else None)
         picked = {one.method: one.pick for one in decisions if one.pick}
-        out, levels = _composed(inside, facts, run, wishes, picked, shelf)
-        said = auto_report(facts, run, decisions, unread)
+        out, levels = _composed(inside, run, speed, picked, shelf)
+        said = plan.auto_report(facts, run, decisions, unread)
         LOG.info("Attune Auto: %s", said)
         say_on_node(cls, said)
         used = inside.graph is not None
@@ -143,12 +123,12 @@ class AttuneAuto(io.ComfyNode):
         )  # fmt: skip
 
 
-def _composed(inside: Expansion, facts: Facts, run: Run, wishes: Wishes, picked: dict[str, str], shelf: Shelf) -> tuple:
+def _composed(inside: Expansion, run: plan.Run, speed: str, picked: dict[str, str], shelf: plan.Shelf) -> tuple:
     """MODEL and SIGMAS (None: the stock ones) out of the single nodes that stand for what was picked."""
     model, sigmas = inside.given("model"), None
-    if name := picked.get(SCHEDULE):
+    if name := picked.get(plan.SCHEDULE):
         if name in shelf.profiles:
-            strength = 1.0 if TOLD in picked else 0.0
+            strength = 1.0 if plan.TOLD in picked else 0.0
             choice = {"steps": run.steps, "denoise": run.denoise, "denoise_mode": "comfy", "strength": strength}
             node = inside.add(AttuneApplyProfile, model=model, profile=_profile(inside, name), **choice)
             model, sigmas = node.out(0), node.out(2)
@@ -156,18 +136,18 @@ def _composed(inside: Expansion, facts: Facts, run: Run, wishes: Wishes, picked:
             choice = {"steps": run.steps, "denoise": run.denoise, "schedule": name}
             node = inside.add(AttuneScheduler, model=model, latent=inside.given("latent"), **choice)
             sigmas = node.out(0)
-    if name := picked.get(SHIFT):
+    if name := picked.get(plan.SHIFT):
         model = inside.add(AttuneApplyProfile, model=model, profile=_profile(inside, name)).out(0)
-    if name := picked.get(START):
+    if name := picked.get(plan.START):
         module = inside.add(AttuneLoadOneMoreStep, oms_name=name).out(0)
         model = inside.add(AttuneOneMoreStep, model=model, oms_model=module, positive=inside.given("positive")).out(0)
-    if picked.get(NOISE) == REDENOISE:
+    if picked.get(plan.NOISE) == plan.REDENOISE:
         model = inside.add(AttuneRedenoise, model=model).out(0)
-    elif name := picked.get(NOISE):
+    elif name := picked.get(plan.NOISE):
         npnet = inside.add(AttuneLoadNPNet, npnet_name=name).out(0)
         model = inside.add(AttuneGoldenNoiseModel, model=model, npnet=npnet).out(0)
-    if name := picked.get(SPEED):
-        model = _with_speed(inside, model, name, wishes.speed, shelf).out(0)
+    if name := picked.get(plan.SPEED):
+        model = _with_speed(inside, model, name, speed, shelf).out(0)
     return model, sigmas
 
 
@@ -175,21 +155,21 @@ def _profile(inside: Expansion, name: str):
     return inside.add(AttuneLoadProfile, profile_name=name).out(0)
 
 
-def _with_speed(inside: Expansion, model, name: str, wish: str, shelf: Shelf):
-    if found := key_steps_of(name):
+def _with_speed(inside: Expansion, model, name: str, wish: str, shelf: plan.Shelf):
+    if found := plan.key_steps_of(name):
         reuse, interval = found
         return inside.add(AttunePropagation, model=model, mode=UNIFORM, interval=interval, reuse=reuse)
     key_steps = shelf.profiles[name].key_steps
     assert key_steps is not None
-    speed = max(point.speed for point in key_steps.points) if wish == FAST else 0.0
+    speed = max(point.speed for point in key_steps.points) if wish == plan.FAST else 0.0
     return inside.add(AttuneApplyProfile, model=model, profile=_profile(inside, name), speed=speed)
 
 
-def _facts(model, latent: dict) -> Facts:
+def _facts(model, latent: dict) -> plan.Facts:
     latent_format = model.get_model_object("latent_format")
     blocks = blocks_of(model.get_model_object("diffusion_model"))
     width = model.model.model_config.unet_config.get("context_dim")
-    return Facts(
+    return plan.Facts(
         identify(model, weights=True),
         "unet" if unet_of(model) is not None else "transformer" if blocks else "",
         type(latent_format).__name__,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..models.calibration import SAMPLER
 from ._host.api import io, progress_text, schema
 from ._host.fitted_sampler import FastSampler
-from ._host.folders import has_profile, missing_profile, profile_names_of, profile_stamps
+from ._host.folders import has_profile, missing_profile, profile_stamps, profiles_of_kind
 from ._plan.fitted_sampler import AUTO, USES, Wish
 
 CATEGORY = "attune/sampling"
@@ -26,7 +26,7 @@ class AttuneFastSampler(io.ComfyNode):
                     "sampler", tooltip="The solver of your own run. One that adds noise runs as it is, always in full."
                 ),
                 io.Combo.Input(
-                    "use", options=[*USES, *profile_names_of(SAMPLER)], default=AUTO,
+                    "use", options=[*USES, *profiles_of_kind(SAMPLER)], default=AUTO,
                     tooltip="auto: the short run where one was learned for this model, schedule, cfg, size and set-up, "
                     "else a full run to learn from. full run: yours, to the bit. learn again: a full run that replaces "
                     "what was learned. forget: deletes it. Files: this calibration or an error. Pictures carry what "

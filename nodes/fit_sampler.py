@@ -19,7 +19,7 @@ from ..kernels.tuner import (
 )
 from ._draw.axes import to_image
 from ._draw.schedules import Curve, draw_schedules
-from ._host.api import Profile, advanced, io, schema, shown_on
+from ._host.api import ExecutionBlocker, Profile, advanced, io, schema, shown_on
 from ._host.fit_run import Task, fit_run, rival_schedules, rivals_of
 from ._host.folders import keep_fit, keep_profile
 from ._host.identity import identify, pixels
@@ -108,18 +108,18 @@ class AttuneFitSampler(io.ComfyNode):
                     ),
                 ),
                 io.Boolean.Input(
-                    "coefficients", default=True,
+                    "coefficients", default=False, optional=True,
                     tooltip="Fit the sampler itself: a run of 'steps' evaluations that ends where a long run does. "
                     "Off: fit the schedule of your sampler, and the timesteps.",
                 ),
                 io.Combo.Input(
-                    "to", options=[YOUR_RUN, EXACT_PATH], default=YOUR_RUN,
+                    "to", options=[YOUR_RUN, EXACT_PATH], default=YOUR_RUN, optional=True,
                     tooltip="What 'coefficients' are fitted to. your run: your sampler on the long schedule in "
                     "'sigmas'. exact path: where many small steps lead.",
                 ),
                 *advanced(
                     io.String.Input(
-                        "more_steps", default="",
+                        "more_steps", default="", optional=True,
                         tooltip="Other counts to fit from the same long runs, such as 6, 8, 12.",
                     )
                 ),
@@ -142,7 +142,7 @@ class AttuneFitSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, cfg, sampler, latent, steps, preset="mini", levels=True, timesteps=True,
-        budget_minutes=30.0, seed=0, coefficients=True, to=YOUR_RUN, more_steps="", sigmas=None,
+        budget_minutes=30.0, seed=0, coefficients=False, to=YOUR_RUN, more_steps="", sigmas=None,
     ) -> io.NodeOutput:  # fmt: skip
         solver, setting, empty = _setting(model, cfg, sampler, latent, seed)
         if coefficients:
@@ -227,16 +227,16 @@ def _sampler(
     what = "the exact path" if task.sigmas is None else "your run"
     report = run_report(proofs, setting, len(long) - 1, what, plan, took, used)
     LOG.info("Attune Fit Sampler:\n%s", report)
-    if profile is None:
-        raise ValueError(report)
-    sigmas = profile.runs[-1].run.sigmas
-    curves = [Curve(f"{one.run.steps} steps", one.run.sigmas) for one in profile.runs[:5]]
+    shown = [one.run for one in (profile.runs if profile else proofs)]
+    curves = [Curve(f"{one.steps} steps", one.sigmas) for one in shown[:5]]
     plot = draw_schedules([*curves, Curve(f"{len(long) - 1} steps of {setting.runs}", tuple(long))], "Fitted sampler")
     ProgressBar(1).update(1, plot)
     picture = to_image(plot)
-    return io.NodeOutput(
-        profile, torch.tensor(sigmas), picture, f"{report}\n{keep_fit(profile)}", ui=shown_on(cls, picture)
-    )
+    if profile is None:
+        none = ExecutionBlocker(f"No fitted sampler was proved. {report}")
+        return io.NodeOutput(none, none, picture, report, ui=shown_on(cls, picture))
+    said = f"{report}\n{keep_fit(profile)}"
+    return io.NodeOutput(profile, torch.tensor(shown[-1].sigmas), picture, said, ui=shown_on(cls, picture))
 
 
 def _followed(fit, solves: Solves, predicted: int):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._host.api import advanced, check_choices, io, schema
-from ._host.folders import NPNETS, npnet_names, npnet_path, state_of
+from ._host.folders import NPNETS, file_names, file_path, state_of
 from ._host.golden_noise import GoldenNoise, HostNPNet, NPNetType
 from ._host.start import with_start
 from ._plan.golden_noise import LONG_PROMPTS, OTHER_SIZES, GoldenSettings
@@ -23,7 +23,7 @@ class AttuneLoadNPNet(io.ComfyNode):
             search_aliases=["golden noise", "NPNet", "noise prompt network", "load npnet"],
             inputs=[
                 io.Combo.Input(
-                    "npnet_name", options=npnet_names(),
+                    "npnet_name", options=file_names(NPNETS),
                     tooltip="Files in models/npnet (.safetensors, .pth), then the demo model's. Press R after copying "
                     "one there.",
                 )
@@ -40,7 +40,7 @@ class AttuneLoadNPNet(io.ComfyNode):
 
     @classmethod
     def execute(cls, npnet_name) -> io.NodeOutput:
-        npnet = HostNPNet.load(npnet_path(npnet_name))
+        npnet = HostNPNet.load(file_path(NPNETS, npnet_name))
         return io.NodeOutput(npnet, npnet.file.describe())
 
 

@@ -5,13 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import torch
 
-from ..kernels.noise_shift import FEWEST, SHIFT_PRESETS, Shift, ShiftPreset, fit_joint
+from ..kernels.noise_shift import FEWEST, SHIFT_PRESETS, Shift
 from ..kernels.space import NoiseSpace
 from ..models.calibration import ModelIdentity, Size
 from ..models.store import SUFFIX, file_stem
@@ -21,25 +19,9 @@ from ._host.api import Profile, advanced, io, schema, shown_on
 from ._host.calibrating import calibrating
 from ._host.folders import find_profile, keep_fit, keep_profile, keep_update, profile_path
 from ._host.identity import identify, pixels
-from ._host.noise_shift import (
-    STEPS,
-    calibrate,
-    check_prompts,
-    data_hash,
-    draw_own,
-    encode,
-    first_prompts,
-    limits,
-    without_text,
-)
+from ._host.noise_shift import STEPS, calibrate, check_prompts, data_hash, draw_own, encode, prompts_of, without_text
 from ._host.session import ProgressBar
-from ._plan.noise_shift import (
-    continues,
-    noise_shift_profile,
-    parse_sizes,
-    shift_plan,
-    shift_report,
-)
+from ._plan.noise_shift import continues, noise_shift_profile, parse_sizes, shift_plan, shift_report
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/noise shift"
@@ -117,12 +99,13 @@ class AttuneFitNoiseShift(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         native, effort = (native_width, native_height), SHIFT_PRESETS[preset]
         wanted = _wanted(model, sizes, latent, images, vae)
-        given = effort.pictures if latent is None and images is None else len(_pictures(latent, images))
-        lines = _sources(latent, images, positive)
+        pictures = images if latent is None else latent["samples"]
+        given = effort.pictures if pictures is None else len(pictures)
+        lines = _sources(pictures, positive)
         prompts = without_text(model) if positive is None else positive
         check_prompts(prompts, given)
         count = min(given, effort.pictures)
-        prompts, effort = first_prompts(prompts, count, given), replace(effort, pictures=count)
+        prompts, effort = prompts_of(prompts, 0, count, given), replace(effort, pictures=count)
         how = {"preset": preset, "seed": seed, "pictures": count, "data": data_hash(latent, images, prompts)}
         kept = _Kept(save_as, identify(model, weights=True), native, how)
         left = [size for size in wanted if size not in kept.sizes]
@@ -131,13 +114,13 @@ class AttuneFitNoiseShift(io.ComfyNode):
         lines.append(shift_plan(left, effort, count))
         LOG.info("Attune Fit Noise Shift: %s", " ".join(lines))
         began = time.monotonic()
-        if latent is None and images is None and left:
+        if pictures is None and left:
             images = draw_own(calibrating(model), vae, prompts, negative, cfg, native, count, seed)
         bar, done = ProgressBar(max(len(left) * effort.evaluations, 1)), 0
         for size in left:
-            x0 = _clean(latent, images, vae, size)[:count]
+            x0 = (encode(vae, images, size) if latent is None else latent["samples"].float())[:count]
             chunk = max(1, 2 * math.prod(native) // math.prod(size))
-            shift = _fitted(model, prompts, x0, chunk, effort, seed, partial(_moved, bar, done))
+            shift = calibrate(model, prompts, x0, chunk, effort, seed, bar, done)
             done += effort.evaluations
             lines.append(shift_report(size, shift, kept.space))
             LOG.info("Attune Fit Noise Shift: %s", lines[-1])
@@ -184,25 +167,6 @@ class _Kept:
             self.path = keep_profile(self.profile, self.save_as)
 
 
-def _moved(bar: ProgressBar, before: int, now: int) -> None:
-    bar.update(before + now)
-
-
-def _fitted(model, prompts, x0, chunk: int, effort: ShiftPreset, seed: int, update: Callable[[int], None]) -> Shift:
-    """The shift of one size; `update` is told the evaluations so far."""
-    space = NoiseSpace(identify(model).space)
-
-    def work(x0, denoise) -> Shift:
-        fit = fit_joint(denoise, x0, effort, space, limits(model), seed)
-        while True:
-            try:
-                update(next(fit))
-            except StopIteration as end:
-                return end.value
-
-    return calibrate(model, prompts, x0, chunk, space, work)
-
-
 def _wanted(model, sizes: str, latent: dict | None, images, vae) -> list[tuple[int, int]]:
     """The sizes to calibrate; everything about the pictures that can be refused is refused here."""
     if latent is not None and images is not None:
@@ -230,10 +194,9 @@ def _wanted(model, sizes: str, latent: dict | None, images, vae) -> list[tuple[i
                 f"'images' are {width}x{height}, smaller than {'x'.join(map(str, larger[0]))} in 'sizes'. Give larger "
                 "pictures, or leave that size out: enlarged pictures are not clean."
             )
-    if latent is not None or images is not None:
-        count = len(_pictures(latent, images))
+    for name, pictures in (("latent", latent and latent["samples"]), ("images", images)):
+        count = FEWEST if pictures is None else len(pictures)
         if count < FEWEST:
-            name = "latent" if images is None else "images"
             raise ValueError(
                 f"'{name}' holds {count} {'picture' if count == 1 else 'pictures'}, but at least {FEWEST} are needed: "
                 "half of them are held out. Eight different ones are better."
@@ -241,14 +204,10 @@ def _wanted(model, sizes: str, latent: dict | None, images, vae) -> list[tuple[i
     return wanted
 
 
-def _pictures(latent: dict | None, images):
-    return images if latent is None else latent["samples"]
-
-
-def _sources(latent: dict | None, images, positive) -> list[str]:
+def _sources(pictures, positive) -> list[str]:
     """What the evidence rests on, where it is weak."""
     said = []
-    if latent is None and images is None:
+    if pictures is None:
         said.append(
             f"No pictures given: the model draws its own at the native size, {STEPS} steps each. Weaker evidence: its "
             "faults count as truth."
@@ -256,10 +215,6 @@ def _sources(latent: dict | None, images, positive) -> list[str]:
     if positive is None:
         said.append("No 'positive' given: the text is zeroed.")
     return said
-
-
-def _clean(latent: dict | None, images, vae, size: tuple[int, int]) -> torch.Tensor:
-    return encode(vae, images, size) if latent is None else latent["samples"].float()
 
 
 NODES = [AttuneFitNoiseShift]

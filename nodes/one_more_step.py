@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from ..kernels.one_more_step import NOISE_LEVELS
 from ..models.one_more_step import LATENT_SPACES, PREDICTIONS, colour_map
-from ._host.api import advanced, blocked, check_choices, io, schema, shown_on
-from ._host.folders import MODULES, module_names, module_path, state_of
-from ._host.one_more_step import (
-    MODULE_DTYPES,
-    SEEN_NOISE,
-    FirstState,
-    fitted_leak,
-    load_module,
-    predicted_latent,
-    with_first_state,
-)
+from ._host import one_more_step as host
+from ._host.api import ExecutionBlocker, advanced, check_choices, io, schema, shown_on
+from ._host.folders import MODULES, file_names, file_path, state_of
 
 CATEGORY = "attune/one more step"
 AUTO, DEFAULT = "auto", "default"
@@ -39,7 +31,6 @@ DIVERSITY = (
 class AttuneLoadOneMoreStep(io.ComfyNode):
     @classmethod
     def define_schema(cls):
-        names = module_names()
         return schema(
             node_id="AttuneLoadOneMoreStep",
             display_name="Attune Load One More Step",
@@ -48,7 +39,7 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
             search_aliases=["oms", "one more step", "terminal snr", "dark images"],
             inputs=[
                 io.Combo.Input(
-                    "oms_name", options=names, default="attune_demo.safetensors",
+                    "oms_name", options=file_names(MODULES), default="attune_demo.safetensors",
                     tooltip="Files in models/one_more_step, then the pack's own. Press R after copying a file there.",
                 ),
                 io.Combo.Input(
@@ -57,7 +48,7 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
                     "when auto cannot tell.",
                 ),
                 io.Combo.Input(
-                    "weight_dtype", options=[DEFAULT, *MODULE_DTYPES], default=DEFAULT,
+                    "weight_dtype", options=[DEFAULT, *host.MODULE_DTYPES], default=DEFAULT,
                     tooltip="Precision of its weights; fp32 where the default gives no numbers.",
                 ),
                 io.Combo.Input(
@@ -80,11 +71,11 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
     def execute(
         cls, oms_name, latent_space=AUTO, weight_dtype=DEFAULT, prediction=AUTO, head_dim=0
     ) -> io.NodeOutput:  # fmt: skip
-        path = module_path(oms_name)
+        path = file_path(MODULES, oms_name)
         check_choices(cls, latent_space=latent_space, weight_dtype=weight_dtype, prediction=prediction)
         space, dtype, says = ("" if value in (AUTO, DEFAULT) else value
                               for value in (latent_space, weight_dtype, prediction))  # fmt: skip
-        return io.NodeOutput(load_module(path, space, dtype, says, head_dim))
+        return io.NodeOutput(host.load_module(path, space, dtype, says, head_dim))
 
 
 class AttuneOneMoreStep(io.ComfyNode):
@@ -109,7 +100,7 @@ class AttuneOneMoreStep(io.ComfyNode):
                 io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
                 *advanced(
                     io.Combo.Input(
-                        "solver", options=list(SEEN_NOISE), default="ddpm",
+                        "solver", options=list(host.SEEN_NOISE), default="ddpm",
                         tooltip="ddpm: the module sees noise of its own. ddim: the sampler's. There is hardly a "
                         "difference.",
                     ),
@@ -153,16 +144,16 @@ class AttuneOneMoreStep(io.ComfyNode):
         share_noise=False, negative=None, signal_leak=None, latent=None,
     ) -> io.NodeOutput:  # fmt: skip
         check_choices(cls, solver=solver, noise_level=noise_level)
-        start = FirstState(
+        start = host.FirstState(
             oms_model, positive, negative, cfg, strength, solver, noise_level, signal_leak, diversity, share_noise
         )
-        patched = with_first_state(model, start)
+        patched = host.with_first_state(model, start)
         if latent is None:
             missing = (
                 "Attune One More Step: 'prediction' is used, but 'latent' is not connected. Connect the sampler's."
             )
-            return io.NodeOutput(patched, blocked(missing))
-        found = predicted_latent(model, FirstState(oms_model, positive, negative, cfg), latent)
+            return io.NodeOutput(patched, ExecutionBlocker(missing))
+        found = host.predicted_latent(model, host.FirstState(oms_model, positive, negative, cfg), latent)
         return io.NodeOutput(patched, found, ui=cls._colours(model, found))
 
     @classmethod
@@ -213,9 +204,9 @@ class AttuneSignalLeak(io.ComfyNode):
         cls, model, examples, frequencies=3, strength=1.0, diversity=1.0, noise_level="exact"
     ) -> io.NodeOutput:  # fmt: skip
         check_choices(cls, noise_level=noise_level)
-        leak = fitted_leak(model, examples, frequencies)
-        start = FirstState(None, None, None, strength=strength, level=noise_level, leak=leak, diversity=diversity)
-        return io.NodeOutput(with_first_state(model, start), leak)
+        leak = host.fitted_leak(model, examples, frequencies)
+        start = host.FirstState(None, None, None, strength=strength, level=noise_level, leak=leak, diversity=diversity)
+        return io.NodeOutput(host.with_first_state(model, start), leak)
 
 
 NODES = [

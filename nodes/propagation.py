@@ -13,19 +13,7 @@ from ._host.propagation import DEVICES, DTYPES, add_propagation, key_steps_for
 from ._host.propagation.fit import fit_profile, measures_too_few
 from ._host.sampling import scheduler_names
 from ._host.solvers import sampler_names
-from ._plan.propagation import (
-    AUTOMATIC,
-    CALIBRATED,
-    FIDELITY,
-    MODES,
-    PARTS,
-    TARGET,
-    UNIFORM,
-    ReuseSettings,
-    calibrated_point,
-    chosen_point,
-    needs_profile,
-)
+from ._plan import propagation as plan
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/speed"
@@ -49,7 +37,7 @@ class AttunePropagation(io.ComfyNode):
                     "model", tooltip="A UNet (SD 1.x, SD 2.x, SDXL) or a transformer (SD3, Flux, Qwen-Image, Wan, …).",
                 ),
                 io.Combo.Input(
-                    "mode", options=MODES, default=UNIFORM,
+                    "mode", options=plan.MODES, default=plan.UNIFORM,
                     tooltip="Which steps run whole. uniform: every n-th. speed target: as few as 'speed' needs. "
                     "calibrated profile: what was measured for this model. published keys: the paper, exactly.",
                 ),
@@ -62,7 +50,7 @@ class AttunePropagation(io.ComfyNode):
                     tooltip="speed target: how many times less computing. With a profile the log says what it costs.",
                 ),
                 io.Combo.Input(
-                    "reuse", options=PARTS, default=AUTOMATIC,
+                    "reuse", options=plan.PARTS, default=plan.AUTOMATIC,
                     tooltip="What the steps in between compute. automatic: 'top level fresh' of a UNet, 'first block "
                     "fresh' of a transformer. encoder reused, first two thirds reused: as in the paper.",
                 ),
@@ -104,11 +92,14 @@ class AttunePropagation(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, mode, profile=None, **inputs) -> io.NodeOutput:
-        if profile is None and mode == CALIBRATED:
-            raise ValueError(needs_profile())
+        if profile is None and mode == plan.CALIBRATED:
+            raise ValueError(plan.NEEDS_PROFILE)
         calibration = None if profile is None else key_steps_for(model, profile)
-        settings = ReuseSettings(mode, **inputs, calibration=calibration)
-        return io.NodeOutput(add_propagation(model, settings), ui=_shown(cls, settings))
+        settings = plan.ReuseSettings(mode, **inputs, calibration=calibration)
+        patched, curve = add_propagation(model, settings), None
+        if calibration is not None and mode in (plan.CALIBRATED, plan.TARGET):
+            curve = shown_on(cls, to_image(draw_speeds(calibration.points, plan.chosen_point(settings, calibration))))
+        return io.NodeOutput(patched, ui=curve)
 
 
 def _keeping() -> list:
@@ -133,14 +124,6 @@ def _keeping() -> list:
             "Gains on a large GPU with small pictures, costs memory.",
         ),
     ]  # fmt: skip
-
-
-def _shown(node, settings: ReuseSettings):
-    """The profile's curve with the setting that will run, on the node; None for modes that use no profile."""
-    if settings.calibration is None or settings.mode not in (CALIBRATED, TARGET):
-        return None
-    points = settings.calibration.points
-    return shown_on(node, to_image(draw_speeds(points, chosen_point(settings, settings.calibration))))
 
 
 class AttuneFitPropagation(io.ComfyNode):
@@ -177,7 +160,7 @@ class AttuneFitPropagation(io.ComfyNode):
                     "scheduler", options=scheduler_names(), default="normal", tooltip="The schedule of that run.",
                 ),
                 io.Combo.Input(
-                    "reuse", options=PARTS, default=AUTOMATIC,
+                    "reuse", options=plan.PARTS, default=plan.AUTOMATIC,
                     tooltip="What to measure. automatic: the parts that cost little; 'encoder reused' takes longest.",
                 ),
                 io.Float.Input(
@@ -202,7 +185,7 @@ class AttuneFitPropagation(io.ComfyNode):
     @classmethod
     def execute(cls, model, **inputs) -> io.NodeOutput:
         profile, fit, changes = fit_profile(model, **inputs)
-        chosen = calibrated_point(fit)
+        chosen = plan.calibrated_point(fit)
         too_few = measures_too_few(inputs["sampler_name"], inputs["latent_image"])
         report = report_of(profile.name, fit, chosen, too_few)
         LOG.info("Attune Fit Propagation: %s", report.replace("\n", "; "))
@@ -217,8 +200,9 @@ def report_of(name: str, fit: KeySteps, chosen: Point, too_few: bool = False) ->
         part = f"computes blocks before {point.reuse.fresh} and from {point.reuse.cut}"
         mark = " <- calibrated profile" if point is chosen else ""
         lines.append(f"{point.speed:.2f}x: {point.psnr:.1f} dB, {len(point.keys)} key steps, {part}{mark}")
-    if chosen.psnr < FIDELITY:
-        lines.append(f"No setting stays within {FIDELITY:g} dB: prefer fewer steps, or a better solver, for this run.")
+    if chosen.psnr < plan.FIDELITY:
+        least = f"{plan.FIDELITY:g} dB"
+        lines.append(f"No setting stays within {least}: prefer fewer steps, or a better solver, for this run.")
     if too_few:
         lines.append(
             f"{fit.solver} adds noise, and every picture has its own: connect a latent of 4 pictures, so that the key "

@@ -14,7 +14,7 @@ from ..models.npnet import NPNet
 from ..models.npnet_files import save_npnet
 from ..models.train_npnet import ALONE, NPNET_SIZES, NPNetTraining, Pairs, Recipe, Share
 from ..models.training import MADE, UNFINISHED, check_writable, find_place, keep_result, spelled
-from ._host.api import advanced, blocked, io, schema
+from ._host.api import ExecutionBlocker, advanced, io, schema
 from ._host.folders import npnet_folder
 from ._host.golden_noise import HostNPNet, NPNetType
 from ._host.noise_pairs import Source, collect, pairs_folder
@@ -82,7 +82,7 @@ class AttuneTrainNPNet(io.ComfyNode):
             said = collected(source, prompts, seeds_per_prompt, seed, shard_size, part, folder, recipe)
             if part != ALL:
                 why = f"'part' {part} only collects. With all files in one folder, run it again with 1/1 to train."
-                return io.NodeOutput(blocked(why), said)
+                return io.NodeOutput(ExecutionBlocker(why), said)
         with torch.inference_mode(False), torch.enable_grad():  # the host runs nodes without gradients
             file = trained(folder, name, recipe)
         npnet = HostNPNet.load(file)

@@ -29,7 +29,7 @@ from pack.kernels.propagation import Reuse
 from pack.kernels.schedules import check_sigmas
 from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, ShortRun, conditioning_map
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
-from pack.models.noise_pairs import Job, Shard, load_shard, published_pairs, read_jobs, rows, save_shard, shard_path
+from pack.models.noise_pairs import Job, Shard, load_shard, read_jobs, rows, save_shard, shard_path
 from pack.models.npnet_files import load_npnet, read_config, save_npnet
 from pack.models.one_more_step import (
     architecture_of,
@@ -44,6 +44,7 @@ from pack.models.store import load_profile, load_tensors, save_profile, update_p
 from pack.models.train_npnet import NPNetTraining, Pairs, Recipe
 from pack.models.train_one_more_step import ModuleTraining
 from pack.models.training import Training
+from pack.training.published_pairs import published_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARE = 48 << 20  # bytes of address space that a reader may take beyond eight times its file

@@ -19,7 +19,6 @@ from pack.models.noise_pairs import (
     load_shard,
     part_of,
     plan,
-    published_pairs,
     remaining,
     save_shard,
     shard_path,
@@ -28,6 +27,7 @@ from pack.models.noise_pairs import (
 from pack.models.npnet import decompose
 from pack.models.npnet_files import load_npnet, save_npnet
 from pack.models.train_npnet import NPNetTraining, Pairs, Recipe, Share, config_for, identity_npnet
+from pack.training.published_pairs import published_pairs
 
 SIDE, WIDTH = 8, 6
 RECIPE = Recipe(epochs=4, batch_size=32, learning_rate=3e-3, size="small")

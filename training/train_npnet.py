@@ -15,6 +15,7 @@ models/golden_noise, another one to WORK/models/npnet, from where it may be copi
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shutil
 import sys
@@ -78,7 +79,8 @@ def collect(host: Host, args: argparse.Namespace, recipe, part: str) -> str:
     folder = noise_pairs.pairs_folder(args.name)
     node.check_place(folder, args.name)
     if args.published:
-        count = noise_pairs.import_published(clip, args.published, folder, args.shard_size)
+        published = importlib.import_module(f"{ROOT}.training.published_pairs")
+        count = published.import_published(clip, args.published, folder, args.shard_size)
         return f"{count} published pairs"
     if args.prompts.isdecimal():
         lines = "\n".join(prompt(task.obj, task.background) for task in tasks(int(args.prompts)))

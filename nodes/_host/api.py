@@ -6,14 +6,16 @@ import dataclasses
 import html
 from collections.abc import Callable
 
-from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_execution.graph_utils import ExecutionBlocker as ExecutionBlocker  # as an output: its users do not run
 from server import PromptServer
 from torch import Tensor
 
 try:
-    from comfy_api.v0_0_2 import ComfyExtension, io, ui
+    from comfy_api.v0_0_2 import ComfyExtension as ComfyExtension
+    from comfy_api.v0_0_2 import io, ui
 except ImportError:  # a host that has retired the numbered version
-    from comfy_api.latest import ComfyExtension, io, ui
+    from comfy_api.latest import ComfyExtension as ComfyExtension
+    from comfy_api.latest import io, ui
 
 Profile = io.Custom("ATTUNE_PROFILE")
 
@@ -59,26 +61,6 @@ def progress_text(node_id: str) -> Callable[[str], None]:
     return show
 
 
-def blocked(why: str) -> ExecutionBlocker:
-    """An output that is not there: a node that uses it does not run, and the page says why."""
-    return ExecutionBlocker(why)
-
-
 def shown_on(node: type[io.ComfyNode], image: Tensor) -> ui.PreviewImage | None:
     """A preview of an IMAGE on the node that is running; None where another node calls it."""
     return None if node.hidden is None else ui.PreviewImage(image)
-
-
-__all__ = [
-    "ComfyExtension",
-    "Profile",
-    "advanced",
-    "blocked",
-    "check_choices",
-    "io",
-    "progress_text",
-    "say_on_node",
-    "schema",
-    "shown_on",
-    "ui",
-]

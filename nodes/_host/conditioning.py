@@ -35,13 +35,10 @@ class Remap:
     solver: str = ""
     cfg: float | None = None
 
-    def at(self, size: tuple[int, int] | None) -> ConditioningMap:
-        """The map for pictures of `size` pixels, None where the latent is no picture."""
-        return self.conditioning
-
-    def said(self, size: tuple[int, int] | None) -> str:
-        """What a run of that size has to know, for the log; "" where there is nothing to choose."""
-        return ""
+    def at(self, size: tuple[int, int] | None) -> tuple[ConditioningMap, str]:
+        """The map for pictures of `size` pixels, None where the latent is no picture; and what a run has to know of the
+        choice, for the log, "" where there is none."""
+        return self.conditioning, ""
 
 
 def with_conditioning(model, remap: Remap):
@@ -91,8 +88,9 @@ def _choose(executor, guider, sigmas, extra_args, *args, **kwargs):
     fitting = []
     for remap in _own(options):
         if remap.solver in ("", running):
-            fitting.append(remap.at(size))
-            if said := remap.said(size):
+            a_map, said = remap.at(size)
+            fitting.append(a_map)
+            if said:
                 LOG.info("%s: %s", remap.name, said)
             if remap.cfg and cfg and not 0.5 <= cfg / remap.cfg <= 2:
                 LOG.warning(
@@ -111,7 +109,11 @@ def _tell(executor, x, sigma, *args, **kwargs):
     """APPLY_MODEL: one call of the network with its timestep replaced where the map changes sigma."""
     options = kwargs.get("transformer_options") or next((a for a in reversed(args) if isinstance(a, dict)), {})
     base_model = executor.class_obj
-    conditioning = options[CHOSEN] if CHOSEN in options else _without_solver(options, _size(base_model, x))
+    if CHOSEN in options:
+        conditioning = options[CHOSEN]
+    else:  # a call outside of any sampler: the maps that hold for all of them
+        fitting = [remap.at(_size(base_model, x))[0] for remap in _own(options) if not remap.solver]
+        conditioning = compose(fitting) if fitting else None
     if conditioning is None:
         return executor(x, sigma, *args, **kwargs)
     told = conditioning(sigma)
@@ -135,12 +137,6 @@ def _tell(executor, x, sigma, *args, **kwargs):
 
 def _size(base_model, x: Tensor) -> tuple[int, int] | None:
     return pixels_of(base_model.latent_format, x.shape)
-
-
-def _without_solver(options, size: tuple[int, int] | None) -> ConditioningMap | None:
-    """For a call outside of any sampler: the maps that hold for all of them."""
-    fitting = [remap.at(size) for remap in _own(options) if not remap.solver]
-    return compose(fitting) if fitting else None
 
 
 def _own(options: dict) -> tuple[Remap, ...]:

@@ -14,18 +14,7 @@ import comfy.supported_models
 import comfy.supported_models_base
 import torch
 
-from ...models.demo import (
-    END,
-    MAX_TOKENS,
-    START,
-    TEXT_CONFIG,
-    TEXT_WIDTH,
-    UNET_CONFIG,
-    VOCABULARY_KEY,
-    WordTokenizer,
-    demo_facts,
-    unpack_vocabulary,
-)
+from ...models import demo
 
 TEXT_NAME = "attune"  # the text encoder is `clip_attune` inside the checkpoint
 
@@ -37,7 +26,7 @@ class DemoLatent(comfy.latent_formats.LatentFormat):
     scale_factor = 1.0
 
     def __init__(self):
-        facts = demo_facts()
+        facts = demo.demo_facts()
         self.latent_rgb_factors, self.latent_rgb_factors_bias = facts["preview_factors"], facts["preview_bias"]
 
 
@@ -48,13 +37,13 @@ class DemoTextModel(comfy.sd1_clip.SDClipModel):
         super().__init__(
             device=device,
             dtype=dtype,
-            max_length=MAX_TOKENS,
-            textmodel_json_config=dict(TEXT_CONFIG),
-            special_tokens={"start": START, "end": END, "pad": END},
+            max_length=demo.MAX_TOKENS,
+            textmodel_json_config=dict(demo.TEXT_CONFIG),
+            special_tokens={"start": demo.START, "end": demo.END, "pad": demo.END},
             model_options=model_options,
         )
         # The host's CLIP embedding has a fixed number of rows.
-        rows = self.operations.Embedding(words, TEXT_WIDTH, dtype=dtype, device=device)
+        rows = self.operations.Embedding(words, demo.TEXT_WIDTH, dtype=dtype, device=device)
         self.transformer.set_input_embeddings(rows)
 
 
@@ -63,11 +52,11 @@ class DemoTokenizer(comfy.sd1_clip.SDTokenizer):
 
     def __init__(self, embedding_directory=None, tokenizer_data={}):  # noqa: B006 - the host's signature
         super().__init__(
-            tokenizer_path=unpack_vocabulary(tokenizer_data[VOCABULARY_KEY]),
-            tokenizer_class=WordTokenizer,
-            max_length=MAX_TOKENS,
+            tokenizer_path=demo.unpack_vocabulary(tokenizer_data[demo.VOCABULARY_KEY]),
+            tokenizer_class=demo.WordTokenizer,
+            max_length=demo.MAX_TOKENS,
             embedding_directory=embedding_directory,
-            embedding_size=TEXT_WIDTH,
+            embedding_size=demo.TEXT_WIDTH,
             embedding_key=f"clip_{TEXT_NAME}",
             tokenizer_data=tokenizer_data,
         )
@@ -106,12 +95,12 @@ class AttuneDemo(comfy.supported_models_base.BASE):
     """SD1.5's betas and v-prediction on a UNet of a tenth of its width."""
 
     unet_config = {
-        "context_dim": TEXT_WIDTH,
-        "model_channels": UNET_CONFIG["model_channels"],
-        "adm_in_channels": TEXT_WIDTH,
+        "context_dim": demo.TEXT_WIDTH,
+        "model_channels": demo.UNET_CONFIG["model_channels"],
+        "adm_in_channels": demo.TEXT_WIDTH,
     }
-    unet_extra_config = {"num_heads": -1, "num_head_channels": UNET_CONFIG["num_head_channels"]}
-    required_keys = {f"cond_stage_model.{VOCABULARY_KEY}"}
+    unet_extra_config = {"num_heads": -1, "num_head_channels": demo.UNET_CONFIG["num_head_channels"]}
+    required_keys = {f"cond_stage_model.{demo.VOCABULARY_KEY}"}
     latent_format = DemoLatent
     supported_inference_dtypes = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -122,7 +111,7 @@ class AttuneDemo(comfy.supported_models_base.BASE):
         return DemoBase(self, model_type=self.model_type(state_dict, prefix), device=device)
 
     def clip_target(self, state_dict={}):  # noqa: B006 - the host's signature
-        words = len(unpack_vocabulary(state_dict[f"cond_stage_model.{VOCABULARY_KEY}"]))
+        words = len(demo.unpack_vocabulary(state_dict[f"cond_stage_model.{demo.VOCABULARY_KEY}"]))
         target = comfy.supported_models_base.ClipTarget(DemoPromptTokenizer, DemoTextEncoder)
         target.params["words"] = words
         return target

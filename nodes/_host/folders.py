@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import folder_paths
@@ -13,14 +11,11 @@ from ...models.calibration import SCHEDULE, Calibration
 from ...models.npnet_files import PICKLED, SAFE
 from ...models.store import SUFFIX, ProfileReader, is_profile_file, save_profile, shipped_profiles, update_profile
 
-WEIGHTS = Path(__file__).resolve().parents[2] / "models" / "weights"
-CONTROLNETS = WEIGHTS.with_name("controlnet")
-OWN_NPNETS = Path(__file__).resolve().parents[2] / "models" / "golden_noise"
-OWN_LORAS = Path(__file__).resolve().parents[2] / "models" / "loras"
-NPNETS = "npnet"  # models/npnet
-FOLDER = "attune"  # models/attune, or wherever extra_model_paths.yaml sends it
+OWN = Path(__file__).resolve().parents[2] / "models"
+FOLDER = "attune"  # models/attune, or wherever extra_model_paths.yaml sends it: profiles
 MODULES = "one_more_step"  # likewise: networks of One More Step
-SHIPPED_MODULES = WEIGHTS.with_name(MODULES)
+NPNETS = "npnet"  # likewise: networks for golden noise
+CALLED = {MODULES: "One More Step module", NPNETS: "NPNet"}
 AT = "@"  # between a file's name and the id of what a workflow brought under it
 CARRIED: dict[str, Calibration] = {}  # by name@id: what workflows brought along and models/attune lacks
 READ = ProfileReader()
@@ -28,48 +23,38 @@ READ = ProfileReader()
 
 def register_folders() -> None:
     """List the demo's files in the stock loaders, after the user's own folders; models/attune and models/npnet."""
-    folder_paths.add_model_folder_path("checkpoints", str(WEIGHTS))
-    folder_paths.add_model_folder_path("controlnet", str(CONTROLNETS))
-    folder_paths.add_model_folder_path("loras", str(OWN_LORAS))
-    configured, _ = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
-    own = os.path.join(folder_paths.models_dir, FOLDER)
-    paths = [*configured, *([] if own in configured else [own])]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, {SUFFIX})
-    configured, _ = folder_paths.folder_names_and_paths.get(MODULES, ([], set()))
-    paths = [*configured, os.path.join(folder_paths.models_dir, MODULES), str(SHIPPED_MODULES)]
-    folder_paths.folder_names_and_paths[MODULES] = (list(dict.fromkeys(paths)), {".safetensors"})
-    found, kinds = folder_paths.folder_names_and_paths.get(NPNETS, ([], set()))
-    ours = [os.path.join(folder_paths.models_dir, name) for name in (NPNETS, "npnets")]
-    paths = [*found, *(path for path in [*ours, str(OWN_NPNETS)] if path not in found)]
-    folder_paths.folder_names_and_paths[NPNETS] = (paths, {*kinds, *SAFE, *PICKLED})
+    for kind, folder in (("checkpoints", "weights"), ("controlnet", "controlnet"), ("loras", "loras")):
+        folder_paths.add_model_folder_path(kind, str(OWN / folder))
+    models = Path(folder_paths.models_dir)
+    for kind, suffixes, places in (
+        (FOLDER, (SUFFIX,), [models / FOLDER]),
+        (MODULES, (".safetensors",), [models / MODULES, OWN / MODULES]),
+        (NPNETS, (*SAFE, *PICKLED), [models / NPNETS, models / "npnets", OWN / "golden_noise"]),
+    ):
+        configured, known = folder_paths.folder_names_and_paths.get(kind, ([], set()))
+        paths = dict.fromkeys([*configured, *map(str, places)])
+        folder_paths.folder_names_and_paths[kind] = (list(paths), {*known, *suffixes})
 
 
-def user_profile_names() -> list[str]:
-    """The profile files of the user, as the host lists them."""
-    return folder_paths.get_filename_list(FOLDER)
+def file_names(kind: str) -> list[str]:
+    """The files of a folder kind, as the host lists them: the user's, then the pack's own where it has a folder."""
+    return folder_paths.get_filename_list(kind)
 
 
 def profile_names() -> list[str]:
     """Everything that can be loaded: the user's files, then the pack's own by their names."""
-    return [*user_profile_names(), *shipped_profiles()]
+    return [*file_names(FOLDER), *shipped_profiles()]
 
 
 def schedule_files() -> list[str]:
     """The user's profile files that hold a schedule."""
-    return list(profiles_of_kind(SCHEDULE, user_profile_names()))
+    return list(profiles_of_kind(SCHEDULE, file_names(FOLDER)))
 
 
 def profiles_of_kind(kind: str, names: Iterable[str] | None = None) -> dict[str, Calibration]:
     """The profiles of one kind by name, of `names` or all; what cannot be read is left out here."""
-    found = {}
-    for name in profile_names() if names is None else names:
-        with suppress(ValueError):
-            found[name] = find_profile(name)
-    return {name: one for name, one in found.items() if one.kind == kind}
-
-
-def profile_names_of(kind: str) -> list[str]:
-    return list(profiles_of_kind(kind))
+    found = {name: readable_profile(name) for name in (profile_names() if names is None else names)}
+    return {name: one for name, one in found.items() if one is not None and one.kind == kind}
 
 
 def forget_profile(name: str) -> None:
@@ -85,14 +70,21 @@ def forget_profile(name: str) -> None:
 
 def profile_stamps(kind: str) -> tuple:
     """Another value once a profile file of the user's of that kind appears, changes or goes."""
-    paths = map(profile_path, profiles_of_kind(kind, user_profile_names()))
+    paths = map(profile_path, profiles_of_kind(kind, file_names(FOLDER)))
     return tuple(file_stamp(path) for path in paths if path is not None)
+
+
+def readable_profile(name: str) -> Calibration | None:
+    """The profile of that name, None where none can be read: the node that loads it says why."""
+    try:
+        return find_profile(name)
+    except ValueError:
+        return None
 
 
 def profile_path(name: str) -> Path | None:
     """The file behind a name, None for the pack's own profiles and for names that are not there."""
-    path = folder_paths.get_full_path(FOLDER, name) if is_profile_file(name) else None
-    return None if path is None else Path(path)
+    return _full_path(FOLDER, name) if is_profile_file(name) else None
 
 
 def has_profile(name: object) -> bool:
@@ -153,48 +145,34 @@ def keep_fit(profile: Calibration) -> str:
     return f"Saved as '{path.name}' in {path.parent}; press R and Attune Load Profile lists it."
 
 
-def module_names() -> list[str]:
-    """The networks of One More Step that can be loaded, the pack's own among them."""
-    return folder_paths.get_filename_list(MODULES)
-
-
-def module_path(name: str) -> Path:
-    """The file of that name; ValueError with the choices when there is none."""
-    path = _full_path(MODULES, name)
+def file_path(kind: str, name: str) -> Path:
+    """The file of that name; ValueError with the folder and the choices when there is none."""
+    path = _full_path(kind, name)
     if path is None:
         raise ValueError(
-            f"There is no '{name}' in {module_folder()}. Put the file there and press R to refresh, or choose one of: "
-            f"{', '.join(module_names())}."
+            f"There is no {CALLED[kind]} '{name}'. Put the file into {_folder(kind)} and press R to refresh, or choose "
+            f"one of: {', '.join(file_names(kind))}."
         )
-    return Path(path)
-
-
-def module_folder() -> Path:
-    """Where new networks of One More Step are kept."""
-    return Path(folder_paths.get_folder_paths(MODULES)[0])
+    return path
 
 
 def state_of(kind: str, name: str | None) -> tuple:
     """A file of a folder kind with its time and size: another value once it changes; for one that is not there, its
     name, for the node that loads it says so."""
     path = _full_path(kind, name)
-    stat = None if path is None else os.stat(path)
-    return (name,) if stat is None else (path, stat.st_mtime_ns, stat.st_size)
+    return (name,) if path is None else file_stamp(path)
 
 
-def _full_path(kind: str, name: str | None) -> str | None:
-    """Where the host finds a file; None where there is none, or the name is no name."""
-    return folder_paths.get_full_path(kind, name) if isinstance(name, str) else None
+def _full_path(kind: str, name: str | None) -> Path | None:
+    """Where the host finds a file; None where there is none (a link that leads nowhere), or the name is no name."""
+    path = folder_paths.get_full_path(kind, name) if isinstance(name, str) else None
+    return None if path is None else Path(path)
 
 
 def installed_files() -> tuple:
     """Every profile, module and NPNet of the user's with its time and size: another value once one of them changes."""
-    found = [
-        folder_paths.get_full_path(kind, name)
-        for kind in (FOLDER, MODULES, NPNETS)
-        for name in folder_paths.get_filename_list(kind)
-    ]
-    return tuple(file_stamp(Path(path)) for path in found if path is not None)  # None: a link that leads nowhere
+    found = [_full_path(kind, name) for kind in (FOLDER, MODULES, NPNETS) for name in file_names(kind)]
+    return tuple(file_stamp(path) for path in found if path is not None)
 
 
 def file_stamp(path: Path) -> tuple:
@@ -226,23 +204,20 @@ def find_folder(name: str) -> Path:
     return found
 
 
-def npnet_names() -> list[str]:
-    return folder_paths.get_filename_list(NPNETS)
-
-
-def npnet_path(name: str) -> Path:
-    """The file of an NPNet; ValueError with the folder when there is none."""
-    path = _full_path(NPNETS, name)
-    if path is None:
-        raise ValueError(f"There is no NPNet '{name}'. Put the file into {npnet_folder()} and press R to refresh.")
-    return Path(path)
+def module_folder() -> Path:
+    """Where new networks of One More Step are kept."""
+    return _folder(MODULES)
 
 
 def npnet_folder() -> Path:
     """Where an NPNet of the user's goes."""
-    return Path(folder_paths.get_folder_paths(NPNETS)[0])
+    return _folder(NPNETS)
 
 
 def profile_folder() -> Path:
     """Where the user's profiles are kept."""
-    return Path(folder_paths.get_folder_paths(FOLDER)[0])
+    return _folder(FOLDER)
+
+
+def _folder(kind: str) -> Path:
+    return Path(folder_paths.get_folder_paths(kind)[0])

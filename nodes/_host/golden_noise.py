@@ -32,33 +32,10 @@ class HostNPNet:
     patcher: comfy.model_patcher.ModelPatcher
 
     @classmethod
-    def of(cls, file: NPNetFile) -> HostNPNet:
-        management = comfy.model_management
+    def load(cls, path: Path) -> HostNPNet:
+        file, management = load_npnet(path), comfy.model_management
         devices = management.get_torch_device(), management.unet_offload_device()
         return cls(file, comfy.model_patcher.ModelPatcher(file.net, *devices))
-
-    @classmethod
-    def load(cls, path: Path) -> HostNPNet:
-        return cls.of(load_npnet(path))
-
-    def refine(self, noise: Tensor, conds: list[dict], settings: GoldenSettings) -> tuple[Tensor, str]:
-        """Golden noise [b c h w] on the CPU for the host's prompts, and what changed; ValueError before any work."""
-        config = self.file.net.config
-        check_size(config, noise.shape, settings.other_sizes)
-        texts = _texts(config, conds, settings)
-        comfy.model_management.load_models_gpu([self.patcher], force_full_load=True)
-        with torch.no_grad():
-            golden = golden_noise(
-                self.file.net, noise, texts, settings, comfy.model_management.throw_exception_if_processing_interrupted
-            )
-        change = float((golden - noise).square().mean().sqrt() / noise.square().mean().sqrt())
-        height, width = noise.shape[-2:]
-        own = (height, width) == (config.side, config.side)
-        windows = "" if own else f", in windows of {config.side} x {config.side}, its own size"
-        return golden, (
-            f"{self.file.name} changed the noise of {height} x {width} latents by {change:.3g} of its size at strength "
-            f"{settings.strength:g}{windows}"
-        )
 
 
 @dataclass(frozen=True)
@@ -76,25 +53,38 @@ class GoldenNoise(Start):
         return self.settings.strength
 
     def check(self, positive: list | None) -> None:
-        _texts(
-            self.npnet.file.net.config, [{**extra, "cross_attn": text} for text, extra in positive or []], self.settings
-        )
+        self._texts([{**extra, "cross_attn": text} for text, extra in positive or []])
 
     def begin(self, run: Run) -> tuple[Tensor, str]:
-        return self.npnet.refine(run.noise, run.guider.conds.get("positive", []), self.settings)
-
-
-def _texts(config, conds: list[dict], settings: GoldenSettings) -> list[Tensor]:
-    if not conds:
-        raise ValueError(
-            f"{WHO} reads the prompt of the run, but there is none. Connect 'positive' of the sampler, of its guider "
-            "or of Attune Noise."
+        """Golden noise [b c h w] on the CPU; ValueError before any work."""
+        net, noise, settings = self.npnet.file.net, run.noise, self.settings
+        check_size(net.config, noise.shape, settings.other_sizes)
+        texts = self._texts(run.guider.conds.get("positive", []))
+        comfy.model_management.load_models_gpu([self.npnet.patcher], force_full_load=True)
+        stop = comfy.model_management.throw_exception_if_processing_interrupted
+        with torch.no_grad():
+            golden = golden_noise(net, noise, texts, settings, stop)
+        change = float((golden - noise).square().mean().sqrt() / noise.square().mean().sqrt())
+        (height, width), side = noise.shape[-2:], net.config.side
+        windows = "" if (height, width) == (side, side) else f", in windows of {side} x {side}, its own size"
+        return golden, (
+            f"{self.npnet.file.name} changed the noise of {height} x {width} latents by {change:.3g} of its size at "
+            f"strength {settings.strength:g}{windows}"
         )
-    chosen = next((i for i, cond in enumerate(conds) if not any(cond.get(name) for name in LIMITED)), 0)
-    if len(conds) > 1:
-        LOG.info("%s: of %d prompts it reads number %d.", WHO, len(conds), chosen + 1)
-    cond = conds[chosen]
-    tokens = cond.get("cross_attn")
-    if config.text == "flat" and tokens is not None and tokens.ndim == 3 and tokens.shape[1] > config.tokens:
-        LOG.info("%s: the prompt has %d tokens; %s of %d.", WHO, tokens.shape[1], settings.long_prompt, config.tokens)
-    return prompt_texts(config, tokens, cond.get("pooled_output"), settings.long_prompt)
+
+    def _texts(self, conds: list[dict]) -> list[Tensor]:
+        """What the network reads of the host's prompts; ValueError where there is none that it can read."""
+        config, long_prompt = self.npnet.file.net.config, self.settings.long_prompt
+        if not conds:
+            raise ValueError(
+                f"{WHO} reads the prompt of the run, but there is none. Connect 'positive' of the sampler, of its "
+                "guider or of Attune Noise."
+            )
+        chosen = next((i for i, cond in enumerate(conds) if not any(cond.get(name) for name in LIMITED)), 0)
+        if len(conds) > 1:
+            LOG.info("%s: of %d prompts it reads number %d.", WHO, len(conds), chosen + 1)
+        cond = conds[chosen]
+        tokens = cond.get("cross_attn")
+        if config.text == "flat" and tokens is not None and tokens.ndim == 3 and tokens.shape[1] > config.tokens:
+            LOG.info("%s: the prompt has %d tokens; %s of %d.", WHO, tokens.shape[1], long_prompt, config.tokens)
+        return prompt_texts(config, tokens, cond.get("pooled_output"), long_prompt)

@@ -70,7 +70,8 @@ def weights_hash(model) -> str:
         return ""
     matrices, digest = sorted(parameters), hashlib.sha256()
     for name in matrices[:: -(-len(matrices) // SAMPLED_TENSORS)]:
-        signs = _sampled(_own_weight(model, f"diffusion_model.{name}", parameters[name])) > 0
+        kept = model.backup.get(f"diffusion_model.{name}")  # the weight of before a LoRA was added to it in place
+        signs = _sampled(parameters[name] if kept is None else kept.weight) > 0
         digest.update(bytes(signs.tolist()))
     return digest.hexdigest()[:16]
 
@@ -100,12 +101,6 @@ def _tensors(patch) -> list[Tensor]:
 
 def _is_plain_matrix(weight: Tensor) -> bool:
     return type(weight) is Parameter and weight.ndim > 1 and weight.is_floating_point() and not weight.is_meta
-
-
-def _own_weight(model, key: str, weight: Tensor) -> Tensor:
-    """A weight as it was before a LoRA was added to it in place; the host keeps that one aside."""
-    kept = model.backup.get(key)
-    return weight if kept is None else kept.weight
 
 
 def _sampled(weight: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,23 +14,14 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...models.noise_pairs import (
-    Job,
-    Shard,
-    check_same,
-    held_out,
-    load_shard,
-    published_pairs,
-    read_jobs,
-    save_shard,
-    shard_path,
-)
+from ...models.noise_pairs import Job, Shard, check_same, held_out, load_shard, save_shard, shard_path
 from ...models.store import file_stem, shortened
 from ...models.train_npnet import Recipe, config_for
-from ...models.training import UNFINISHED, check_writable, outline
+from ...models.training import UNFINISHED, outline
 from .calibrating import calibrating
-from .identity import config_hash, patches_hash, weights_hash
-from .redenoise import Redenoise, redenoised
+from .identity import identify
+from .redenoise import Redenoise
+from .start import Run
 
 
 def pairs_folder(name: str) -> Path:
@@ -51,16 +41,15 @@ class Source:
 
     def facts(self, prompt: str) -> dict[str, Any]:
         """What the pairs are made with; those of other facts are not mixed. `prompt`: any, to know the encoder by."""
-        model, settings = self.model, self.settings
+        about, settings = identify(self.model, weights=True), self.settings
         return {
-            "base_model": type(model.model.model_config).__name__,
-            "config_hash": config_hash(model.model.model_config.unet_config),
-            "weights": weights_hash(model), "patches": patches_hash(model),
-            "latent_format": type(model.get_model_object("latent_format")).__name__,
+            "base_model": about.family, "config_hash": about.config_hash, "weights": about.weights_hash,
+            "patches": about.patches,
+            "latent_format": type(self.model.get_model_object("latent_format")).__name__,
             "latent": list(self.latent.shape[1:]),
             "strong_cfg": settings.strong_cfg, "weak_cfg": settings.weak_cfg, "rounds": settings.rounds,
             "depth": settings.depth, "negative": outline(torch.cat([tokens.flatten() for tokens, _ in self.negative])),
-            "texts": outline(_encode(self.clip, prompt)[0]),
+            "texts": outline(encode(self.clip, prompt)[0]),
         }  # fmt: skip
 
     def check(self, prompts: list[str], recipe: Recipe) -> None:
@@ -76,7 +65,7 @@ class Source:
         layouts: dict[str, str] = {}
         for prompt in prompts:  # one encoding for each number of tokens: of 100,000 prompts it would take long
             layouts.setdefault(_layout(self.clip, prompt), prompt)
-        tokens, pooled = _stack([(prompt, _encode(self.clip, prompt)) for prompt in layouts.values()])
+        tokens, pooled = stack([(prompt, encode(self.clip, prompt)) for prompt in layouts.values()])
         one = torch.zeros(1, *self.latent.shape[1:])
         config_for(Shard(one, one, torch.zeros(1, dtype=torch.long), tokens, pooled, (), {}), recipe)
 
@@ -93,8 +82,8 @@ def collect(
     for index in missing:
         jobs, path = shards[index], shard_path(folder, index)
         prompts = list(dict.fromkeys(job.prompt for job in jobs))
-        encoded = [_encode(source.clip, prompt) for prompt in prompts]
-        texts = _stack(list(zip(prompts, encoded, strict=True)))
+        encoded = [encode(source.clip, prompt) for prompt in prompts]
+        texts = stack(list(zip(prompts, encoded, strict=True)))
         which = torch.tensor([prompts.index(job.prompt) for job in jobs])
         noise = torch.cat([comfy.sample.prepare_noise(source.latent, job.seed) for job in jobs])
         golden = _begun(path.with_suffix(UNFINISHED), jobs, facts)
@@ -122,28 +111,6 @@ def _begun(path: Path, jobs: list[Job], facts: Mapping[str, Any]) -> Tensor:
     return shard.golden
 
 
-def import_published(clip: Any, source: Path, folder: Path, shard_size: int) -> int:
-    """Write the pairs of a folder in the authors' format as shards, with their prompts' embeddings; their number.
-
-    Shards of these very pairs that are there already are kept, so that an interrupted import goes on; ValueError for
-    others, and for prompts of several lengths.
-    """
-    check_writable(folder)
-    pairs, index, count, facts = published_pairs(source), 0, 0, {"source": source.name}
-    while some := list(itertools.islice(pairs, shard_size)):
-        path, jobs = shard_path(folder, index), [job for job, _, _ in some]
-        if path.exists():
-            check_same(path, *read_jobs(path), jobs, facts)
-        else:
-            prompts = list(dict.fromkeys(job.prompt for job in jobs))
-            which = torch.tensor([prompts.index(job.prompt) for job in jobs])
-            noise, golden = torch.cat([pair[1] for pair in some]), torch.cat([pair[2] for pair in some])
-            texts = _stack([(prompt, _encode(clip, prompt)) for prompt in prompts])
-            save_shard(path, Shard(noise, golden, which, *texts, tuple(jobs), facts))
-        index, count = index + 1, count + len(some)
-    return count
-
-
 def _layout(clip: Any, prompt: str) -> str:
     """How many tokens a prompt has for each of the text encoders."""
     return repr(
@@ -155,12 +122,12 @@ def _layout(clip: Any, prompt: str) -> str:
     )
 
 
-def _encode(clip: Any, prompt: str) -> tuple[Tensor, dict]:
+def encode(clip: Any, prompt: str) -> tuple[Tensor, dict]:
     ((tokens, extra),) = clip.encode_from_tokens_scheduled(clip.tokenize(prompt))
     return tokens, extra
 
 
-def _stack(encoded: list[tuple[str, tuple[Tensor, dict]]]) -> tuple[Tensor, Tensor | None]:
+def stack(encoded: list[tuple[str, tuple[Tensor, dict]]]) -> tuple[Tensor, Tensor | None]:
     """tokens [p t d] and pooled [p d] of prompts; ValueError if some are longer than others."""
     lengths = {tokens.shape[1]: prompt for prompt, (tokens, _) in encoded}
     if len(lengths) > 1:
@@ -184,8 +151,9 @@ class _Collector(comfy.samplers.Sampler):
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
-        full = self.max_denoise(model_wrap, sigmas)
-        golden, _ = redenoised(model_wrap, sigmas, extra_args, noise, latent_image, full, self.settings)
+        sampling, top = model_wrap.inner_model.model_sampling, self.max_denoise(model_wrap, sigmas)
+        run = Run(model_wrap, sampling, sigmas, noise, latent_image, None, top, extra_args)
+        golden, _ = self.settings.begin(run)
         self.golden = golden.cpu()
         return latent_image
 
@@ -193,7 +161,7 @@ class _Collector(comfy.samplers.Sampler):
 def _golden(source: Source, encoded: list[tuple[Tensor, dict]], noise: Tensor) -> Tensor:
     """Golden noise [b c h w], each sample for its own prompt; our own wrappers on the MODEL stand aside."""
     comfy.model_management.throw_exception_if_processing_interrupted()
-    tokens, pooled = _stack([("", one) for one in encoded])
+    tokens, pooled = stack([("", one) for one in encoded])
     extra = dict(encoded[0][1]) | ({} if pooled is None else {"pooled_output": pooled})
     guider = comfy.samplers.CFGGuider(calibrating(source.model))
     guider.set_conds([[tokens, extra]], source.negative)

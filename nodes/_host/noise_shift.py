@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.samplers
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.conditioning import ConditioningMap
-from ...kernels.noise_shift import Limits
+from ...kernels.noise_shift import Limits, Shift, ShiftPreset, fit_joint
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import ToldDenoiser
 from ...models.calibration import Calibration
@@ -23,8 +22,8 @@ from .calibrating import calibrating
 from .conditioning import Remap, choose_for_solve, with_choice_per_solve, with_conditioning
 from .identity import identify
 from .sampling import run_stock_node, sample
+from .session import ProgressBar
 
-T = TypeVar("T")
 STEPS = 20  # of the model's own pictures
 SDXL_ADM = {2816, 2560}  # inputs of SDXL's and its refiner's second condition: pooled text and sizes
 POOLED = 1280  # the pooled text among them
@@ -38,13 +37,7 @@ class SizedRemap(Remap):
     strength: float = 1.0
     _chosen: dict[Size, tuple[ConditioningMap, str]] = field(default_factory=dict, repr=False, compare=False)
 
-    def at(self, size: Size | None) -> ConditioningMap:
-        return self._choose(size)[0]
-
-    def said(self, size: Size | None) -> str:
-        return self._choose(size)[1]
-
-    def _choose(self, size: Size | None) -> tuple[ConditioningMap, str]:
+    def at(self, size: Size | None) -> tuple[ConditioningMap, str]:
         assert self.profile is not None
         if size is None:
             identity = ConditioningMap.through(NoiseSpace(self.profile.space), [0.5], [0.5])
@@ -61,16 +54,12 @@ def with_noise_shift(model, profile: Calibration, strength: float):
     return with_conditioning(model, SizedRemap(profile.name, changing, profile=profile, strength=strength))
 
 
-def limits(model) -> Limits:
-    about = identify(model)
-    return Limits(about.sigma_min, about.sigma_max)
-
-
 class _Calibration(comfy.samplers.Sampler):
     """A sampler in the eyes of the host: runs `work` on the clean latents, in the model's scale, and a denoiser."""
 
-    def __init__(self, space: NoiseSpace, chunk: int, work: Callable[[Tensor, ToldDenoiser], Any]):
-        self.space, self.chunk, self.work, self.result = space, chunk, work, None
+    def __init__(self, space: NoiseSpace, chunk: int, work: Callable[[Tensor, ToldDenoiser], Shift]):
+        self.space, self.chunk, self.work = space, chunk, work
+        self.result: Shift | None = None
 
     def sample(
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
@@ -87,7 +76,7 @@ class _Calibration(comfy.samplers.Sampler):
             parts = []
             for i, start in enumerate(range(0, len(x), self.chunk)):
                 comfy.model_management.throw_exception_if_processing_interrupted()
-                conds, end = model_wrap.conds[_name(i)], start + self.chunk
+                conds, end = model_wrap.conds[f"positive {i}"], start + self.chunk
                 parts += comfy.samplers.calc_cond_batch(base, [conds], x[start:end], sigma[start:end], model_options)
             return torch.cat(parts)
 
@@ -97,27 +86,36 @@ class _Calibration(comfy.samplers.Sampler):
 
 
 def calibrate(
-    model, positive: Sequence, latents: Tensor, chunk: int, space: NoiseSpace, work: Callable[[Tensor, ToldDenoiser], T]
-) -> T:
-    """What `work(x0, denoise)` returns, run once on the loaded MODEL; `positive`: one prompt a latent, or one for all.
+    model, positive: Sequence, latents: Tensor, chunk: int, effort: ShiftPreset, seed: int, bar: ProgressBar, done: int
+) -> Shift:
+    """The shift that clean latents of one size ask for; `positive`: one prompt a latent, or one for all.
 
-    `chunk` pictures go through the network at once.
+    `chunk` pictures go through the network at once. The bar moves on from the evaluations `done` before.
     """
+    about = identify(model)
+    space, limits = NoiseSpace(about.space), Limits(about.sigma_min, about.sigma_max)
+
+    def work(x0: Tensor, denoise: ToldDenoiser) -> Shift:
+        fit = fit_joint(denoise, x0, effort, space, limits, seed)
+        while True:
+            try:
+                bar.update(done + next(fit))
+            except StopIteration as end:
+                return end.value
+
     guider = comfy.samplers.CFGGuider(with_choice_per_solve(calibrating(model)))
     starts = range(0, len(latents), chunk)
-    guider.inner_set_conds({_name(i): _part(positive, s, s + chunk, len(latents)) for i, s in enumerate(starts)})
+    guider.inner_set_conds(
+        {f"positive {i}": prompts_of(positive, s, s + chunk, len(latents)) for i, s in enumerate(starts)}
+    )
     session = _Calibration(space, chunk, work)
-    sigma_max = float(model.get_model_object("model_sampling").sigma_max)
-    whole = torch.tensor([sigma_max, 0.0])
+    whole = torch.tensor([about.sigma_max, 0.0])
     guider.sample(torch.zeros_like(latents), latents, session, whole, disable_pbar=True, seed=0)
-    return session.result  # type: ignore[return-value]
+    assert session.result is not None
+    return session.result
 
 
-def _name(chunk: int) -> str:
-    return f"positive {chunk}"
-
-
-def _part(positive: Sequence, start: int, end: int, count: int) -> list:
+def prompts_of(positive: Sequence, start: int, end: int, count: int) -> list:
     """The prompts of the pictures start … end of `count`; tensors that do not hold one row a picture go to all."""
 
     def part(value):
@@ -143,10 +141,6 @@ def data_hash(latent: dict | None, images: Tensor | None, prompts: Sequence) -> 
     for tensor in given:
         digest.update(b"-" if tensor is None else tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def first_prompts(positive: Sequence, count: int, of: int) -> list:
-    return _part(positive, 0, count, of)
 
 
 def without_text(model) -> list:
@@ -184,7 +178,7 @@ def draw_own(model, vae, positive: Sequence, negative: Sequence | None, cfg: flo
     empty = {"samples": torch.zeros(1, latent_format.latent_channels, size[1] // scale, size[0] // scale)}
     pictures = []
     for i in range(count):
-        prompt = _part(positive, i, i + 1, count)
+        prompt = prompts_of(positive, i, i + 1, count)
         against, scale_of_it = (prompt, 1.0) if negative is None else (negative, cfg)
         drawn = sample(model, (seed + i) % 2**64, scale_of_it, "dpmpp_2m", sigmas, prompt, against, empty)
         pictures.append(run_stock_node("VAEDecode", samples=drawn, vae=vae)[0])

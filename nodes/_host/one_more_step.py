@@ -18,17 +18,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.one_more_step import SignalLeak, clean_of_v, first_state, guided, keyed_noise, noise_for
-from ...models.one_more_step import (
-    ENCODERS,
-    LEAK,
-    Architecture,
-    architecture_of,
-    check_shapes,
-    latent_space_of,
-    prediction_of,
-    read_header,
-    read_leak,
-)
+from ...models import one_more_step as files
 from .start import Run, Start, with_start
 from .timeless_unet import TimelessUNet, diffusers_names
 
@@ -47,7 +37,7 @@ class Module:
     name: str
     patcher: comfy.model_patcher.ModelPatcher
     dtype: torch.dtype  # it computes in
-    architecture: Architecture
+    architecture: files.Architecture
     latent_space: str
     prediction: str
     leak: SignalLeak | None
@@ -67,28 +57,30 @@ class Module:
 
 def load_module(path: Path, latent_space: str, dtype: str, prediction: str, head_dim: int) -> Module:
     """The network of a file, strictly: built without memory, compared with the file's header, only then read."""
-    header = read_header(path)
-    architecture = architecture_of(header, head_dim)
+    header = files.read_header(path)
+    architecture = files.architecture_of(header, head_dim)
     names = diffusers_names(architecture)
     with torch.device("meta"):
         network = TimelessUNet(architecture, comfy.ops.manual_cast, dtype=torch.float32)
     own = network.state_dict()
-    check_shapes(header, {theirs: tuple(own[ours].shape) for theirs, ours in names.items()})
-    space = latent_space_of(header, architecture.context_dim, latent_space)
+    files.check_shapes(header, {theirs: tuple(own[ours].shape) for theirs, ours in names.items()})
+    space = files.latent_space_of(header, architecture.context_dim, latent_space)
     device = comfy.model_management.get_torch_device()
     count = sum(parameter.numel() for parameter in network.parameters())
     kept = MODULE_DTYPES.get(dtype) or comfy.model_management.unet_dtype(model_params=count)
     if comfy.model_management.is_device_cpu(device) and not MODULE_DTYPES.get(dtype):
         kept = torch.float32
     tensors = comfy.utils.load_torch_file(str(path), safe_load=True)
-    network.load_state_dict({names[k]: v.to(kept) for k, v in tensors.items() if not k.startswith(LEAK)}, assign=True)
+    network.load_state_dict(
+        {names[k]: v.to(kept) for k, v in tensors.items() if not k.startswith(files.LEAK)}, assign=True
+    )
     network.dtype = kept
     patcher = comfy.model_patcher.ModelPatcher(
         network.eval().requires_grad_(False), device, comfy.model_management.unet_offload_device()
     )
     runs = comfy.model_management.unet_manual_cast(kept, device) or kept
     return Module(
-        path.stem, patcher, runs, architecture, space, prediction_of(header, prediction), read_leak(header)
+        path.stem, patcher, runs, architecture, space, files.prediction_of(header, prediction), files.read_leak(header)
     )  # fmt: skip
 
 
@@ -145,7 +137,7 @@ def check_plan(model, plan: FirstState) -> None:
     for context, _ in [*plan.positive, *(plan.negative or [])]:
         width = 0 if context is None else context.shape[-1]
         if width != wanted:
-            found, needed = (f" ({ENCODERS[d]})" if d in ENCODERS else "" for d in (width, wanted))
+            found, needed = (f" ({files.ENCODERS[d]})" if d in files.ENCODERS else "" for d in (width, wanted))
             raise ValueError(
                 f"Attune One More Step: '{name}' needs {wanted}-dim conditioning{needed}, but got {width}{found}. "
                 "Encode its prompt with the text encoder it was trained with."

@@ -15,16 +15,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
+from ...kernels import redenoise as kernel
 from ...kernels.golden_noise import mix
-from ...kernels.redenoise import (
-    Evaluate,
-    Mode,
-    inversion_stability,
-    keep_norm,
-    redenoise,
-    sample_zigzag,
-    turning_level,
-)
 from ...kernels.types import Denoiser
 from .._plan.solvers import SOLVERS
 from .clock import noise_space
@@ -46,9 +38,9 @@ class Redenoise(Start):
     weak_cfg: float = 1.0
     rounds: int = 1
     strength: float = 1.0
-    mode: Mode = "two-step"
+    mode: kernel.Mode = "two-step"
     depth: float = 0.39
-    evaluate: Evaluate = "next level"
+    evaluate: kernel.Evaluate = "next level"
     renormalize: bool = False
     partial: bool = False
     who = WHO
@@ -65,8 +57,36 @@ class Redenoise(Start):
         return "context windows know the run's own noise levels only" if windows else None
 
     def begin(self, run: Run) -> tuple[Tensor, str]:
-        golden, done = redenoised(run.guider, run.sigmas, run.extra_args, run.noise, run.latent, run.top, self)
-        return golden if run.mask is None else run.noise * (1 - run.mask) + golden * run.mask, done
+        """Golden noise, float32."""
+        noise, sigma = run.noise.float(), run.sigmas[0]  # half precision is too coarse for a difference of two denoised
+        gap = guidance_gap(run.guider, self.strong_cfg, self.weak_cfg)
+        if self.evaluate == "first level" and noise_space(run.sampling).kind == "flow":
+            raise ValueError(
+                f"{WHO}: 'first level' is arithmetic of SD and SDXL; this is a flow model. Set 'evaluate_at' to "
+                "'next level'."
+            )
+
+        def to_state(n: Tensor, latent: Tensor = run.latent) -> Tensor:
+            return run.sampling.noise_scaling(sigma, n, latent, run.top)
+
+        one = torch.ones(1, *[1] * (noise.ndim - 1), device=noise.device)
+        none = torch.zeros_like(one)
+        unit = float((to_state(one, none) - to_state(none, none)).max())
+        turn = kernel.turning_level(run.sigmas, self.depth, unit, float(run.sampling.sigma_min))
+        strong, weak = (
+            _denoiser(run.guider, run.guider, scale, run.extra_args) for scale in (self.strong_cfg, self.weak_cfg)
+        )
+        golden = kernel.redenoise(
+            strong, weak, noise, to_state, unit, sigma, turn, self.rounds, self.mode, self.evaluate
+        )  # fmt: skip
+        if self.renormalize:
+            golden = kernel.keep_norm(noise, golden)
+        change = float((golden - noise).square().mean().sqrt() / noise.square().mean().sqrt())
+        golden = mix(noise, golden, self.strength)
+        return golden if run.mask is None else run.noise * (1 - run.mask) + golden * run.mask, (
+            f"{gap}, sigma {float(sigma):.4g} to {float(turn):.4g} and back, {self.rounds} x 2 calls of the model; "
+            f"changed the noise by {change:.3g} of its size at strength {self.strength:g}"
+        )
 
 
 @contextmanager
@@ -134,49 +154,6 @@ def guidance_gap(guider: Any, strong_cfg: float, weak_cfg: float) -> str:
     return f"guidance {said} down, {weak_cfg:g} back"
 
 
-def redenoised(
-    guider: Any,
-    sigmas: Tensor,
-    extra_args: dict,
-    noise: Tensor,
-    latent: Tensor,
-    full: bool,
-    settings: Redenoise,
-) -> tuple[Tensor, str]:
-    """Golden noise for a run of this guider from `sigmas`, float32, and what was done; `full` as in the host's
-    noise_scaling."""
-    noise = noise.float()  # a difference of two denoised latents is more than half precision holds
-    sampling = guider.inner_model.model_sampling
-    sigma = sigmas[0]
-    gap = guidance_gap(guider, settings.strong_cfg, settings.weak_cfg)
-    if settings.evaluate == "first level" and noise_space(sampling).kind == "flow":
-        raise ValueError(
-            f"{WHO}: 'first level' is arithmetic of SD and SDXL; this is a flow model. Set 'evaluate_at' to "
-            "'next level'."
-        )
-
-    def to_state(n: Tensor) -> Tensor:
-        return sampling.noise_scaling(sigma, n, latent, full)
-
-    one = torch.ones(1, *[1] * (noise.ndim - 1), device=noise.device)
-    none = torch.zeros_like(one)
-    unit = float(
-        (sampling.noise_scaling(sigma, one, none, full) - sampling.noise_scaling(sigma, none, none, full)).max()
-    )
-    turn = turning_level(sigmas, settings.depth, unit, float(sampling.sigma_min))
-    strong, weak = (_denoiser(guider, guider, scale, extra_args) for scale in (settings.strong_cfg, settings.weak_cfg))
-    golden = redenoise(
-        strong, weak, noise, to_state, unit, sigma, turn, settings.rounds, settings.mode, settings.evaluate
-    )
-    if settings.renormalize:
-        golden = keep_norm(noise, golden)
-    change = float((golden - noise).square().mean().sqrt() / noise.square().mean().sqrt())
-    return mix(noise, golden, settings.strength), (
-        f"{gap}, sigma {float(sigma):.4g} to {float(turn):.4g} and back, {settings.rounds} x 2 calls of the model; "
-        f"changed the noise by {change:.3g} of its size at strength {settings.strength:g}"
-    )
-
-
 def _denoiser(denoise: Any, guider: Any, scale: float, extra_args: dict) -> Denoiser:
     """x, sigma [] -> denoised, interruptible: what `denoise` says while the guider behind it has another scale."""
 
@@ -201,7 +178,7 @@ def zigzag_sampler(zigzag_steps: int, strong_cfg: float, weak_cfg: float, rounds
                 "%s: %s; %d of %d steps.", WHO, guidance_gap(guider, strong_cfg, weak_cfg), turning, len(sigmas) - 1
             )
         strong, weak = (_denoiser(model, guider, scale, extra_args or {}) for scale in scales)
-        for i, state, denoised, x_next in sample_zigzag(strong, weak, x, sigmas, zigzag_steps, rounds):
+        for i, state, denoised, x_next in kernel.sample_zigzag(strong, weak, x, sigmas, zigzag_steps, rounds):
             if callback is not None:
                 callback({"x": state, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
             x = x_next
@@ -243,7 +220,9 @@ def select_noise(
             return solves.denoise(x, level, level)
 
         unit = sampling.noise_scaling(sigmas[0], torch.ones(1), torch.zeros(1), False)
-        return torch.stack([inversion_stability(denoise, unit.cpu() * n.float(), sigmas.float().cpu()) for n in noises])
+        return torch.stack(
+            [kernel.inversion_stability(denoise, unit.cpu() * n.float(), sigmas.float().cpu()) for n in noises]
+        )
 
     space = noise_space(sampling)
     scores = run_session(model, positive, negative, cfg, euler, sigmas, torch.zeros_like(latent), seed, space, work)

@@ -9,7 +9,7 @@ from ...models.npnet import NPNetConfig
 from ...models.npnet_files import read_config
 from ...models.one_more_step import architecture_of, latent_space_of, read_header
 from .._plan.auto import Shelf
-from .folders import find_profile, module_names, module_path, npnet_names, npnet_path, profile_names
+from .folders import MODULES, NPNETS, file_names, file_path, find_profile, profile_names
 
 T = TypeVar("T")
 
@@ -31,18 +31,18 @@ def installed(modules: bool = True, npnets: bool = True) -> tuple[Shelf, list[st
 
     shelf = Shelf(
         read(profile_names(), find_profile),
-        read(module_names() if modules else (), _module),
-        read(npnet_names() if npnets else (), _npnet),
+        read(file_names(MODULES) if modules else (), _module),
+        read(file_names(NPNETS) if npnets else (), _npnet),
     )
     return shelf, unread
 
 
 def _module(name: str) -> tuple[str, int]:
-    header = read_header(module_path(name))
+    header = read_header(file_path(MODULES, name))
     width = architecture_of(header).context_dim
     return latent_space_of(header, width), width
 
 
 def _npnet(name: str) -> tuple[NPNetConfig, str]:
-    config, facts = read_config(npnet_path(name))
+    config, facts = read_config(file_path(NPNETS, name))
     return config, facts.get("latent_format", "")

@@ -16,7 +16,7 @@ from server import PromptServer
 from ...models.calibration import Calibration
 from ...models.profile_format import read_profile, spell_profile
 from ...models.store import is_profile_file
-from .folders import AT, CARRIED, find_profile, profile_path
+from .folders import AT, CARRIED, profile_path, readable_profile
 
 LOG = logging.getLogger(__name__)
 KEY = "attune_profiles"
@@ -50,7 +50,7 @@ def exchange(queued: dict[str, Any]) -> dict[str, Any]:
     for inputs, widget in _places(_object(queued.get("prompt"))):
         name = inputs[widget]
         file, _, wanted = name.partition(AT)
-        installed = _installed(file) if profile_path(file) else None
+        installed = readable_profile(file) if profile_path(file) else None
         if profile_path(file) and (not wanted or installed is None or installed.id == wanted):
             profile, inputs[widget] = installed, file
         else:
@@ -132,13 +132,6 @@ def _places(prompt: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     places = [(_object(node.get("inputs")), widget) for node in ours for widget in WIDGETS]
     named = [(inputs, widget) for inputs, widget in places if isinstance(inputs.get(widget), str)]
     return [(inputs, widget) for inputs, widget in named if is_profile_file(inputs[widget].partition(AT)[0])]
-
-
-def _installed(name: str) -> Calibration | None:
-    try:
-        return find_profile(name)
-    except ValueError:
-        return None  # the node that loads it says why
 
 
 def _only(file: str) -> Calibration | None:

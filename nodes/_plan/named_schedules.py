@@ -75,19 +75,16 @@ def resample_profile(profile: Calibration, steps: int, denoise: float = 1.0) -> 
     return end_at_zero(resample_loglinear(levels, steps, denoise))
 
 
-def _profile_for_model(resolution: tuple[int, int] | None, model: ModelIdentity) -> Calibration:
-    profile = pick_profile(published_profiles().values(), model.families, resolution)
-    if profile is None:
-        raise ValueError(
-            f"'auto' knows no schedule for the model family {model.families[0]}. Choose '{next(iter(CLOSED_FORMS))}' "
-            f"in 'schedule', which runs on every model, or by name one of: {', '.join(schedule_names()[1:])}."
-        )
-    return profile
-
-
 def _profile(name: str, model: ModelIdentity, steps: int, resolution: tuple[int, int] | None) -> Calibration:
     if name == AUTO:
-        return _profile_for_model(resolution, model)
+        profile = pick_profile(published_profiles().values(), model.families, resolution)
+        if profile is None:
+            raise ValueError(
+                f"'auto' knows no schedule for the model family {model.families[0]}. Choose "
+                f"'{next(iter(CLOSED_FORMS))}' in 'schedule', which runs on every model, or by name one of: "
+                f"{', '.join(schedule_names()[1:])}."
+            )
+        return profile
     if name.startswith(TUNED):
         return _tuned_for(name.removeprefix(TUNED), model, steps)
     if name not in shipped_profiles():

@@ -22,7 +22,6 @@ from ...models.calibration import (
 )
 
 SHIFT_METHOD = "noise shift"
-FIT = "Attune Fit Noise Shift"
 MOST_SIZES = 24
 LARGEST_SIDE = 16384  # pixels
 

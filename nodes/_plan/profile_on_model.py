@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +24,11 @@ from ...models.calibration import (
 )
 from .named_schedules import resample_profile
 
-DENOISE_MODES = ("exact", "comfy", "ays")
+DENOISE_MODES: dict[str, Callable[..., Sigmas]] = {
+    "exact": exactly_for_denoise,
+    "comfy": for_denoise,
+    "ays": truncated_for_denoise,
+}
 POLICIES = ("ignore", "shift", "strict")
 REMEDY = "Choose a profile for this model, or fit one with Attune Fit Sampler."
 
@@ -59,7 +64,9 @@ def apply_profile(
     """
     refuse_unfit(profile, model, REMEDY, (SCHEDULE,))
     report = [f"Profile '{profile.name}' ({profile.method})."]
-    sigmas = _levels(profile, steps or profile.steps, denoise, mode)
+    if mode not in DENOISE_MODES:
+        raise ValueError(f"There is no denoise mode '{mode}'. Choose one of: {', '.join(DENOISE_MODES)}.")
+    sigmas = DENOISE_MODES[mode](partial(resample_profile, profile), steps or profile.steps, denoise)
     sigmas, said = _at_resolution(sigmas, profile, model, policy, resolution)
     sigmas = sigmas.float()
     report += said
@@ -72,17 +79,6 @@ def apply_profile(
         report.append("No steps: 'denoise' is too low for 'steps', the latent comes back as it is.")
     conditioning, solver, said = _conditioning(profile, model, resolution, strength)
     return Applied(sigmas, conditioning, solver, report + said + doubts(profile, model, Planned(steps=steps)))
-
-
-def _levels(profile: Calibration, steps: int, denoise: float, mode: str) -> Sigmas:
-    resample = partial(resample_profile, profile)
-    if mode == "exact":
-        return exactly_for_denoise(resample, steps, denoise)
-    if mode == "comfy":
-        return for_denoise(resample, steps, denoise)
-    if mode == "ays":
-        return truncated_for_denoise(resample, steps, denoise)
-    raise ValueError(f"There is no denoise mode '{mode}'. Choose one of: {', '.join(DENOISE_MODES)}.")
 
 
 def _at_resolution(

@@ -25,6 +25,10 @@ FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "fi
 UNET_PARTS, TRANSFORMER_PARTS = [TOP, TWO, ONE, ENCODER], [FIRST, ENDS, BEGINNING]  # "automatic" takes the first
 PARTS = [AUTOMATIC, *UNET_PARTS, *TRANSFORMER_PARTS]
 PUBLISHED_SHARE = 18 / 28  # the blocks of DiT-XL/2 that the paper takes for its encoder
+NEEDS_PROFILE = (
+    f"The mode '{CALIBRATED}' needs a profile: connect one from 'Attune Fit Propagation' or 'Attune Load Profile', or "
+    f"choose '{UNIFORM}'."
+)
 FIDELITY = 45.0  # dB to the uncached run, below which differences begin to show
 
 
@@ -131,18 +135,12 @@ def _choose(
     if settings.mode == UNIFORM:
         keys = uniform_keys(steps, settings.interval)
         return Choice(keys, named()[0], settings.keep_last, f"every {settings.interval}")
-    if settings.calibration is not None:
-        return calibrated(settings, settings.calibration, sigmas)
+    if (fit := settings.calibration) is not None:
+        point = chosen_point(settings, fit)
+        return Choice(transfer_keys(point.keys, fit.sigmas, sigmas), point.reuse, 0, said_of(point, fit))
     if settings.mode == TARGET:
         return uncalibrated_target(settings, steps, costs, named())
-    raise ValueError(needs_profile())
-
-
-def needs_profile() -> str:
-    return (
-        f"The mode '{CALIBRATED}' needs a profile: connect one from 'Attune Fit Propagation' or "
-        f"'Attune Load Profile', or choose '{UNIFORM}'."
-    )
+    raise ValueError(NEEDS_PROFILE)
 
 
 def uncalibrated_target(settings: ReuseSettings, steps: int, costs: Costs, named: list[Reuse]) -> Choice:
@@ -161,19 +159,14 @@ def uncalibrated_target(settings: ReuseSettings, steps: int, costs: Costs, named
     )
 
 
-def calibrated(settings: ReuseSettings, fit: KeySteps, sigmas: Sequence[float]) -> Choice:
-    """The profile's point: the slowest that reaches the speed asked for, or the fastest that stays faithful."""
-    point = chosen_point(settings, fit)
-    return Choice(transfer_keys(point.keys, fit.sigmas, sigmas), point.reuse, 0, said_of(point, fit))
-
-
 def said_of(point: Point, fit: KeySteps) -> str:
     """Where a calibrated setting comes from and what it gave."""
     return f"calibrated with {fit.solver} over {len(fit.sigmas) - 1} steps: {point.speed:.2f}x at {point.psnr:.1f} dB"
 
 
 def chosen_point(settings: ReuseSettings, fit: KeySteps) -> Point:
-    """The setting of a profile that the mode asks for; ValueError when none is fast enough."""
+    """The setting of a profile that the mode asks for: the most faithful that reaches the speed, or the fastest that
+    stays faithful. ValueError when none is fast enough."""
     if settings.mode != TARGET:
         return calibrated_point(fit)
     enough = [point for point in fit.points if point.speed >= settings.speed]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -227,20 +228,20 @@ def test_two_processes_collect_and_train_one_network_from_the_command_line(tmp_p
 
 
 def test_published_pairs_become_shards_that_the_trainer_reads(host, demo, tmp_path):
-    noise_pairs = host.module("nodes._host.noise_pairs")
+    published = importlib.import_module(f"{ROOT}.training.published_pairs")
     random = np.random.default_rng(0)
     lines = []
     for i in range(5):
         lines.append(f'{{"index": {i}, "seed": {7 + i}, "caption": "a cat", "original_score_list": [0.1], "optimized_score_list": [{0.0 if i == 2 else 0.2}]}}')  # fmt: skip
         np.savez(tmp_path / f"{i}_{7 + i}.npz", *random.standard_normal((2, 1, 4, 16, 16)).astype(np.float16), i)
     (tmp_path / "npd.jsonl").write_text("\n".join(lines))
-    assert noise_pairs.import_published(demo[1], tmp_path, tmp_path / "shards", 3) == 4
+    assert published.import_published(demo[1], tmp_path, tmp_path / "shards", 3) == 4
     first, second = map(load_shard, shard_paths(tmp_path / "shards"))
     assert [job.seed for job in (*first.jobs, *second.jobs)] == [7, 8, 10, 11]
     assert (
         second.noise.shape == (1, 4, 16, 16) and first.tokens.shape[0] == 1 and first.facts == {"source": tmp_path.name}
     )
-    assert noise_pairs.import_published(demo[1], tmp_path, tmp_path / "shards", 3) == 4  # nothing to do
+    assert published.import_published(demo[1], tmp_path, tmp_path / "shards", 3) == 4  # nothing to do
     (tmp_path / "npd.jsonl").write_text("\n".join(lines[1:]))
     with pytest.raises(ValueError, match="was made with other prompts or settings"):
-        noise_pairs.import_published(demo[1], tmp_path, tmp_path / "shards", 3)
+        published.import_published(demo[1], tmp_path, tmp_path / "shards", 3)

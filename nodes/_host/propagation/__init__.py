@@ -308,21 +308,20 @@ class DeferredResiduals(Mapping):
     """The host's dict of control residuals, computed at the first look into it."""
 
     def __init__(self, compute):
-        self._compute, self._values = compute, None
+        self._compute = compute
 
-    def _get(self) -> dict:
-        if self._values is None:
-            self._values = self._compute() or {}
-        return self._values
+    @functools.cached_property
+    def _values(self) -> dict:
+        return self._compute() or {}
 
     def __getitem__(self, name):
-        return self._get()[name]
+        return self._values[name]
 
     def __iter__(self):
-        return iter(self._get())
+        return iter(self._values)
 
     def __len__(self):
-        return len(self._get())
+        return len(self._values)
 
 
 # --- the wrappers ---

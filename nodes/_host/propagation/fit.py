@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Generator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator
+from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
@@ -16,21 +16,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....kernels.propagation import FeatureCache, Reuse, optimal_keys, speedup, step_weights
-from ....models.calibration import Calibration, KeySteps, ModelIdentity, Point, fitted
-from ..._plan.propagation import (
-    AUTOMATIC,
-    CALIBRATED,
-    ENCODER,
-    ENDS,
-    FIRST,
-    ONE,
-    TOP,
-    TWO,
-    Choice,
-    ReuseSettings,
-    block_reuse_by_name,
-    reuse_by_name,
-)
+from ....models.calibration import Calibration, KeySteps, Point, fitted
+from ..._plan import propagation as plan
 from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, pixels
@@ -46,29 +33,15 @@ SPEED_STEP = 0.25
 EQUAL = 200.0  # dB, for a result that is the same
 
 
-@dataclass
-class Measured:
-    """What one run with key steps only tells: errors [gaps+1, ages, steps] (kernels' `optimal_keys`), and how much each
-    feature changed from step to step, relative to its size."""
+def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> tuple[type[Propagation], list]:
+    """A run's class that changes nothing and notes what key steps tell, and the list that its runs are added to.
 
-    errors: Tensor
-    changes: dict[Any, list[Tensor]] = field(default_factory=dict)
-    run: Propagation | None = None
-
-    def change_table(self) -> dict[str, list[float]]:
-        """Feature name -> its change at each step but the first."""
-        return {_name(key): torch.stack(values).tolist() for key, values in self.changes.items()}
-
-
-def _name(key: Any) -> str:
-    return " ".join(map(str, key)) if isinstance(key, tuple) else str(key)
-
-
-def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> tuple[type[Propagation], Measured]:
-    """A run's class that changes nothing and fills a `Measured`: at every step, the error of having reused older
-    features instead, of each age up to `ages` and each distance between the two captures."""
+    errors [gaps+1, ages, steps] (kernels' `optimal_keys`): of having reused older features at every step, of each age
+    up to `ages` and each distance between the two captures. changes: by how much each feature changed at each step but
+    the first, relative to its size.
+    """
     gaps = ages + 1 if reuse.forecast else 0
-    measured = Measured(torch.full((gaps + 1, max(ages, 1), steps), torch.inf))
+    runs: list[Any] = []
 
     class Measuring(kind):  # type: ignore[valid-type, misc]
         sources: tuple[int, int | None] | None
@@ -77,10 +50,12 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
             super().__init__(*args)
             self.cache = FeatureCache(ages + gaps + 1)
             self.compared: set[int] = set()
-            measured.run = self
+            self.errors = torch.full((gaps + 1, max(ages, 1), steps), torch.inf)
+            self.changes: dict[str, list[Tensor]] = {}
+            runs.append(self)
 
         def choose(self, sigmas, shares, fresh_noise):
-            return Choice(frozenset(range(len(sigmas) - 1)), reuse, 0, "calibration")
+            return plan.Choice(frozenset(range(len(sigmas) - 1)), reuse, 0, "calibration")
 
         def records(self, keys):
             return True
@@ -90,7 +65,7 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
             if before is not None and self.step and before.keys() == features.keys():
                 for name, value in features.items():
                     change = (value - before[name]).float().norm() / value.float().norm()
-                    seen = measured.changes.setdefault(name, [])
+                    seen = self.changes.setdefault(" ".join(map(str, name)) if isinstance(name, tuple) else name, [])
                     if len(seen) < self.step:
                         seen.append(change)
             super().store(keys, signature, features, x)
@@ -104,13 +79,11 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
             """Evaluate the model with older features, too."""
             for age in range(1, min(ages, self.step) + 1):
                 last = self.step - age
-                for gap in range(gaps + 1):
-                    if gap > last:
-                        continue
+                for gap in range(min(gaps, last) + 1):
                     missing = self.counts["missing"]
                     part = self.reusing(last, last - gap if gap else None, executor, arguments)
                     if self.counts["missing"] == missing:  # else the features do not fit: a run would have a key step
-                        measured.errors[gap, age - 1, self.step] = (part - whole).float().square().mean().sqrt()
+                        self.errors[gap, age - 1, self.step] = (part - whole).float().square().mean().sqrt()
 
         def reusing(self, last: int, before: int | None, executor, arguments: tuple) -> Tensor:
             self.sources = (last, before)
@@ -120,7 +93,7 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
             finally:
                 self.sources = None
 
-    return Measuring, measured
+    return Measuring, runs
 
 
 def _compare(executor, x, sigma, model_options, *args, **kwargs):
@@ -136,45 +109,34 @@ def _compare(executor, x, sigma, model_options, *args, **kwargs):
     return whole
 
 
-@dataclass(frozen=True)
-class Task:
-    """One picture to calibrate on, as the stock sampler takes it."""
-
-    model: Any
-    seed: int
-    cfg: float
-    sampler_name: str
-    sigmas: Tensor
-    positive: Any
-    negative: Any
-    latent: dict
-
-    def run(self, model: Any) -> Tensor:
-        out = sample(
-            model, self.seed, self.cfg, self.sampler_name, self.sigmas, self.positive, self.negative, self.latent
-        )
-        return out["samples"].float()
-
-
 def fit(
-    task: Task, kind: type[Propagation], reuses: list[Reuse], fastest: float, longest: int
+    model: Any,
+    run: Callable[[Any], Tensor],
+    solver: str,
+    levels: Tensor,
+    kind: type[Propagation],
+    reuses: list[Reuse],
+    fastest: float,
+    longest: int,
 ) -> Generator[tuple[str, float], None, tuple[KeySteps, dict[str, list[float]]]]:
     """Measure each of `reuses`, choose key steps for speeds up to `fastest`, run them; yields what it does and how far.
 
-    Returns the calibration (settings that no other beats in speed and fidelity) and how much each feature changes.
+    run: a MODEL to the latents that it samples over `levels`. Returns the calibration (settings that no other beats in
+    speed and fidelity) and how much each feature changes.
     """
-    sigmas = task.sigmas.tolist()
+    sigmas = levels.tolist()
     steps = len(sigmas) - 1
-    weights = step_weights(sigmas, noise_space(task.model.get_model_object("model_sampling")))
+    weights = step_weights(sigmas, noise_space(model.get_model_object("model_sampling")))
     candidates: dict[tuple[Reuse, frozenset[int]], float] = {}
     changes: dict[str, list[float]] = {}
     for number, reuse in enumerate(reuses):
         yield f"measuring {number + 1} of {len(reuses)} parts", 0.5 * number / len(reuses)
-        measuring_kind, measured = measuring(kind, reuse, longest - 1, steps)
+        measuring_kind, runs = measuring(kind, reuse, longest - 1, steps)
         replaced = {WrappersMP.OUTER_SAMPLE: outer_sample(measuring_kind), WrappersMP.PREDICT_NOISE: _compare}
-        reference = task.run(applied(task.model, kind, ReuseSettings(), replaced))
-        changes = {**measured.change_table(), **changes}
-        share = measured.run.costs.of_step(reuse)  # type: ignore[union-attr]
+        reference = run(applied(model, kind, plan.ReuseSettings(), replaced))
+        (measured,) = runs
+        changes = {**{name: torch.stack(seen).tolist() for name, seen in measured.changes.items()}, **changes}
+        share = measured.costs.of_step(reuse)
         best = optimal_keys(measured.errors.cpu(), weights)
         for n in range(1, round((fastest - 1) / SPEED_STEP) + 1):
             counts = [count for count in best if speedup(steps, count, share) >= 1 + n * SPEED_STEP]
@@ -184,20 +146,20 @@ def fit(
         raise ValueError(
             f"No setting is {1 + SPEED_STEP:g} times faster: set 'reuse' to a part that costs less, or raise 'longest'."
         )
-    found = KeySteps(kind.blocks_in(task.model), task.sampler_name, tuple(sigmas), ())
+    found = KeySteps(kind.blocks_in(model), solver, tuple(sigmas), ())
     points = []
     for number, ((reuse, keys), speed) in enumerate(candidates.items()):
         yield f"trying {number + 1} of {len(candidates)} settings", 0.5 + 0.5 * number / len(candidates)
         trial = Point(reuse, tuple(sorted(keys)), speed, EQUAL)
-        settings = ReuseSettings(CALIBRATED, calibration=replace(found, points=(trial,)))
-        points.append(replace(trial, psnr=_psnr(task.run(applied(task.model, kind, settings)), reference)))
+        settings = plan.ReuseSettings(plan.CALIBRATED, calibration=replace(found, points=(trial,)))
+        points.append(replace(trial, psnr=_psnr(run(applied(model, kind, settings)), reference)))
     kept = sorted((p for p in points if not any(_beats(q, p) for q in points)), key=lambda p: p.speed)
     return replace(found, points=tuple(kept)), changes
 
 
 def fit_profile(
     model: Any, positive, negative, latent_image: dict, seed: int, steps: int, cfg: float, sampler_name: str,
-    scheduler: str, reuse: str = AUTOMATIC, fastest: float = 2.5, longest: int = 4,
+    scheduler: str, reuse: str = plan.AUTOMATIC, fastest: float = 2.5, longest: int = 4,
 ) -> tuple[Calibration, KeySteps, dict[str, list[float]]]:  # fmt: skip
     """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes."""
     sampler = comfy.samplers.sampler_object(sampler_name)
@@ -208,9 +170,12 @@ def fit_profile(
         raise ValueError(f"There is nothing to calibrate: {reason}. Change 'sampler_name' or 'steps'.")
     kind = propagation_for(model)
     reuses = _reuses(model, kind, reuse, adds_noise(sampler))
-    task = Task(calibrating(model, KEY), seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
+
+    def run(patched: Any) -> Tensor:
+        return sample(patched, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"].float()
+
     bar = comfy.utils.ProgressBar(1000)
-    work = fit(task, kind, reuses, fastest, longest)
+    work = fit(calibrating(model, KEY), run, sampler_name, sigmas, kind, reuses, fastest, longest)
     while True:
         try:
             said, done = next(work)
@@ -219,21 +184,14 @@ def fit_profile(
         except StopIteration as finished:
             calibration, changes = finished.value
             break
-    made = {"seed": seed, "scheduler": scheduler, "longest": longest, "pictures": len(latent_image["samples"])}
-    size = pixels(model, latent_image) or (1, 1)
-    return _fitted(identify(model, weights=True), kind.profile_kind, calibration, cfg, size, made), calibration, changes
-
-
-def _fitted(
-    model: ModelIdentity, kind: str, calibration: KeySteps, cfg: float, size: tuple[int, int], made: dict[str, Any]
-) -> Calibration:
-    """The profile of what was measured, with all that tells whether it is for a model."""
-    solver, steps = calibration.solver, len(calibration.sigmas) - 1
-    evidence = {"psnr": [point.psnr for point in calibration.points], "speed": [p.speed for p in calibration.points]}
-    return fitted(
-        model, kind, f"propagation, {solver} {steps} steps", "measured errors, dynamic programming", size, evidence,
-        solver=solver, cfg=cfg, sigmas=calibration.sigmas, key_steps=calibration, **made,
+    evidence = {name: [getattr(point, name) for point in calibration.points] for name in ("psnr", "speed")}
+    profile = fitted(
+        identify(model, weights=True), kind.profile_kind, f"propagation, {sampler_name} {len(sigmas) - 1} steps",
+        "measured errors, dynamic programming", pixels(model, latent_image) or (1, 1), evidence, solver=sampler_name,
+        cfg=cfg, sigmas=calibration.sigmas, key_steps=calibration, seed=seed, scheduler=scheduler, longest=longest,
+        pictures=len(latent_image["samples"]),
     )  # fmt: skip
+    return profile, calibration, changes
 
 
 def measures_too_few(sampler_name: str, latent_image: dict) -> bool:
@@ -245,14 +203,14 @@ def _reuses(model: Any, kind: type[Propagation], name: str, fresh_noise: bool) -
     """What to measure on this kind of network; "automatic" is the parts that cost little."""
     part, network = kind.part(name), unet_of(model)
     if network is not None:
-        if fresh_noise and part == ENCODER:
-            raise ValueError(f"This solver adds noise, which '{ENCODER}' would not see: set 'reuse' to '{TOP}'.")
-        names = [TOP, TWO, ONE] if name == AUTOMATIC else [part]
+        if fresh_noise and part == plan.ENCODER:
+            raise ValueError(f"This solver adds noise, which '{part}' would not see: set 'reuse' to '{plan.TOP}'.")
+        names = [plan.TOP, plan.TWO, plan.ONE] if name == plan.AUTOMATIC else [part]
         n, top = blocks_a_side(network), top_blocks(network)
-        return list(dict.fromkeys(reuse_by_name(one, True, n, top) for one in names))
+        return list(dict.fromkeys(plan.reuse_by_name(one, True, n, top) for one in names))
     n = len(blocks_of(model.get_model_object("diffusion_model")))
-    names = [FIRST, ENDS] if name == AUTOMATIC and n > 2 else [part]
-    return [block_reuse_by_name(one, True, n) for one in names]
+    names = [plan.FIRST, plan.ENDS] if name == plan.AUTOMATIC and n > 2 else [part]
+    return [plan.block_reuse_by_name(one, True, n) for one in names]
 
 
 def _psnr(latents: Tensor, references: Tensor) -> float:

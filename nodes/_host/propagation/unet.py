@@ -311,12 +311,9 @@ def _diffusion_model(
     output, options, keep = run.prepare(executor, x, timesteps, context, y, control, options, extra)
     if output is None:
         output = executor(x, timesteps, context, y, control, options, **extra)
-        torch.compiler.disable(keep)()
+        if keep is not None:
+            torch.compiler.disable(keep)()
     return output
-
-
-def _nothing() -> None:
-    pass
 
 
 class UNetPropagation(Propagation):
@@ -361,9 +358,9 @@ class UNetPropagation(Propagation):
     @torch.compiler.disable
     def prepare(
         self, executor: Any, x: Tensor, timesteps, context, y, control, options: dict, extra: dict
-    ) -> tuple[Tensor | None, dict, Callable[[], None]]:
+    ) -> tuple[Tensor | None, dict, Callable[[], None] | None]:
         """Before a call of the UNet: its answer, or the options to run it whole with and what to do afterwards."""
-        whole = None, options, _nothing
+        whole = None, options, None
         keys = self.keys_of(options, x.device)
         if keys is None or x.shape[0] % len(keys) or "_forward" in vars(executor.class_obj):
             self.counts["whole"] += 1
@@ -373,7 +370,7 @@ class UNetPropagation(Propagation):
             now = (*signature, *shapes_now(options, self.shapes.get(signature, {}), x).items())
             output = self._shorter(executor, keys, now, x, timesteps, context, y, options, extra)
             if output is not None:
-                return output, options, _nothing
+                return output, options, None
         self.counts["missing"] += self.shorter
         self.counts["whole"] += 1
         wanted = self.records(keys)
@@ -405,7 +402,8 @@ class UNetPropagation(Propagation):
         features = each[0]
         if n > 1:
             features = {name: torch.cat([part[name] for part in each]) for name in features}
-            timesteps = torch.cat([self._network_times(i, x) for i in ahead])
+            sigmas = torch.tensor([self.plan.sigmas[i] for i in ahead], device=x.device).repeat_interleave(len(x))
+            timesteps = self.model.model.model_sampling.timestep(sigmas).float()
             x, context, y = (_repeat(value, n) for value in (x, context, y))
             options = {**options, **{name: options[name] * n for name in ("uuids", "cond_or_uncond")}}
 
@@ -446,10 +444,6 @@ class UNetPropagation(Propagation):
         base = self.model.model
         stock = type(base).process_timestep is comfy.model_base.BaseModel.process_timestep
         return stock and "process_timestep" not in vars(base)
-
-    def _network_times(self, step: int, x: Tensor) -> Tensor:
-        sigma = torch.full((x.shape[0],), self.plan.sigmas[step], device=x.device)
-        return self.model.model.model_sampling.timestep(sigma).float()
 
 
 def _repeat(value: Tensor | None, n: int) -> Tensor | None:
