@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..models.calibration import SAMPLER
-from ._host.api import io, progress_text, schema
-from ._host.fitted_sampler import FastSampler
+from ._host.api import io, schema
+from ._host.fitted_sampler import fast_for
 from ._host.folders import has_profile, missing_profile, profile_stamps, profiles_of_kind
 from ._plan.fitted_sampler import AUTO, USES, Wish
 
@@ -60,9 +60,8 @@ class AttuneFastSampler(io.ComfyNode):
 
     @classmethod
     def execute(cls, sampler, use=AUTO, evaluations=10, fidelity=40.0, check_every=0) -> io.NodeOutput:
-        node_id = "" if cls.hidden is None else str(cls.hidden.unique_id)
         wish = Wish(use, evaluations, fidelity, check_every)
-        return io.NodeOutput(FastSampler(sampler, wish, progress_text(node_id), node_id))
+        return io.NodeOutput(fast_for(cls, wish, "use")(sampler))
 
 
 NODES = [AttuneFastSampler]

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import logging
 
-from ..models.calibration import size_text
+from ..models.calibration import SAMPLER, size_text
 from ..models.store import is_profile_file
-from ._host.api import io, schema
-from ._host.folders import find_profile, has_profile, missing_profile, schedule_files
+from ._host.api import advanced, io, schema
+from ._host.fitted_sampler import fast_for
+from ._host.folders import (
+    find_profile,
+    has_profile,
+    missing_profile,
+    profile_stamps,
+    profiles_of_kind,
+    schedule_files,
+)
 from ._host.identity import identify, pixels
 from ._host.sampling import sample
 from ._host.solvers import sampler_names
+from ._plan.fitted_sampler import USES, Wish
 from ._plan.named_schedules import schedule, schedule_names
 from ._plan.profile_on_model import apply_profile, listed
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
+OFF = "off"
 
 STEPS_TIP = "How many steps the sampler takes. Align Your Steps was published for 10 and gains most from 5 to 20."
 DENOISE_TIP = (
@@ -142,20 +152,37 @@ class AttuneKSampler(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="What the picture should not show."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise: empty, or a picture for img2img."),
                 _denoise(),
+                *advanced(
+                    io.Combo.Input(
+                        "fast", options=[OFF, *USES, *profiles_of_kind(SAMPLER)], default=OFF, optional=True,
+                        tooltip="Other than off: as 'use' of Attune Fast Sampler, with its 10 evaluations. The first "
+                        "picture is made in full and learned from, the next ones are fast.",
+                    )
+                ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent.")],
+            hidden=[io.Hidden.unique_id],
         )  # fmt: skip
 
     @classmethod
-    def validate_inputs(cls, schedule=None):
-        return schedule is None or _known(schedule)  # None: linked, not known yet, or missing, which the host says
+    def validate_inputs(cls, schedule=None, fast=None):
+        if schedule is not None and (known := _known(schedule)) is not True:  # None: linked, or missing: the host says
+            return known
+        return fast in (None, OFF, *USES) or has_profile(fast) or missing_profile(fast)
+
+    @classmethod
+    def fingerprint_inputs(cls, fast=OFF, **_):
+        return OFF if fast in (None, OFF) else (fast, profile_stamps(SAMPLER))
 
     @classmethod
     def execute(
-        cls, model, seed, steps, cfg, sampler_name, schedule, positive, negative, latent_image, denoise=1.0
+        cls, model, seed, steps, cfg, sampler_name, schedule, positive, negative, latent_image, denoise=1.0, fast=OFF
     ) -> io.NodeOutput:
         sigmas = _levels("Attune KSampler", model, steps, denoise, schedule, latent_image)
-        return io.NodeOutput(sample(model, seed, cfg, sampler_name, sigmas, positive, negative, latent_image))
+        given = (model, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
+        return io.NodeOutput(
+            sample(*given) if fast == OFF else sample(*given, through=fast_for(cls, Wish(fast), "fast"))
+        )
 
 
 NODES = [AttuneScheduler, AttuneKSampler]

@@ -45,6 +45,18 @@ def check_choices(node: type[io.ComfyNode], **chosen) -> None:
             raise ValueError(f"'{name}' is {value!r}. Choose one of: {', '.join(map(str, lists[name]))}.")
 
 
+def widget_place(node: type[io.ComfyNode], name: str) -> int:
+    """Where a widget of a node stands among the values that a workflow keeps: required ones first, and behind a seed
+    what becomes of it after each run."""
+    widgets = [one for one in node.define_schema().inputs if hasattr(one, "socketless")]
+    at = 0
+    for one in sorted(widgets, key=lambda one: bool(one.optional)):
+        if one.id == name:
+            return at
+        at += 1 + bool(getattr(one, "control_after_generate", False))
+    raise KeyError(name)
+
+
 def say_on_node(node: type[io.ComfyNode], text: str) -> None:
     """Show `text` on the node that is running."""
     if node.hidden is not None:

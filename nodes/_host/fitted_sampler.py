@@ -33,6 +33,7 @@ from .._plan.fitted_sampler import (
     said_of_run,
     was_tried,
 )
+from .api import io, progress_text, widget_place
 from .calibrating import stands_aside
 from .folders import find_profile, forget_profile, keep_profile, keep_update, profile_path, profiles_of_kind
 from .identity import identify, is_distilled, pixels_of
@@ -147,6 +148,14 @@ class FastSampler(comfy.samplers.Sampler):
         if self.node_id:
             value = used if profile is None else content_name(used.partition("@")[0], profile)
             set_widget(self.node_id, self.use_at, value, used, profile)
+
+
+def fast_for(node: type[io.ComfyNode], wish: Wish, widget: str) -> Callable[[Any], FastSampler]:
+    """SAMPLER -> the one that learns, which speaks on the running node and names in its `widget` what ran."""
+    if node.hidden is None:
+        return lambda sampler: FastSampler(sampler, wish)
+    node_id = str(node.hidden.unique_id)
+    return lambda sampler: FastSampler(sampler, wish, progress_text(node_id), node_id, widget_place(node, widget))
 
 
 @dataclass

@@ -20,7 +20,7 @@ from .folders import AT, CARRIED, profile_path, readable_profile
 
 LOG = logging.getLogger(__name__)
 KEY = "attune_profiles"
-WIDGETS = ("profile_name", "schedule", "use")  # of our nodes: what names a profile's file
+WIDGETS = ("profile_name", "schedule", "use", "fast")  # of our nodes: what names a profile's file
 TICKET = "attune_ticket"  # in a prompt's extra data: which of the remembered workflows is saved with its pictures
 MOST_QUEUED = 1024  # prompts that may wait in the queue
 LARGEST = 100_000  # characters of JSON in a picture; most profiles have a few thousand

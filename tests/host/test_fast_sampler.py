@@ -269,3 +269,32 @@ def test_a_fit_that_measures_is_left_alone(unet, host):
     Drawn(unet)
     calibrating = host.module("nodes._host.calibrating")
     assert Drawn(unet, model=calibrating.calibrating(unet.model), seed=2).calls == STEPS
+
+
+def test_the_ksampler_of_the_pack_learns_too(unet, host):
+    given = {
+        "model": unet.model, "steps": STEPS, "cfg": 3.0, "sampler_name": "euler", "schedule": "KL-optimal",
+        "positive": unet.positive, "negative": unet.negative, "latent_image": unet.empty(),
+    }  # fmt: skip
+
+    def drawn(seed, **more):
+        with counting(unet.model) as calls:
+            (out,) = host.call("AttuneKSampler", seed=seed, **given, **more)
+        return out["samples"], calls[0]
+
+    wish = host.module("nodes._plan.fitted_sampler").Wish()
+    given["steps"] = wish.evaluations + 2
+    stock, _ = drawn(1)
+    first, calls = drawn(1, fast="auto")
+    assert torch.equal(first, stock) and calls == given["steps"] + 2 * wish.evaluations
+    (file,) = host.profiles.iterdir()
+    least = load_profile(file).runs[0].psnr
+    assert drawn(2, fast="auto")[1] == (wish.evaluations if least >= wish.fidelity else given["steps"])
+    assert drawn(2)[1] == given["steps"]
+
+
+@pytest.mark.parametrize(("node", "widget", "place"), [("AttuneFastSampler", "use", 0), ("AttuneKSampler", "fast", 7)])
+def test_where_a_widgets_value_stands_in_a_workflow(host, node, widget, place):
+    """As in the files of workflows/: required widgets first, and behind a seed what becomes of it."""
+    found = host.module("nodes._host.api").widget_place(host.nodes.NODE_CLASS_MAPPINGS[node], widget)
+    assert found == place

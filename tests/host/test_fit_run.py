@@ -1,0 +1,134 @@
+"""Attune Fit Sampler with 'coefficients': from long runs to a profile that samples, proved on pictures it has not seen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphs import Kit
+from harness import counting
+from pack.kernels.fitted_sampler import fidelity
+from pack.models.calibration import SAMPLER
+from pack.models.store import load_profile
+
+
+@pytest.fixture(scope="module", params=["unet", "flow"])
+def kit(host, request):
+    return Kit(host, request.param)
+
+
+@pytest.fixture(scope="module")
+def unet(host):
+    return Kit(host, "unet")
+
+
+@pytest.fixture
+def lenient(host, monkeypatch):
+    """Few pictures, and a gate that keeps every gain, whatever chance says: what it lets pass is for test_gate.py."""
+    presets, gate = host.module("nodes.fit_sampler").TUNER_PRESETS, host.module("kernels.gate")
+    monkeypatch.setitem(presets, "mini", type(presets["mini"])(1, 2, 16, 3, 2))
+    for name, value in (("FEWEST", 1), ("students_t", lambda *_: 0.0), ("sign_count", lambda *_: 0)):
+        monkeypatch.setattr(gate, name, value)
+    monkeypatch.setattr(host.module("nodes._host.fit_run"), "RIVALS", ())
+
+
+def schedule(kit, steps: int):
+    return kit.host.call("BasicScheduler", model=kit.model, scheduler="beta", steps=steps, denoise=1.0)[0]
+
+
+def fitted(kit, solver="euler", steps=4, long=12, **more):
+    given = {
+        "model": kit.model, "positive": kit.positive, "negative": kit.negative, "cfg": 3.0, "latent": kit.empty(),
+        "sampler": kit.host.call("KSamplerSelect", sampler_name=solver)[0], "steps": steps, "coefficients": True,
+        "sigmas": schedule(kit, long), "seed": 3, "budget_minutes": 0.0,
+    }  # fmt: skip
+    return kit.host.call("AttuneFitSampler", **{**given, **more})
+
+
+def drawn(kit, sampler, sigmas, seed=11, **more):
+    out, _ = kit.host.call(
+        "SamplerCustom", **{
+            "model": kit.model, "add_noise": True, "noise_seed": seed, "cfg": 3.0, "positive": kit.positive,
+            "negative": kit.negative, "sampler": sampler, "sigmas": sigmas, "latent_image": kit.empty(2), **more,
+        },
+    )  # fmt: skip
+    return out["samples"]
+
+
+def test_a_fit_becomes_a_sampler_that_is_nearer_than_plain_steps(kit, host, lenient):
+    profile, sigmas, _, report = fitted(kit, steps=5, long=16, latent=kit.empty(4))
+    assert profile.kind == SAMPLER and profile.runs[0].pictures == 8 and "kept" in report
+    (file,) = host.profiles.iterdir()
+    assert load_profile(file).fields() == profile.fields()
+    with counting(kit.model) as calls:
+        model, sampler, levels, said = host.call("AttuneApplyProfile", model=kit.model, profile=profile)
+        short = drawn(kit, sampler, levels, model=model)
+    assert calls[0] == 5 and torch.equal(levels, sigmas) and "Proved: 5 evaluations" in said
+    (euler,) = host.call("KSamplerSelect", sampler_name="euler")
+    long, plain = drawn(kit, euler, schedule(kit, 16)), drawn(kit, euler, schedule(kit, 5))
+    assert fidelity(short, long) > fidelity(plain, long) + 3
+
+
+def test_several_counts_from_the_same_long_runs(unet, host, lenient):
+    with counting(unet.model) as calls:
+        profile, sigmas, _, report = fitted(unet, more_steps="6, 3")
+    assert [one.run.steps for one in profile.runs] == [3, 4, 6] and len(sigmas) == 7
+    assert profile.runs[0].psnr < profile.runs[-1].psnr
+    said = int(report.splitlines()[1].split("at most ")[1].split()[0])
+    assert calls[0] <= said + 2  # and two to see how long one takes
+    for steps, run in ((3, profile.runs[0]), (6, profile.runs[2])):
+        levels = host.call("AttuneApplyProfile", model=unet.model, profile=profile, steps=steps)[2]
+        assert levels.tolist() == pytest.approx(list(run.run.sigmas))
+    with pytest.raises(ValueError, match=r"fitted for 3, 4, 6 steps, not for 5"):
+        host.call("AttuneApplyProfile", model=unet.model, profile=profile, steps=5)
+    with pytest.raises(ValueError, match=r"Set 'denoise' to 1, or let Attune Fast Sampler"):
+        host.call("AttuneApplyProfile", model=unet.model, profile=profile, denoise=0.5)
+
+
+def test_the_exact_path_needs_no_schedule(unet, lenient):
+    profile, _, _, report = fitted(unet, to="exact path", sigmas=None, steps=5)
+    assert "the exact path" in report and profile.steps == 16
+
+
+def test_a_fit_for_a_solver_that_adds_noise_is_for_its_sibling(unet, lenient):
+    profile, _, _, report = fitted(unet, solver="euler_ancestral")
+    assert profile.solver == "euler" and "euler_ancestral follows but for the noise" in report
+
+
+@pytest.mark.nightly
+def test_held_out_pictures_prove_it_against_every_rival(unet):
+    large = {"samples": torch.zeros(1, unet.channels, 16, 16)}
+    profile, _, _, report = fitted(unet, steps=8, long=30, latent=large)
+    assert profile.runs[0].psnr > 38 and "100% of 6 pictures better" in report
+
+
+def test_what_is_not_better_is_no_profile_and_the_graph_behind_does_not_run(unet, host, monkeypatch, lenient):
+    gate = host.module("kernels.gate")
+    refuse = lambda before, after, *_: gate.judge(before, after, least=2.0)
+    monkeypatch.setattr(host.module("kernels.fitted_sampler"), "judge", refuse)
+    profile, sigmas, plot, report = fitted(unet)
+    assert type(profile).__name__ == type(sigmas).__name__ == "ExecutionBlocker" and plot.ndim == 4
+    assert "refused" in report and "there is no profile" in report and not list(host.profiles.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"sigmas": None}, "'sigmas' is not connected"),
+        ({"steps": 12}, "needs a longer run to follow"),
+        ({"more_steps": "6, many"}, "lists other counts of steps"),
+        ({"more_steps": ", ".join(map(str, range(2, 40)))}, "at most 10 are fitted"),
+        ({"solver": "lcm"}, "no path that more steps would follow"),
+    ],
+)
+def test_bad_input_gets_a_sentence_before_the_first_model_call(unet, given, said):
+    with counting(unet.model) as calls, pytest.raises(ValueError, match=said):
+        fitted(unet, **given)
+    assert calls[0] == 0
+
+
+def test_other_sigmas_than_the_fits_own_are_refused(unet, host, lenient):
+    profile, *_ = fitted(unet)
+    _, sampler, _, _ = host.call("AttuneApplyProfile", model=unet.model, profile=profile)
+    with pytest.raises(ValueError, match="Connect the SIGMAS of the same Attune Apply Profile"):
+        drawn(unet, sampler, schedule(unet, 4))
