@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .store import file_stem, is_finite, load_tensors, save_tensors, shortened
 
-SUFFIX = ".safetensors"
+WEIGHTS_SUFFIX = ".safetensors"
 UNFINISHED = ".unfinished"  # the state of a training that was stopped, beside the place of its result
 MADE = "made"  # the key of a file's metadata
 CLOSE = 1e-4  # of numbers that outline a tensor: far above what devices differ by, far below what encoders do
@@ -230,9 +230,9 @@ def check_writable(folder: Path) -> None:
 
 
 def _numbered(folder: Path, name: str) -> Iterator[Path]:
-    stem = file_stem(name.removesuffix(SUFFIX))
+    stem = file_stem(name.removesuffix(WEIGHTS_SUFFIX))
     for number in itertools.count(1):
-        yield folder / (f"{stem}{SUFFIX}" if number == 1 else f"{stem} ({number}){SUFFIX}")
+        yield folder / (f"{stem}{WEIGHTS_SUFFIX}" if number == 1 else f"{stem} ({number}){WEIGHTS_SUFFIX}")
 
 
 def _made_of(path: Path) -> dict[str, Any]:

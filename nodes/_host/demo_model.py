@@ -15,9 +15,9 @@ import comfy.supported_models_base
 import torch
 
 from ...models.demo import (
+    BEGIN,
     END,
     MAX_TOKENS,
-    START,
     TEXT_CONFIG,
     TEXT_WIDTH,
     UNET_CONFIG,
@@ -50,7 +50,7 @@ class DemoTextModel(comfy.sd1_clip.SDClipModel):
             dtype=dtype,
             max_length=MAX_TOKENS,
             textmodel_json_config=dict(TEXT_CONFIG),
-            special_tokens={"start": START, "end": END, "pad": END},
+            special_tokens={"start": BEGIN, "end": END, "pad": END},
             model_options=model_options,
         )
         # The host's CLIP embedding has a fixed number of rows.

@@ -15,7 +15,7 @@ from ...models.npnet import prompt_texts
 from ...models.npnet_files import NPNetFile, load_npnet
 from .._plan.golden_noise import GoldenSettings, check_size, golden_noise
 from .api import io
-from .start import Run, Start
+from .start import Start, StartingRun
 
 LOG = logging.getLogger(__name__)
 WHO = "Attune Golden Noise"
@@ -80,7 +80,7 @@ class GoldenNoise(Start):
             self.npnet.file.net.config, [{**extra, "cross_attn": text} for text, extra in positive or []], self.settings
         )
 
-    def begin(self, run: Run) -> tuple[Tensor, str]:
+    def begin(self, run: StartingRun) -> tuple[Tensor, str]:
         return self.npnet.refine(run.noise, run.guider.conds.get("positive", []), self.settings)
 
 

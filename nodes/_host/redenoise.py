@@ -29,7 +29,7 @@ from ...kernels.types import Denoiser
 from .._plan.solvers import SOLVERS
 from .clock import noise_space
 from .session import Solver, Solves, draw_noises, run_session
-from .start import Run, Start
+from .start import Start, StartingRun
 
 LOG = logging.getLogger(__name__)
 WHO = "Attune Redenoise"
@@ -60,11 +60,11 @@ class Redenoise(Start):
                 f"{WHO} asks the model: connect 'positive' and 'negative' of Attune Noise, as the guider's."
             )
 
-    def objection(self, run: Run) -> str | None:
+    def objection(self, run: StartingRun) -> str | None:
         windows = run.extra_args["model_options"].get("context_handler") is not None
         return "context windows know the run's own noise levels only" if windows else None
 
-    def begin(self, run: Run) -> tuple[Tensor, str]:
+    def begin(self, run: StartingRun) -> tuple[Tensor, str]:
         golden, done = redenoised(run.guider, run.sigmas, run.extra_args, run.noise, run.latent, run.top, self)
         return golden if run.mask is None else run.noise * (1 - run.mask) + golden * run.mask, done
 

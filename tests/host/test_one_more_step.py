@@ -247,7 +247,9 @@ def test_a_run_of_every_kind_begins_as_it_should(kit, caplog):
 
     def start(levels, noise=noise, latent=empty, plan=plan):
         sigmas = torch.tensor(levels)
-        run = kit.start.Run(None, sampling, sigmas, noise, latent, None, kit.start.from_the_top(sampling, sigmas), {})
+        run = kit.start.StartingRun(
+            None, sampling, sigmas, noise, latent, None, kit.start.from_the_top(sampling, sigmas), {}
+        )
         return noise if kit.start.not_from_noise(run, False) else plan.begin(run)[0]
 
     for first, scale, warned in ((3.65, 3.65, False), (20.0, (1 + 20.0**2) ** 0.5, True)):

@@ -20,11 +20,11 @@ from ....models.calibration import Calibration, KeySteps, ModelIdentity, Point, 
 from ..._plan.propagation import (
     AUTOMATIC,
     CALIBRATED,
-    ENCODER,
+    ENCODER_REUSED,
     ENDS,
     FIRST,
     ONE,
-    TOP,
+    TOP_LEVEL,
     TWO,
     Choice,
     ReuseSettings,
@@ -41,7 +41,7 @@ from .transformer import blocks_of
 from .unet import blocks_a_side, top_blocks, unet_of
 
 LOG = logging.getLogger(__name__)
-NODE = "Attune Fit Propagation"
+WHO = "Attune Fit Propagation"
 SPEED_STEP = 0.25
 EQUAL = 200.0  # dB, for a result that is the same
 
@@ -201,7 +201,7 @@ def fit_profile(
 ) -> tuple[Calibration, KeySteps, dict[str, list[float]]]:  # fmt: skip
     """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes."""
     sampler = comfy.samplers.sampler_object(sampler_name)
-    known(sampler, NODE)
+    known(sampler, WHO)
     (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=1.0)
     reason = why_not(sampler, sigmas)
     if reason is not None:
@@ -214,7 +214,7 @@ def fit_profile(
     while True:
         try:
             said, done = next(work)
-            LOG.info("%s: %s", NODE, said)
+            LOG.info("%s: %s", WHO, said)
             bar.update_absolute(round(1000 * done), 1000)
         except StopIteration as finished:
             calibration, changes = finished.value
@@ -245,9 +245,11 @@ def _reuses(model: Any, kind: type[Propagation], name: str, fresh_noise: bool) -
     """What to measure on this kind of network; "automatic" is the parts that cost little."""
     part, network = kind.part(name), unet_of(model)
     if network is not None:
-        if fresh_noise and part == ENCODER:
-            raise ValueError(f"This solver adds noise, which '{ENCODER}' would not see: set 'reuse' to '{TOP}'.")
-        names = [TOP, TWO, ONE] if name == AUTOMATIC else [part]
+        if fresh_noise and part == ENCODER_REUSED:
+            raise ValueError(
+                f"This solver adds noise, which '{ENCODER_REUSED}' would not see: set 'reuse' to '{TOP_LEVEL}'."
+            )
+        names = [TOP_LEVEL, TWO, ONE] if name == AUTOMATIC else [part]
         n, top = blocks_a_side(network), top_blocks(network)
         return list(dict.fromkeys(reuse_by_name(one, True, n, top) for one in names))
     n = len(blocks_of(model.get_model_object("diffusion_model")))
