@@ -69,8 +69,8 @@ class Mixture:
     def denoise(self, x: Latent, sigma: Sigma) -> Latent:
         alpha, variance = self._alpha_and_variance(x, sigma)
         gain = alpha * self.stds**2 / variance  # [b k]
-        each = self.means + gain[..., None] * (x[:, None] - alpha[..., None] * self.means)  # [b k d]
-        return (self._log_parts(x, sigma).softmax(dim=1)[..., None] * each).sum(dim=1)
+        share = self._log_parts(x, sigma).softmax(dim=1)  # of means + gain * (x - alpha * means); no [b k d] is made
+        return (share * (1 - alpha * gain)) @ self.means.to(share) + (share * gain).sum(dim=1, keepdim=True) * x
 
     def _alpha_and_variance(self, x: Latent, sigma: Sigma) -> tuple[Tensor, Tensor]:
         s = sigma.to(x).expand(len(x))[:, None]
@@ -79,7 +79,9 @@ class Mixture:
 
     def _log_parts(self, x: Latent, sigma: Sigma) -> Tensor:
         alpha, variance = self._alpha_and_variance(x, sigma)
-        far = (x[:, None] - alpha[..., None] * self.means).square().sum(dim=2)  # [b k]
+        x64, means = x.double(), self.means.double()  # differences of squares cancel
+        between = x64.square().sum(dim=1, keepdim=True) - 2 * alpha * (x64 @ means.T) + (alpha * means.norm(dim=1)) ** 2
+        far = between.clamp(min=0).to(variance)  # [b k], |x - alpha mean|^2
         d = x.shape[1]
         return self.weights.log() - far / (2 * variance) - d / 2 * (2 * torch.pi * variance).log()
 
