@@ -7,6 +7,7 @@ Every class answers `denoise(x, sigma)` = E[x0 | x] for x = alpha(sigma) x0 + si
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -101,9 +102,7 @@ class PowerLawField:
 
     def stds(self) -> Tensor:
         """Standard deviation per frequency, float64 [side side]."""
-        f = torch.fft.fftfreq(self.side, dtype=torch.float64) * self.side
-        std = (1 + torch.hypot(f[:, None], f[None])) ** -self.decay
-        return std / std.square().mean().sqrt()
+        return _power_law(self.side, self.decay)
 
     def sample(self, n: int, generator: torch.Generator) -> Latent:
         white = torch.randn(n, self.channels, self.side, self.side, generator=generator, dtype=torch.float64)
@@ -116,7 +115,16 @@ class PowerLawField:
 
     @staticmethod
     def _filter(x: Latent, gain: Tensor) -> Latent:
-        return torch.fft.ifft2(torch.fft.fft2(x) * gain).real
+        """The gain of a frequency is that of its negative, so half of them are enough."""
+        half = torch.fft.rfft2(x)
+        return torch.fft.irfft2(half * gain[..., : half.shape[-1]], s=x.shape[-2:])
+
+
+@lru_cache
+def _power_law(side: int, decay: float) -> Tensor:
+    f = torch.fft.fftfreq(side, dtype=torch.float64) * side
+    std = (1 + torch.hypot(f[:, None], f[None])) ** -decay
+    return std / std.square().mean().sqrt()
 
 
 @dataclass(frozen=True)
