@@ -62,7 +62,7 @@ def main() -> None:
                 prefix = f"{name}_row{i}"
                 prompt[f"row{i}"] = {"class_type": "SaveImage", "inputs": {"filename_prefix": prefix, "images": link}}
             host.run(prompt)
-            output = Path(folder) / "output"
+            output = host.folders / "output"
             found = [(label, sorted(output.glob(f"{name}_row{i}_*.png"))) for i, (label, _) in enumerate(rows)]
             draw(found).save(options.out / f"{name}.jpg", quality=88)
             if options.out == WORKFLOWS and (copy := ROOT / "web/docs" / f"{name}.jpg").exists():

@@ -34,8 +34,8 @@ from .types import Denoiser, Latent, Sigmas
 
 HISTORY = 2  # earlier answers in a step; a third gains nothing on pictures that no fit has seen
 RIDGE = 0.1  # on columns of norm 1
-FIRST_MOVE, LAST_MOVE = 0.5, 0.02  # of the gap to the neighbouring level
-ENOUGH = 1e-3  # relative gain at which the search on paper takes a move
+WIDEST_SEARCH, FINEST_SEARCH = 0.5, 0.02  # of the gap to the neighbouring level
+PAPER_GAIN = 1e-3  # relative gain at which the search on paper takes a move
 TRIALS = 600  # on paper, a few milliseconds each
 EARLY = 0.1  # of the search: an error at sigma counts 1 / (sigma + EARLY), for the steps after it repair a part of it
 EQUAL = 120.0  # dB, where nothing differs that counts
@@ -89,7 +89,7 @@ def solve(denoise: Denoiser, x: Latent, run: FittedRun) -> Latent:
     return x
 
 
-def fit(
+def fit_steps(
     denoise: Denoiser, sigmas: Sigmas, path: Trajectory, part: Tensor | None = None, history: int = HISTORY
 ) -> Generator[int, None, tuple[FittedRun, Latent]]:
     """A run over the levels `sigmas` that follows `path` from its first state, and where it ends; yields its steps.
@@ -104,7 +104,7 @@ def fit(
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         answers = [denoise(x, torch.tensor(sigma, dtype=torch.float64)), *answers[:history]]
         columns = step_columns(x, answers)
-        target = path.at(sigma_next) - euler(x, answers[0], sigma, sigma_next)
+        target = path.at(sigma_next) - plain_step(x, answers[0], sigma, sigma_next)
         numbers.append(tuple(least_squares([_chosen(one, part) for one in columns], _chosen(target, part)).tolist()))
         x = advance(FittedRun(tuple(levels[: i + 2]), tuple(numbers)), i, x, answers)
         yield i + 1
@@ -123,7 +123,7 @@ def check_within(sigmas: Sigmas, path: Trajectory) -> list[float]:
     return levels
 
 
-def euler(x: Latent, denoised: Latent, sigma: float, sigma_next: float) -> Latent:
+def plain_step(x: Latent, denoised: Latent, sigma: float, sigma_next: float) -> Latent:
     """The plain step: r x + (1 - r) D."""
     return torch.lerp(denoised, x, sigma_next / sigma)
 
@@ -201,7 +201,7 @@ class OnPaper:
         x = self.state(levels[0])
         for sigma, sigma_next in pairwise(levels):
             answers = [self.answer(sigma), *answers[:history]]
-            plain, goal = euler(x, answers[0], sigma, sigma_next), self.state(sigma_next)
+            plain, goal = plain_step(x, answers[0], sigma, sigma_next), self.state(sigma_next)
             columns = torch.stack([*step_columns(x, answers), goal - plain])
             x = plain + solve_normal(columns @ self._products @ columns.T) @ columns[:-1]
             total += max(float((x - goal) @ self._products @ (x - goal)), 0.0) / (sigma_next + EARLY)
@@ -221,9 +221,9 @@ def search_levels(
     paper: OnPaper, start: Sigmas, lowest: float, space: NoiseSpace, has_time: Callable[[], bool] = lambda: True
 ) -> Sigmas:
     """Levels for a fitted run by a pattern search on paper; the ends of `start` stay, no inner one below `lowest`."""
-    best, move, trials = start.double(), FIRST_MOVE, 0
+    best, move, trials = start.double(), WIDEST_SEARCH, 0
     least = paper.cost(best)
-    while move >= LAST_MOVE and trials < TRIALS and has_time():
+    while move >= FINEST_SEARCH and trials < TRIALS and has_time():
         gained = False
         for i in range(1, len(best) - 1):
             for direction in (1, -1):
@@ -231,7 +231,7 @@ def search_levels(
                 if not (moved[:-1] > moved[1:]).all() or moved[i] < lowest:
                     continue
                 cost, trials = paper.cost(moved), trials + 1
-                if cost < (1 - ENOUGH) * least:
+                if cost < (1 - PAPER_GAIN) * least:
                     best, least, gained = moved, cost, True
                     break
         move = move if gained else move / 2
@@ -283,7 +283,7 @@ def _nearest(
         tried.append(search_levels(paper, plain, lowest, space))
     found: list[tuple[FittedRun, float]] = []
     for sigmas in tried:
-        run, end = yield from _counted(fit(denoise_over(sigmas), sigmas, path, part), len(found) * steps)
+        run, end = yield from _counted(fit_steps(denoise_over(sigmas), sigmas, path, part), len(found) * steps)
         found.append((run, fidelity(end, path.end, None if part is None else ~part)))
     return max(found, key=lambda one: one[1])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 TEXT_WIDTH = 128
 MAX_TOKENS = 16  # per chunk, start and end included; longer prompts continue in another chunk, as with CLIP
-START, END, UNKNOWN = 0, 1, 2
+BEGIN, END, UNKNOWN = 0, 1, 2
 VOCABULARY_KEY = "attune_vocabulary"  # uint8 [n]: the words, newline-separated ASCII, in the order of their ids
 VOCABULARY_LIMIT = 65536  # bytes; ours has under 2000
 
@@ -69,7 +69,7 @@ class WordTokenizer:
     def __call__(self, text: str) -> dict[str, list[int]]:
         """Every word the model never saw becomes the one unknown token; punctuation is dropped."""
         ids = [self.ids.get(word, UNKNOWN) for word in split_words(text)]
-        return {"input_ids": [START, *ids, END]}
+        return {"input_ids": [BEGIN, *ids, END]}
 
 
 def split_words(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from .training import UNFINISHED, differences
 
 LARGEST_SHARD = 4 << 30  # bytes
 FORMAT = "1"
-FEWEST = 20  # prompts: a tenth of them is kept from training
+FEWEST_PROMPTS = 20  # prompts: a tenth of them is kept from training
 
 
 @dataclass(frozen=True)
@@ -172,10 +172,10 @@ def held_out(prompts: Collection[str]) -> frozenset[str]:
 
     ValueError for too few of them.
     """
-    if len(set(prompts)) < FEWEST:
+    if len(set(prompts)) < FEWEST_PROMPTS:
         raise ValueError(
             f"There are {len(set(prompts))} different prompts, too few to keep a tenth of them from training: give "
-            f"{FEWEST} or more."
+            f"{FEWEST_PROMPTS} or more."
         )
     number = {
         prompt: int(hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest(), 16) for prompt in prompts

@@ -35,7 +35,7 @@ ENCODERS = {
     4096: "T5",
 }
 LEAK = "signal_leak."  # in our own files: how examples differ from the prediction
-DTYPES = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")  # of weights
+WEIGHT_DTYPES = ("F16", "BF16", "F32", "F64", "F8_E4M3", "F8_E5M2")  # of weights
 MOST_NAMES = 10_000  # weights in a file; the published ones have 299
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -81,7 +81,7 @@ def read_header(path: Path) -> Header:
     try:
         with safe_open(path, framework="pt") as file:
             parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            foreign = [name for name, part in parts.items() if part.get_dtype() not in DTYPES]
+            foreign = [name for name, part in parts.items() if part.get_dtype() not in WEIGHT_DTYPES]
             if foreign or len(parts) > MOST_NAMES:
                 what = f"{shortened(foreign[0], 80)} is no weight" if foreign else f"it holds {len(parts)} tensors"
                 raise ValueError(f"'{path.name}' is not a One More Step module: {what}. Get the file again.")

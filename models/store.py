@@ -89,7 +89,7 @@ def save_profile(calibration: Calibration, folder: Path, name: str = "") -> Path
     this very calibration, that file is the answer. ValueError, before anything is written, for a calibration that could
     not be read back.
     """
-    stem, text = file_stem(name or calibration.name), spelled(calibration)
+    stem, text = file_stem(name or calibration.name), profile_text(calibration)
     folder.mkdir(parents=True, exist_ok=True)
     for path in numbered(folder, stem, SUFFIX):
         with contextlib.suppress(FileExistsError):
@@ -106,13 +106,13 @@ def update_profile(path: Path, old: Calibration, new: Calibration) -> Path:
     """Put `new` in the place of `old` in the file at `path`; where that holds something else by now, beside it."""
     if _id_of(path) != old.id:
         return save_profile(new, path.parent, path.stem)
-    text = spelled(new)
+    text = profile_text(new)
     with written_whole(path) as temporary:
         temporary.write_text(text, "utf-8")
     return path
 
 
-def spelled(calibration: Calibration) -> str:
+def profile_text(calibration: Calibration) -> str:
     """The text of a profile file; ValueError for a calibration that could not be read back from it."""
     try:
         text = json.dumps(spell_profile(calibration), indent=1, allow_nan=False) + "\n"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .store import file_stem, is_finite, load_tensors, numbered, save_tensors, shortened
 
-SUFFIX = ".safetensors"
+WEIGHTS_SUFFIX = ".safetensors"
 UNFINISHED = ".unfinished"  # the state of a training that was stopped, beside the place of its result
 MADE = "made"  # the key of a file's metadata
 CLOSE = 1e-4  # of numbers that outline a tensor: far above what devices differ by, far below what encoders do
@@ -201,7 +201,7 @@ def find_place(folder: Path, name: str, made: Mapping[str, Any]) -> tuple[Path, 
     ValueError for a name that cannot be a file's, and for a folder in which nothing can be written.
     """
     check_writable(folder)
-    for path in numbered(folder, file_stem(name.removesuffix(SUFFIX)), SUFFIX):
+    for path in numbered(folder, file_stem(name.removesuffix(WEIGHTS_SUFFIX)), WEIGHTS_SUFFIX):
         if not path.exists():
             return path, False
         if not differences(_made_of(path), made):
@@ -211,7 +211,7 @@ def find_place(folder: Path, name: str, made: Mapping[str, Any]) -> tuple[Path, 
 
 def keep_result(folder: Path, name: str, save: Callable[[Path], Any]) -> Path:
     """Save under the first of name, name (2), … that nobody has taken; `save` raises FileExistsError where one has."""
-    for path in numbered(folder, file_stem(name.removesuffix(SUFFIX)), SUFFIX):
+    for path in numbered(folder, file_stem(name.removesuffix(WEIGHTS_SUFFIX)), WEIGHTS_SUFFIX):
         with contextlib.suppress(FileExistsError):
             save(path)
             return path

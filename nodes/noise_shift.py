@@ -19,7 +19,16 @@ from ._host.api import Profile, advanced, io, schema, shown_on
 from ._host.calibrating import calibrating
 from ._host.folders import find_profile, keep_fit, keep_profile, keep_update, profile_path
 from ._host.identity import identify, pixels
-from ._host.noise_shift import STEPS, calibrate, check_prompts, data_hash, draw_own, encode, prompts_of, without_text
+from ._host.noise_shift import (
+    STEPS,
+    calibrate,
+    check_prompts,
+    data_hash,
+    draw_own,
+    encoded_at,
+    prompts_of,
+    without_text,
+)
 from ._host.session import ProgressBar
 from ._plan.noise_shift import continues, noise_shift_profile, parse_sizes, shift_plan, shift_report
 
@@ -118,7 +127,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
             images = draw_own(calibrating(model), vae, prompts, negative, cfg, native, count, seed)
         bar, done = ProgressBar(max(len(left) * effort.evaluations, 1)), 0
         for size in left:
-            x0 = (encode(vae, images, size) if latent is None else latent["samples"].float())[:count]
+            x0 = (encoded_at(vae, images, size) if latent is None else latent["samples"].float())[:count]
             chunk = max(1, 2 * math.prod(native) // math.prod(size))
             shift = calibrate(model, prompts, x0, chunk, effort, seed, bar, done)
             done += effort.evaluations

@@ -19,13 +19,12 @@ from ._host.folders import (
 from ._host.identity import identify, pixels
 from ._host.sampling import sample
 from ._host.solvers import sampler_names
-from ._plan.fitted_sampler import USES, Wish
+from ._plan.fitted_sampler import NOT_FAST, USES, Wish
 from ._plan.named_schedules import schedule, schedule_names
 from ._plan.profile_on_model import apply_profile, listed
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
-OFF = "off"
 
 STEPS_TIP = "How many steps the sampler takes. Align Your Steps was published for 10 and gains most from 5 to 20."
 DENOISE_TIP = (
@@ -154,7 +153,7 @@ class AttuneKSampler(io.ComfyNode):
                 _denoise(),
                 *advanced(
                     io.Combo.Input(
-                        "fast", options=[OFF, *USES, *profiles_of_kind(SAMPLER)], default=OFF, optional=True,
+                        "fast", options=[NOT_FAST, *USES, *profiles_of_kind(SAMPLER)], default=NOT_FAST, optional=True,
                         tooltip="Other than off: as 'use' of Attune Fast Sampler, with its 10 evaluations. The first "
                         "picture is made in full and learned from, the next ones are fast.",
                     )
@@ -168,20 +167,31 @@ class AttuneKSampler(io.ComfyNode):
     def validate_inputs(cls, schedule=None, fast=None):
         if schedule is not None and (known := _known(schedule)) is not True:  # None: linked, or missing: the host says
             return known
-        return fast in (None, OFF, *USES) or has_profile(fast) or missing_profile(fast)
+        return fast in (None, NOT_FAST, *USES) or has_profile(fast) or missing_profile(fast)
 
     @classmethod
-    def fingerprint_inputs(cls, fast=OFF, **_):
-        return OFF if fast in (None, OFF) else (fast, profile_stamps(SAMPLER))
+    def fingerprint_inputs(cls, fast=NOT_FAST, **_):
+        return NOT_FAST if fast in (None, NOT_FAST) else (fast, profile_stamps(SAMPLER))
 
     @classmethod
     def execute(
-        cls, model, seed, steps, cfg, sampler_name, schedule, positive, negative, latent_image, denoise=1.0, fast=OFF
+        cls,
+        model,
+        seed,
+        steps,
+        cfg,
+        sampler_name,
+        schedule,
+        positive,
+        negative,
+        latent_image,
+        denoise=1.0,
+        fast=NOT_FAST,
     ) -> io.NodeOutput:
         sigmas = _levels("Attune KSampler", model, steps, denoise, schedule, latent_image)
         given = (model, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
         return io.NodeOutput(
-            sample(*given) if fast == OFF else sample(*given, through=fast_for(cls, Wish(fast), "fast"))
+            sample(*given) if fast == NOT_FAST else sample(*given, through=fast_for(cls, Wish(fast), "fast"))
         )
 
 

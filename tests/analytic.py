@@ -7,6 +7,7 @@ Every class answers `denoise(x, sigma)` = E[x0 | x] for x = alpha(sigma) x0 + si
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ class Mixture:
     def denoise(self, x: Latent, sigma: Sigma) -> Latent:
         alpha, variance = self._alpha_and_variance(x, sigma)
         gain = alpha * self.stds**2 / variance  # [b k]
-        each = self.means + gain[..., None] * (x[:, None] - alpha[..., None] * self.means)  # [b k d]
-        return (self._log_parts(x, sigma).softmax(dim=1)[..., None] * each).sum(dim=1)
+        share = self._log_parts(x, sigma).softmax(dim=1)  # of means + gain * (x - alpha * means); no [b k d] is made
+        return (share * (1 - alpha * gain)) @ self.means.to(share) + (share * gain).sum(dim=1, keepdim=True) * x
 
     def _alpha_and_variance(self, x: Latent, sigma: Sigma) -> tuple[Tensor, Tensor]:
         s = sigma.to(x).expand(len(x))[:, None]
@@ -79,7 +80,9 @@ class Mixture:
 
     def _log_parts(self, x: Latent, sigma: Sigma) -> Tensor:
         alpha, variance = self._alpha_and_variance(x, sigma)
-        far = (x[:, None] - alpha[..., None] * self.means).square().sum(dim=2)  # [b k]
+        x64, means = x.double(), self.means.double()  # differences of squares cancel
+        between = x64.square().sum(dim=1, keepdim=True) - 2 * alpha * (x64 @ means.T) + (alpha * means.norm(dim=1)) ** 2
+        far = between.clamp(min=0).to(variance)  # [b k], |x - alpha mean|^2
         d = x.shape[1]
         return self.weights.log() - far / (2 * variance) - d / 2 * (2 * torch.pi * variance).log()
 
@@ -99,9 +102,7 @@ class PowerLawField:
 
     def stds(self) -> Tensor:
         """Standard deviation per frequency, float64 [side side]."""
-        f = torch.fft.fftfreq(self.side, dtype=torch.float64) * self.side
-        std = (1 + torch.hypot(f[:, None], f[None])) ** -self.decay
-        return std / std.square().mean().sqrt()
+        return _power_law(self.side, self.decay)
 
     def sample(self, n: int, generator: torch.Generator) -> Latent:
         white = torch.randn(n, self.channels, self.side, self.side, generator=generator, dtype=torch.float64)
@@ -114,7 +115,16 @@ class PowerLawField:
 
     @staticmethod
     def _filter(x: Latent, gain: Tensor) -> Latent:
-        return torch.fft.ifft2(torch.fft.fft2(x) * gain).real
+        """The gain of a frequency is that of its negative, so half of them are enough."""
+        half = torch.fft.rfft2(x)
+        return torch.fft.irfft2(half * gain[..., : half.shape[-1]], s=x.shape[-2:])
+
+
+@lru_cache
+def _power_law(side: int, decay: float) -> Tensor:
+    f = torch.fft.fftfreq(side, dtype=torch.float64) * side
+    std = (1 + torch.hypot(f[:, None], f[None])) ** -decay
+    return std / std.square().mean().sqrt()
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 import types
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ sys.modules["pack"] = pack  # from here on: from pack.kernels.schedules import c
 
 def pytest_addoption(parser):
     parser.addoption("--all", action="store_true", help="also what repeats a kind: the tests marked nightly")
-    parser.addoption("--fuzz", type=int, default=1000, metavar="N", help="mutated files, of all kinds together")
+    parser.addoption("--fuzz", type=int, metavar="N", help="mutated files, of all kinds together: 400, --all: 1000")
 
 
 @pytest.hookimpl(trylast=True)
@@ -58,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def fuzz(pytestconfig) -> int:
     """How many mutated files, of all kinds together."""
-    return pytestconfig.getoption("--fuzz")
+    return pytestconfig.getoption("--fuzz") or (1000 if pytestconfig.getoption("--all") else 400)
 
 
 @pytest.fixture(scope="session")
@@ -98,5 +99,6 @@ def server(dev, tmp_path_factory):
     settings.parent.mkdir(parents=True)
     settings.write_text(json.dumps(SETTINGS))
     (run / "custom_nodes").mkdir()
+    shutil.copy(ROOT / "benchmarks/count_objects.py", run / "custom_nodes")
     with dev.server(dev.Host(os.environ["COMFYUI_PATH"]), run, "--base-directory", str(run)) as url:
         yield Server(url, run)

@@ -6,6 +6,14 @@ from collections.abc import Iterable
 
 import pytest
 
+# Workflows that each day draws in small, for another one shows in full what the page does with their kind of nodes.
+REPEATED = [
+    "aligned_ksampler", "aligned_schedule", "golden_noise_advanced", "one_more_step_colour", "one_more_step_few_steps",
+    "propagation_controlnet", "propagation_transformer", "select_noise", "signal_leak", "zigzag",
+]  # fmt: skip
+# Fits and trainings take longest. Their nodes are asked in small in tests/host; the page shows one of them each day.
+LONG = ["align_timesteps", "fit_noise_shift", "fit_sampler", "train_npnet", "train_one_more_step"]
+
 
 def daily(values: Iterable, *telling, names: int = 1) -> list:
     """Parameters for `parametrize`: those in `telling` each time, the rest in the night.

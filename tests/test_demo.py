@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pack.models.demo import END, START, UNKNOWN, WordTokenizer, pack_vocabulary, split_words, unpack_vocabulary
+from pack.models.demo import BEGIN, END, UNKNOWN, WordTokenizer, pack_vocabulary, split_words, unpack_vocabulary
 
 WORDS = ["<start>", "<end>", "<unknown>", "a", "red", "t-shirt", "3d"]
 
@@ -16,11 +16,11 @@ def test_words_survive_the_trip_through_a_tensor():
 
 def test_a_prompt_becomes_known_words_between_start_and_end():
     ids = WordTokenizer(WORDS)("A RED, t-shirt (3D) zebra!")["input_ids"]
-    assert ids == [START, 3, 4, 5, 6, UNKNOWN, END]
+    assert ids == [BEGIN, 3, 4, 5, 6, UNKNOWN, END]
 
 
 def test_an_empty_prompt_is_start_and_end():
-    assert WordTokenizer(WORDS)("")["input_ids"] == [START, END]
+    assert WordTokenizer(WORDS)("")["input_ids"] == [BEGIN, END]
 
 
 def test_punctuation_and_other_scripts_do_not_disturb():

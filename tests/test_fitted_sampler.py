@@ -11,7 +11,17 @@ import torch
 from analytic import Gaussian, PowerLawField
 from oracles import mixture_2d
 from pack.kernels import fitted_sampler as kernel
-from pack.kernels.fitted_sampler import FittedRun, OnPaper, advance, fidelity, fit, half, learn, search_levels, solve
+from pack.kernels.fitted_sampler import (
+    FittedRun,
+    OnPaper,
+    advance,
+    fidelity,
+    fit_steps,
+    half,
+    learn,
+    search_levels,
+    solve,
+)
 from pack.kernels.space import NoiseSpace
 from pack.kernels.timestep_aligner import Trajectory
 
@@ -98,7 +108,7 @@ def test_it_becomes_the_solver_that_it_is_shown(kind, solver):
     sigmas, x = levels(space, 8), start(space)
     shown = run_of(solver, space, sigmas)
     path = recorded(field(space).denoise, x, shown)
-    run, end = last(fit(field(space).denoise, sigmas, path))
+    run, end = last(fit_steps(field(space).denoise, sigmas, path))
     torch.testing.assert_close(end, path.end, rtol=1e-6, atol=1e-8)
     other = start(space, seed=1)
     there = solve(field(space).denoise, other, shown)
@@ -131,7 +141,7 @@ def test_one_gaussian_is_followed_exactly_in_one_step_and_in_two(kind):
     states = [target.flow(x, fine[0], s) for s in fine]
     path = Trajectory.recorded(fine, states, [target.denoise(a, s) for a, s in zip(states, fine[:-1], strict=False)])
     for steps in (1, 2):
-        run, end = last(fit(target.denoise, levels(space, steps), path))
+        run, end = last(fit_steps(target.denoise, levels(space, steps), path))
         torch.testing.assert_close(end, path.end, rtol=1e-5, atol=1e-6)
         assert run.steps == steps and [len(row) for row in run.numbers] == [2, 3][:steps]
 
@@ -144,7 +154,7 @@ def test_the_first_step_has_the_closed_form_numbers_on_a_gaussian_field(kind):
     target = field(space, side)
     x = start(space, pictures=64, side=side)
     path, sigmas = exact(target, x, levels(space, 100)), levels(space, 4)
-    run, _ = last(fit(target.denoise, sigmas, path))
+    run, _ = last(fit_steps(target.denoise, sigmas, path))
     unit = torch.zeros_like(x[:1, :1])
     unit[..., 0, 0] = 1.0  # a point: its spectrum is flat, so that linear maps show their gains
     gain = torch.fft.fft2(target.denoise(unit, sigmas[0])).real.flatten()
@@ -164,7 +174,7 @@ def test_it_converges_on_other_noises_and_is_nearer_than_dpmpp_2m_at_every_count
     path, other = recorded(target.denoise, draw(0), long), draw(1)
     there, errors, plain = solve(target.denoise, other, long), [], []
     for steps in (6, 12, 24):
-        run, _ = last(fit(target.denoise, levels(space, steps), path))
+        run, _ = last(fit_steps(target.denoise, levels(space, steps), path))
         for found, one in ((errors, run), (plain, run_of("dpmpp_2m", space, levels(space, steps)))):
             found.append(float((solve(target.denoise, other, one) - there).norm(dim=1).median()))
     assert errors[0] > 1.5 * errors[1] > 1.5**2 * errors[2]
@@ -188,11 +198,11 @@ def test_nothing_is_asked_for_twice_and_parts_are_left_out():
         return field(space).denoise(x, sigma)
 
     part = half(x)
-    run, _ = last(fit(denoise, sigmas, path, part))
+    run, _ = last(fit_steps(denoise, sigmas, path, part))
     assert asked == pytest.approx(sigmas[:-1].tolist())
     spoiled = Trajectory(path.sigmas, torch.where(part, path.states, 99.0), path.slopes)
     spoiled.states[0] = path.states[0]
-    again, _ = last(fit(field(space).denoise, sigmas, spoiled, part))
+    again, _ = last(fit_steps(field(space).denoise, sigmas, spoiled, part))
     for row, wanted in zip(again.numbers, run.numbers, strict=True):
         assert row == pytest.approx(wanted, rel=1e-6)
 
@@ -207,7 +217,7 @@ def test_paper_knows_what_a_run_on_the_path_itself_would_do(kind):
     denoise = lambda _, sigma: blob * (1 + 0.3 * torch.log(sigma + 0.5))
     path = recorded(denoise, x, run_of("euler", space, fine))
     sigmas = fine[::10].clone()
-    run, _ = last(fit(denoise, sigmas, path))
+    run, _ = last(fit_steps(denoise, sigmas, path))
     state, answers, total = x, [], 0.0
     for i, sigma in enumerate(run.sigmas[:-1]):
         answers = [denoise(state, torch.tensor(sigma, dtype=torch.float64)), *answers[:2]]
@@ -264,7 +274,7 @@ def test_levels_that_leave_the_recorded_run_are_refused():
     space = SPACES["ve"]
     path = recorded(field(space).denoise, start(space), run_of("euler", space, levels(space, 10)))
     with pytest.raises(ValueError, match=r"from sigma 14\.6 down to 0"):
-        last(fit(field(space).denoise, torch.tensor([20.0, 1.0, 0.0]), path))
+        last(fit_steps(field(space).denoise, torch.tensor([20.0, 1.0, 0.0]), path))
 
 
 def test_a_step_costs_no_more_than_twice_eulers_arithmetic():

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from analytic import PowerLawField
+from nightly import daily
 from oracles import dpmpp_2m, finish, stock_schedules
 from pack.kernels.gate import FEWEST, judge, sign_count, students_t, students_tail
 from pack.kernels.space import NoiseSpace
@@ -174,9 +175,11 @@ class Field:
         }
 
 
-@pytest.mark.parametrize("kind", ["ve", "flow"])
-@pytest.mark.parametrize("solver", ["dpmpp_2m", "euler"])
-@pytest.mark.parametrize("steps", [8, 14, 20])
+EVERY = [(kind, solver, steps) for steps in (8, 14, 20) for solver in ("dpmpp_2m", "euler") for kind in ("ve", "flow")]
+DAILY = [*EVERY[:4], ("flow", "dpmpp_2m", 14), ("ve", "euler", 20)]  # every pair once, and every number of steps
+
+
+@pytest.mark.parametrize(("kind", "solver", "steps"), daily(EVERY, *DAILY, names=3))
 def test_on_the_field_the_truth_gets_better_or_the_fit_is_refused(kind, solver, steps):
     """From every known schedule: the reference may lead no fit away from the exact ends."""
     bench, preset, changed = Field(kind, solver), TUNER_PRESETS["mini"], 0
@@ -211,8 +214,9 @@ def test_levels_hardly_better_than_the_reference_do_not_follow_its_errors(preset
     reference = reference_levels(chosen.reference_steps, bench.space, bench.lowest, bench.highest)
     ends = [levels[1:-1].log() for levels in (BEST, stock_schedules(8)["KL-optimal"])]
     between = lambda share: torch.cat([BEST[:1], torch.lerp(*ends, share).exp(), BEST[-1:]])
+    errors, least = [truth(between(s / 100)) for s in range(101)], truth(reference)
     for times in (4, 5, 6, 8):
-        share = next(s / 100 for s in range(101) if truth(between(s / 100)) > times * truth(reference))
+        share = next(s / 100 for s, error in enumerate(errors) if error > times * least)
         noises = list(bench.noise(chosen.fit + chosen.held_out, 7).split(1))
         runner = Runner(bench.solve, bench.record)
         tuned, _ = finish(tune(runner, {"start": between(share)}, reference, noises, chosen, bench.space))

@@ -35,6 +35,17 @@ MAY = {  # folder -> (outside packages beyond the standard library, layers of th
         {"kernels", "models", "nodes/_plan", "nodes/_host"},
     ),
 }
+CONVENTIONS = {  # names that modules share, each for its own
+    "AUTO": "the option of a list that leaves the choice to the node",
+    "CATEGORY": "where the nodes stand in the menu",
+    "FORMAT": "the version of the files that the module writes",
+    "KEY": "under what the module keeps its own in a MODEL's options or a workflow",
+    "LOG": "the module's logger",
+    "MOST_NAMES": "how many weights a file may hold",
+    "NODES": "the nodes that the module adds",
+    "T": "any type",
+    "WHO": "the node's title in what it says",
+}
 FILES = [path for folder in ("kernels", "models", "nodes") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
@@ -75,3 +86,36 @@ def test_most_of_the_pack_does_not_know_the_host():
     lines = {path: len(path.read_text("utf-8").splitlines()) for path in FILES}
     coupled = sum(n for path, n in lines.items() if imports(path)[0] & HOST)
     assert coupled <= 0.4 * sum(lines.values())
+
+
+def public_names(path: Path) -> set[str]:
+    """What a file defines at its top level; what it imports is defined elsewhere."""
+    found = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names = [part for target in targets for part in ast.walk(target) if isinstance(part, ast.Name)]
+            found |= {name.id for name in names if isinstance(name.ctx, ast.Store)}
+    return {name for name in found if not name.startswith("_")}
+
+
+def test_a_public_name_is_defined_once():
+    """Whoever searches for a name finds what it means; it is imported from there, or another word is found for it."""
+    defined: dict[str, list[str]] = {}
+    for path in FILES:
+        for name in public_names(path):
+            defined.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    twice = {name: paths for name, paths in defined.items() if len(paths) > 1}
+    assert {name: paths for name, paths in twice.items() if name not in CONVENTIONS} == {}
+    assert set(CONVENTIONS) == set(twice)  # what is no convention any more is taken off the list
+
+
+def test_the_names_of_a_file_are_what_it_defines_and_not_what_it_imports(tmp_path):
+    file = tmp_path / "some.py"
+    file.write_text(
+        "from x import imported\nA, (B, _c) = 1, (2, 3)\nD: int = 4\nA.attribute = E[0] = 5\n"
+        "def f(g):\n    h = 1\nclass I:\n    j = 2\nasync def k(): ...\n"
+    )
+    assert public_names(file) == {"A", "B", "D", "f", "I", "k"}

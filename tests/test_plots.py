@@ -10,7 +10,7 @@ from pack.kernels.propagation import Reuse
 from pack.models.calibration import Calibration, CondLevels, Point
 from pack.models.store import shipped_profiles
 from pack.nodes._draw.axes import BOTTOM, COLOURS, HEIGHT, INK, LEFT, PAPER, RIGHT, TOP, WIDTH, Axes, sheet, to_image
-from pack.nodes._draw.propagation import ALONE, CURVE, KEY, draw_calibration, draw_speeds
+from pack.nodes._draw.propagation import CURVE, KEY_STEP, SECOND_ALONE, draw_calibration, draw_speeds
 from pack.nodes._draw.schedules import Curve, draw_schedules, profile_curve
 
 
@@ -90,7 +90,7 @@ POINTS = (Point(Reuse(1, 8, True), (0, 2, 4), 1.5, 52.0), Point(Reuse(1, 8, True
 
 def test_a_calibration_marks_its_key_steps_and_rings_the_chosen_setting():
     pictures = [draw_calibration(CHANGES, 5, POINTS, chosen) for chosen in POINTS]
-    three, two = (len(np.unique(where(one, KEY, 0, 700)[:, 1])) for one in pictures)
+    three, two = (len(np.unique(where(one, KEY_STEP, 0, 700)[:, 1])) for one in pictures)
     assert three > two > 0
     rings = [where(one, INK, *CURVE[::2]) for one in pictures]
     middles = [ring[(ring[:, 0] > 70) & (ring[:, 0] < 390) & (ring[:, 1] > 10)].mean(axis=0) for ring in rings]
@@ -99,7 +99,7 @@ def test_a_calibration_marks_its_key_steps_and_rings_the_chosen_setting():
 
 def test_the_curve_alone_is_the_one_of_the_calibration():
     whole, alone = draw_calibration(CHANGES, 5, POINTS, POINTS[1]), draw_speeds(POINTS, POINTS[1])
-    left, top, right, bottom = ALONE
+    left, top, right, bottom = SECOND_ALONE
     shift = CURVE[0] - left
     assert alone.crop((left, top, right, bottom)) == whole.crop((left + shift, top, right + shift, bottom))
 

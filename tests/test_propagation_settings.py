@@ -11,9 +11,9 @@ from pack.kernels.propagation import Costs, Reuse, speedup
 from pack.models.calibration import Calibration, KeySteps, Point
 from pack.models.store import load_profile, save_profile
 from pack.nodes._plan.propagation import (
-    ENCODER,
+    ENCODER_REUSED,
     ONE,
-    TOP,
+    TOP_LEVEL,
     TRANSFORMER_PARTS,
     UNET_PARTS,
     ReuseSettings,
@@ -57,17 +57,17 @@ def test_names_of_parts_are_members_of_one_family():
 
 
 def test_automatic_is_the_first_part_and_a_part_of_the_other_kind_is_refused():
-    assert part_of_unet("automatic") == TOP and part_of_transformer("automatic") == TRANSFORMER_PARTS[0]
-    assert chosen(mode="uniform").reuse == reuse_by_name(TOP, True, 4, 2)
+    assert part_of_unet("automatic") == TOP_LEVEL and part_of_transformer("automatic") == TRANSFORMER_PARTS[0]
+    assert chosen(mode="uniform").reuse == reuse_by_name(TOP_LEVEL, True, 4, 2)
     said = r"'first block fresh' is a part of a transformer, this MODEL is a UNet: set 'reuse' to one of 'automatic', "
     with pytest.raises(ValueError, match=said):
         part_of_unet(TRANSFORMER_PARTS[0])
     with pytest.raises(ValueError, match="'encoder reused' is a part of a UNet, this MODEL is a transformer"):
-        part_of_transformer(ENCODER)
+        part_of_transformer(ENCODER_REUSED)
 
 
 def test_the_published_mode_ignores_what_the_paper_does_not_have():
-    choice = chosen(mode="published keys", reuse=TOP, forecast=True, keep_last=5)
+    choice = chosen(mode="published keys", reuse=TOP_LEVEL, forecast=True, keep_last=5)
     assert choice.reuse == Reuse(0, 0, False) and choice.keep_last == 0
     assert choice.keys == {0, 1, 2, 4, 6, 10, 14}
 
@@ -82,11 +82,11 @@ def test_a_speed_target_is_reached_with_as_many_key_steps_as_it_allows(reuse, sp
 
 
 def test_a_part_that_cannot_reach_the_speed_gives_way_to_a_cheaper_one_or_is_refused():
-    assert chosen(mode="speed target", speed=3.0, reuse=TOP).reuse == reuse_by_name(ONE, True, 4, 2)
+    assert chosen(mode="speed target", speed=3.0, reuse=TOP_LEVEL).reuse == reuse_by_name(ONE, True, 4, 2)
     with pytest.raises(
         ValueError, match=r"cannot run 2 times faster over 20 steps.*the limit is 1\.\d+\. Lower 'speed'"
     ):
-        chosen(mode="speed target", speed=2.0, reuse=ENCODER)
+        chosen(mode="speed target", speed=2.0, reuse=ENCODER_REUSED)
 
 
 def test_new_noise_is_never_hidden_from_the_network():

@@ -11,23 +11,23 @@ from ...models.calibration import Point
 from .._plan.propagation import FIDELITY
 from .axes import COLOURS, INK, Axes, Box, Colour, sheet
 
-WIDTH, HEIGHT = 1280, 480
+SHEET_WIDTH, SHEET_HEIGHT = 1280, 480
 CHANGES, CURVE = (80, 60, 620, 400), (740, 60, 1250, 400)  # the two panels
-ALONE = (80, 60, 590, 400)  # the second without the first
-KEY = (255, 225, 170)
+SECOND_ALONE = (80, 60, 590, 400)  # the second without the first
+KEY_STEP = (255, 225, 170)
 
 
 def draw_calibration(
     changes: Mapping[str, Sequence[float]], steps: int, points: Sequence[Point], chosen: Point
 ) -> Image.Image:
     """Left the change of every feature per step, with the chosen key steps; right fidelity over speed."""
-    picture, draw = sheet(WIDTH, HEIGHT)
+    picture, draw = sheet(SHEET_WIDTH, SHEET_HEIGHT)
     values = [value for row in changes.values() for value in row if value > 0] or [0.1, 1.0]
     low = math.floor(math.log10(min(values)))
     high = max(math.ceil(math.log10(max(values))), low + 1)
     axes = Axes(draw, (0, max(steps - 1, 1)), (low, high), CHANGES)
     for key in chosen.keys:
-        draw.line((*axes.at(key, low), *axes.at(key, high)), KEY, 5)
+        draw.line((*axes.at(key, low), *axes.at(key, high)), KEY_STEP, 5)
     axes.frame(
         [(step, str(step)) for step in range(0, steps, max(1, steps // 8))],
         [(decade, f"{10.0**decade:g}") for decade in range(low, high + 1)],
@@ -45,8 +45,8 @@ def draw_calibration(
 
 def draw_speeds(points: Sequence[Point], chosen: Point) -> Image.Image:
     """Fidelity over speed alone, of a profile that is applied."""
-    picture, draw = sheet(WIDTH // 2, HEIGHT)
-    _speeds(draw, points, chosen, ALONE)
+    picture, draw = sheet(SHEET_WIDTH // 2, SHEET_HEIGHT)
+    _speeds(draw, points, chosen, SECOND_ALONE)
     return picture
 
 

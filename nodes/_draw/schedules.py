@@ -14,7 +14,7 @@ from .._plan.named_schedules import resample_profile
 from .._plan.profile_on_model import Applied
 from .axes import COLOURS, HEIGHT, INK, LEFT, Axes, font, sheet
 
-LOWEST = 1e-6  # smaller levels are drawn here
+LOWEST_DRAWN = 1e-6  # smaller levels are drawn here
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def draw_schedules(curves: Sequence[Curve], title: str = "Noise levels") -> Imag
     if not positive:
         draw.text((LEFT, HEIGHT // 2), "No noise levels: the run has no step.", INK, font(18))
         return picture
-    low = math.log10(max(min(positive), LOWEST)) - 0.25
+    low = math.log10(max(min(positive), LOWEST_DRAWN)) - 0.25
     high = max(math.log10(max(positive)), low + 0.5) + 0.08
     axes = Axes(draw, (0, 1), (low, high))
     shares = [(share, f"{share:.0%}") for share in (0, 0.25, 0.5, 0.75, 1)]

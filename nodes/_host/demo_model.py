@@ -39,7 +39,7 @@ class DemoTextModel(comfy.sd1_clip.SDClipModel):
             dtype=dtype,
             max_length=demo.MAX_TOKENS,
             textmodel_json_config=dict(demo.TEXT_CONFIG),
-            special_tokens={"start": demo.START, "end": demo.END, "pad": demo.END},
+            special_tokens={"start": demo.BEGIN, "end": demo.END, "pad": demo.END},
             model_options=model_options,
         )
         # The host's CLIP embedding has a fixed number of rows.

@@ -28,9 +28,9 @@ from .._plan.fitted_sampler import (
     LEARN_AGAIN,
     USES,
     Wish,
-    choose,
     fitted_sampler,
     said_of_run,
+    serving_run,
     was_tried,
 )
 from .api import io, progress_text, widget_place
@@ -46,7 +46,7 @@ from .workflow_profiles import content_name, set_widget
 
 LOG = logging.getLogger(__name__)
 KEY = "attune.fitted_sampler"
-RUN = "fitted_run"  # option of the sampler function
+FITTED_RUN = "fitted_run"  # option of the sampler function
 STOPPED = (ValueError, RuntimeError, OSError, comfy.model_management.InterruptProcessingException)
 
 
@@ -89,7 +89,7 @@ def _checked(run: FittedRun | None, sigmas: Tensor) -> FittedRun:
 
 def fitted_sampler_of(run: FittedRun) -> Any:
     """A SAMPLER that makes a fitted run; goes with the run's levels as SIGMAS."""
-    return comfy.samplers.KSAMPLER(sample_attune_fitted, {RUN: run})
+    return comfy.samplers.KSAMPLER(sample_attune_fitted, {FITTED_RUN: run})
 
 
 # --- the sampler that learns ---
@@ -176,7 +176,7 @@ class _Run:
         """The picture: by the short run where one is proved, else in full, from which the sampler learns."""
         wish, scene = self.sampler.wish, self._scene()
         name, known = self._known(scene)
-        short = None if known is None or wish.use == LEARN_AGAIN else choose(known, wish)
+        short = None if known is None or wish.use == LEARN_AGAIN else serving_run(known, wish)
         if known is not None and wish.use not in USES:
             short = short or min(known.runs, key=lambda one: -one.psnr)
         if known is not None and short is not None and wish.use not in (FULL_RUN, FORGET) and not self._is_due(name):

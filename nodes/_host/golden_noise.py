@@ -15,7 +15,7 @@ from ...models.npnet import prompt_texts
 from ...models.npnet_files import NPNetFile, load_npnet
 from .._plan.golden_noise import GoldenSettings, check_size, golden_noise
 from .api import io
-from .start import Run, Start
+from .start import Start, StartingRun
 
 LOG = logging.getLogger(__name__)
 WHO = "Attune Golden Noise"
@@ -55,7 +55,7 @@ class GoldenNoise(Start):
     def check(self, positive: list | None) -> None:
         self._texts([{**extra, "cross_attn": text} for text, extra in positive or []])
 
-    def begin(self, run: Run) -> tuple[Tensor, str]:
+    def begin(self, run: StartingRun) -> tuple[Tensor, str]:
         """Golden noise [b c h w] on the CPU; ValueError before any work."""
         net, noise, settings = self.npnet.file.net, run.noise, self.settings
         check_size(net.config, noise.shape, settings.other_sizes)

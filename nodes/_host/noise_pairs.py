@@ -21,7 +21,7 @@ from ...models.training import UNFINISHED, outline
 from .calibrating import calibrating
 from .identity import identify
 from .redenoise import Redenoise
-from .start import Run
+from .start import StartingRun
 
 
 def pairs_folder(name: str) -> Path:
@@ -152,7 +152,7 @@ class _Collector(comfy.samplers.Sampler):
         self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
     ):
         sampling, top = model_wrap.inner_model.model_sampling, self.max_denoise(model_wrap, sigmas)
-        run = Run(model_wrap, sampling, sigmas, noise, latent_image, None, top, extra_args)
+        run = StartingRun(model_wrap, sampling, sigmas, noise, latent_image, None, top, extra_args)
         golden, _ = self.settings.begin(run)
         self.golden = golden.cpu()
         return latent_image

@@ -159,7 +159,7 @@ def without_text(model) -> list:
     return [[torch.zeros(1, 1, width), {"pooled_output": torch.zeros(1, pooled)} if isinstance(pooled, int) else {}]]
 
 
-def encode(vae, images: Tensor, size: Size) -> Tensor:
+def encoded_at(vae, images: Tensor, size: Size) -> Tensor:
     """Latents of IMAGE [n h w c], cut to the middle and brought to `size` by Lanczos' filter."""
     width, height = size
     pixels = comfy.utils.common_upscale(images[..., :3].movedim(-1, 1), width, height, "lanczos", "center").movedim(

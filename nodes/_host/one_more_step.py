@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ...kernels.one_more_step import SignalLeak, clean_of_v, first_state, guided, keyed_noise, noise_for
 from ...models import one_more_step as files
-from .start import Run, Start, with_start
+from .start import Start, StartingRun, with_start
 from .timeless_unet import TimelessUNet, diffusers_names
 
 LOG = logging.getLogger(__name__)
@@ -184,10 +184,10 @@ class FirstState(Start):
     def patchers(self) -> list[comfy.model_patcher.ModelPatcher]:
         return [self.module.patcher] if self.module else []
 
-    def objection(self, run: Run) -> None:
+    def objection(self, run: StartingRun) -> None:
         highest_noise(run.sampling, type(run.guider.inner_model).__name__)  # nodes behind this one may have changed it
 
-    def begin(self, run: Run) -> tuple[Tensor, str]:
+    def begin(self, run: StartingRun) -> tuple[Tensor, str]:
         sigma, highest = float(run.sigmas[0]), float(run.sampling.sigma_max)
         check_latent(self, run.noise)
         if sigma > 1.01 * highest:

@@ -21,7 +21,7 @@ from ...kernels.types import Denoiser
 from .._plan.solvers import SOLVERS
 from .clock import noise_space
 from .session import Solver, Solves, draw_noises, run_session
-from .start import Run, Start
+from .start import Start, StartingRun
 
 LOG = logging.getLogger(__name__)
 WHO = "Attune Redenoise"
@@ -52,11 +52,11 @@ class Redenoise(Start):
                 f"{WHO} asks the model: connect 'positive' and 'negative' of Attune Noise, as the guider's."
             )
 
-    def objection(self, run: Run) -> str | None:
+    def objection(self, run: StartingRun) -> str | None:
         windows = run.extra_args["model_options"].get("context_handler") is not None
         return "context windows know the run's own noise levels only" if windows else None
 
-    def begin(self, run: Run) -> tuple[Tensor, str]:
+    def begin(self, run: StartingRun) -> tuple[Tensor, str]:
         """Golden noise, float32."""
         noise, sigma = run.noise.float(), run.sigmas[0]  # half precision is too coarse for a difference of two denoised
         gap = guidance_gap(run.guider, self.strong_cfg, self.weak_cfg)

@@ -32,26 +32,26 @@ class Replaced:
         ]
 
 
-RUN = ("model", "positive", "negative", "sampler", "latent", "sigmas")
-PROPAGATION = (
+RUN_INPUTS = ("model", "positive", "negative", "sampler", "latent", "sigmas")
+PROPAGATION_INPUTS = (
     "mode", "interval", "speed", "reuse", "forecast", "keep_last", "start_percent", "end_percent", "prior_noise",
     "cache_dtype", "cache_device", "memory_limit",
 )  # fmt: skip
 REPLACED = [
     Replaced(
-        "AttuneTuneSchedule", "AttuneFitSampler", ("cfg", "steps", "preset", "budget_minutes", "seed", "method"), RUN,
-        dropped=("method",), outputs={0: 0, 1: 1, 2: 2, 3: 3},
+        "AttuneTuneSchedule", "AttuneFitSampler", ("cfg", "steps", "preset", "budget_minutes", "seed", "method"),
+        RUN_INPUTS, dropped=("method",), outputs={0: 0, 1: 1, 2: 2, 3: 3},
     ),
     Replaced(
-        "AttuneAlignTimesteps", "AttuneFitSampler", ("cfg", "noises", "seed"), RUN, dropped=("noises",),
+        "AttuneAlignTimesteps", "AttuneFitSampler", ("cfg", "noises", "seed"), RUN_INPUTS, dropped=("noises",),
         fixed={"levels": False}, outputs={0: 0, 1: 2, 2: 3},
     ),
     Replaced(
         "AttuneNoiseShift", "AttuneApplyProfile", ("strength",), ("model", "profile", "latent"), outputs={0: 0, 1: 3}
     ),
     Replaced("AttuneInstalled", "AttuneLoadProfile", (), ("model",), outputs={0: 2}),
-    Replaced("AttuneEncoderPropagation", "AttunePropagation", (*PROPAGATION, "parallel"), ("model", "profile")),
-    Replaced("AttuneBlockPropagation", "AttunePropagation", PROPAGATION, ("model", "profile")),
+    Replaced("AttuneEncoderPropagation", "AttunePropagation", (*PROPAGATION_INPUTS, "parallel"), ("model", "profile")),
+    Replaced("AttuneBlockPropagation", "AttunePropagation", PROPAGATION_INPUTS, ("model", "profile")),
     Replaced(
         "AttuneFitEncoderPropagation", "AttuneFitPropagation",
         ("seed", "steps", "cfg", "sampler_name", "scheduler", "reuse", "fastest", "longest"),

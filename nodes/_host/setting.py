@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-DEEPEST = 6
+MOST_NESTED = 6
 PLAIN = (int, float, bool, str)
 OF_EVERY_RUN = {"sample_sigmas", "sigmas", "uuids", "cond_or_uncond", "callbacks", "model_options"}
 OF_THE_PROMPT = {
@@ -42,7 +42,7 @@ def setting_of(guider: Any, sampler: Any, model_options: Mapping) -> str:
 
 def _spelled(value: Any, depth: int = 0) -> str:
     """A text that is the same in every process for what acts the same, as far as can be seen from outside."""
-    if depth > DEEPEST:
+    if depth > MOST_NESTED:
         return "…"
     if value is None or isinstance(value, bool | int | str):
         return repr(value)

@@ -28,7 +28,7 @@ BEGUN = "attune_begun"  # marks a noise that holds its start already
 
 
 @dataclass(frozen=True)
-class Run:
+class StartingRun:
     """A run that is about to begin.
 
     noise, latent: [b c h w], the latent in the model's scale once the MODEL is loaded. mask: like noise, or None. top:
@@ -74,11 +74,11 @@ class Start:
     def check(self, positive: list | None) -> None:
         """ValueError for a prompt that it cannot begin from."""
 
-    def objection(self, run: Run) -> str | None:
+    def objection(self, run: StartingRun) -> str | None:
         """Why it leaves this run alone, beyond `not_from_noise`; ValueError where there must be no such run."""
         return None
 
-    def begin(self, run: Run) -> tuple[Tensor, str]:
+    def begin(self, run: StartingRun) -> tuple[Tensor, str]:
         """The noise in place of the run's, and what was done, in words for the log."""
         raise NotImplementedError
 
@@ -102,7 +102,7 @@ def starts_of(model: Any) -> tuple[Start, ...]:
     return model.model_options.get("transformer_options", {}).get(KEY, ())
 
 
-def not_from_noise(run: Run, partial: bool) -> str | None:
+def not_from_noise(run: StartingRun, partial: bool) -> str | None:
     """Why a run does not begin from noise alone, in the user's words; None when it does or `partial` allows it."""
     if len(run.sigmas) < 2 or float(run.sigmas[0]) <= float(run.sigmas[-1]):
         return "the noise levels do not fall"
@@ -131,7 +131,9 @@ def _outer_sample(executor, noise, latent_image, sampler, sigmas, *args, **kwarg
             LOG.warning("Attune Noise: its noise holds the MODEL's start already, so the MODEL adds none.")
         sampling = guider.model_patcher.get_model_object("model_sampling")
         top = from_the_top(sampling, sigmas)
-        run = Run(guider, sampling, sigmas, noise, latent_image, None, top, {"model_options": guider.model_options})
+        run = StartingRun(
+            guider, sampling, sigmas, noise, latent_image, None, top, {"model_options": guider.model_options}
+        )
         noise = _begun(run, before_loading=True)
         return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
     finally:
@@ -145,12 +147,12 @@ def _sampler_sample(
     sampling, sampler = guider.inner_model.model_sampling, executor.class_obj
     of_host = hasattr(sampler, "max_denoise")
     top = bool(sampler.max_denoise(guider, sigmas)) if of_host else from_the_top(sampling, sigmas)
-    run = Run(guider, sampling, sigmas, noise, latent_image, denoise_mask, top, extra_args)
+    run = StartingRun(guider, sampling, sigmas, noise, latent_image, denoise_mask, top, extra_args)
     noise = _begun(run, before_loading=False)
     return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, *args, **kwargs)
 
 
-def _begun(run: Run, before_loading: bool) -> Tensor:
+def _begun(run: StartingRun, before_loading: bool) -> Tensor:
     """The noise after all starts of this moment."""
     options = run.extra_args["model_options"]
     if stands_aside(options, KEY):

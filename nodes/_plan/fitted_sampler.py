@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ...models.calibration import SAMPLER, Calibration, ModelIdentity, Planned, ShortRun, fitted
+from .propagation import FIDELITY
 
 AUTO, FULL_RUN, LEARN_AGAIN, FORGET = "auto", "full run", "learn again", "forget"
+NOT_FAST = "off"
 USES = (AUTO, FULL_RUN, LEARN_AGAIN, FORGET)
 COUNTS = (6, 8, 10, 12, 16)  # of evaluations, where the fewest that are faithful enough are looked for
 METHOD = "fitted sampler"
-FAITHFUL = 45.0  # dB of the latents; where nobody says how faithful a short run must be
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Wish:
     check_every: int = 0
 
 
-def choose(profile: Calibration, wish: Wish) -> ShortRun | None:
+def serving_run(profile: Calibration, wish: Wish) -> ShortRun | None:
     """The shortest run that proved the fidelity, of as many steps as are asked for; None where there is none."""
     enough = [one for one in profile.runs if one.psnr >= wish.fidelity and wish.evaluations in (0, one.run.steps)]
     return min(enough, key=lambda one: one.run.steps, default=None)
@@ -64,7 +65,7 @@ def best_run(profile: Calibration, steps: int = 0) -> ShortRun:
                 "to one of these, to 0 for the shortest faithful one, or fit it again."
             )
         return by_steps[steps]
-    faithful = [one for one in profile.runs if one.psnr >= FAITHFUL]
+    faithful = [one for one in profile.runs if one.psnr >= FIDELITY]
     return faithful[0] if faithful else max(profile.runs, key=lambda one: one.psnr)
 
 

@@ -17,12 +17,15 @@ from ...kernels.propagation import (
 )
 from ...models.calibration import KeySteps, Point
 
-UNIFORM, TARGET, CALIBRATED, PUBLISHED = "uniform", "speed target", "calibrated profile", "published keys"
-MODES = [UNIFORM, TARGET, CALIBRATED, PUBLISHED]
+UNIFORM, TARGET, CALIBRATED, PUBLISHED_KEYS = "uniform", "speed target", "calibrated profile", "published keys"
+MODES = [UNIFORM, TARGET, CALIBRATED, PUBLISHED_KEYS]
 AUTOMATIC = "automatic"
-TOP, TWO, ONE, ENCODER = "top level fresh", "two blocks fresh", "one block fresh", "encoder reused"
+TOP_LEVEL, TWO, ONE, ENCODER_REUSED = "top level fresh", "two blocks fresh", "one block fresh", "encoder reused"
 FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "first two thirds reused"
-UNET_PARTS, TRANSFORMER_PARTS = [TOP, TWO, ONE, ENCODER], [FIRST, ENDS, BEGINNING]  # "automatic" takes the first
+UNET_PARTS, TRANSFORMER_PARTS = (
+    [TOP_LEVEL, TWO, ONE, ENCODER_REUSED],
+    [FIRST, ENDS, BEGINNING],
+)  # "automatic" takes the first
 PARTS = [AUTOMATIC, *UNET_PARTS, *TRANSFORMER_PARTS]
 PUBLISHED_SHARE = 18 / 28  # the blocks of DiT-XL/2 that the paper takes for its encoder
 NEEDS_PROFILE = (
@@ -81,7 +84,7 @@ def _part(name: str, own: list[str], network: str, other: str) -> str:
 
 def reuse_by_name(name: str, forecast: bool, n: int, top: int) -> Reuse:
     """A UNet of n blocks a side, the first `top` input blocks of which are at full resolution."""
-    fresh = {TOP: top, TWO: min(2, top), ONE: 1, ENCODER: 0}[name]
+    fresh = {TOP_LEVEL: top, TWO: min(2, top), ONE: 1, ENCODER_REUSED: 0}[name]
     return Reuse(fresh, n - fresh if fresh else 0, forecast).check(n)
 
 
@@ -104,11 +107,13 @@ def choose(
         return reuse_by_name(name, forecast, n, top)
 
     part = part_of_unet(settings.reuse)
-    cheaper = [part, ONE] if part != ENCODER else [ENCODER]
-    choice = _choose(settings, sigmas, times, costs, named(ENCODER, False), lambda: [named(name) for name in cheaper])
+    cheaper = [part, ONE] if part != ENCODER_REUSED else [ENCODER_REUSED]
+    choice = _choose(
+        settings, sigmas, times, costs, named(ENCODER_REUSED, False), lambda: [named(name) for name in cheaper]
+    )
     if fresh_noise and choice.reuse.fresh == 0:
         said = f"{choice.said}; the solver adds noise, so the top level is computed afresh"
-        choice = replace(choice, reuse=named(TOP, choice.reuse.forecast), said=said)
+        choice = replace(choice, reuse=named(TOP_LEVEL, choice.reuse.forecast), said=said)
     return choice
 
 
@@ -130,7 +135,7 @@ def _choose(
 ) -> Choice:
     """`published` is what the paper reuses; `named()` what the user chose, and what may take its place to be faster."""
     steps = len(sigmas) - 1
-    if settings.mode == PUBLISHED:
+    if settings.mode == PUBLISHED_KEYS:
         return Choice(published_keys(times), published, 0, "as published")
     if settings.mode == UNIFORM:
         keys = uniform_keys(steps, settings.interval)

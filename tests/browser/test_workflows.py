@@ -9,6 +9,7 @@ import pytest
 
 import pictures
 from browsing import alerts, drop, fit_view, load, missing_nodes, overlaps, prompt, run, saved_picture, screenshot
+from nightly import LONG, REPEATED, daily
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,7 @@ def test_dropped_on_the_page_it_lacks_no_node_and_makes_the_prompt_we_test(page,
     assert prompt(page) == json.loads((ROOT / "tests/prompts" / f"{name}.json").read_text("utf-8"))
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
+@pytest.mark.parametrize("name", daily(WORKFLOWS, *(set(WORKFLOWS) - {*REPEATED, *LONG})))
 def test_the_page_queues_it_and_shows_the_pictures(page, dev, server, name, tmp_path):
     load(page, WORKFLOWS[name])
     entry = run(page, dev, server.url)

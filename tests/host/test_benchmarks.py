@@ -1,7 +1,10 @@
 """A minute of each benchmark: it runs through the host from the command line and writes what the docs quote.
 
-Nightly are those whose harness, tables and pages others exercise each time: schedules (aligned), peers and samples
-(golden_noise), whole_runs (step_kinds), demo_model (thumbnails).
+Each day one of a kind is asked: exact (the host from the command line, exact answers), golden_noise (pictures of the demo
+model and the judge), thumbnails (pictures of the workflows), real_size (networks of real size), propagation (in small:
+rows that join a record), a page of the docs, and a day's prompts on the server (long_run, in test_server.py).
+Those of the day but exact and real_size run in the host of the tests, which saves the start of another one. The night
+asks all of them.
 """
 
 from __future__ import annotations
@@ -63,6 +66,20 @@ def run(name: str, out: Path, *words: str) -> str:
     return result.stdout
 
 
+@pytest.fixture
+def run_here(host, monkeypatch, capsys):
+    """As `run`, in this process and its host."""
+
+    def run_here(name: str, out: Path, *words: str) -> str:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(module, "Host", lambda _: host)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--out", str(out), "--cache", str(out), *words])
+        module.main()
+        return capsys.readouterr().out
+
+    return run_here
+
+
 def test_every_benchmark_is_in_the_list_above():
     scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py") if "__main__" in path.read_text("utf-8")}
     assert scripts == set(SMOKE)
@@ -90,9 +107,23 @@ def test_the_demo_models_numbers_and_pictures(tmp_path):
         assert min(Image.open(tmp_path / picture).size) > 100
 
 
+@pytest.mark.parametrize("name", ["schedules", "noise_shift"])
+def test_tables_take_their_place_in_the_docs(name, tmp_path):
+    from results import Table
+
+    page, script = tmp_path / f"{name}.md", importlib.import_module(name)
+    table = Table("Speed", ["steps", "time"], [[5, 0.5]])
+    script.write_page([table], tmp_path)
+    assert not page.exists()
+    page.write_text(f"before <!-- measured: python dev.py bench {name} --> old <!-- end --> after")
+    script.write_page([table], tmp_path)
+    text = page.read_text()
+    assert text.startswith("before ") and text.endswith(" after") and " old " not in text and "| 5 | 0.5 |" in text
+
+
 @pytest.mark.host
-def test_thumbnails_have_a_row_for_each_batch_that_is_compared(tmp_path):
-    run("thumbnails", tmp_path, *SMOKE["thumbnails"])
+def test_thumbnails_have_a_row_for_each_batch_that_is_compared(tmp_path, run_here):
+    run_here("thumbnails", tmp_path, *SMOKE["thumbnails"])
     compared, plain = (Image.open(tmp_path / f"{name}.jpg") for name in SMOKE["thumbnails"])
     assert compared.size == (150 + 4 * 192, 3 * 192) and plain.size == (4 * 192, 192)
     shipped = Image.open(ROOT / "workflows/few_step.jpg")
@@ -125,6 +156,7 @@ def test_the_schedules_are_ranked_and_noise_that_is_left_is_seen(tmp_path):
         assert min(Image.open(tmp_path / picture).size) > 100
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_fitted_schedules_are_weighed_against_the_free_ones(tmp_path):
     (tmp_path / "schedules.md").write_text("<!-- measured: python dev.py bench aligned --> old <!-- end --> after")
@@ -162,8 +194,8 @@ def test_the_caches_save_evaluations_and_the_mends_do_not(tmp_path):
 
 
 @pytest.mark.host
-def test_golden_noise_stands_beside_plain_runs_of_equal_cost(tmp_path):
-    run("golden_noise", tmp_path, *SMOKE["golden_noise"])
+def test_golden_noise_stands_beside_plain_runs_of_equal_cost(tmp_path, run_here):
+    run_here("golden_noise", tmp_path, *SMOKE["golden_noise"])
     rows = {r["label"]: r for r in json.loads((tmp_path / "results" / "golden_noise.json").read_text())["data"]}
     assert rows["plain"]["calls"] == rows["NPNet"]["calls"] == 4
     assert rows["re-denoise"]["calls"] == rows["zigzag, 1 steps"]["calls"] == rows["plain, 6 steps"]["calls"] == 6
@@ -192,6 +224,7 @@ def test_exact_answers_of_schedules_and_solvers(tmp_path):
     assert "| euler | normal |" in printed and "Wasserstein-2" in (tmp_path / "results.md").read_text()
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_fits_on_exact_targets_are_weighed_against_the_best_free_schedule(tmp_path):
     run("exact_fitted", tmp_path, *SMOKE["exact_fitted"])
@@ -217,6 +250,7 @@ def test_parts_of_a_real_size_network(tmp_path):
     assert "Encoder" in flops["note"] and "64 px, bf16" in times["title"]
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_reused_features_are_weighed_against_fewer_steps(tmp_path):
     printed = run("propagation", tmp_path, *SMOKE["propagation"])
@@ -232,15 +266,25 @@ def test_reused_features_are_weighed_against_fewer_steps(tmp_path):
     assert "| DeepCache 3 |" in printed and "at least 45 dB" in printed
     for picture in ("propagation.png", "propagation_grid.jpg"):
         assert min(Image.open(tmp_path / picture).size) > 200
+
+
+@pytest.mark.host
+def test_rows_of_reused_features_join_a_record_or_take_the_place_of_their_run(tmp_path, run_here):
     from propagation import added, recorded
 
-    unet, other = recorded(tmp_path)
-    assert [row.label for row in other] == list(flow) and other[0].run.model == "flow"
-    assert unet[1].summary["psnr"] == tuple(rows[unet[1].label]["summary"]["psnr"])
-    again = [replace(row, run=replace(row.run, tasks=24)) for row in other]
-    assert added([again], [unet, other]) == [unet, again] and added([other], [unet]) == [unet, other]
+    runs, first = ["flow:euler:9:6", "flow:euler:8:6"], "first block fresh, every 3"
+    run_here("propagation", tmp_path, "--runs", *runs, "--only", first)
+    data = json.loads((tmp_path / "results" / "propagation.json").read_text("utf-8"))["data"]
+    nine, eight = recorded(tmp_path)
+    assert [row.label for rows in (nine, eight) for row in rows] == [row["label"] for row in data]
+    assert [rows[0].run.steps for rows in (nine, eight)] == [9, 8] and eight[0].run.model == "flow"
+    assert [row.label for row in nine] == ["plain", first] and (nine[1].whole, nine[1].part) == (5, 4)  # 0 3 6 7 8
+    assert nine[1].summary["psnr"] == tuple(data[1]["summary"]["psnr"])
+    again = [replace(row, run=replace(row.run, tasks=24)) for row in eight]
+    assert added([again], [nine, eight]) == [nine, again] and added([eight], [nine]) == [nine, eight]
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_the_cost_of_each_kind_of_step(tmp_path):
     run("step_kinds", tmp_path, *SMOKE["step_kinds"])
@@ -263,6 +307,7 @@ def test_a_whole_run_takes_less_time_with_shorter_steps(tmp_path):
     assert 1.2 < deep["times less time"] < 2.2
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_small_pictures_are_measured_beside_an_oracle_and_the_stock_shift(tmp_path):
     (tmp_path / "noise_shift.md").write_text(
@@ -281,6 +326,7 @@ def test_small_pictures_are_measured_beside_an_oracle_and_the_stock_shift(tmp_pa
     assert min(Image.open(tmp_path / "noise_shift_flow.jpg").size) > 200
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_one_more_step_repairs_a_start_that_lacks_the_picture(tmp_path):
     printed = run("one_more_step", tmp_path, *SMOKE["one_more_step"])
@@ -293,6 +339,7 @@ def test_one_more_step_repairs_a_start_that_lacks_the_picture(tmp_path):
         assert min(Image.open(tmp_path / picture).size) > 100
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_twelve_prompts_leave_nothing_and_repeat_themselves(tmp_path):
     printed = run("long_run", tmp_path, *SMOKE["long_run"])

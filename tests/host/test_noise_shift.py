@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 
@@ -201,6 +202,17 @@ def test_without_pictures_and_prompts_the_model_draws_its_own(host, demo):
     profile, _, report = fit(host, demo[0], None, vae=demo[2], **small)
     assert "draws its own" in report and "the text is zeroed" in report and "on held-out pictures" in report
     assert profile.resolution == (32, 32) and profile.method == "noise shift"
+
+
+def test_the_prompt_of_the_workflow_runs(host, monkeypatch):
+    """With the least preset and few steps: the page runs the whole of it in the night."""
+    presets = host.module("nodes.noise_shift").SHIFT_PRESETS
+    monkeypatch.setitem(presets, "quick", type(presets["quick"])(8, 5, 5, 2))
+    prompt = json.loads((host.root / "tests/prompts/fit_noise_shift.json").read_text("utf-8"))
+    for node in prompt.values():
+        if node["class_type"] == "KSampler":
+            node["inputs"]["steps"] = 2
+    assert sum(bool(output.get("images")) for output in host.run(prompt).values()) >= 2  # the plot, and pictures
 
 
 def test_interruption_leaves_the_model_as_it_was(host, flow, prompts, clean):

@@ -247,7 +247,9 @@ def test_a_run_of_every_kind_begins_as_it_should(kit, caplog):
 
     def start(levels, noise=noise, latent=empty, plan=plan):
         sigmas = torch.tensor(levels)
-        run = kit.start.Run(None, sampling, sigmas, noise, latent, None, kit.start.from_the_top(sampling, sigmas), {})
+        run = kit.start.StartingRun(
+            None, sampling, sigmas, noise, latent, None, kit.start.from_the_top(sampling, sigmas), {}
+        )
         return noise if kit.start.not_from_noise(run, False) else plan.begin(run)[0]
 
     for first, scale, warned in ((3.65, 3.65, False), (20.0, (1 + 20.0**2) ** 0.5, True)):
@@ -485,10 +487,15 @@ def test_the_loaded_network_says_what_the_authors_class_says(kit, tiny_file, siz
         assert 0 < float((half - out).abs().max()) < 0.05
 
 
-def test_a_real_network_through_the_sampler_is_the_references(host, kit, tiny_file):
+def test_a_real_network_through_the_sampler_is_the_references(host, kit, tiny_file, monkeypatch):
+    """The reference made its network's noise from the bits of the start, on one processor: it is given."""
     known, module = KNOWN["sampled"], kit.oms.load_module(tiny_file, "", "fp32", "", 0)
     context = torch.cos(torch.arange(2 * 77 * 48, dtype=torch.float64) * 0.37 + 0.5).float().reshape(2, 77, 48)[:1]
     model, positive = kit.toy(), [[context, {}]]
+    seeds = [torch.Generator().manual_seed(seed) for seed in known["seeds_of_the_networks_noise"]]
+    drawn = torch.stack([torch.randn(4, 16, 16, generator=seed) for seed in seeds])
+    for module_of in (kit.oms, host.module("nodes._host.one_more_step")):
+        monkeypatch.setattr(module_of, "keyed_noise", lambda _: drawn)
     empty = {"samples": torch.zeros(2, 4, 16, 16)}
     x0 = kit.oms.predicted_latent(model, kit.oms.FirstState(module, positive, None), empty, seed=11)
     means = (x0["samples"] * 0.18215).mean((2, 3))

@@ -214,6 +214,7 @@ def test_a_controlnet_hears_the_true_level_and_the_network_the_map(host, demo, e
     assert not torch.equal(got, sample(host, encode, patched, sigmas))
 
 
+@pytest.mark.nightly  # compiled networks of our own: test_propagation.py, test_propagation_transformer.py
 def test_torch_compile_after_the_profile_gives_the_same_picture(host, demo, encode):
     """Before it: test_compatibility.py."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper

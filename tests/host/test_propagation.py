@@ -98,7 +98,10 @@ def features_of(unet, fresh, cut, rows=2, control=None, patches=None):
 # --- the network in parts ---
 
 
-@pytest.mark.parametrize(("fresh", "cut"), [(fresh, cut) for fresh in range(7) for cut in range(6) if fresh + cut <= 6])
+SHARES = [(fresh, cut) for fresh in range(7) for cut in range(6) if fresh + cut <= 6]
+
+
+@pytest.mark.parametrize(("fresh", "cut"), daily(SHARES, *SHARES[::3], SHARES[-1], names=2))
 def test_a_step_with_its_own_features_is_the_whole_step_bit_for_bit(unet, fresh, cut):
     from pack.nodes._host.propagation.unet import UNetView
 
@@ -165,7 +168,7 @@ def test_the_size_of_sd15_is_the_published_one(host):
     assert 100 * size.costs.of_step(Reuse(1, 11)) == pytest.approx(7.9, abs=0.3)
 
 
-@pytest.mark.parametrize("name", ["SD1.5", "SDXL"])
+@pytest.mark.parametrize("name", daily(["SD1.5", "SDXL"], "SD1.5"))
 def test_a_shorter_step_of_a_published_network_does_the_work_and_keeps_the_features_that_are_predicted(host, name):
     """At 512 and 1024 pixels, on tensors that have shapes but no storage."""
     from comfy.ldm.modules.attention import attention_pytorch
@@ -274,7 +277,7 @@ def by_hand(unet, model_sampling, conds, sigmas, noise, keys, cfg):
     return x
 
 
-@pytest.mark.parametrize("parallel", ["off", "auto", "6"])
+@pytest.mark.parametrize("parallel", daily(["off", "auto", "6"], "off", "6"))
 def test_the_published_mode_is_the_papers_algorithm(demo, encode, draw, propagate, unet, parallel):
     from pack.kernels.propagation import published_keys
 
@@ -465,7 +468,7 @@ def test_conditions_never_mix(draw, propagate, conditionings, one_by_one, reuse,
     torch.testing.assert_close(draw(model, positive=positive, steps=14), ours, rtol=1e-3, atol=5e-4)
 
 
-@pytest.mark.parametrize("reuse", REUSES)
+@pytest.mark.parametrize("reuse", daily(REUSES, "encoder reused"))
 def test_conditions_may_be_evaluated_in_threads(demo, draw, propagate, conditionings, reuse):
     """As newer hosts do, one per GPU."""
     from concurrent.futures import ThreadPoolExecutor
@@ -487,7 +490,7 @@ def test_conditions_may_be_evaluated_in_threads(demo, draw, propagate, condition
     torch.testing.assert_close(apart, together, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("reuse", REUSES)
+@pytest.mark.parametrize("reuse", daily(REUSES, "one block fresh"))
 def test_a_batch_is_its_pictures(draw, propagate, reuse):
     noise = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(8))
     model = propagate(reuse=reuse)
@@ -528,7 +531,7 @@ def with_controlnet(encode, weight=1.0):
     return controlled(encode, residuals)
 
 
-@pytest.mark.parametrize("reuse", REUSES)
+@pytest.mark.parametrize("reuse", daily(REUSES, "top level fresh", "encoder reused"))
 def test_a_controlnet_is_computed_only_where_it_is_used(draw, propagate, encode, reuse):
     from comfy.patcher_extension import WrappersMP
 
@@ -597,8 +600,11 @@ def test_free_u_works_before_and_after(host, demo, draw, propagate, first):
     assert psnr(draw(ours, steps=14), stock) > 22
 
 
-@pytest.mark.parametrize("reuse", REUSES)
-@pytest.mark.parametrize("part", [(0.0, 0.35), (0.2, 0.6)])
+PARTS = [(0.0, 0.35), (0.2, 0.6)]
+SHRUNK = [(reuse, part) for reuse in REUSES for part in PARTS]
+
+
+@pytest.mark.parametrize(("reuse", "part"), daily(SHRUNK, SHRUNK[0], SHRUNK[3], SHRUNK[4], names=2))
 def test_where_deep_shrink_begins_and_ends_the_network_runs_whole(host, demo, draw, propagate, caplog, reuse, part):
     """Its features have other shapes. Beside a run without any node in its part every shorter step is as it was."""
     start, end = part
@@ -641,9 +647,13 @@ def test_another_pack_may_deep_copy_the_options_and_evaluate_once_more(host, dem
         assert torch.equal(draw(asked_twice(ours), **given), draw(ours, **given))
 
 
-@pytest.mark.parametrize("reuse", REUSES)
-@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
-@pytest.mark.parametrize("moving", [False, True])
+TILES = [(reuse, sampler, moving) for reuse in REUSES for sampler in ("euler", "euler_ancestral") for moving in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("reuse", "sampler", "moving"),
+    daily(TILES, *((REUSES[0], "euler", 1), (REUSES[1], "euler_ancestral", 1), (REUSES[2], "euler", 0)), names=3),
+)
 def test_tiles_that_move_never_reuse_features_of_another_place(demo, draw, propagate, caplog, reuse, sampler, moving):
     """As SpotDiffusion does it: the network sees the latent rolled and in halves, the answer is rolled back."""
 
@@ -671,8 +681,10 @@ def test_tiles_that_move_never_reuse_features_of_another_place(demo, draw, propa
         assert psnr(ours, stock) > (30 if sampler == "euler" else 20)
 
 
-@pytest.mark.parametrize("other", ["EasyCache", "LazyCache"])
-@pytest.mark.parametrize("first", [True, False])
+CACHES = [(other, first) for other in ("EasyCache", "LazyCache") for first in (True, False)]
+
+
+@pytest.mark.parametrize(("other", "first"), daily(CACHES, CACHES[0], CACHES[3], names=2))
 def test_another_cache_on_the_same_model_does_no_harm(host, demo, draw, propagate, other, first):
     theirs = lambda model: host.call(
         other, model=model, reuse_threshold=0.1, start_percent=0.15, end_percent=0.95, verbose=False
@@ -776,6 +788,7 @@ def test_a_patched_forward_is_left_alone(demo, draw, propagate, unet, monkeypatc
     assert torch.equal(draw(propagate(), steps=8), stock)
 
 
+@pytest.mark.nightly  # each day of a transformer: test_propagation_transformer.py
 def test_torch_compile_makes_no_more_graphs(host, propagate):
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
@@ -892,7 +905,7 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("reuse", REUSES)
+@pytest.mark.parametrize("reuse", daily(REUSES, "encoder reused"))
 def test_no_step_waits_for_the_device(draw, propagate, reuse):
     def per_step(model):
         counts = []
@@ -905,8 +918,10 @@ def test_no_step_waits_for_the_device(draw, propagate, reuse):
     assert per_step(propagate(reuse=reuse, parallel="off")) == per_step(None)
 
 
-@pytest.mark.parametrize("reuse", REUSES)
-@pytest.mark.parametrize("dtype", ["as computed", "half"])
+KEPT = [(reuse, dtype) for reuse in REUSES for dtype in ("as computed", "half")]
+
+
+@pytest.mark.parametrize(("reuse", "dtype"), daily(KEPT, KEPT[0], KEPT[3], KEPT[4], names=2))
 def test_memory_is_predicted_to_the_byte(draw, propagate, caplog, reuse, dtype):
     with caplog.at_level("INFO"):
         draw(propagate(reuse=reuse, cache_dtype=dtype), steps=12, batch=4)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import secrets
 import time
 from pathlib import Path
 
+import long_run
 import numpy as np
 import pytest
 from PIL import Image
 
 import pictures
+from nightly import LONG, REPEATED, daily
 from pictures import saved
 
 pytestmark = pytest.mark.server
@@ -22,7 +25,12 @@ PROMPTS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((RO
 OVER_HTTP = ["first_picture"] if os.environ.get("CHROMIUM_PATH") else list(PROMPTS)
 
 
-@pytest.mark.parametrize("name", OVER_HTTP)
+@pytest.mark.parametrize("name", REPEATED)
+def test_what_the_night_draws_in_full_runs_in_small(dev, server, name):
+    assert saved(server, dev.run_prompt(server.url, long_run.small(PROMPTS[name], 1, True)))
+
+
+@pytest.mark.parametrize("name", daily(OVER_HTTP, *(set(OVER_HTTP) - {*REPEATED, *LONG})))
 def test_every_workflow_runs_and_draws_on_the_background_it_was_asked_for(dev, server, name):
     pictures.check(saved(server, dev.run_prompt(server.url, PROMPTS[name])), PROMPTS[name])
 
@@ -44,6 +52,16 @@ def test_the_object_has_the_colour_of_its_name(dev, server, text, channel):
     for path in saved(server, dev.run_prompt(server.url, prompt)):
         colour = pictures.centre(pictures.load(path))
         assert colour[channel] > 1.3 * max(np.delete(colour, channel))
+
+
+def test_twelve_prompts_leave_nothing_and_repeat_themselves(server):
+    """As benchmarks/long_run.py, which the night runs from the command line; of any two alike it compares the pictures."""
+    day = long_run.Server(server.url, server.output)
+    counted = long_run.day(day, long_run.WORKFLOWS, 12, math.inf, lambda _: None)
+    prompts, memory, objects, tensors, own, patchers = zip(*counted, strict=True)
+    assert prompts == tuple(range(2, 13, 2)) and min(memory) > 100
+    assert set(patchers) == {0} and len(set(tensors[1:])) == len(set(own[1:])) == 1  # the first use of each method
+    assert max(objects[1:]) < 1.02 * objects[1]
 
 
 def test_an_unknown_family_reaches_the_user_as_the_dialogs_sentence(dev, server):

@@ -35,7 +35,7 @@ from ..clock import Clock, active_levels, conditioning_changes, noise_space, ste
 from ..solvers import adds_noise, facts_of, solver_name
 
 LOG = logging.getLogger(__name__)
-NODE = "Attune Propagation"
+WHO = "Attune Propagation"
 KEY = "attune.propagation"
 RUN = f"{KEY}.run"  # of a run's options: its Propagation
 DTYPES = {"as computed": None, "half": torch.float16}
@@ -141,7 +141,7 @@ class Propagation:
         LOG.info(
             "%s: %s; %d of %d steps are key steps (%s), the others cost %.0f %%: %.2f times less computing; "
             "features take up to %.1f MB.",
-            NODE, self.said, len(keys), self.plan.steps, " ".join(map(str, keys)), 100 * share,
+            WHO, self.said, len(keys), self.plan.steps, " ".join(map(str, keys)), 100 * share,
             speedup(self.plan.steps, len(keys), share), self.bytes_of(self.reuse, self.cache_dtype) / 1024**2,
         )  # fmt: skip
 
@@ -150,10 +150,10 @@ class Propagation:
         LOG.info(
             "%s: the network ran whole %d times (%d of them because features were missing), in part %d times, and %d "
             "outputs were ready; features took %.1f MB.",
-            NODE, c["whole"], c["missing"], c["part"], c["ready"], self.most_bytes / 1024**2,
+            WHO, c["whole"], c["missing"], c["part"], c["ready"], self.most_bytes / 1024**2,
         )  # fmt: skip
         if c["moved"]:
-            LOG.info("%s: tiles moved, so %d calls of the network ran whole.", NODE, c["moved"])
+            LOG.info("%s: tiles moved, so %d calls of the network ran whole.", WHO, c["moved"])
 
     def close(self) -> None:
         self.cache.clear()
@@ -243,7 +243,7 @@ class Propagation:
         facts = facts_of(sampler)
         if facts is None or not facts.keeps_state:
             raise ValueError(
-                f"{NODE} cannot add 'prior_noise' with the sampler '{solver_name(sampler)}', which works on copies of "
+                f"{WHO} cannot add 'prior_noise' with the sampler '{solver_name(sampler)}', which works on copies of "
                 "the latent or is not known: set 'prior_noise' to 0, or choose a sampler such as 'euler' or 'dpmpp_2m'."
             )
         solve, stirred = sampler.sampler_function, copy.copy(sampler)
@@ -337,7 +337,7 @@ def outer_sample(propagation: type[Propagation]) -> Callable:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         reason = why_not(sampler, sigmas)
         if reason is not None:
-            LOG.info("%s stands aside: %s.", NODE, reason)
+            LOG.info("%s stands aside: %s.", WHO, reason)
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         run = propagation(guider, saved["transformer_options"][KEY], noise, sampler, sigmas)
         if run.noisy:
@@ -413,7 +413,7 @@ def propagation_for(model: Any) -> type[Propagation]:
             return kind
     network = type(model.get_model_object("diffusion_model")).__name__
     raise ValueError(
-        f"{NODE} works on a UNet (SD 1.x, SD 2.x, SDXL) and on a transformer (SD3, Flux, …) of at least 2 blocks, but "
+        f"{WHO} works on a UNet (SD 1.x, SD 2.x, SDXL) and on a transformer (SD3, Flux, …) of at least 2 blocks, but "
         f"this MODEL is a {network}: connect another MODEL, or remove the node."
     )
 

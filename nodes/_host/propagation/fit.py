@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import statistics
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from ....kernels.fitted_sampler import EQUAL, fidelity
 from ....kernels.propagation import FeatureCache, Reuse, optimal_keys, speedup, step_weights
 from ....models.calibration import Calibration, KeySteps, Point, fitted
 from ..._plan import propagation as plan
@@ -28,9 +27,8 @@ from .transformer import blocks_of
 from .unet import blocks_a_side, top_blocks, unet_of
 
 LOG = logging.getLogger(__name__)
-NODE = "Attune Fit Propagation"
+WHO = "Attune Fit Propagation"
 SPEED_STEP = 0.25
-EQUAL = 200.0  # dB, for a result that is the same
 
 
 def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> tuple[type[Propagation], list]:
@@ -152,7 +150,7 @@ def fit(
         yield f"trying {number + 1} of {len(candidates)} settings", 0.5 + 0.5 * number / len(candidates)
         trial = Point(reuse, tuple(sorted(keys)), speed, EQUAL)
         settings = plan.ReuseSettings(plan.CALIBRATED, calibration=replace(found, points=(trial,)))
-        points.append(replace(trial, psnr=_psnr(run(applied(model, kind, settings)), reference)))
+        points.append(replace(trial, psnr=fidelity(run(applied(model, kind, settings)), reference)))
     kept = sorted((p for p in points if not any(_beats(q, p) for q in points)), key=lambda p: p.speed)
     return replace(found, points=tuple(kept)), changes
 
@@ -163,7 +161,7 @@ def fit_profile(
 ) -> tuple[Calibration, KeySteps, dict[str, list[float]]]:  # fmt: skip
     """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes."""
     sampler = comfy.samplers.sampler_object(sampler_name)
-    known(sampler, NODE)
+    known(sampler, WHO)
     (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=1.0)
     reason = why_not(sampler, sigmas)
     if reason is not None:
@@ -179,7 +177,7 @@ def fit_profile(
     while True:
         try:
             said, done = next(work)
-            LOG.info("%s: %s", NODE, said)
+            LOG.info("%s: %s", WHO, said)
             bar.update_absolute(round(1000 * done), 1000)
         except StopIteration as finished:
             calibration, changes = finished.value
@@ -203,25 +201,16 @@ def _reuses(model: Any, kind: type[Propagation], name: str, fresh_noise: bool) -
     """What to measure on this kind of network; "automatic" is the parts that cost little."""
     part, network = kind.part(name), unet_of(model)
     if network is not None:
-        if fresh_noise and part == plan.ENCODER:
-            raise ValueError(f"This solver adds noise, which '{part}' would not see: set 'reuse' to '{plan.TOP}'.")
-        names = [plan.TOP, plan.TWO, plan.ONE] if name == plan.AUTOMATIC else [part]
+        if fresh_noise and part == plan.ENCODER_REUSED:
+            raise ValueError(
+                f"This solver adds noise, which '{part}' would not see: set 'reuse' to '{plan.TOP_LEVEL}'."
+            )
+        names = [plan.TOP_LEVEL, plan.TWO, plan.ONE] if name == plan.AUTOMATIC else [part]
         n, top = blocks_a_side(network), top_blocks(network)
         return list(dict.fromkeys(plan.reuse_by_name(one, True, n, top) for one in names))
     n = len(blocks_of(model.get_model_object("diffusion_model")))
     names = [plan.FIRST, plan.ENDS] if name == plan.AUTOMATIC and n > 2 else [part]
     return [plan.block_reuse_by_name(one, True, n) for one in names]
-
-
-def _psnr(latents: Tensor, references: Tensor) -> float:
-    """dB, with the range of each reference as its peak; the mean of the pictures."""
-    return statistics.fmean(map(_psnr_of_one, latents, references))
-
-
-def _psnr_of_one(latent: Tensor, reference: Tensor) -> float:
-    peak = float(reference.max() - reference.min())
-    error = float((latent - reference).square().mean())
-    return EQUAL if error == 0 else min(EQUAL, 10 * math.log10(peak**2 / error))
 
 
 def _beats(a: Point, b: Point) -> bool:

@@ -23,7 +23,7 @@ from ..._plan.propagation import Choice, choose_blocks, part_of_transformer
 from . import RUN, Propagation
 
 # Where the host's transformers keep the blocks that it offers to patches under these names.
-KINDS = {
+BLOCK_KINDS = {
     "double_block": ("joint_blocks", "double_blocks", "double_layers", "transformer_blocks", "blocks"),
     "single_block": ("single_blocks", "single_layers"),
 }
@@ -37,7 +37,7 @@ def blocks_of(network: nn.Module) -> dict[Block, nn.Module]:
     found: dict[Block, nn.Module] = {}
     if isinstance(network, openaimodel.UNetModel):
         return found
-    for kind, names in KINDS.items():
+    for kind, names in BLOCK_KINDS.items():
         lists = (getattr(network, name, None) for name in names)
         blocks = next((blocks for blocks in lists if isinstance(blocks, nn.ModuleList)), ())
         found |= {(kind, i): block for i, block in enumerate(blocks)}
@@ -139,7 +139,7 @@ class TransformerPropagation(Propagation):
         others = replaced.get("dit", {})
         reused = list(self.blocks)[self.reuse.fresh : self.reuse.cut]
         patches = dict(others)
-        for kind in KINDS:
+        for kind in BLOCK_KINDS:
             indices = [i for name, i in reused if name == kind]
             if indices:
                 patches |= patches_of(kind, indices, others)

@@ -27,7 +27,7 @@ ENTRY = "entry"  # the feature that enters the first output block that runs
 CONTEXT_TOKENS = 77
 MOST_AHEAD = 4
 # (kind of patch, its number, block) -> shapes of what goes in and what comes out, without the rows
-Shapes = dict[tuple[str, int, int], tuple[tuple[int, ...], tuple[int, ...]]]
+PatchShapes = dict[tuple[str, int, int], tuple[tuple[int, ...], tuple[int, ...]]]
 INPUT_PATCHES = ("input_block_patch", "input_block_patch_after_skip")
 
 
@@ -75,7 +75,7 @@ def recording(options: dict, reuse: Reuse, n: int, found: Features) -> dict:
     return {**options, "patches": {**patches, "output_block_patch": [record, *others]}}
 
 
-def watching(options: dict, shapes: Shapes) -> dict:
+def watching(options: dict, shapes: PatchShapes) -> dict:
     """Transformer options whose input patches write into `shapes` what they make of the features they see.
 
     Those of other packs (Deep Shrink) may shrink features in a part of the run.
@@ -98,10 +98,10 @@ def watching(options: dict, shapes: Shapes) -> dict:
     return {**options, "patches": {**patches, **noted}} if noted else options
 
 
-def shapes_now(options: dict, shapes: Shapes, x: Tensor) -> Shapes:
+def shapes_now(options: dict, shapes: PatchShapes, x: Tensor) -> PatchShapes:
     """What the input patches make of the noted features at the noise level of `options`, tried on zeros."""
     patches: dict = options.get("patches", {})
-    found: Shapes = {}
+    found: PatchShapes = {}
     for (name, i, block), (before, _) in shapes.items():
         told = {**options, "block": ("input", block), "transformer_index": 0, "original_shape": list(x.shape)}
         for patch in patches.get(name, ())[i : i + 1]:
@@ -335,7 +335,7 @@ class UNetPropagation(Propagation):
         self.size = measure_unet(unet, *noise.shape[-2:])
         self.costs = self.size.costs
         self.views: dict[int, UNetView] = {}
-        self.shapes: dict[tuple, Shapes] = {}  # signature -> as noted on the last whole call
+        self.shapes: dict[tuple, PatchShapes] = {}  # signature -> as noted on the last whole call
 
     def choose(self, sigmas: list[float], shares: list[float], fresh_noise: bool) -> Choice:
         return choose(self.settings, sigmas, shares, self.costs, self.top, fresh_noise)
@@ -378,7 +378,7 @@ class UNetPropagation(Propagation):
             return whole
         # Recorded on every whole step, kept on some: torch.compile would compile a patch that comes and goes twice.
         found: Features = {}
-        shapes: Shapes = {}
+        shapes: PatchShapes = {}
         residuals = control_features(control, self.reuse, self.blocks, x.shape[0]) if wanted else None
 
         def keep() -> None:
