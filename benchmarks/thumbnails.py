@@ -1,7 +1,7 @@
 """Thumbnails of the workflow templates, from real runs: `python dev.py bench thumbnails few_step img2img`.
 
-A workflow that compares shows a labelled row for each of its batches, another one the pictures that it saves. Writes
-workflows/NAME.jpg, and its copy for the help pages.
+A workflow that compares shows a labelled row for each of its batches, another one the pictures that it saves; one whose
+sampler learns is queued twice, for a row each. Writes workflows/NAME.jpg, and its copy for the help pages.
 """
 
 from __future__ import annotations
@@ -26,11 +26,19 @@ def rows_of(prompt: dict) -> list[tuple[str, list]]:
     """(label, link to an IMAGE) for every row of the thumbnail."""
     nodes = prompt.values()
     compared = next((node["inputs"] for node in nodes if node["class_type"] == "AttuneCompare"), None)
+    saved = [node["inputs"]["images"] for node in nodes if node["class_type"] == "SaveImage"]
+    if learns(prompt):
+        return [("first run", saved[0]), ("second run", saved[0])]
     if compared is None:
-        return [("", node["inputs"]["images"]) for node in nodes if node["class_type"] == "SaveImage"]
+        return [("", link) for link in saved]
     images = [compared[f"image_{i}"] for i in range(1, 7) if f"image_{i}" in compared]
     labels = [label.strip() for label in compared["labels"].split(",")]
     return list(zip(labels, images, strict=True))
+
+
+def learns(prompt: dict) -> bool:
+    """Whether the second run of a prompt is another than the first."""
+    return any(node["class_type"] == "AttuneFastSampler" for node in prompt.values())
 
 
 def draw(rows: list[tuple[str, list[Path]]]) -> Image.Image:
@@ -58,10 +66,12 @@ def main() -> None:
         for name in options.names:
             prompt = json.loads((ROOT / f"tests/prompts/{name}.json").read_text("utf-8"))
             rows = rows_of(prompt)
-            for i, (_, link) in enumerate(rows):
-                prefix = f"{name}_row{i}"
-                prompt[f"row{i}"] = {"class_type": "SaveImage", "inputs": {"filename_prefix": prefix, "images": link}}
-            host.run(prompt)
+            saves = {
+                f"row{i}": {"class_type": "SaveImage", "inputs": {"filename_prefix": f"{name}_row{i}", "images": link}}
+                for i, (_, link) in enumerate(rows)
+            }
+            for queued in [[row] for row in saves] if learns(prompt) else [list(saves)]:
+                host.run({**prompt, **{row: saves[row] for row in queued}})
             output = host.folders / "output"
             found = [(label, sorted(output.glob(f"{name}_row{i}_*.png"))) for i, (label, _) in enumerate(rows)]
             draw(found).save(options.out / f"{name}.jpg", quality=88)

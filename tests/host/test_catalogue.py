@@ -16,6 +16,7 @@ IDS = [
     "AttuneAuto",
     "AttuneScheduler",
     "AttuneKSampler",
+    "AttuneFastSampler",
     "AttuneFitSampler",
     "AttuneFitNoiseShift",
     "AttuneLoadNPNet",
