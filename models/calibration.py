@@ -167,6 +167,8 @@ class Calibration:
         """Names the calibration itself: the same whatever it is called, however it was measured, by whom and when."""
         said = self.fields()
         what = {key: said[key] for key in said if key not in ("name", "source", "metrics", "provenance")}
+        if self.runs:
+            what["runs"] = [{key: one[key] for key in ("sigmas", "numbers")} for one in said["runs"]]
         return f"attune-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}"
 
     def fields(self) -> dict[str, Any]:

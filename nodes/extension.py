@@ -27,8 +27,8 @@ from ._host.workflow_profiles import register_exchange
 NODES = [
     *auto.NODES,
     *schedules.NODES,
-    *fast_sampler.NODES,
     *fit_sampler.NODES,
+    *fast_sampler.NODES,
     *noise_shift.NODES,
     *one_more_step.NODES,
     *train_one_more_step.NODES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -251,8 +252,11 @@ class _Run:
         if use in USES:
             fitting = {} if scene.refused else profiles_of_kind(SAMPLER)
             fits = lambda one: one.setting and not misfits(one, scene.identity, scene.planned)
-            matching = ((n, one) for n, one in fitting.items() if fits(one))
-            return next(matching, ("", None))
+            matching = [(name, one) for name, one in fitting.items() if fits(one)]
+            away = (
+                lambda item: abs(math.log(scene.planned.cfg / item[1].cfg)) if scene.planned.cfg and item[1].cfg else 0
+            )
+            return min(matching, key=away, default=("", None))
         profile = find_profile(use)
         wrong = [str(one) for one in misfits(profile, scene.identity, scene.planned)]
         if profile.kind != SAMPLER:
@@ -264,9 +268,12 @@ class _Run:
 
     def _is_due(self, name: str) -> bool:
         """Whether this picture is the one that is made in full, to see whether the short run still holds."""
-        every = self.sampler.wish.check_every
+        wish = self.sampler.wish
         SINCE[name] = SINCE.get(name, 0) + 1
-        return 0 < every < SINCE[name]
+        if wish.use not in USES or self.mask is not None or not 0 < wish.check_every < SINCE[name]:
+            return False
+        SINCE[name] = 0
+        return True
 
     def _whole(self, guider: Any) -> Tensor:
         """The user's own run, as if this sampler were not there."""
@@ -286,10 +293,11 @@ class _Run:
     ) -> str:
         """Fit what is asked for to the recorded run, keep it, and say what it proved."""
         wish = self.sampler.wish
-        if path is None or self.mask is not None:
-            return "Nothing is learned from a run with a mask, or from one that is too large to record."
+        if self.mask is not None:
+            return "Nothing is learned from a run with a mask."
+        if path is None:
+            return "It was too large to be recorded, or passed some of its levels by: nothing is learned from it."
         if short is not None and known is not None:
-            SINCE[name] = 0
             levels = torch.tensor(short.run.sigmas)
             reached = fidelity(solve(self._denoise_over(levels), path.states[0], short.run), path.end)
             if reached >= wish.fidelity:

@@ -25,17 +25,11 @@ OF_THE_PROMPT = {
 
 
 def setting_of(guider: Any, sampler: Any, model_options: Mapping) -> str:
-    """16 hex digits: the guider's kind and numbers but its cfg, the sampler's options, the kinds of conditioning (never
-    what they say), and the patches, wrappers and functions of the MODEL with the numbers that they hold."""
-    guidance = {
-        name: one for name, one in vars(guider).items() if type(one) in (int, float, bool, str) and name != "cfg"
-    }
-    conds = {
-        role: [
-            sorted(key for key, value in one.items() if value is not None and key not in OF_THE_PROMPT) for one in many
-        ]
-        for role, many in getattr(guider, "conds", {}).items()
-    }
+    """16 hex digits: the guider's kind and numbers but its cfg, the sampler's options, the kinds of conditioning with
+    their numbers (never what a prompt says), and the patches, wrappers and functions of the MODEL with theirs."""
+    guidance = {name: one for name, one in _plain(guider).items() if name != "cfg"}
+    said = lambda cond: {key: one for key, one in cond.items() if one is not None and key not in OF_THE_PROMPT}
+    conds = {role: [said(one) for one in many] for role, many in getattr(guider, "conds", {}).items()}
     parts = [type(guider).__name__, guidance, getattr(sampler, "extra_options", {}), conds, model_options]
     return hashlib.sha256("\n".join(_spelled(one) for one in parts).encode()).hexdigest()[:16]
 
@@ -49,7 +43,7 @@ def _spelled(value: Any, depth: int = 0) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     if isinstance(value, Tensor):
-        return f"tensor {list(value.shape)}"
+        return "tensor"
     deeper = depth + 1
     if isinstance(value, Mapping):
         kept = sorted((str(key), one) for key, one in value.items() if key not in OF_EVERY_RUN)
@@ -61,9 +55,7 @@ def _spelled(value: Any, depth: int = 0) -> str:
     if isinstance(value, FunctionType):
         cells = [cell.cell_contents for cell in value.__closure__ or () if _holds_plain(cell)]
         return f"{value.__qualname__}{_spelled(cells, deeper)}"
-    numbers = {
-        name: one for name, one in getattr(value, "__dict__", {}).items() if type(one) in (int, float, bool, str)
-    }
+    numbers = _plain(value)
     return f"{type(value).__qualname__}{_spelled(numbers, deeper) if numbers else ''}"
 
 

@@ -71,8 +71,11 @@ def best_run(profile: Calibration, steps: int = 0) -> ShortRun:
 
 def proved(short: ShortRun) -> str:
     """What is known of a short run's fidelity."""
-    on = f"{short.pictures} pictures" if short.pictures else "the other half of the picture"
-    return f"{short.run.steps} evaluations, {short.psnr:.1f} dB to the long run on {on} that it was not fitted to"
+    if not short.pictures:
+        seen = "the half of its picture that it was not fitted to"
+    else:
+        seen = f"{short.pictures} other picture{'s' if short.pictures > 1 else ''}"
+    return f"{short.run.steps} evaluations, {short.psnr:.1f} dB to the long run on {seen}"
 
 
 def said_of_run(profile: Calibration, short: ShortRun, steps: int, name: str) -> str:

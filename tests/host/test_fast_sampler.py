@@ -298,3 +298,33 @@ def test_where_a_widgets_value_stands_in_a_workflow(host, node, widget, place):
     """As in the files of workflows/: required widgets first, and behind a seed what becomes of it."""
     found = host.module("nodes._host.api").widget_place(host.nodes.NODE_CLASS_MAPPINGS[node], widget)
     assert found == place
+
+
+def test_of_several_fits_the_one_of_the_nearest_guidance_serves(unet, host):
+    Drawn(unet, cfg=5.0)
+    Drawn(unet, cfg=2.4)
+    Drawn(unet, cfg=3.0)
+    assert len(list(host.profiles.iterdir())) == 3
+    by_cfg = {load_profile(file).cfg: file.name for file in host.profiles.iterdir()}
+    assert f"('{by_cfg[3.0]}')" in Drawn(unet, cfg=3.2, seed=2).text
+    assert f"('{by_cfg[5.0]}')" in Drawn(unet, cfg=4.6, seed=2).text
+
+
+def test_a_check_waits_for_a_run_that_can_be_checked_and_a_named_calibration_is_never_checked(unet, host):
+    masked = {**unet.picture(), "noise_mask": torch.ones(1, 1, 8, 8)}
+    given = {"latent": unet.picture(), "denoise": 0.8, "check_every": 1}
+    Drawn(unet, **given)
+    (file,) = host.profiles.iterdir()
+    was = load_profile(file).id
+    assert Drawn(unet, seed=2, **given).calls == SHORT
+    assert Drawn(unet, seed=3, **{**given, "latent": masked}).calls == SHORT
+    assert Drawn(unet, seed=4, use=file.name, **given).calls == SHORT
+    assert "checked" in Drawn(unet, seed=5, **given).text
+    assert load_profile(file).runs[0].pictures == 1 and load_profile(file).id == was
+
+
+def test_numbers_of_the_conditioning_count_and_words_do_not(unet, host):
+    guided = lambda text, guidance: host.call("FluxGuidance", conditioning=unet.encode(text), guidance=guidance)[0]
+    Drawn(unet, positive=guided("a cat on a black background", 3.5))
+    assert Drawn(unet, seed=2, positive=guided("two words", 3.5)).calls == SHORT
+    assert Drawn(unet, seed=2, positive=guided("a cat on a black background", 2.0)).full
