@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pack.kernels.ays import kl_optimal
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
-from pack.models.calibration import ModelIdentity
+from pack.models.calibration import KINDS, SCHEDULE, ModelIdentity
 from pack.models.store import shipped_profiles
+from pack.nodes._plan import named_schedules
 from pack.nodes._plan.named_schedules import (
     CLOSED_FORMS,
     TUNED,
@@ -114,3 +117,13 @@ def test_a_schedule_that_starts_below_the_models_noise_says_so():
 def test_a_name_from_another_install_is_refused_with_the_choices():
     with pytest.raises(ValueError, match=r"no schedule 'tuned by a friend'\. Choose one of: auto, "):
         schedule("tuned by a friend", SD15, 10)
+
+
+def test_a_shipped_profile_of_another_kind_is_no_schedule(monkeypatch):
+    """A fitted sampler has levels that fall to 0 and a solver, too, but they are those of the run that it replaces."""
+    shipped = shipped_profiles()
+    tuned = next(one for one in shipped.values() if one.is_fitted and one.solver)
+    others = {kind: replace(tuned, name=kind, kind=kind) for kind in KINDS if kind != SCHEDULE}
+    before = schedule_names(), tuned_profiles()
+    monkeypatch.setattr(named_schedules, "shipped_profiles", lambda: {**shipped, **others})
+    assert (schedule_names(), tuned_profiles()) == before

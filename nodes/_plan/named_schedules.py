@@ -10,7 +10,7 @@ from ...kernels.ays import kl_optimal
 from ...kernels.schedules import check_sigmas, end_at_zero, for_denoise, resample_loglinear, resample_theta
 from ...kernels.space import NoiseSpace
 from ...kernels.types import Sigmas
-from ...models.calibration import Calibration, ModelIdentity, misfits, pick_profile, size_text
+from ...models.calibration import SCHEDULE, Calibration, ModelIdentity, misfits, pick_profile, size_text
 from ...models.store import shipped_profiles
 
 AUTO = "auto"
@@ -24,12 +24,12 @@ CLOSED_FORMS = {  # name -> the data's standard deviation c, in units of the lat
 
 def published_profiles() -> dict[str, Calibration]:
     """The shipped tables of others by name, without what we tuned ourselves."""
-    return {name: one for name, one in shipped_profiles().items() if one.sigmas and not one.is_fitted}
+    return {name: one for name, one in shipped_profiles().items() if one.kind == SCHEDULE and not one.is_fitted}
 
 
 def tuned_profiles() -> list[Calibration]:
     """The shipped fits, each for one network, sampler and number of steps."""
-    return [one for one in shipped_profiles().values() if one.is_fitted and one.solver]
+    return [one for one in shipped_profiles().values() if one.kind == SCHEDULE and one.is_fitted and one.solver]
 
 
 def schedule_names() -> list[str]:
