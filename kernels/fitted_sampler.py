@@ -39,6 +39,8 @@ PAPER_GAIN = 1e-3  # relative gain at which the search on paper takes a move
 TRIALS = 600  # on paper, a few milliseconds each
 EARLY = 0.1  # of the search: an error at sigma counts 1 / (sigma + EARLY), for the steps after it repair a part of it
 EQUAL = 120.0  # dB, where nothing differs that counts
+PROBED = 4096  # elements of each picture, at equal distances, that the sign of leaving the fitted range is read from
+FAR = 2.0  # of that sign: beyond, a run is far from what it was fitted to
 CHUNK = 1 << 16  # elements of the inner products at a time
 
 
@@ -46,11 +48,13 @@ CHUNK = 1 << 16  # elements of the inner products at a time
 class FittedRun:
     """The levels of a run, decreasing, [n+1], and the numbers a, b, c_1, ... of each of its n steps.
 
-    Step i has at most i earlier answers, so its row has from 2 to 2 + i numbers.
+    Step i has at most i earlier answers, so its row has from 2 to 2 + i numbers. shares: what `correction_share` was in
+    each step on the pictures of the fit, [n], or ().
     """
 
     sigmas: tuple[float, ...]
     numbers: tuple[tuple[float, ...], ...]
+    shares: tuple[float, ...] = ()
 
     @property
     def steps(self) -> int:
@@ -89,6 +93,30 @@ def solve(denoise: Denoiser, x: Latent, run: FittedRun) -> Latent:
     return x
 
 
+def correction_share(run: FittedRun, i: int, x: Latent, denoised: Latent, reached: Latent) -> Tensor:
+    """How large the fitted part of step i is beside Euler's step, for each picture, [b], on the device.
+
+    It grows with the guidance and with whatever bends the paths more than they bent in the fit, long before a picture
+    shows it; what it costs is not felt, for it looks at few elements.
+    """
+    x, denoised, reached = (_probe(one) for one in (x, denoised, reached))
+    plain = plain_step(x, denoised, run.sigmas[i], run.sigmas[i + 1])
+    return (reached - plain).norm(dim=1) / (plain - x).norm(dim=1).clamp(min=1e-12)
+
+
+def distance(run: FittedRun, shares: Sequence[Tensor]) -> float:
+    """How far a run went from what it was fitted to: by which factor the shares [b] of its steps exceed those of the
+    fit, the geometric mean over steps, of the picture that is farthest; beyond FAR it is not to be trusted."""
+    fitted = torch.tensor(run.shares, dtype=torch.float32).clamp(min=1e-6)
+    grown = torch.stack(list(shares)).float().cpu().clamp(min=1e-6) / fitted[:, None]
+    return float(grown.log().mean(dim=0).exp().max())
+
+
+def _probe(x: Latent) -> Tensor:
+    flat = x.flatten(1)
+    return flat[:, :: -(-flat.shape[1] // PROBED)].float()
+
+
 def fit_steps(
     denoise: Denoiser, sigmas: Sigmas, path: Trajectory, part: Tensor | None = None, history: int = HISTORY
 ) -> Generator[int, None, tuple[FittedRun, Latent]]:
@@ -101,14 +129,18 @@ def fit_steps(
     x = path.states[0]
     answers: list[Latent] = []
     numbers: list[tuple[float, ...]] = []
+    shares: list[float] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         answers = [denoise(x, torch.tensor(sigma, dtype=torch.float64)), *answers[:history]]
         columns = step_columns(x, answers)
         target = path.at(sigma_next) - plain_step(x, answers[0], sigma, sigma_next)
         numbers.append(tuple(least_squares([_chosen(one, part) for one in columns], _chosen(target, part)).tolist()))
-        x = advance(FittedRun(tuple(levels[: i + 2]), tuple(numbers)), i, x, answers)
+        so_far = FittedRun(tuple(levels[: i + 2]), tuple(numbers))
+        reached = advance(so_far, i, x, answers)
+        shares.append(float(correction_share(so_far, i, x, answers[0], reached).clamp(min=1e-6).log().mean().exp()))
+        x = reached
         yield i + 1
-    return FittedRun(tuple(levels), tuple(numbers)), x
+    return FittedRun(tuple(levels), tuple(numbers), tuple(shares)), x
 
 
 def check_within(sigmas: Sigmas, path: Trajectory) -> list[float]:

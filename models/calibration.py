@@ -191,8 +191,8 @@ class Calibration:
                 for point in (fit.points if fit else ())
             ],
             "runs": [
-                {"sigmas": list(one.run.sigmas), "numbers": [list(row) for row in one.run.numbers], "psnr": one.psnr,
-                 "pictures": one.pictures}
+                {"sigmas": list(one.run.sigmas), "numbers": [list(row) for row in one.run.numbers],
+                 "shares": list(one.run.shares), "psnr": one.psnr, "pictures": one.pictures}
                 for one in self.runs
             ],
             "setting": self.setting,

@@ -170,6 +170,7 @@ def _runs(fields: dict[str, Any], need: Any) -> tuple[ShortRun, ...]:
         where = f'"runs"[{i}]'
         need(isinstance(one, dict), f"{where} must be a JSON object")
         levels, rows, pictures = one.get("sigmas"), one.get("numbers"), one.get("pictures", 0)
+        shares = one.get("shares", [])
         need(
             _is_schedule(levels) and 2 <= len(levels) <= MOST_STEPS + 1 and _same_ends(levels, fields["sigmas"]),
             f'{where} "sigmas" must go from the first noise level of the profile down to its last',
@@ -179,9 +180,13 @@ def _runs(fields: dict[str, Any], need: Any) -> tuple[ShortRun, ...]:
             f'{where} "numbers" must hold a row for each step: 2 numbers and one for each answer before it, at most '
             f"{MOST_HISTORY}, none beyond {LARGEST_NUMBER:g}",
         )
+        need(
+            isinstance(shares, list) and len(shares) in (0, len(rows)) and all(map(_is_level, shares)),
+            f'{where} "shares" must hold a number for each step',
+        )
         need(_is_level(one.get("psnr")), f'{where} "psnr" must be a number of dB')
         need(type(pictures) is int and 0 <= pictures <= 1_000_000, f'{where} "pictures" must be a whole number')
-        run = FittedRun(_levels(levels), tuple(map(_levels, rows)))
+        run = FittedRun(_levels(levels), tuple(map(_levels, rows)), _levels(shares))
         found.append(ShortRun(run, float(one["psnr"]), pictures))
     return tuple(found)
 

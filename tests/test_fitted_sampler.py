@@ -291,3 +291,30 @@ def test_a_step_costs_no_more_than_twice_eulers_arithmetic():
     with Counting():
         advance(run, 2, x, [x, x, x])
     assert len(calls) <= 4 and not any("item" in str(one) or "_local_scalar" in str(one) for one in calls)
+
+
+def test_the_sign_grows_with_what_was_not_in_the_fit_and_is_one_on_it():
+    space = SPACES["ve"]
+    path = recorded(field(space).denoise, start(space), run_of("dpmpp_2m", space, levels(space, 60)))
+    run, _ = last(fit_steps(field(space).denoise, levels(space, 8), path))
+
+    def signed(denoise, x) -> float:
+        answers, shares = [], []
+        for i, sigma in enumerate(run.sigmas[:-1]):
+            answers = [denoise(x, torch.tensor(sigma, dtype=torch.float64)), *answers[: run.history]]
+            reached = advance(run, i, x, answers)
+            shares.append(kernel.correction_share(run, i, x, answers[0], reached))
+            x = reached
+        return kernel.distance(run, shares)
+
+    assert len(run.shares) == 8
+    assert signed(field(space).denoise, start(space)) == pytest.approx(1, abs=1e-3)
+    assert signed(field(space).denoise, start(space, seed=5)) < kernel.FAR
+    wild = (
+        lambda x, sigma: field(space).denoise(x, sigma)
+        + 4 * torch.sin(20 * torch.log(sigma)) * start(space, 7) / TOP["ve"]
+    )
+    both = torch.cat([start(space), start(space, seed=5)])
+    assert (
+        signed(lambda x, sigma: torch.cat([field(space).denoise(x[:1], sigma), wild(x[1:], sigma)]), both) > kernel.FAR
+    )

@@ -66,7 +66,7 @@ def kinds() -> list[Calibration]:
     reuse = lambda fresh, cut: KeySteps(12, "euler", levels, (Point(Reuse(fresh, cut, True), (0, 2), 1.4, 30.0),))
     flow = tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768))
     numbers = ((-0.1, 0.2), (0.1, 0.1, 0.4))
-    short = ShortRun(FittedRun((levels[0], levels[1], levels[-1]), numbers), 44.0, 2)
+    short = ShortRun(FittedRun((levels[0], levels[1], levels[-1]), numbers, (0.1, 0.2)), 44.0, 2)
     return [
         made,
         replace(made, kind="noise_shift", space="flow", families=("SD3",), sigmas=(), alignments=flow),

@@ -16,7 +16,17 @@ import torch
 from comfy.k_diffusion.sampling import trange
 from torch import Tensor
 
-from ...kernels.fitted_sampler import FittedRun, OnPaper, advance, fidelity, learn, solve
+from ...kernels.fitted_sampler import (
+    FAR,
+    FittedRun,
+    OnPaper,
+    advance,
+    correction_share,
+    distance,
+    fidelity,
+    learn,
+    solve,
+)
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
 from ...kernels.types import Denoiser, Sigmas
@@ -53,9 +63,19 @@ STOPPED = (ValueError, RuntimeError, OSError, comfy.model_management.InterruptPr
 
 @torch.no_grad()
 def sample_attune_fitted(
-    model, x, sigmas, extra_args=None, callback=None, disable=None, fitted_run: FittedRun | None = None
+    model,
+    x,
+    sigmas,
+    extra_args=None,
+    callback=None,
+    disable=None,
+    fitted_run: FittedRun | None = None,
+    shares: list[Tensor] | None = None,
 ):
-    """The host's form of a solver, for one fitted run: its levels must be those of the run."""
+    """The host's form of a solver, for one fitted run: its levels must be those of the run.
+
+    shares: takes what `correction_share` is in each step.
+    """
     run = _checked(fitted_run, sigmas)
     answers: list[Tensor] = []
     each = x.new_ones(len(x))
@@ -64,7 +84,10 @@ def sample_attune_fitted(
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
         answers = [denoised, *answers[: run.history]]
-        x = advance(run, i, x, answers)
+        reached = advance(run, i, x, answers)
+        if shares is not None:
+            shares.append(correction_share(run, i, x, denoised, reached))
+        x = reached
     return _outside_kept(x, model, extra_args or {}) if run.sigmas[-1] == 0 else x
 
 
@@ -88,9 +111,9 @@ def _checked(run: FittedRun | None, sigmas: Tensor) -> FittedRun:
     return run
 
 
-def fitted_sampler_of(run: FittedRun) -> Any:
+def fitted_sampler_of(run: FittedRun, **options: Any) -> Any:
     """A SAMPLER that makes a fitted run; goes with the run's levels as SIGMAS."""
-    return comfy.samplers.KSAMPLER(sample_attune_fitted, {FITTED_RUN: run})
+    return comfy.samplers.KSAMPLER(sample_attune_fitted, {FITTED_RUN: run, **options})
 
 
 # --- the sampler that learns ---
@@ -181,10 +204,17 @@ class _Run:
         if known is not None and wish.use not in USES:
             short = short or min(known.runs, key=lambda one: -one.psnr)
         if known is not None and short is not None and wish.use not in (FULL_RUN, FORGET) and not self._is_due(name):
-            end = self._short(short.run)
-            self.sampler.say(said_of_run(known, short, len(self.sigmas) - 1, name))
-            self.sampler.note(name, known)
-            return end
+            end, far = self._short(short.run)
+            if far <= FAR or wish.use not in USES:
+                self.sampler.say(said_of_run(known, short, len(self.sigmas) - 1, name))
+                self.sampler.note(name, known)
+                return end
+            self.sampler.say(
+                f"A full run of {len(self.sigmas) - 1} steps: the short one of '{name}' bends {far:.1f} times as much "
+                "as on the picture that it was learned from, and is not trusted here."
+            )
+            self.sampler.note(FULL_RUN)
+            return self._whole(self.guider)
         end, said = self._full(scene, name, known, short)
         self.sampler.say(f"A full run of {len(self.sigmas) - 1} steps. {said}".strip())
         self.sampler.note(FULL_RUN)
@@ -281,12 +311,15 @@ class _Run:
             guider, self.sigmas, self.extra_args, self.callback, self.noise, self.latent, self.mask, self.quiet
         )
 
-    def _short(self, run: FittedRun) -> Tensor:
+    def _short(self, run: FittedRun) -> tuple[Tensor, float]:
+        """The end of the short run, and how far it went from what it was fitted to; 0 where that cannot be said."""
         levels = torch.tensor(run.sigmas, dtype=self.sigmas.dtype, device=self.sigmas.device)
         arguments = {**self.extra_args, "model_options": options_over(self.extra_args["model_options"], levels)}
-        return fitted_sampler_of(run).sample(
+        shares: list[Tensor] | None = [] if run.shares and self.mask is None else None
+        end = fitted_sampler_of(run, shares=shares).sample(
             self.guider, levels, arguments, self.callback, self.noise, self.latent, self.mask, self.quiet
         )
+        return end, distance(run, shares) if shares else 0.0
 
     def _taught(
         self, scene: Scene, path: Trajectory | None, name: str, known: Calibration | None, short: ShortRun | None
