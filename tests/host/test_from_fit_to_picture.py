@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from nightly import daily
 from pack.kernels.propagation import Reuse
 from pack.models.calibration import KeySteps, Point
 from pack.models.store import load_profile, save_profile, shipped_profiles
@@ -145,7 +146,7 @@ def ahead(host, model, what: str):
     return host.call("AttuneApplyProfile", model=model, profile=profile)[0]
 
 
-@pytest.mark.parametrize("what", ["propagation", "timesteps", "noise shift"])
+@pytest.mark.parametrize("what", daily(["propagation", "timesteps", "noise shift"], "timesteps"))
 def test_a_fit_behind_our_own_nodes_finds_what_it_finds_without_them(host, demo, encode, what, monkeypatch):
     kit = host.module("nodes.fit_sampler")
     monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 12, 3, 2))
