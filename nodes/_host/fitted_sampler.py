@@ -256,7 +256,9 @@ class _Run:
             solver_name(inner), steps, float(cfg) if isinstance(cfg, int | float) else None, size,
             tuple(self.sigmas.tolist()), setting_of(self.guider, inner, options),
         )  # fmt: skip
-        return Scene(identify(patcher, weights=True), planned, self._refused(size))
+        identity = identify(patcher, weights=True)
+        nameless = "The weights of this MODEL are packed (GGUF) and cannot be told from others."
+        return Scene(identity, planned, self._refused(size) or ("" if identity.weights_hash else nameless))
 
     def _refused(self, size: tuple[int, int] | None) -> str:
         inner, patcher = self.sampler.inner, self.guider.model_patcher

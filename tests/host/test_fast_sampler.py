@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -368,3 +370,25 @@ def test_in_every_graph_the_first_run_is_stocks_and_the_next_ones_are_near_it(un
         assert fidelity(second, stock) > 15
     monkeypatch.undo()
     assert torch.equal(GRAPHS[name](unet, lambda model: model), stock)
+
+
+def test_weights_that_have_no_name_are_never_taken_for_others(unet, host, monkeypatch):
+    """As packed ones (GGUF), of which any two would match."""
+    Drawn(unet)
+    identity = host.module("nodes._host.identity")
+    monkeypatch.setattr(identity, "weights_hash", lambda model: "")
+    drawn = Drawn(unet, seed=2)
+    assert drawn.full and "GGUF" in drawn.text and drawn.calls == STEPS
+
+
+def test_a_picture_that_leaves_the_fitted_range_is_made_in_full(unet, host):
+    """The sign is read off the short run itself: here a calibration whose fit is said to have bent hardly at all."""
+    Drawn(unet)
+    (file,) = host.profiles.iterdir()
+    fields = json.loads(file.read_text())
+    fields["runs"][0]["shares"] = [share / 10 for share in fields["runs"][0]["shares"]]
+    file.write_text(json.dumps(fields))
+    drawn, stock = Drawn(unet, seed=2), Drawn(unet, seed=2, stock=True)
+    assert torch.equal(drawn.latent, stock.latent) and "is not trusted here" in drawn.text
+    assert drawn.calls == SHORT + STEPS
+    assert Drawn(unet, seed=2, use=file.name).calls == SHORT  # named, so that a picture comes out again as it was
