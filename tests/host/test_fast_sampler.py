@@ -87,14 +87,11 @@ def test_the_short_run_is_nearer_than_as_many_plain_steps(unet):
     assert deviation(short) < deviation(Drawn(unet, seed=4, steps=8, latent=large, stock=True)) / 2
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"cfg": 3.8}, {"cfg": 1.4}, {"steps": STEPS + 2}, {"denoise": 0.7}, {"solver": "dpmpp_2m"},
-        {"latent": {"samples": torch.zeros(1, 4, 16, 8)}},
-    ],
-    ids=lambda change: next(iter(change)),
-)  # fmt: skip
+SHAPE = {"latent": {"samples": torch.zeros(1, 4, 16, 8)}}
+CHANGES = [{"cfg": 3.8}, {"cfg": 1.4}, {"steps": STEPS + 2}, {"denoise": 0.7}, {"solver": "dpmpp_2m"}, SHAPE]
+
+
+@pytest.mark.parametrize("change", daily(CHANGES, CHANGES[0], SHAPE), ids=lambda change: next(iter(change)))
 def test_what_was_not_learned_is_run_in_full_and_learned_beside_it(unet, host, change):
     Drawn(unet)
     other = Drawn(unet, seed=2, **change)
@@ -337,17 +334,7 @@ def test_numbers_of_the_conditioning_count_and_words_do_not(unet, host):
 TEACHES_NOTHING = {"inpaint mask"}
 
 
-@pytest.mark.parametrize(
-    "name",
-    daily(
-        GRAPHS,
-        "SamplerCustomAdvanced, DualCFGGuider",
-        "inpaint mask",
-        "ControlNet",
-        "context windows",
-        "LoRA hook on one prompt",
-    ),
-)
+@pytest.mark.parametrize("name", daily(GRAPHS, "inpaint mask", "ControlNet", "LoRA hook on one prompt"))
 def test_in_every_graph_the_first_run_is_stocks_and_the_next_ones_are_near_it(unet, host, monkeypatch, name):
     """Every run's sampler is taken for the fast one, whatever node of the graph runs it."""
     import comfy.samplers
