@@ -7,6 +7,7 @@
   python dev.py test [...]    set up and test; further words go to pytest; --all asks also what each night asks
   python dev.py bench NAME    run benchmarks/NAME.py
   python dev.py tune-demo     tune the shipped profiles of the demo models again (half an hour; resumable)
+  python dev.py fit-demo      fit the shipped samplers of the demo models again (a quarter of an hour; resumable)
   python dev.py train-demo    train the demo models again from the emoji pictures (hours; resumable)
   python dev.py train-npnet   collect noise pairs and train an NPNet on them, for the demo or your model (resumable)
 
@@ -465,10 +466,14 @@ def train_demo(host: Host, words: list[str]) -> int:
     return subprocess.run([host.python, str(script), *words], cwd=ROOT, env=host.environment()).returncode
 
 
-def tune_demo(host: Host, words: list[str]) -> int:
+def tune_demo(host: Host, words: list[str], script: str = "tune_profiles.py") -> int:
     set_up(host, BENCH_NEEDS, "the benchmarks")
-    script = ROOT / "training" / "tune_profiles.py"
-    return subprocess.run([host.python, str(script), *words], cwd=ROOT, env=host.environment()).returncode
+    command = [host.python, str(ROOT / "training" / script), *words]
+    return subprocess.run(command, cwd=ROOT, env=host.environment()).returncode
+
+
+def fit_demo(host: Host, words: list[str]) -> int:
+    return tune_demo(host, words, "fit_samplers.py")
 
 
 def train_npnet(host: Host, words: list[str]) -> int:
@@ -509,6 +514,7 @@ COMMANDS = {
     "bench": bench,
     "train-demo": train_demo,
     "tune-demo": tune_demo,
+    "fit-demo": fit_demo,
     "train-npnet": train_npnet,
 }
 

@@ -1,6 +1,6 @@
 """Fit the samplers that the pack ships for its demo models, through the real Attune Fit Sampler node.
 
-python training/fit_samplers.py [--models unet flow] [--steps 6 8 10 12 16]   (with COMFYUI_PATH, as dev.py tune-demo)
+python dev.py fit-demo [--models unet flow] [--steps 6 8 10 12 16]
 
 One file for each model in models/profiles/: short runs in the place of 50 steps of Euler on the model's usual schedule,
 fitted to one noise of four prompts and proved on six other noises of each. A file that was made with the same weights,

@@ -481,7 +481,7 @@ def test_every_shipped_calibration_names_its_weights(demo, flow):
         identity.config_hash(m[0].model.model_config.unet_config): identity.weights_hash(m[0]) for m in (demo, flow)
     }
     ours = [one for one in shipped_profiles().values() if one.config_hash]
-    assert len(ours) == 33
+    assert len(ours) == 35
     for one in ours:
         assert one.weights_hash == known[one.config_hash]
 
@@ -491,7 +491,7 @@ def test_the_shipped_fits_are_of_the_shipped_weights(demo, flow):
 
     known = {identity.weights_hash(model[0]) for model in (demo, flow)}
     fits = [one for one in shipped_profiles().values() if one.is_fitted and one.solver]
-    assert len(fits) == 30 and {one.weights_hash for one in fits} == known
+    assert len(fits) == 32 and {one.weights_hash for one in fits} == known
 
 
 def test_other_weights_of_the_same_architecture_are_noted(host, demo):
