@@ -202,7 +202,7 @@ class _Run:
         name, known = self._known(scene)
         short = None if known is None or wish.use == LEARN_AGAIN else serving_run(known, wish)
         if known is not None and wish.use not in USES:
-            short = short or min(known.runs, key=lambda one: -one.psnr)
+            short = short or max(known.runs, key=lambda one: one.psnr)
         if known is not None and short is not None and wish.use not in (FULL_RUN, FORGET) and not self._is_due(name):
             end, far = self._short(short.run)
             if far <= FAR or wish.use not in USES:
@@ -226,8 +226,11 @@ class _Run:
         why = scene.refused
         if wish.use == FULL_RUN:
             why = "As 'use' asks for."
+        elif wish.use == FORGET and known is None:
+            why = "There was nothing to forget."
         elif wish.use == FORGET:
-            why = "There was nothing to forget." if known is None else f"'{name}' is forgotten."
+            forget_profile(name)
+            why = f"'{name}' is forgotten."
         elif known is not None and short is None and wish.use == AUTO and was_tried(known, wish):
             best = max(known.runs, key=lambda one: one.psnr)
             why = (
@@ -235,10 +238,7 @@ class _Run:
                 f"'fidelity' of {wish.fidelity:g} dB: allow more evaluations, or less fidelity."
             )
         if why:
-            end = self._whole(self.guider)
-            if wish.use == FORGET and known is not None:
-                forget_profile(name)
-            return end, why
+            return self._whole(self.guider), why
         recorder = Recorder(self.guider, self.sigmas.clone())  # uni_pc writes into its own
         end = self._whole(recorder)
         try:
