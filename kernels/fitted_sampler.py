@@ -39,7 +39,7 @@ PAPER_GAIN = 1e-3  # relative gain at which the search on paper takes a move
 TRIALS = 600  # on paper, a few milliseconds each
 EARLY = 0.1  # of the search: an error at sigma counts 1 / (sigma + EARLY), for the steps after it repair a part of it
 EQUAL = 120.0  # dB, where nothing differs that counts
-PROBED = 4096  # elements of each picture, at equal distances, that the sign of leaving the fitted range is read from
+PROBED = 1024  # elements of each picture, at equal distances, that the sign of leaving the fitted range is read from
 FAR = 2.0  # of that sign: beyond, a run is far from what it was fitted to
 CHUNK = 1 << 16  # elements of the inner products at a time
 
