@@ -275,11 +275,13 @@ def search_levels(
 
 @dataclass(frozen=True)
 class Learned:
-    """A fitted run and what it proved: dB of its end to the recorded one, on the part that it was not fitted to."""
+    """A fitted run, what it proved, dB of its end to the recorded one on the part that it was not fitted to, and the
+    end."""
 
     run: FittedRun
     psnr: float
     evaluations: int
+    end: Latent
 
 
 def learn(
@@ -293,8 +295,8 @@ def learn(
     8x8 latent pixels. The recorded run's own levels, spread over fewer steps, and those of the search on paper are both
     run; what comes nearer on the unseen half stays.
     """
-    best, end = yield from _nearest(denoise_over, path, steps, space, paper, half(path.states[0]))
-    return Learned(best, end, 2 * steps)
+    run, psnr, end = yield from _nearest(denoise_over, path, steps, space, paper, half(path.states[0]))
+    return Learned(run, psnr, 2 * steps, end)
 
 
 def _nearest(
@@ -304,19 +306,19 @@ def _nearest(
     space: NoiseSpace,
     paper: OnPaper | None,
     part: Tensor | None,
-) -> Generator[int, None, tuple[FittedRun, float]]:
+) -> Generator[int, None, tuple[FittedRun, float, Latent]]:
     """Of the fits over the path's own levels and over those found on paper the one that ends nearest outside of `part`
-    (None: everywhere), and its dB there. Without `paper` the own levels alone."""
+    (None: everywhere), its dB there, and its end. Without `paper` the own levels alone."""
     plain = resample_theta(path.sigmas.double(), steps, space)
     plain[0], plain[-1] = path.sigmas[0], path.sigmas[-1]
     tried = [plain]
     if paper is not None and steps > 1:
         lowest = min(level for level in path.sigmas.tolist() if level > 0)
         tried.append(search_levels(paper, plain, lowest, space))
-    found: list[tuple[FittedRun, float]] = []
+    found: list[tuple[FittedRun, float, Latent]] = []
     for sigmas in tried:
         run, end = yield from _counted(fit_steps(denoise_over(sigmas), sigmas, path, part), len(found) * steps)
-        found.append((run, fidelity(end, path.end, None if part is None else ~part)))
+        found.append((run, fidelity(end, path.end, None if part is None else ~part), end))
     return max(found, key=lambda one: one[1])
 
 
@@ -365,13 +367,15 @@ def fidelity(x: Latent, exact: Latent, part: Tensor | None = None) -> float:
 class Proof:
     """What held-out pictures say of a fitted run beside the best known way to spend as many evaluations.
 
-    rival: its name. psnr: dB of the run's ends to the long run's, the mean over the held-out pictures.
+    rival: its name. psnr: dB of the run's ends to the long run's, the mean over the held-out pictures. end: of the
+    first of these.
     """
 
     run: FittedRun
     rival: str
     verdict: Verdict
     psnr: float
+    end: Latent
 
 
 @dataclass(frozen=True)
@@ -411,7 +415,7 @@ def prove(
             yield Attempt(f"known samplers, {steps} evaluations")
         rival = min(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
         work = _nearest(denoise_over, fitted, steps, space, paper, None)
-        run, _ = yield from _attempted(work, f"fitting {steps} steps")
+        run, *_ = yield from _attempted(work, f"fitting {steps} steps")
         theirs, mine = [], []
         for i, path in enumerate(unseen):
             theirs.append(known[rival](first + i))
@@ -419,7 +423,7 @@ def prove(
             yield Attempt("held-out pictures", run)
         verdict = judge(_errors(theirs, unseen), _errors(mine, unseen), len(counts), doubt)
         psnr = sum(fidelity(end, path.end) for end, path in zip(mine, unseen, strict=True)) / held_out
-        proofs.append(Proof(run, rival, verdict, psnr))
+        proofs.append(Proof(run, rival, verdict, psnr, mine[0]))
     return proofs
 
 
@@ -439,8 +443,8 @@ def joined(paths: Sequence[Trajectory]) -> Trajectory:
 
 
 def _attempted(
-    work: Generator[int, None, tuple[FittedRun, float]], stage: str
-) -> Generator[Attempt, None, tuple[FittedRun, float]]:
+    work: Generator[int, None, tuple[FittedRun, float, Latent]], stage: str
+) -> Generator[Attempt, None, tuple[FittedRun, float, Latent]]:
     while True:
         try:
             next(work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..models.calibration import SAMPLER
+from ._draw.card import draw_card
 from ._host.api import io, schema
 from ._host.fitted_sampler import fast_for
 from ._host.folders import has_profile, missing_profile, profile_stamps, profiles_of_kind
@@ -61,7 +62,7 @@ class AttuneFastSampler(io.ComfyNode):
     @classmethod
     def execute(cls, sampler, use=AUTO, evaluations=10, fidelity=40.0, check_every=0) -> io.NodeOutput:
         wish = Wish(use, evaluations, fidelity, check_every)
-        return io.NodeOutput(fast_for(cls, wish, "use")(sampler))
+        return io.NodeOutput(fast_for(cls, wish, "use", draw_card)(sampler))
 
 
 NODES = [AttuneFastSampler]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 import torch
 
@@ -18,17 +19,20 @@ from ..kernels.tuner import (
     tune,
 )
 from ._draw.axes import to_image
+from ._draw.card import draw_card
 from ._draw.schedules import Curve, draw_schedules
 from ._host.api import ExecutionBlocker, Profile, advanced, io, schema, shown_on
+from ._host.card import Shown, keep_card
 from ._host.fit_run import Task, fit_run, rival_schedules, rivals_of
 from ._host.folders import keep_fit, keep_profile
 from ._host.identity import identify, pixels
-from ._host.session import ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
+from ._host.session import REFERENCE, ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 from ._host.stock_schedules import known_schedules
 from ._plan.fit_run import (
     EXACT_PATH,
     YOUR_RUN,
     affordable_run,
+    check_looks,
     counts_of,
     evaluations,
     proved_profile,
@@ -44,6 +48,7 @@ from ._plan.fit_sampler import (
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
+WHOLE = 0.98  # of the model's highest noise level: from here a schedule is a whole one
 
 
 def _run_inputs():
@@ -146,7 +151,9 @@ class AttuneFitSampler(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         solver, setting, empty = _setting(model, cfg, sampler, latent, seed)
         if coefficients:
-            task = _task(sigmas if to == YOUR_RUN else None, to, counts_of(steps, more_steps), levels)
+            counts = counts_of(steps, more_steps)
+            check_looks(len(counts), TUNER_PRESETS[preset].held_out * len(empty), preset)
+            task = _task(sigmas if to == YOUR_RUN else None, to, counts, levels, setting.model.sigma_max)
             return _sampler(cls, model, positive, negative, solver, setting, empty, task, preset, budget_minutes)
         _check_switches(solver, levels, timesteps)
         known = _contest(model, steps, sigmas, levels)
@@ -182,7 +189,7 @@ class AttuneFitSampler(io.ComfyNode):
         return io.NodeOutput(profile, tuned.sigmas.clone(), picture, report, ui=shown_on(cls, picture))
 
 
-def _task(sigmas: torch.Tensor | None, to: str, counts: list[int], levels: bool) -> Task:
+def _task(sigmas: torch.Tensor | None, to: str, counts: list[int], levels: bool, highest: float) -> Task:
     """What is fitted to what; ValueError where the long run is not there, or is no longer than the short ones."""
     if to == EXACT_PATH:
         return Task(None, counts, levels)
@@ -192,6 +199,12 @@ def _task(sigmas: torch.Tensor | None, to: str, counts: list[int], levels: bool)
             f"you sample with, such as BasicScheduler's, set 'to' to '{EXACT_PATH}', or switch 'coefficients' off."
         )
     long = check_sigmas(sigmas.detach().float().cpu().clone())
+    if long[0] < WHOLE * highest or long[-1] != 0:
+        raise ValueError(
+            f"'sigmas' goes from {float(long[0]):.4g} to {float(long[-1]):.4g}, but the known samplers that a fit has "
+            f"to beat go from this model's {highest:.4g} to 0. Connect a whole schedule: 'denoise' 1, no SplitSigmas. "
+            "For img2img let Attune Fast Sampler learn the run."
+        )
     if len(long) - 1 <= max(counts):
         raise ValueError(
             f"'sigmas' has {len(long) - 1} steps, but a fit for {max(counts)} needs a longer run to follow. Give the "
@@ -205,37 +218,42 @@ def _sampler(
 ) -> io.NodeOutput:  # fmt: skip
     """Fit the sampler itself: profile, levels, plot and report."""
     began, about = time.monotonic(), setting.model
+    exact = task.sigmas is None
     steps = TUNER_PRESETS[preset].reference_steps if task.sigmas is None else len(task.sigmas) - 1
-    rivals = len(rivals_of(setting.runs)) * len(rival_schedules(model, task.counts[0]))
+    rivals = len(rivals_of(solver)) * len(rival_schedules(model, task.counts[0]))
 
     def work(solves: Solves):
         seconds = solves.seconds_per_evaluation(about.sigma_max, *draw_noises(empty, setting.seed, 1))
-        calls = steps * (solver.calls if task.sigmas is not None else 1)
-        chosen, plan = affordable_run(preset, calls, task.counts, rivals, seconds, minutes)
+        calls = steps * (1 if exact else solver.calls)
+        chosen, plan = affordable_run(preset, calls, task.counts, rivals, seconds, minutes, exact)
         LOG.info("Attune Fit Sampler: %s", plan)
-        total = evaluations(chosen, calls, task.counts, rivals)
-        fit = fit_run(model, solves, setting, task, chosen, empty, minutes)
-        proofs, long = _followed(fit, solves, total)
-        return proofs, long, plan, chosen.held_out * len(empty), solves.evaluations
+        total = evaluations(chosen, calls, task.counts, rivals, exact)
+        fit = fit_run(model, solves, setting, solver, task, chosen, empty, minutes)
+        proofs, path, long_seconds = _followed(fit, solves, total)
+        return proofs, path, plan, chosen.held_out * len(empty), solves.evaluations, (long_seconds, seconds)
 
     whole = torch.tensor([about.sigma_max, 0.0])
-    proofs, long, plan, pictures, used = run_session(
+    proofs, path, plan, pictures, used, (long_seconds, each) = run_session(
         model, positive, negative, setting.cfg, solver, whole, empty, setting.seed, setting.space, work
     )
-    took = time.monotonic() - began
-    profile = proved_profile(proofs, setting, long, pictures, took)
-    what = "the exact path" if task.sigmas is None else "your run"
-    report = run_report(proofs, setting, len(long) - 1, what, plan, took, used)
+    took, long = time.monotonic() - began, path.sigmas.tolist()
+    followed = replace(setting, solver=REFERENCE, runs=REFERENCE) if exact else setting
+    profile = proved_profile(proofs, followed, long, pictures, took)
+    what = "the exact path" if exact else "your run"
+    report = run_report(proofs, followed, len(long) - 1, what, plan, took, used, task.counts)
     LOG.info("Attune Fit Sampler:\n%s", report)
     shown = [one.run for one in (profile.runs if profile else proofs)]
     curves = [Curve(f"{one.steps} steps", one.sigmas) for one in shown[:5]]
-    plot = draw_schedules([*curves, Curve(f"{len(long) - 1} steps of {setting.runs}", tuple(long))], "Fitted sampler")
+    plot = draw_schedules([*curves, Curve(f"{len(long) - 1} steps of {followed.runs}", tuple(long))], "Fitted sampler")
     ProgressBar(1).update(1, plot)
     picture = to_image(plot)
     if profile is None:
         none = ExecutionBlocker(f"No fitted sampler was proved. {report}")
         return io.NodeOutput(none, none, picture, report, ui=shown_on(cls, picture))
-    said = f"{report}\n{keep_fit(profile)}"
+    best = max((one for one in proofs if one.verdict.accepted), key=lambda one: one.psnr)
+    times = long_seconds / len(empty), each * best.run.steps / len(empty)
+    shown_best = Shown(times, (path.end, best.end), best.run.steps)
+    said = f"{report}\n{keep_fit(profile, lambda kept: keep_card(model, profile, kept, shown_best, draw_card))}"
     return io.NodeOutput(profile, torch.tensor(shown[-1].sigmas), picture, said, ui=shown_on(cls, picture))
 
 

@@ -6,6 +6,7 @@ import logging
 
 from ..models.calibration import SAMPLER, size_text
 from ..models.store import is_profile_file
+from ._draw.card import draw_card
 from ._host.api import advanced, io, schema
 from ._host.fitted_sampler import fast_for
 from ._host.folders import (
@@ -191,7 +192,7 @@ class AttuneKSampler(io.ComfyNode):
         sigmas = _levels("Attune KSampler", model, steps, denoise, schedule, latent_image)
         given = (model, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
         return io.NodeOutput(
-            sample(*given) if fast == NOT_FAST else sample(*given, through=fast_for(cls, Wish(fast), "fast"))
+            sample(*given) if fast == NOT_FAST else sample(*given, through=fast_for(cls, Wish(fast), "fast", draw_card))
         )
 
 

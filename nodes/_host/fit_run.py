@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.fitted_sampler import Attempt, Proof, prove
+from ...kernels.timestep_aligner import Trajectory
 from ...kernels.tuner import TunerPreset, reference_error, reference_levels
 from .._plan.fit_sampler import Setting
-from .session import Solves, draw_noises
+from .session import Solver, Solves, draw_noises
 from .stock_schedules import known_schedules
 
 RIVALS = ("euler", "dpmpp_2m", "uni_pc")  # beside the user's own sampler, each with the known schedules
@@ -34,15 +35,22 @@ def rival_schedules(model, steps: int) -> dict[str, Tensor]:
     return dict(list(known_schedules(model, steps).items())[:SCHEDULES])
 
 
-def rivals_of(solver: str) -> list[str]:
-    """The samplers with one evaluation a step that a fit has to beat."""
-    return list(dict.fromkeys([solver, *RIVALS]))
+def rivals_of(solver: Solver) -> list[str]:
+    """The samplers with one evaluation a step that a fit has to beat, the user's own among them."""
+    return list(dict.fromkeys([*([solver.runs] if solver.calls == 1 else []), *RIVALS]))
 
 
 def fit_run(
-    model, solves: Solves, setting: Setting, task: Task, preset: TunerPreset, empty: Tensor, minutes: float
-) -> Generator[Attempt, None, tuple[list[Proof], list[float]]]:
-    """The proofs for each count, and the levels of the long run."""
+    model,
+    solves: Solves,
+    setting: Setting,
+    solver: Solver,
+    task: Task,
+    preset: TunerPreset,
+    empty: Tensor,
+    minutes: float,
+) -> Generator[Attempt, None, tuple[list[Proof], Trajectory, float]]:
+    """The proofs for each count, the first held-out long run, and the seconds that one long run took."""
     began, about = time.monotonic(), setting.model
     noises = draw_noises(empty, setting.seed, preset.fit + preset.held_out)
     own = task.sigmas is not None
@@ -51,10 +59,11 @@ def fit_run(
     )  # fmt: skip
     assert long is not None
     record: Callable = solves.record_own if own else solves.record
-    paths = []
+    paths, started = [], time.monotonic()
     for noise in noises:
         paths.append(record(long, noise))
         yield Attempt("long runs")
+    each = (time.monotonic() - started) / len(noises)
     doubt = 0.0
     if not own:
         half = solves.record(torch.cat([long[:-1:2], long[-1:]]), noises[0])
@@ -62,7 +71,7 @@ def fit_run(
 
     def rivals(steps: int) -> dict[str, Callable[[int], Tensor]]:
         ways: dict[str, Callable[[int], Tensor]] = {}
-        for name in rivals_of(setting.runs):
+        for name in rivals_of(solver):
             for schedule, sigmas in rival_schedules(model, steps).items():
                 ways[f"{name} on {schedule}"] = partial(_end, solves, name, sigmas, noises)
         return ways
@@ -71,7 +80,7 @@ def fit_run(
     proofs = yield from prove(
         solves.denoise_over, paths, preset.held_out, task.counts, rivals, setting.space, task.levels, doubt, in_time
     )
-    return proofs, long.tolist()
+    return proofs, paths[preset.fit], each
 
 
 def _end(solves: Solves, name: str, sigmas: Tensor, noises: Sequence[Tensor], i: int) -> Tensor:

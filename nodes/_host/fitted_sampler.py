@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -46,6 +47,7 @@ from .._plan.fitted_sampler import (
 )
 from .api import io, progress_text, widget_place
 from .calibrating import stands_aside
+from .card import Draw, Shown, keep_card
 from .folders import find_profile, forget_profile, keep_profile, keep_update, profile_path, profiles_of_kind
 from .identity import identify, is_distilled, pixels_of
 from .propagation import KEY as PROPAGATION
@@ -136,9 +138,11 @@ class FastSampler(comfy.samplers.Sampler):
     """
 
     def __init__(
-        self, inner: Any, wish: Wish, say: Callable[[str], None] = lambda _: None, node_id: str = "", use_at: int = 0
-    ):
-        self.inner, self.wish, self.node_id, self.use_at, self._say = inner, wish, node_id, use_at, say
+        self, inner: Any, wish: Wish, draw: Draw | None = None, say: Callable[[str], None] = lambda _: None,
+        node_id: str = "", use_at: int = 0,
+    ):  # fmt: skip
+        self.inner, self.wish, self.draw, self._say = inner, wish, draw, say
+        self.node_id, self.use_at = node_id, use_at
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner":  # not there yet: while a copy is made
@@ -174,12 +178,12 @@ class FastSampler(comfy.samplers.Sampler):
             set_widget(self.node_id, self.use_at, value, used, profile)
 
 
-def fast_for(node: type[io.ComfyNode], wish: Wish, widget: str) -> Callable[[Any], FastSampler]:
+def fast_for(node: type[io.ComfyNode], wish: Wish, widget: str, draw: Draw) -> Callable[[Any], FastSampler]:
     """SAMPLER -> the one that learns, which speaks on the running node and names in its `widget` what ran."""
     if node.hidden is None:
-        return lambda sampler: FastSampler(sampler, wish)
-    node_id = str(node.hidden.unique_id)
-    return lambda sampler: FastSampler(sampler, wish, progress_text(node_id), node_id, widget_place(node, widget))
+        return lambda sampler: FastSampler(sampler, wish, draw)
+    node_id, at = str(node.hidden.unique_id), widget_place(node, widget)
+    return lambda sampler: FastSampler(sampler, wish, draw, progress_text(node_id), node_id, at)
 
 
 @dataclass
@@ -239,10 +243,11 @@ class _Run:
             )
         if why:
             return self._whole(self.guider), why
-        recorder = Recorder(self.guider, self.sigmas.clone())  # uni_pc writes into its own
+        recorder, began = Recorder(self.guider, self.sigmas.clone()), time.monotonic()  # uni_pc writes into its own
         end = self._whole(recorder)
+        took = time.monotonic() - began
         try:
-            return end, self._taught(scene, recorder.path(end), name, known, short)
+            return end, self._taught(scene, recorder.path(end), name, known, short, took)
         except STOPPED as error:  # the picture is there: nothing that goes wrong afterwards may cost it
             LOG.warning("Attune Fast Sampler", exc_info=error)
             return end, f"Nothing was learned: {error or type(error).__name__}"
@@ -324,8 +329,9 @@ class _Run:
         return end, distance(run, shares) if shares else 0.0
 
     def _taught(
-        self, scene: Scene, path: Trajectory | None, name: str, known: Calibration | None, short: ShortRun | None
-    ) -> str:
+        self, scene: Scene, path: Trajectory | None, name: str, known: Calibration | None, short: ShortRun | None,
+        seconds: float,
+    ) -> str:  # fmt: skip
         """Fit what is asked for to the recorded run, keep it, and say what it proved."""
         wish = self.sampler.wish
         if self.mask is not None:
@@ -340,28 +346,37 @@ class _Run:
                 if file is not None:
                     keep_update(file, known, fitted_sampler(scene.identity, scene.planned, [seen], known))
                 return f"The short run of '{name}' was checked: {reached:.1f} dB to this picture."
-        runs = self._learned(path, NoiseSpace(scene.identity.space))
-        if not runs:
+        began = time.monotonic()
+        runs, end = self._learned(path, NoiseSpace(scene.identity.space))
+        if end is None:
             return "It has no more steps than the short run that is asked for."
+        each = (time.monotonic() - began) / (2 * sum(one.run.steps for one in runs))
         made, best = fitted_sampler(scene.identity, scene.planned, runs, known), max(runs, key=lambda one: one.psnr)
         file = None if known is None else profile_path(name)
         kept = keep_profile(made) if file is None or known is None else keep_update(file, known, made)
         SINCE.pop(kept.name, None)
+        card, drawn = "", len(path.end)
+        if self.sampler.draw is not None:
+            times = seconds / drawn, each * runs[-1].run.steps / drawn
+            shown = Shown(times, (path.end, end), runs[-1].run.steps)
+            card = keep_card(self.guider.model_patcher, made, kept, shown, self.sampler.draw)
         proved = f"{best.run.steps} evaluations proved {best.psnr:.1f} dB"
         if best.psnr < wish.fidelity:
             return f"Learned, but {proved}, less than the 'fidelity' of {wish.fidelity:g} dB: full runs go on."
-        return f"Learned as '{kept.name}': {proved}, and the next pictures take no more."
+        return f"Learned as '{kept.name}': {proved}, and the next pictures take no more. {card}".strip()
 
-    def _learned(self, path: Trajectory, space: NoiseSpace) -> list[ShortRun]:
-        wish, paper, runs = self.sampler.wish, OnPaper(path), []
+    def _learned(self, path: Trajectory, space: NoiseSpace) -> tuple[list[ShortRun], Tensor | None]:
+        """The runs that were tried, and the end of the last one."""
+        wish, paper, runs, end = self.sampler.wish, OnPaper(path), [], None
         for steps in [wish.evaluations] if wish.evaluations else COUNTS:
             if steps >= len(path.sigmas) - 1:
                 break
             found = last(learn(self._denoise_over, path, steps, space, paper))
             runs.append(ShortRun(found.run, round(max(found.psnr, 0.0), 2), len(path.end) // 2))
+            end = found.end
             if found.psnr >= wish.fidelity:
                 break
-        return runs
+        return runs, end
 
     def _denoise_over(self, levels: Sigmas) -> Denoiser:
         """The guided model, for latents in main memory, as a run over `levels` asks it."""

@@ -136,13 +136,16 @@ def _kept(save: Callable[[], Path]) -> Path:
         ) from error
 
 
-def keep_fit(profile: Calibration) -> str:
-    """Save what a fit found under its own name, and say where: nothing is lost when the graph saves nothing."""
+def keep_fit(profile: Calibration, more: Callable[[Path], str] = lambda _: "") -> str:
+    """Save what a fit found under its own name, and say where: nothing is lost when the graph saves nothing.
+
+    more: what to do beside the file, and to say of it.
+    """
     try:
         path = keep_profile(profile)
     except ValueError as error:
         return str(error)
-    return f"Saved as '{path.name}' in {path.parent}; press R and Attune Load Profile lists it."
+    return f"Saved as '{path.name}' in {path.parent}; press R and Attune Load Profile lists it. {more(path)}".strip()
 
 
 def file_path(kind: str, name: str) -> Path:

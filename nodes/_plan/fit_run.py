@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from ...kernels.fitted_sampler import Proof
+from ...kernels.gate import CHANCE, FEWEST, sign_count
 from ...kernels.tuner import TUNER_PRESETS, TunerPreset
 from ...models.calibration import Calibration, Planned, ShortRun, size_text
 from .fit_sampler import Setting
@@ -29,19 +30,30 @@ def counts_of(steps: int, more: str) -> list[int]:
     return counts
 
 
-def evaluations(preset: TunerPreset, long: int, counts: Sequence[int], rivals: int) -> int:
-    """The most calls of the guided model: the long runs, then the known samplers, the fits and the proofs."""
+def evaluations(preset: TunerPreset, long: int, counts: Sequence[int], rivals: int, exact: bool = False) -> int:
+    """The most calls of the guided model: two to see how long one takes, the long runs, of the exact path a half one
+    for its own error, then the known samplers, the fits and the proofs."""
     each = rivals * preset.fit + 2 * preset.fit + 2 * preset.held_out
-    return long * (preset.fit + preset.held_out) + sum(counts) * each
+    return 2 + long * (preset.fit + preset.held_out) + (-(-long // 2) if exact else 0) + sum(counts) * each
+
+
+def check_looks(counts: int, pictures: int, preset: str) -> None:
+    """ValueError where so few pictures could not pass the gate for any of so many counts, whatever they show."""
+    most = max((n for n in range(1, MOST_COUNTS + 1) if sign_count(CHANCE / n, pictures) <= pictures), default=0)
+    if pictures >= FEWEST and counts > most:
+        raise ValueError(
+            f"{counts} counts of steps are looked at, but {pictures} held-out pictures can be sure of {most} at most. "
+            f"List fewer in 'more_steps', take a larger 'preset' than '{preset}', or a 'latent' of several pictures."
+        )
 
 
 def affordable_run(
-    wanted: str, long: int, counts: Sequence[int], rivals: int, seconds: float, minutes: float
+    wanted: str, long: int, counts: Sequence[int], rivals: int, seconds: float, minutes: float, exact: bool = False
 ) -> tuple[TunerPreset, str]:
     """The preset `wanted`, or the largest smaller one that fits into `minutes` (0: no limit), and a sentence on it."""
     names = list(TUNER_PRESETS)
     for name in reversed(names[: names.index(wanted) + 1]):
-        calls = evaluations(TUNER_PRESETS[name], long, counts, rivals)
+        calls = evaluations(TUNER_PRESETS[name], long, counts, rivals, exact)
         needs = calls * seconds / 60
         if not minutes or needs <= minutes:
             said = f"Preset '{name}': at most {calls} evaluations of {seconds:.3g} s, {needs:.3g} minutes."
@@ -67,8 +79,9 @@ def proved_profile(
 
 
 def run_report(
-    proofs: Sequence[Proof], setting: Setting, long: int, what: str, plan: str, seconds: float, used: int
-) -> str:
+    proofs: Sequence[Proof], setting: Setting, long: int, what: str, plan: str, seconds: float, used: int,
+    counts: Sequence[int],
+) -> str:  # fmt: skip
     """What was measured for each count, kept and refused, in lines."""
     lines = [
         f"{METHOD.capitalize()} for {what}: {long} steps of {setting.runs}, cfg {setting.cfg:g}, "
@@ -82,6 +95,9 @@ def run_report(
             f"{one.run.steps} evaluations, {kept}: {one.psnr:.1f} dB. Beside the best known, {one.rival}: "
             f"{one.verdict.said}."
         )
+    left = [str(n) for n in counts if n not in [one.run.steps for one in proofs]]
+    if left:
+        lines.append(f"No time was left for {', '.join(left)}: allow more 'budget_minutes'.")
     if setting.runs != setting.solver:
         lines.append(f"Fitted to {setting.runs}, which {setting.solver} follows but for the noise that it adds.")
     if not any(one.verdict.accepted for one in proofs):

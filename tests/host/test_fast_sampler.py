@@ -71,7 +71,7 @@ def test_the_first_picture_is_the_users_own_to_the_bit_and_the_second_is_short(k
     assert second.calls == SHORT and not second.full
     assert not torch.equal(second.latent, Drawn(kit, seed=2, stock=True).latent)
     assert torch.equal(second.latent, Drawn(kit, seed=2).latent)
-    (file,) = host.profiles.iterdir()
+    (file,) = host.profiles.glob("*.json")
     kept = load_profile(file)
     assert kept.kind == SAMPLER and kept.steps == STEPS and [one.run.steps for one in kept.runs] == [SHORT]
 
@@ -97,7 +97,7 @@ def test_what_was_not_learned_is_run_in_full_and_learned_beside_it(unet, host, c
     other = Drawn(unet, seed=2, **change)
     assert other.full and other.learned
     assert torch.equal(other.latent, Drawn(unet, seed=2, stock=True, **change).latent)
-    assert len(list(host.profiles.iterdir())) == 2
+    assert len(list(host.profiles.glob("*.json"))) == 2
     assert Drawn(unet, seed=3).calls == SHORT and Drawn(unet, seed=3, **change).calls == SHORT
 
 
@@ -136,7 +136,7 @@ def test_solvers_that_cannot_be_learned_run_as_they_are(unet, host, solver):
     drawn = Drawn(unet, solver=solver)
     assert drawn.full and not drawn.learned and solver in drawn.text
     assert torch.equal(drawn.latent, Drawn(unet, solver=solver, stock=True).latent)
-    assert not list(host.profiles.iterdir())
+    assert not list(host.profiles.glob("*.json"))
 
 
 def test_a_run_that_stops_early_or_starts_from_a_picture_is_learned_for_itself(unet, host):
@@ -154,7 +154,7 @@ def test_a_run_that_stops_early_or_starts_from_a_picture_is_learned_for_itself(u
 def test_a_mask_uses_what_was_learned_but_teaches_nothing(unet, host):
     masked = {**unet.picture(), "noise_mask": torch.cat([torch.ones(1, 1, 8, 4), torch.zeros(1, 1, 8, 4)], dim=3)}
     first = Drawn(unet, latent=masked, denoise=0.8)
-    assert first.full and "mask" in first.text and not list(host.profiles.iterdir())
+    assert first.full and "mask" in first.text and not list(host.profiles.glob("*.json"))
     Drawn(unet, latent=unet.picture(), denoise=0.8)
     short = Drawn(unet, latent=masked, denoise=0.8)
     assert short.calls == SHORT
@@ -171,7 +171,7 @@ def test_what_was_not_proved_is_not_used_and_not_learned_again(unet):
 
 def test_the_fewest_evaluations_that_are_faithful_enough(unet, host):
     Drawn(unet, evaluations=0, fidelity=25.0)
-    (file,) = host.profiles.iterdir()
+    (file,) = host.profiles.glob("*.json")
     *short_of, enough = load_profile(file).runs
     assert enough.psnr >= 25 and all(one.psnr < 25 for one in short_of)
     assert Drawn(unet, evaluations=0, fidelity=25.0, seed=2).calls == enough.run.steps
@@ -181,7 +181,7 @@ def test_more_evaluations_are_learned_beside_the_fewer(unet, host):
     Drawn(unet)
     more = Drawn(unet, evaluations=8)
     assert more.learned and Drawn(unet, evaluations=8, seed=3).calls == 8 and Drawn(unet, seed=3).calls == SHORT
-    (file,) = host.profiles.iterdir()
+    (file,) = host.profiles.glob("*.json")
     assert [one.run.steps for one in load_profile(file).runs] == [SHORT, 8]
 
 
@@ -191,9 +191,11 @@ def test_full_run_learn_again_and_forget(unet, host):
     full = Drawn(unet, use="full run")
     assert full.calls == STEPS and torch.equal(full.latent, stock.latent)
     again = Drawn(unet, use="learn again", seed=7)
-    assert again.learned and len(list(host.profiles.iterdir())) == 1
+    assert again.learned and len(list(host.profiles.glob("*.json"))) == 1
     gone = Drawn(unet, use="forget")
-    assert torch.equal(gone.latent, stock.latent) and "forgotten" in gone.text and not list(host.profiles.iterdir())
+    assert (
+        torch.equal(gone.latent, stock.latent) and "forgotten" in gone.text and not list(host.profiles.glob("*.json"))
+    )
     assert "nothing to forget" in Drawn(unet, use="forget").text
     assert Drawn(unet).learned
 
@@ -203,13 +205,13 @@ def test_a_picture_in_full_now_and_then_checks_the_short_run(unet, host):
     texts = [Drawn(unet, seed=seed, check_every=2).text for seed in range(2, 7)]
     full = ["checked" in text for text in texts]
     assert full == [False, False, True, False, False]
-    (file,) = host.profiles.iterdir()
+    (file,) = host.profiles.glob("*.json")
     assert load_profile(file).runs[0].pictures == 1
 
 
 def test_a_named_calibration_is_used_or_refused_with_the_reason(unet, host):
     Drawn(unet)
-    (file,) = host.profiles.iterdir()
+    (file,) = host.profiles.glob("*.json")
     assert Drawn(unet, use=file.name, seed=2).calls == SHORT
     with pytest.raises(ValueError, match=r"fitted at cfg 3, the run has 8.*Set 'use'.*to 'auto'"):
         Drawn(unet, use=file.name, cfg=8.0)
@@ -235,14 +237,14 @@ def test_a_run_that_is_stopped_leaves_nothing_and_one_stopped_while_learning_giv
     monkeypatch.setattr(network, "forward", at(4))
     with pytest.raises(stop):
         Drawn(unet)
-    assert not list(host.profiles.iterdir())
+    assert not list(host.profiles.glob("*.json"))
     monkeypatch.setattr(network, "forward", whole)
     stock = Drawn(unet, stock=True)
     seen.clear()
     monkeypatch.setattr(network, "forward", at(STEPS + 3))
     drawn = Drawn(unet)
     assert torch.equal(drawn.latent, stock.latent) and "Nothing was learned" in drawn.text
-    assert not list(host.profiles.iterdir())
+    assert not list(host.profiles.glob("*.json"))
 
 
 def test_a_full_disk_costs_no_picture(unet, host, monkeypatch):
@@ -254,7 +256,7 @@ def test_a_full_disk_costs_no_picture(unet, host, monkeypatch):
     monkeypatch.setattr(store.os, "fsync", full)
     drawn = Drawn(unet)
     assert "No space left" in drawn.text and torch.equal(drawn.latent, Drawn(unet, stock=True).latent)
-    assert not list(host.profiles.iterdir())
+    assert not list(host.profiles.glob("*.json"))
 
 
 def test_beside_propagation_it_steps_back(unet, host):
@@ -290,7 +292,7 @@ def test_the_ksampler_of_the_pack_learns_too(unet, host):
     stock, _ = drawn(1)
     first, calls = drawn(1, fast="auto")
     assert torch.equal(first, stock) and calls == given["steps"] + 2 * wish.evaluations
-    (file,) = host.profiles.iterdir()
+    (file,) = host.profiles.glob("*.json")
     least = load_profile(file).runs[0].psnr
     assert drawn(2, fast="auto")[1] == (wish.evaluations if least >= wish.fidelity else given["steps"])
     assert drawn(2)[1] == given["steps"]
@@ -306,7 +308,7 @@ def test_where_a_widgets_value_stands_in_a_workflow(host, node, widget, place):
 def test_of_several_fits_the_one_of_the_nearest_guidance_serves(unet, host):
     Drawn(unet, cfg=3.0)
     Drawn(unet, cfg=5.0)
-    by_cfg = {load_profile(file).cfg: file.name for file in host.profiles.iterdir()}
+    by_cfg = {load_profile(file).cfg: file.name for file in host.profiles.glob("*.json")}
     assert f"('{by_cfg[3.0]}')" in Drawn(unet, cfg=3.2, seed=2).text
     assert f"('{by_cfg[5.0]}')" in Drawn(unet, cfg=4.6, seed=2).text
 
@@ -315,7 +317,7 @@ def test_a_check_waits_for_a_run_that_can_be_checked_and_a_named_calibration_is_
     masked = {**unet.picture(), "noise_mask": torch.ones(1, 1, 8, 8)}
     given = {"latent": unet.picture(), "denoise": 0.8, "check_every": 1}
     Drawn(unet, **given)
-    (file,) = host.profiles.iterdir()
+    (file,) = host.profiles.glob("*.json")
     was = load_profile(file).id
     assert Drawn(unet, seed=2, **given).calls == SHORT
     assert Drawn(unet, seed=3, **{**given, "latent": masked}).calls == SHORT
@@ -371,7 +373,7 @@ def test_weights_that_have_no_name_are_never_taken_for_others(unet, host, monkey
 def test_a_picture_that_leaves_the_fitted_range_is_made_in_full(unet, host):
     """The sign is read off the short run itself: here a calibration whose fit is said to have bent hardly at all."""
     Drawn(unet)
-    (file,) = host.profiles.iterdir()
+    (file,) = host.profiles.glob("*.json")
     fields = json.loads(file.read_text())
     fields["runs"][0]["shares"] = [share / 10 for share in fields["runs"][0]["shares"]]
     file.write_text(json.dumps(fields))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from graphs import Kit
 from harness import counting
@@ -58,7 +60,7 @@ def drawn(kit, sampler, sigmas, seed=11, **more):
 def test_a_fit_becomes_a_sampler_that_is_nearer_than_plain_steps(kit, host, lenient):
     profile, sigmas, _, report = fitted(kit, steps=5, long=16, latent=kit.empty(4))
     assert profile.kind == SAMPLER and profile.runs[0].pictures == 8 and "kept" in report
-    (file,) = host.profiles.iterdir()
+    (file,) = host.profiles.glob("*.json")
     assert load_profile(file).fields() == profile.fields()
     with counting(kit.model) as calls:
         model, sampler, levels, said = host.call("AttuneApplyProfile", model=kit.model, profile=profile)
@@ -75,7 +77,7 @@ def test_several_counts_from_the_same_long_runs(unet, host, lenient):
     assert [one.run.steps for one in profile.runs] == [3, 4, 6] and len(sigmas) == 7
     assert profile.runs[0].psnr < profile.runs[-1].psnr
     said = int(report.splitlines()[1].split("at most ")[1].split()[0])
-    assert calls[0] <= said + 2  # and two to see how long one takes
+    assert calls[0] <= said
     for steps, run in ((3, profile.runs[0]), (6, profile.runs[2])):
         levels = host.call("AttuneApplyProfile", model=unet.model, profile=profile, steps=steps)[2]
         assert levels.tolist() == pytest.approx(list(run.run.sigmas))
@@ -87,7 +89,8 @@ def test_several_counts_from_the_same_long_runs(unet, host, lenient):
 
 def test_the_exact_path_needs_no_schedule(unet, lenient):
     profile, _, _, report = fitted(unet, to="exact path", sigmas=None, steps=5)
-    assert "the exact path" in report and profile.steps == 16
+    assert "the exact path: 16 steps of dpmpp_2m" in report
+    assert profile.steps == 16 and profile.solver == "dpmpp_2m"
 
 
 def test_a_fit_for_a_solver_that_adds_noise_is_for_its_sibling(unet, lenient):
@@ -115,6 +118,9 @@ def test_what_is_not_better_is_no_profile_and_the_graph_behind_does_not_run(unet
     ("given", "said"),
     [
         ({"sigmas": None}, "'sigmas' is not connected"),
+        ({"sigmas": torch.linspace(5, 0, 20)}, "Connect a whole schedule: 'denoise' 1, no SplitSigmas"),
+        ({"sigmas": torch.linspace(14.6146, 1, 20)}, "goes from 14.61 to 1"),
+        ({"more_steps": "5, 6, 7"}, "6 held-out pictures can be sure of 3 at most"),
         ({"steps": 12}, "needs a longer run to follow"),
         ({"more_steps": "6, many"}, "lists other counts of steps"),
         ({"more_steps": ", ".join(map(str, range(2, 40)))}, "at most 10 are fitted"),
@@ -132,3 +138,13 @@ def test_other_sigmas_than_the_fits_own_are_refused(unet, host, lenient):
     _, sampler, _, _ = host.call("AttuneApplyProfile", model=unet.model, profile=profile)
     with pytest.raises(ValueError, match="Connect the SIGMAS of the same Attune Apply Profile"):
         drawn(unet, sampler, schedule(unet, 4))
+
+
+def test_a_card_to_share_lies_beside_the_profile(unet, host, lenient):
+    *_, report = fitted(unet)
+    files = {path.suffix: path for path in host.profiles.iterdir()}
+    assert set(files) == {".json", ".png"} and files[".png"].stem == files[".json"].stem and "To share" in report
+    with Image.open(files[".png"]) as card:
+        assert card.width > 1200 and card.height > 600
+        right = np.asarray(card.convert("RGB"))[:, -320:]
+    assert len(np.unique(right.reshape(-1, 3), axis=0)) > 50  # the two pictures

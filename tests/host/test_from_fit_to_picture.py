@@ -50,7 +50,7 @@ def of_run(**more) -> dict:
 def kept(host, graph: dict, fit: dict, report: int) -> str:
     """The file that a fit leaves behind, its report read in the graph."""
     outputs = host.run({**graph, "10": fit, "11": N("PreviewAny", source=["10", report])})
-    (file,) = host.profiles.iterdir()
+    (file,) = host.profiles.glob("*.json")
     assert f"Saved as '{file.name}'" in outputs["11"]["text"][0]
     found = load_profile(file)
     assert len(found.config_hash) == len(found.weights_hash) == 16 and found.patches == "none"

@@ -1,0 +1,74 @@
+"""The card of a fitted sampler beside its profile: model, machine, seconds, what was proved, two pictures."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import comfy.model_management
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...models.calibration import Calibration, size_text
+from ...models.store import written_whole
+from .._plan.fitted_sampler import proved
+
+LOG = logging.getLogger(__name__)
+Draw: TypeAlias = Callable[[Calibration, Sequence[str], Sequence[tuple[str, Image.Image]]], Image.Image]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a card shows besides the profile: seconds of the long run and of a short one, their ends [b c … h w] from
+    one noise, the long run's first, and the steps of the short one."""
+
+    seconds: tuple[float, float]
+    ends: tuple[Tensor, Tensor]
+    steps: int
+
+
+def keep_card(patcher: Any, profile: Calibration, path: Path, shown: Shown, draw: Draw) -> str:
+    """Write the card beside the profile at `path`, and say where; a card that cannot be written costs nothing else.
+
+    draw: see `draw_card`.
+    """
+    long, short = (f"{seconds:.2f} s" for seconds in shown.seconds)
+    facts = [
+        f"{profile.families[0]}, weights {profile.weights_hash}, {size_text(profile.resolution)}",
+        _machine(),
+        f"{profile.steps} steps of {profile.solver}, cfg {profile.cfg or 0:g}: {long}",
+        f"{shown.steps} evaluations: {short}",
+        *(f"{proved(one)}" for one in profile.runs),
+    ]
+    names = (f"{profile.steps} steps", f"{shown.steps} evaluations")
+    card = path.with_suffix(".png")
+    try:
+        pictures = [(name, _preview(patcher, end)) for name, end in zip(names, shown.ends, strict=True)]
+        with written_whole(card) as temporary:
+            draw(profile, facts, pictures).save(temporary, "PNG")
+    except (OSError, ValueError, RuntimeError) as error:
+        LOG.warning("The card of '%s' could not be written: %s", path.name, error)
+        return ""
+    return f"To share: '{card.name}' beside it."
+
+
+def _machine() -> str:
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_management.get_torch_device_name(device)
+
+
+def _preview(patcher: Any, latent: Tensor) -> Image.Image:
+    """The first picture of latents, as the host's quick previews show it: a linear map to colours."""
+    space = patcher.get_model_object("latent_format")
+    one = latent[0].float().cpu()
+    one = one if one.ndim == 3 else one[:, 0]
+    factors = torch.tensor(space.latent_rgb_factors or [[1.0, 1.0, 1.0]] * len(one)).float()
+    bias = getattr(space, "latent_rgb_factors_bias", None)
+    colours = torch.einsum("chw,cr->hwr", one[: len(factors)], factors[: len(one)])
+    colours = colours + torch.tensor(bias or [0.0, 0.0, 0.0])
+    return Image.fromarray(((colours + 1) / 2).clamp(0, 1).mul(255).byte().numpy().astype(np.uint8))
