@@ -342,10 +342,8 @@ def forecast_how(lab: FitLab, own: Own, kind: str, chosen: tuple[str, str], n: i
 Line = dict[int, Seen | None]  # by the evaluations that were asked for
 
 
-def peer_lines(
-    lab: FitLab, own: Own, work: Sequence[Task], args: argparse.Namespace
-) -> Iterator[tuple[str, Line, bool]]:
-    """Name, line, and whether it is one of two of the same kind of which the other one is better."""
+def peer_lines(lab: FitLab, own: Own, work: Sequence[Task], args: argparse.Namespace) -> Iterator[tuple[str, Line]]:
+    """Names and measurements."""
     chosen_for = replace(own, cfg=CFGS[own.model][0])
     stock = own.schedule or SCHEDULE[own.model]
     for solver in args.solvers:
@@ -357,21 +355,20 @@ def peer_lines(
                     n: lab.seen(own, short_how(lab, own, solver, schedule, n), work) for n in args.counts
                 }
         for schedule, line in lines.items():
-            better = schedule == (best or stock)
-            if better:
+            if schedule == (best or stock):
                 further(line, args, lambda n, s=solver, at=schedule: lab.seen(own, short_how(lab, own, s, at, n), work))
             said = f"{solver}, {schedule}" + (" (best stock schedule)" if schedule == best else "")
-            yield said, line, better
+            yield said, line
     for kind in (TAYLOR, CHEBYSHEV):
         chosen = best_forecast(lab, chosen_for, kind, work)
         if chosen is not None:
             draw = lambda n, kind=kind, chosen=chosen: lab.seen(own, forecast_how(lab, own, kind, chosen, n), work)
             line = {n: draw(n) for n in args.counts}
             further(line, args, draw)
-            yield f"{kind} of the {chosen[0]}, {chosen[1]}", line, True
+            yield f"{kind} of the {chosen[0]}, {chosen[1]}", line
     for node in CACHES[own.model] if args.caches else ():
         found = [lab.seen(own, replace(lab.own_how(own), cache=(node, t)), work) for t in THRESHOLDS]
-        yield node, {one.calls: one for one in found if one is not None}, True
+        yield node, {one.calls: one for one in found if one is not None}
 
 
 def further(line: Line, args: argparse.Namespace, draw: Callable[[int], Seen | None]) -> None:
@@ -429,8 +426,14 @@ def times_fewer(steps: int, line: Line) -> str | None:
     if found == first:
         return f"> {steps / first:.2f}"
     groups = min(GROUPS, n)
-    _, error = jackknife(lambda kept: steps / needed(kept), n, groups) if groups > 1 else (0, math.nan)
+    _, error = jackknife(lambda kept: steps / min(needed(kept), last), n, groups) if groups > 1 else (0, math.nan)
     return f"{steps / found:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+
+
+def order(row: list) -> float:
+    """Rows of times fewer evaluations by what they say; what was not reached comes first."""
+    said = row[1] or "< 0"
+    return 0.0 if said.startswith("<") else float(said.removeprefix("> ").split()[0])
 
 
 def joined(found: Sequence[Seen | None]) -> Seen | None:
@@ -464,14 +467,16 @@ def title(own: Own) -> str:
 def measure(lab: FitLab, own: Own, counts: Sequence[int], args: argparse.Namespace, peers: bool) -> Block:
     """The fits, and what else there is, against one long run."""
     fresh, single = work_of(args)
-    say, many, few = progress(title(own)), fresh[: args.tasks], fresh[: args.peers]
+    at = CFGS[own.model].index(own.cfg)
+    many, few = (fresh[: per_cfg[min(at, len(per_cfg) - 1)]] for per_cfg in (args.tasks, args.peers))
+    say = progress(title(own))
     fits = [lab.learned(own, [task], counts) for task in single[: args.fits]]
     lines: list[Line] = []
     for fit in fits:
         lines.append({n: lab.seen(own, fit[n].how, many) if n in fit else None for n in counts})
         say(f"fit {len(lines)}")
     every = {n: joined([line[n] for line in lines]) for n in counts}
-    same = {n: head(every[n], args.peers) for n in counts}
+    same = {n: head(every[n], len(few)) for n in counts}
     row = lambda name, cell: [name, *map(cell, counts)]
     body = [
         row("**fitted**, pixels", lambda n: text(every[n] and every[n].pixels)),
@@ -480,21 +485,26 @@ def measure(lab: FitLab, own: Own, counts: Sequence[int], args: argparse.Namespa
         row("each fit, pixels", lambda n: listed([float(s.pixels.mean()) for one in lines if (s := one[n])])),
         row("fitted, on the pictures of the rows below", lambda n: text(same[n] and same[n].pixels)),
     ]
-    fewer = [["fitted on one picture", times_fewer(own.steps, every), args.tasks]]
-    fewer += [[f"the same, fit {i + 1}", times_fewer(own.steps, line), args.tasks] for i, line in enumerate(lines)]
+    fewer = [["fitted on one picture", times_fewer(own.steps, every), len(many)]]
+    fewer += [[f"the same, fit {i + 1}", times_fewer(own.steps, line), len(many)] for i, line in enumerate(lines)]
+    fewer += [["the same, on the pictures of the rows below", times_fewer(own.steps, same), len(few)]]
     others = peer_lines(lab, own, few, args) if peers else plain_lines(lab, own, few, counts)
-    for name, line, better in others:
-        body.append(row(name, lambda n, line=line: cell_at(line, n)))
-        fewer += [[name, times_fewer(own.steps, line), args.peers]] if better else []
+    best: dict[str, list] = {}
+    for name, line in others:
+        body.append(row(name, lambda n, line=line: cell_at(line, n, counts)))
+        found, kind = [name, times_fewer(own.steps, line), len(few)], name.partition(",")[0]
+        if order(found) >= order(best.get(kind, found)):
+            best[kind] = found
         say(name)
+    fewer += best.values()
     note = (
         f"dB: mean ± standard error over groups of seeds (least). Fitted: mean over {args.fits} fits, each to one "
-        f"picture, on {args.tasks} pictures of other prompts and seeds; the others on the first {args.peers} of these."
+        f"picture, on {len(many)} pictures of other prompts and seeds; the others on the first {len(few)} of these."
     )
     return Block(own, Table(f"dB to {title(own)}, by evaluations", ["run", *map(str, counts)], body, note), fewer)
 
 
-def plain_lines(lab: FitLab, own: Own, work: Sequence[Task], counts: Sequence[int]) -> Iterator[tuple[str, Line, bool]]:
+def plain_lines(lab: FitLab, own: Own, work: Sequence[Task], counts: Sequence[int]) -> Iterator[tuple[str, Line]]:
     """Euler and the user's own solver, on the user's own schedule."""
     schedule = own.schedule or SCHEDULE[own.model]
     for solver in dict.fromkeys(["euler", own.solver]):
@@ -502,16 +512,17 @@ def plain_lines(lab: FitLab, own: Own, work: Sequence[Task], counts: Sequence[in
         line = {n: draw(n) for n in counts}
         if own.steps == 20 and solver == own.solver:
             line |= {n: draw(n) for n in (15, 18)}
-        yield f"{solver}, {schedule}", line, own.steps == 20
+        yield f"{solver}, {schedule}", line
 
 
-def cell_at(line: Line, n: int) -> str | None:
-    """The measurement nearest to n evaluations, which are named where they are others."""
+def cell_at(line: Line, n: int, counts: Sequence[int]) -> str | None:
+    """The measurement nearest to n evaluations, which are named where they are others; what never takes as few stands
+    in the last column."""
     there = [one for one in line.values() if one is not None]
     if not there:
         return None
     near = line.get(n) or min(there, key=lambda one: abs(one.calls - n))
-    if abs(near.calls - n) > 2 and n not in line:
+    if abs(near.calls - n) > 2 and n not in line and n < max(counts):
         return None
     return text(near.pixels, "" if near.calls == n else f", {near.calls} calls")
 
@@ -522,18 +533,18 @@ def listed(values: Sequence[float]) -> str | None:
 
 def work_of(args: argparse.Namespace) -> tuple[list[Task], list[Task]]:
     """The pictures that are drawn, and those that are learned from."""
-    return tasks(max(args.tasks, args.peers)), tasks(LEARNED + 8, 900_000)[LEARNED:]
+    return tasks(max(*args.tasks, *args.peers)), tasks(LEARNED + 8, 900_000)[LEARNED:]
 
 
-def fewer_table(blocks: Sequence[Block]) -> Table:
+def fewer_table(blocks: Sequence[Block], most: int) -> Table:
     body = [
         [title(b.own), *row, goal_of(b.own) if row[0].startswith("fitted") else None] for b in blocks for row in b.fewer
     ]
     columns = ["long run", "run", f"times fewer at {FAITHFUL:g} dB", "pictures", "goal"]
     note = (
         f"Evaluations of the long run over those that reach {FAITHFUL:g} dB of the pictures in the mean, between the "
-        f"counts that were measured by a straight line; solvers on the better schedule, with up to {MORE[-1]} "
-        "evaluations. '<': not reached with the most evaluations measured; '>': by the fewest already. The goal was "
+        f"counts that were measured by a straight line; solvers on the better of two schedules, with up to {most} "
+        "evaluations. '<': not reached with the most evaluations measured; '>': by the fewest already. The goals were "
         "set before any of this was built."
     )
     return Table("Times fewer evaluations", columns, body, note)
@@ -546,7 +557,7 @@ def goal_of(own: Own) -> float | None:
 def carries(lab: FitLab, model: str, args: argparse.Namespace) -> Table:
     """A fit to one picture, where something else than the seed and the prompt's words is other."""
     fresh, single = work_of(args)
-    own, few, n = Own(model, CFGS[model][0], args.steps), fresh[: args.peers], min(USED, args.steps - 2)
+    own, few, n = Own(model, CFGS[model][0], args.steps), fresh[: args.peers[0]], min(USED, args.steps - 2)
     one = lab.learned(own, single[:1], [n]).get(n)
     places = {"as fitted": own}
     places |= {f"cfg {x:g} times": replace(own, cfg=x * own.cfg) for x in args.cfgs}
@@ -560,6 +571,9 @@ def carries(lab: FitLab, model: str, args: argparse.Namespace) -> Table:
         found = one and lab.seen(there, one.how, few)
         body.append([name, *both(found), *both(euler)])
         progress(f"{model} carries")(name)
+    bare = places["the object alone"]
+    its_own = lab.learned(bare, single[:1], [n]).get(n)
+    body.append(["the object alone, fitted so, too", *both(its_own and lab.seen(bare, its_own.how, few)), None, None])
     alone = one and lab.seen(own, one.how, few, 1)
     body.append(["one at a time", *both(alone), None, None])
     for pictures in args.pictures:
@@ -567,7 +581,7 @@ def carries(lab: FitLab, model: str, args: argparse.Namespace) -> Table:
         body.append([f"fitted on {pictures} pictures", *both(fit and lab.seen(own, fit.how, few)), None, None])
     columns = ["used", "fitted, pixels", "fitted, latents", "Euler, pixels", "Euler, latents"]
     note = (
-        f"dB to the long run made in the same way: mean ± standard error over groups of seeds (least), {args.peers} "
+        f"dB to the long run made in the same way: mean ± standard error over groups of seeds (least), {args.peers[0]} "
         f"pictures in batches of {CHUNK}. Fitted to one picture where nothing else is said; Euler: as many steps of "
         f"{SCHEDULE[model]}."
     )
@@ -648,8 +662,8 @@ def last_seconds(out: Path) -> list[Table]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(CFGS), default=list(CFGS))
-    parser.add_argument("--tasks", type=int, default=24, help="pictures of the fitted runs")
-    parser.add_argument("--peers", type=int, default=6, help="pictures of everything else")
+    parser.add_argument("--tasks", nargs="+", type=int, default=[24], help="pictures of the fitted runs, by cfg")
+    parser.add_argument("--peers", nargs="+", type=int, default=[6], help="pictures of everything else, by cfg")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--fits", type=int, default=3, help="single pictures that are learned from")
     parser.add_argument("--steps", type=int, default=50, help="of the long run")
@@ -688,7 +702,7 @@ def main() -> None:
         if "seconds" in args.parts:
             timed = last_seconds(args.out) if args.drawn else [seconds(lab, args.models, args)]
     print("\r" + " " * 90)
-    tables = [fewer_table(blocks), *(block.table for block in blocks), *others, *timed]
+    tables = [fewer_table(blocks, max([*args.counts, *args.more])), *(block.table for block in blocks), *others, *timed]
     print("\n".join(map(markdown, tables)))
     if args.draw_only:
         return
