@@ -31,6 +31,11 @@ SMOKE = {
     "demo_model": ["--flow", "--pictures", "6", "--per-word", "2", "--objects", "32"],
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "exact_fitted": ["--spaces", "ve", "--solvers", "euler", "--steps", "5", "--samples", "256"],
+    "fitted_sampler": [
+        *("--models", "flow", "--tasks", "2", "--peers", "2", "--fits", "1", "--counts", "4", "6", "--steps", "12"),
+        *("--short-steps", "6", "--more", "--solvers", "euler", "heun", "--no-caches", "--only-cfg", "0"),
+        *("--cfgs", "2", "--sides", "96", "--pictures", "--rounds", "1"),
+    ],
     "gate": ["--quick"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
     "schedules": [
@@ -237,6 +242,35 @@ def test_fits_on_exact_targets_are_weighed_against_the_best_free_schedule(tmp_pa
             error["KLUB minimised"] > 2 * error["best free"] and error["KLUB stopped early"] < error["KLUB minimised"]
         )
     assert len(result["tables"]) == 3 and result["tables"][1]["rows"][1][0] == "its name"
+
+
+@pytest.mark.nightly
+@pytest.mark.host
+def test_short_runs_are_weighed_against_all_that_costs_as_little(tmp_path):
+    (tmp_path / "fitted_sampler.md").write_text(
+        "before <!-- measured: python dev.py bench fitted_sampler --> old <!-- end --> after"
+    )
+    run("fitted_sampler", tmp_path, *SMOKE["fitted_sampler"])
+    tables = json.loads((tmp_path / "results" / "fitted_sampler.json").read_text())["tables"]
+    fewer, own, of_2m, carries, session = (table["rows"] for table in tables)
+    rows = {row[0]: row[1:] for row in own}
+    dB = lambda cell: float(cell.split()[0])
+    assert dB(rows["**fitted**, pixels"][1]) > dB(rows["**fitted**, pixels"][0]) > 20
+    assert {"heun", "Taylor forecast of the slope", "Chebyshev forecast of the slope"} <= {
+        name.split(",")[0].replace("denoised", "slope") for name in rows
+    }
+    assert any(cell.endswith("5 calls") for name, cells in rows.items() if "heun" in name for cell in cells)
+    assert all(row[2] for row in fewer) and len(of_2m) == 7
+    there = {row[0]: row[1:] for row in carries}
+    assert there["one at a time"][:2] == there["as fitted"][:2] and dB(there["cfg 2 times"][0]) < dB(
+        there["as fitted"][0]
+    )
+    assert [cell.split()[-1] for cell in session[0][1:5]] == ["(12)", "(12)", "(32)", "(10)"]
+    page = (tmp_path / "fitted_sampler.md").read_text()
+    assert page.startswith("before ") and page.endswith(" after") and " old " not in page and "at 45 dB" in page
+    again = run("fitted_sampler", tmp_path, *SMOKE["fitted_sampler"], "--drawn")
+    assert json.loads((tmp_path / "results" / "fitted_sampler.json").read_text())["tables"] == tables
+    assert "A session of two pictures" in again
 
 
 @pytest.mark.host
