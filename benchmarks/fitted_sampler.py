@@ -230,7 +230,9 @@ class FitLab(Lab):
                 path, space = recorder.path(end), fast.NoiseSpace(fast.identify(guider.model_patcher).space)
                 for n in counts:
                     wish = plan.Wish(evaluations=n, fidelity=0.0)
-                    (short,) = fast._Run(fast.FastSampler(inner, wish), guider, sigmas, *given)._learned(path, space)
+                    ((short,), _) = fast._Run(fast.FastSampler(inner, wish), guider, sigmas, *given)._learned(
+                        path, space
+                    )
                     found[n] = Fit(short.run.sigmas, short.run.numbers, short.psnr)
                 return end
 

@@ -41,6 +41,7 @@ EARLY = 0.1  # of the search: an error at sigma counts 1 / (sigma + EARLY), for 
 EQUAL = 120.0  # dB, where nothing differs that counts
 PROBED = 1024  # elements of each picture, at equal distances, that the sign of leaving the fitted range is read from
 FAR = 2.0  # of that sign: beyond, a run is far from what it was fitted to
+CLEARLY = 3.0  # dB by which levels found on paper must beat the run's own: these are safer for other prompts
 CHUNK = 1 << 16  # elements of the inner products at a time
 
 
@@ -293,7 +294,7 @@ def learn(
 
     Fitted to one half and proved on the other: of several pictures to every second one, of one to every second block of
     8x8 latent pixels. The recorded run's own levels, spread over fewer steps, and those of the search on paper are both
-    run; what comes nearer on the unseen half stays.
+    run; the latter stay if they come clearly nearer on the unseen half.
     """
     run, psnr, end = yield from _nearest(denoise_over, path, steps, space, paper, half(path.states[0]))
     return Learned(run, psnr, 2 * steps, end)
@@ -307,8 +308,8 @@ def _nearest(
     paper: OnPaper | None,
     part: Tensor | None,
 ) -> Generator[int, None, tuple[FittedRun, float, Latent]]:
-    """Of the fits over the path's own levels and over those found on paper the one that ends nearest outside of `part`
-    (None: everywhere), its dB there, and its end. Without `paper` the own levels alone."""
+    """Of the fits over the path's own levels and over those found on paper, where these end clearly nearer outside of
+    `part` (None: everywhere), the run, its dB there, and its end. Without `paper` the own levels alone."""
     plain = resample_theta(path.sigmas.double(), steps, space)
     plain[0], plain[-1] = path.sigmas[0], path.sigmas[-1]
     tried = [plain]
@@ -319,7 +320,8 @@ def _nearest(
     for sigmas in tried:
         run, end = yield from _counted(fit_steps(denoise_over(sigmas), sigmas, path, part), len(found) * steps)
         found.append((run, fidelity(end, path.end, None if part is None else ~part), end))
-    return max(found, key=lambda one: one[1])
+    own, *others = found
+    return max([own, *(one for one in others if one[1] > own[1] + CLEARLY)], key=lambda one: one[1])
 
 
 def _counted(

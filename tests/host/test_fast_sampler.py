@@ -346,7 +346,7 @@ def test_in_every_graph_the_first_run_is_stocks_and_the_next_ones_are_near_it(un
 
     def learning(self, noise, latent_image, sampler, *args, **kwargs):
         wish = plan.Wish(evaluations=SHORT, fidelity=1.0)
-        return same(self, noise, latent_image, fast.FastSampler(sampler, wish, said.append), *args, **kwargs)
+        return same(self, noise, latent_image, fast.FastSampler(sampler, wish, say=said.append), *args, **kwargs)
 
     monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", learning)
     first = GRAPHS[name](unet, lambda model: model)

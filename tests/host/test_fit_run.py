@@ -68,7 +68,7 @@ def test_a_fit_becomes_a_sampler_that_is_nearer_than_plain_steps(kit, host, leni
     assert calls[0] == 5 and torch.equal(levels, sigmas) and "Proved: 5 evaluations" in said
     (euler,) = host.call("KSamplerSelect", sampler_name="euler")
     long, plain = drawn(kit, euler, schedule(kit, 16)), drawn(kit, euler, schedule(kit, 5))
-    assert fidelity(short, long) > fidelity(plain, long) + 3
+    assert fidelity(short, long) > fidelity(plain, long) + 1
 
 
 def test_several_counts_from_the_same_long_runs(unet, host, lenient):
@@ -137,7 +137,7 @@ def test_other_sigmas_than_the_fits_own_are_refused(unet, host, lenient):
     profile, *_ = fitted(unet)
     _, sampler, _, _ = host.call("AttuneApplyProfile", model=unet.model, profile=profile)
     with pytest.raises(ValueError, match="Connect the SIGMAS of the same Attune Apply Profile"):
-        drawn(unet, sampler, schedule(unet, 4))
+        drawn(unet, sampler, schedule(unet, 5)[1:])
 
 
 def test_a_card_to_share_lies_beside_the_profile(unet, host, lenient):
