@@ -22,7 +22,7 @@ LOG = logging.getLogger(__name__)
 KEY = "attune_profiles"
 WIDGETS = ("profile_name", "schedule", "use", "fast")  # of our nodes: what names a profile's file
 TICKET = "attune_ticket"  # in a prompt's extra data: which of the remembered workflows is saved with its pictures
-MOST_QUEUED = 1024  # prompts that may wait in the queue
+ON_THEIR_WAY = 16  # prompts that may be on their way into the queue at once
 LARGEST = 100_000  # characters of JSON in a picture; most profiles have a few thousand
 MOST_CARRIED = 256  # kept in memory, the last ones
 
@@ -79,17 +79,22 @@ def _remember_workflow(extra_data: dict[str, Any], workflow: dict[str, Any]) -> 
     """The host copies a prompt's extra data for whoever asks what is running; the ticket leads back to the original."""
     extra_data[TICKET] = ticket = max(QUEUED, default=0) + 1
     QUEUED[ticket] = workflow
-    while len(QUEUED) > MOST_QUEUED:
-        del QUEUED[next(iter(QUEUED))]
+    running, waiting = _prompts()
+    used = {_object(prompt[3]).get(TICKET) for prompt in (*running, *waiting)}
+    for old in [old for old in QUEUED if old not in used and old <= ticket - ON_THEIR_WAY]:
+        del QUEUED[old]
 
 
 def running_workflow() -> dict[str, Any] | None:
     """The workflow that will be saved in the pictures of the prompt that runs now; None for a prompt without one."""
-    server = getattr(PromptServer, "instance", None)
-    running = list(getattr(getattr(server, "prompt_queue", None), "currently_running", {}).values())
-    if len(running) != 1:
-        return None
-    return QUEUED.get(_object(running[0][3]).get(TICKET, 0))
+    running, _ = _prompts()
+    return QUEUED.get(_object(running[0][3]).get(TICKET, 0)) if len(running) == 1 else None
+
+
+def _prompts() -> tuple[list[tuple], list[tuple]]:
+    """What runs and what waits in the host's queue."""
+    queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)
+    return list(getattr(queue, "currently_running", {}).values()), list(getattr(queue, "queue", []))
 
 
 def set_widget(node_id: str, place: int, value: Any, name: str = "", profile: Calibration | None = None) -> None:

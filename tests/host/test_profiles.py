@@ -660,3 +660,19 @@ def test_a_schedule_that_is_not_there_is_said_before_the_run(host, node):
         assert known(schedule=odd).startswith(f"There is no schedule {odd!r}. Choose one of: auto")
     assert "There is no profile 'gone.json' in" in known(schedule="gone.json")
     assert "There is no schedule 'AYS 9'. Choose one of: auto" in known(schedule="AYS 9")
+
+
+def test_workflows_are_remembered_while_their_prompts_wait_or_run_and_no_longer(carried, monkeypatch):
+    from types import SimpleNamespace
+
+    queue = SimpleNamespace(currently_running={}, queue=[])
+    monkeypatch.setattr(carried, "PromptServer", SimpleNamespace(instance=SimpleNamespace(prompt_queue=queue)))
+    monkeypatch.setattr(carried, "QUEUED", {})
+    first = carried.exchange(queued())
+    queue.queue.append((0, "id", {}, first["extra_data"]))
+    for _ in range(100):
+        carried.exchange(queued())
+    assert len(carried.QUEUED) <= carried.ON_THEIR_WAY + 1
+    queue.currently_running[0] = queue.queue.pop()
+    carried.exchange(queued())
+    assert carried.running_workflow() is first["extra_data"]["extra_pnginfo"]["workflow"]
