@@ -382,10 +382,11 @@ class Proof:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What is being done, and the run that came nearest so far."""
+    """What is being done, the run that it is about, and what was proved so far."""
 
     stage: str
     run: FittedRun | None = None
+    proofs: tuple[Proof, ...] = ()
 
 
 def prove(
@@ -426,6 +427,7 @@ def prove(
         verdict = judge(_errors(theirs, unseen), _errors(mine, unseen), len(counts), doubt)
         psnr = sum(fidelity(end, path.end) for end, path in zip(mine, unseen, strict=True)) / held_out
         proofs.append(Proof(run, rival, verdict, psnr, mine[0]))
+        yield Attempt("held-out pictures", run, tuple(proofs))
     return proofs
 
 

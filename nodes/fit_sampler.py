@@ -229,7 +229,10 @@ def _sampler(
         LOG.info("Attune Fit Sampler: %s", plan)
         total = evaluations(chosen, calls, task.counts, rivals, exact)
         fit = fit_run(model, solves, setting, solver, task, chosen, empty, minutes)
-        proofs, path, long_seconds = _followed(fit, solves, total)
+        stopped = lambda proofs: _keep_stopped(
+            proofs, setting, task, chosen.held_out * len(empty), time.monotonic() - began
+        )
+        proofs, path, long_seconds = _followed(fit, solves, total, stopped)
         return proofs, path, plan, chosen.held_out * len(empty), solves.evaluations, (long_seconds, seconds)
 
     whole = torch.tensor([about.sigma_max, 0.0])
@@ -257,14 +260,25 @@ def _sampler(
     return io.NodeOutput(profile, torch.tensor(shown[-1].sigmas), picture, said, ui=shown_on(cls, picture))
 
 
-def _followed(fit, solves: Solves, predicted: int):
-    """The result of `fit_run`, with the node's bar and the levels of the run at hand."""
-    bar, shown, picture = ProgressBar(predicted), None, None
+def _keep_stopped(proofs, setting: Setting, task: Task, pictures: int, seconds: float) -> None:
+    """Keep what was proved before the user stopped, to the user's own run."""
+    profile = None if task.sigmas is None else proved_profile(proofs, setting, task.sigmas.tolist(), pictures, seconds)
+    if profile is not None:
+        LOG.warning("Attune Fit Sampler was stopped. %s", keep_fit(profile))
+
+
+def _followed(fit, solves: Solves, predicted: int, stopped):
+    """The result of `fit_run`, with the node's bar and the levels of the run at hand; `stopped`: told what was proved."""
+    bar, shown, picture, proofs = ProgressBar(predicted), None, None, ()
     while True:
         try:
             now = next(fit)
         except StopIteration as end:
             return end.value
+        except BaseException:
+            stopped(proofs)
+            raise
+        proofs = now.proofs or proofs
         if now.run is not None and now.run is not shown:
             shown = now.run
             picture = draw_schedules([Curve(f"{shown.steps} steps", shown.sigmas)], now.stage)

@@ -148,3 +148,33 @@ def test_a_card_to_share_lies_beside_the_profile(unet, host, lenient):
         assert card.width > 1200 and card.height > 600
         right = np.asarray(card.convert("RGB"))[:, -320:]
     assert len(np.unique(right.reshape(-1, 3), axis=0)) > 50  # the two pictures
+
+
+def test_what_was_proved_before_a_stop_is_kept(unet, host, lenient, monkeypatch):
+    import comfy.model_management as management
+
+    network, seen = type(unet.model.model.diffusion_model), []
+    whole = network.forward
+
+    def forward(self, x, *args, **kwargs):
+        if any("held-out" in stage for stage in seen) and seen[-1].startswith("fitting 6"):
+            raise management.InterruptProcessingException
+        return whole(self, x, *args, **kwargs)
+
+    node = host.module("nodes.fit_sampler")
+    follow = node._followed
+
+    def noting(fit, *given):
+        def noted():
+            for now in fit:
+                seen.append(now.stage)
+                yield now
+
+        return follow(noted(), *given)
+
+    monkeypatch.setattr(node, "_followed", noting)
+    monkeypatch.setattr(network, "forward", forward)
+    with pytest.raises(management.InterruptProcessingException):
+        fitted(unet, steps=4, more_steps="6")
+    (file,) = host.profiles.glob("*.json")
+    assert [one.run.steps for one in load_profile(file).runs] == [4]
