@@ -268,7 +268,7 @@ def _keep_stopped(proofs, setting: Setting, task: Task, pictures: int, seconds: 
 
 
 def _followed(fit, solves: Solves, predicted: int, stopped):
-    """The result of `fit_run`, with the node's bar and the levels of the run at hand; `stopped` is told what was proved."""
+    """The result of `fit_run`, with the node's bar and levels beside it; `stopped` is told what was proved by then."""
     bar, shown, picture, proofs = ProgressBar(predicted), None, None, ()
     while True:
         try:
