@@ -32,7 +32,7 @@ from .timestep_aligner import BLOCK, Trajectory
 from .tuner import moved_level, picture_errors
 from .types import Denoiser, Latent, Sigmas
 
-HISTORY = 2  # earlier answers in a step; a third gains nothing on pictures that no fit has seen
+HISTORY = 2  # earlier answers in a step
 RIDGE = 0.1  # on columns of norm 1
 WIDEST_SEARCH, FINEST_SEARCH = 0.5, 0.02  # of the gap to the neighbouring level
 PAPER_GAIN = 1e-3  # relative gain at which the search on paper takes a move
@@ -288,7 +288,7 @@ class Learned:
 def learn(
     denoise_over: Callable[[Sigmas], Denoiser], path: Trajectory, steps: int, space: NoiseSpace, paper: OnPaper
 ) -> Generator[int, None, Learned]:
-    """A run of `steps` steps that follows `path`; yields evaluations so far, of 2 `steps`.
+    """A run of `steps` steps that follows `path`; yields after each of at most 2 `steps` evaluations.
 
     denoise_over: levels -> the network as a run over these asks it. paper: that of the path.
 
@@ -318,21 +318,10 @@ def _nearest(
         tried.append(search_levels(paper, plain, lowest, space))
     found: list[tuple[FittedRun, float, Latent]] = []
     for sigmas in tried:
-        run, end = yield from _counted(fit_steps(denoise_over(sigmas), sigmas, path, part), len(found) * steps)
+        run, end = yield from fit_steps(denoise_over(sigmas), sigmas, path, part)
         found.append((run, fidelity(end, path.end, None if part is None else ~part), end))
     own, *others = found
     return max([own, *(one for one in others if one[1] > own[1] + CLEARLY)], key=lambda one: one[1])
-
-
-def _counted(
-    work: Generator[int, None, tuple[FittedRun, Latent]], before: int
-) -> Generator[int, None, tuple[FittedRun, Latent]]:
-    while True:
-        try:
-            done = next(work)
-        except StopIteration as end:
-            return end.value
-        yield before + done
 
 
 def half(x: Latent) -> Tensor:

@@ -52,7 +52,7 @@ from .folders import find_profile, forget_profile, keep_profile, keep_update, pr
 from .identity import identify, is_distilled, pixels_of
 from .propagation import KEY as PROPAGATION
 from .recorder import Recorder
-from .session import last
+from .session import denoiser, last
 from .setting import setting_of
 from .solvers import adds_noise, facts_of, solver_name
 from .workflow_profiles import content_name, set_widget
@@ -380,15 +380,8 @@ class _Run:
 
     def _denoise_over(self, levels: Sigmas) -> Denoiser:
         """The guided model, for latents in main memory, as a run over `levels` asks it."""
-        here, dtype, seed = self.noise.device, self.noise.dtype, self.extra_args.get("seed")
-        options = options_over(self.extra_args["model_options"], levels.to(here, torch.float32))
-
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            level = sigma.to(here, torch.float32).expand(len(x))
-            with torch.no_grad():
-                return self.guider(x.to(here, dtype), level, model_options=options, seed=seed).float().cpu()
-
-        return denoise
+        options = options_over(self.extra_args["model_options"], levels.to(self.noise.device, torch.float32))
+        return denoiser(self.guider, options, self.noise, self.extra_args.get("seed"))
 
 
 SINCE: dict[str, int] = {}  # short runs of each calibration since its last check, by file

@@ -124,15 +124,9 @@ class Solves:
 
     def denoise_over(self, sigmas: Tensor) -> Denoiser:
         """The guided model for latents in main memory, any number of them, as a run over `sigmas` asks it."""
-        here, each, seed = self._latent.device, len(self._latent), self._extra_args.get("seed")
-        options = self._options(sigmas.float().to(here), None)
-
-        def ask(x: Tensor, sigma: Tensor) -> Tensor:
-            level = sigma.float().to(here).expand(len(x))
-            with torch.no_grad():
-                return self._guider(x.to(here), level, model_options=options, seed=seed).float().cpu()
-
-        return lambda x, sigma: torch.cat([ask(part, sigma) for part in x.split(each)])
+        options = self._options(sigmas.float().to(self._latent.device), None)
+        ask = denoiser(self._guider, options, self._latent, self._extra_args.get("seed"))
+        return lambda x, sigma: torch.cat([ask(part, sigma) for part in x.split(len(self._latent))])
 
     def denoise(self, x: Tensor, sigma: Tensor, told: Tensor) -> Tensor:
         """One call of the guided model that is told a level of its own; x [b ...]; sigma and told [b], all equal."""
@@ -180,6 +174,17 @@ class Solves:
         whole = self._extra_args["model_options"]
         told = choose_for_solve(whole.get("transformer_options", {}), a_map)
         return {**whole, "transformer_options": {**told, "sample_sigmas": sigmas}}
+
+
+def denoiser(guider: Any, options: dict, like: Tensor, seed: int | None) -> Denoiser:
+    """A guider for latents in main memory; `like` a run's own on its device, which it is asked with."""
+
+    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+        level = sigma.to(like.device, torch.float32).expand(len(x))
+        with torch.no_grad():
+            return guider(x.to(like), level, model_options=options, seed=seed).float().cpu()
+
+    return denoise
 
 
 class _Counted:
