@@ -676,3 +676,13 @@ def test_workflows_are_remembered_while_their_prompts_wait_or_run_and_no_longer(
     queue.currently_running[0] = queue.queue.pop()
     carried.exchange(queued())
     assert carried.running_workflow() is first["extra_data"]["extra_pnginfo"]["workflow"]
+
+
+def test_a_workflow_that_names_a_content_gets_it_though_the_file_of_that_name_holds_another(host, folder, carried):
+    other = replace(VE, cfg=5.0)
+    save_profile(other, folder, "mine")
+    named = f"mine.json@{VE.id}"
+    assert named_by(carried.exchange(queued(named, **{"mine.json": spell_profile(VE)}))) == named
+    find = host.module("nodes._host.folders").find_profile
+    assert find(named).id == VE.id and find("mine.json").id == other.id
+    assert named_by(carried.exchange(queued(f"mine.json@{other.id}"))) == "mine.json"
