@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -49,8 +49,8 @@ CHUNK = 1 << 16  # elements of the inner products at a time
 class FittedRun:
     """The levels of a run, decreasing, [n+1], and the numbers a, b, c_1, ... of each of its n steps.
 
-    Step i has at most i earlier answers, so its row has from 2 to 2 + i numbers. shares: what `correction_share` was in
-    each step on the pictures of the fit, [n], or ().
+    Step i has at most i earlier answers, so its row has from 2 to 2 + i numbers. shares: what `correction_shares` were
+    on the pictures of the fit, [n], or ().
     """
 
     sigmas: tuple[float, ...]
@@ -94,28 +94,30 @@ def solve(denoise: Denoiser, x: Latent, run: FittedRun) -> Latent:
     return x
 
 
-def correction_share(run: FittedRun, i: int, x: Latent, denoised: Latent, reached: Latent) -> Tensor:
-    """How large the fitted part of step i is beside Euler's step, for each picture, [b], on the device.
+def probe(x: Latent, denoised: Latent) -> Tensor:
+    """A few elements of a state and of its answer, [2 b k] on the device: what `correction_shares` looks at."""
+    apart = -(-x[0].numel() // PROBED)
+    return torch.stack([x.flatten(1)[:, ::apart], denoised.flatten(1)[:, ::apart]]).float()
+
+
+def correction_shares(run: FittedRun, probes: Sequence[Tensor]) -> Tensor:
+    """How large the fitted part of each step is beside Euler's step, [n b]; probes: of each step, then of the end.
 
     It grows with the guidance and with whatever bends the paths more than they bent in the fit, long before a picture
-    shows it; what it costs is not felt, for it looks at few elements.
+    shows it.
     """
-    x, denoised, reached = (_probe(one) for one in (x, denoised, reached))
-    plain = plain_step(x, denoised, run.sigmas[i], run.sigmas[i + 1])
-    return (reached - plain).norm(dim=1) / (plain - x).norm(dim=1).clamp(min=1e-12)
+    x, denoised = torch.stack(list(probes)).unbind(1)  # [n+1 b k]
+    ratio = torch.tensor([b / a for a, b in pairwise(run.sigmas)], dtype=x.dtype, device=x.device)[:, None, None]
+    plain = torch.lerp(denoised[:-1], x[:-1], ratio)
+    return (x[1:] - plain).norm(dim=2) / (plain - x[:-1]).norm(dim=2).clamp(min=1e-12)
 
 
-def distance(run: FittedRun, shares: Sequence[Tensor]) -> float:
-    """How far a run went from what it was fitted to: by which factor the shares [b] of its steps exceed those of the
-    fit, the geometric mean over steps, of the picture that is farthest; beyond FAR it is not to be trusted."""
+def distance(run: FittedRun, probes: Sequence[Tensor]) -> float:
+    """How far a run went from what it was fitted to: by which factor its `correction_shares` exceed those of the fit,
+    the geometric mean over steps, of the picture that is farthest; beyond FAR it is not to be trusted."""
     fitted = torch.tensor(run.shares, dtype=torch.float32).clamp(min=1e-6)
-    grown = torch.stack(list(shares)).float().cpu().clamp(min=1e-6) / fitted[:, None]
+    grown = correction_shares(run, probes).cpu().clamp(min=1e-6) / fitted[:, None]
     return float(grown.log().mean(dim=0).exp().max())
-
-
-def _probe(x: Latent) -> Tensor:
-    flat = x.flatten(1)
-    return flat[:, :: -(-flat.shape[1] // PROBED)].float()
 
 
 def fit_steps(
@@ -130,18 +132,18 @@ def fit_steps(
     x = path.states[0]
     answers: list[Latent] = []
     numbers: list[tuple[float, ...]] = []
-    shares: list[float] = []
+    probes: list[Tensor] = []
     for i, (sigma, sigma_next) in enumerate(pairwise(levels)):
         answers = [denoise(x, torch.tensor(sigma, dtype=torch.float64)), *answers[:history]]
         columns = step_columns(x, answers)
         target = path.at(sigma_next) - plain_step(x, answers[0], sigma, sigma_next)
         numbers.append(tuple(least_squares([_chosen(one, part) for one in columns], _chosen(target, part)).tolist()))
-        so_far = FittedRun(tuple(levels[: i + 2]), tuple(numbers))
-        reached = advance(so_far, i, x, answers)
-        shares.append(float(correction_share(so_far, i, x, answers[0], reached).clamp(min=1e-6).log().mean().exp()))
-        x = reached
+        probes.append(probe(x, answers[0]))
+        x = advance(FittedRun(tuple(levels[: i + 2]), tuple(numbers)), i, x, answers)
         yield i + 1
-    return FittedRun(tuple(levels), tuple(numbers), tuple(shares)), x
+    run = FittedRun(tuple(levels), tuple(numbers))
+    shares = correction_shares(run, [*probes, probe(x, answers[0])]).clamp(min=1e-6).log().mean(dim=1).exp()
+    return replace(run, shares=tuple(shares.tolist())), x
 
 
 def check_within(sigmas: Sigmas, path: Trajectory) -> list[float]:

@@ -22,10 +22,10 @@ from ...kernels.fitted_sampler import (
     FittedRun,
     OnPaper,
     advance,
-    correction_share,
     distance,
     fidelity,
     learn,
+    probe,
     solve,
 )
 from ...kernels.space import NoiseSpace
@@ -72,11 +72,11 @@ def sample_attune_fitted(
     callback=None,
     disable=None,
     fitted_run: FittedRun | None = None,
-    shares: list[Tensor] | None = None,
+    probes: list[Tensor] | None = None,
 ):
     """The host's form of a solver, for one fitted run: its levels must be those of the run.
 
-    shares: takes what `correction_share` is in each step.
+    probes: takes what `distance` looks at.
     """
     run = _checked(fitted_run, sigmas)
     answers: list[Tensor] = []
@@ -86,10 +86,11 @@ def sample_attune_fitted(
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigmas[i], "sigma_hat": sigmas[i], "denoised": denoised})
         answers = [denoised, *answers[: run.history]]
-        reached = advance(run, i, x, answers)
-        if shares is not None:
-            shares.append(correction_share(run, i, x, denoised, reached))
-        x = reached
+        if probes is not None:
+            probes.append(probe(x, denoised))
+        x = advance(run, i, x, answers)
+    if probes is not None:
+        probes.append(probe(x, denoised))
     return _outside_kept(x, model, extra_args or {}) if run.sigmas[-1] == 0 else x
 
 
@@ -322,11 +323,11 @@ class _Run:
         """The end of the short run, and how far it went from what it was fitted to; 0 where that cannot be said."""
         levels = torch.tensor(run.sigmas, dtype=self.sigmas.dtype, device=self.sigmas.device)
         arguments = {**self.extra_args, "model_options": options_over(self.extra_args["model_options"], levels)}
-        shares: list[Tensor] | None = [] if run.shares and self.mask is None else None
-        end = fitted_sampler_of(run, shares=shares).sample(
+        probes: list[Tensor] | None = [] if run.shares and self.mask is None else None
+        end = fitted_sampler_of(run, probes=probes).sample(
             self.guider, levels, arguments, self.callback, self.noise, self.latent, self.mask, self.quiet
         )
-        return end, distance(run, shares) if shares else 0.0
+        return end, distance(run, probes) if probes else 0.0
 
     def _taught(
         self, scene: Scene, path: Trajectory | None, name: str, known: Calibration | None, short: ShortRun | None,
