@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 CHANCE = 0.05  # chance of a false pass in all looks of one run together
-LEAST_GAIN = 0.01  # of the mean error; less may be real, but is not worth a change
+LEAST_GAIN = 0.03  # of the mean error; less may be real, but no eye sees it
 FEWEST = 6  # pictures; with fewer, Student's t asks for gains that no fit has
 
 

@@ -27,6 +27,7 @@ LOWEST, HIGHEST = -3.0, 3.0  # ln(sigma / alpha): beyond, a picture hardly chang
 PENALTIES = (1e3, 10.0, 1.0, 0.3, 0.1, 0.03, 0.01, 1e-3)  # of roughness, from one constant to almost none
 FINEST = 0.008  # log units between the offsets that the joint fit can choose
 EQUALLY_GOOD = 2.0  # standard errors within which a smoother curve counts as equally good
+LEAST_LOSS = 0.01  # share of the loss that a shift must take away: most of a loss no shift can
 FOLDS = 4  # of the pictures; each is judged by the curve of the others
 
 
@@ -122,7 +123,7 @@ def joint_shift(losses: Tensor, tried: Tensor, sigmas: Tensor, space: NoiseSpace
     judged = {mu: _judged(fine, grid, mu) for mu in PENALTIES}  # mu -> [pictures]
     best = min(judged.values(), key=lambda one: float(one.mean()))
     mu = next(mu for mu in PENALTIES if in_standard_errors(judged[mu] - best) <= EQUALLY_GOOD)
-    verdict = judge(fine[..., len(grid) // 2].mean(1), judged[mu])
+    verdict = judge(fine[..., len(grid) // 2].mean(1), judged[mu], least=LEAST_LOSS)
     chosen = grid[smoothest(fine.mean(0), grid, mu)] if verdict.accepted else torch.zeros_like(sigmas)
     sigma_cond = cond_level(sigmas, chosen, space, limits) if verdict.accepted else sigmas
     return Shift(
