@@ -21,6 +21,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,8 +33,11 @@ from .timestep_aligner import BLOCK, Trajectory
 from .tuner import moved_level, picture_errors
 from .types import Denoiser, Latent, Sigmas
 
+T = TypeVar("T")
+
 HISTORY = 2  # earlier answers in a step
 RIDGE = 0.1  # on columns of norm 1
+NUDGE = 0.01  # of a number, to see how the end moves with it
 WIDEST_SEARCH, FINEST_SEARCH = 0.5, 0.02  # of the gap to the neighbouring level
 PAPER_GAIN = 1e-3  # relative gain at which the search on paper takes a move
 TRIALS = 600  # on paper, a few milliseconds each
@@ -141,9 +145,13 @@ def fit_steps(
         probes.append(probe(x, answers[0]))
         x = advance(FittedRun(tuple(levels[: i + 2]), tuple(numbers)), i, x, answers)
         yield i + 1
-    run = FittedRun(tuple(levels), tuple(numbers))
-    shares = correction_shares(run, [*probes, probe(x, answers[0])]).clamp(min=1e-6).log().mean(dim=1).exp()
-    return replace(run, shares=tuple(shares.tolist())), x
+    return _with_shares(FittedRun(tuple(levels), tuple(numbers)), [*probes, probe(x, answers[0])]), x
+
+
+def _with_shares(run: FittedRun, probes: Sequence[Tensor]) -> FittedRun:
+    """The run with its `correction_shares` on the pictures of these probes, geometric means."""
+    shares = correction_shares(run, probes).clamp(min=1e-6).log().mean(dim=1).exp()
+    return replace(run, shares=tuple(shares.tolist()))
 
 
 def check_within(sigmas: Sigmas, path: Trajectory) -> list[float]:
@@ -410,6 +418,8 @@ def prove(
         rival = min(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
         work = _nearest(denoise_over, fitted, steps, space, paper, None)
         run, *_ = yield from _attempted(work, f"fitting {steps} steps")
+        better = polished(denoise_over(torch.tensor(run.sigmas)), run, paths[:-held_out])
+        run = yield from _attempted(better, f"polishing {steps} steps")
         theirs, mine = [], []
         for i, path in enumerate(unseen):
             theirs.append(known[rival](first + i))
@@ -420,6 +430,66 @@ def prove(
         proofs.append(Proof(run, rival, verdict, psnr, mine[0]))
         yield Attempt("held-out pictures", run, tuple(proofs))
     return proofs
+
+
+def polish(denoise: Denoiser, run: FittedRun, path: Trajectory) -> Generator[None, None, FittedRun]:
+    """The run with all its numbers moved at once so that its end comes nearest to the path's: a step of Gauss-Newton by
+    differences, halved until it helps. Yields now and then; at most `polish_cost` evaluations.
+
+    `fit_steps` brings each state near, and a state may be as far as it likes where the end comes nearer by it. How the
+    end moves with a number is found by another run from that step on.
+    """
+    states, answers = _made(denoise, run, path.states[0])
+    end, rows = states[-1], []
+    for i, numbers in enumerate(run.numbers):
+        for column in step_columns(states[i], answers[i])[: len(numbers)]:
+            moved_states, _ = _made(denoise, run, states[i + 1] + NUDGE * column, i + 1, answers[i])
+            rows.append(((moved_states[-1] - end) / NUDGE).cpu())
+            yield
+    moves = least_squares(rows, (path.end - end).cpu()).tolist()
+    for share in (1.0, 0.5, 0.25):
+        left = iter(moves)
+        moved = replace(run, numbers=tuple(tuple(one + share * next(left) for one in row) for row in run.numbers))
+        states, answers = _made(denoise, moved, path.states[0])
+        yield
+        if (states[-1] - path.end).square().mean() < (end - path.end).square().mean():
+            return _with_shares(moved, [probe(x, a[0]) for x, a in zip(states, [*answers, answers[-1]], strict=True)])
+    return run
+
+
+def _made(
+    denoise: Denoiser, run: FittedRun, x: Latent, i: int = 0, answers: Sequence[Latent] = ()
+) -> tuple[list[Latent], list[list[Latent]]]:
+    """The states of a run from x at step i on, and what each step has of the network's answers, the newest first."""
+    states, known = [x], [list(answers)]
+    for k in range(i, run.steps):
+        answer = denoise(states[-1], torch.tensor(run.sigmas[k], dtype=torch.float64))
+        known.append([answer, *known[-1][: run.history]])
+        states.append(advance(run, k, states[-1], known[-1]))
+    return states, known[1:]
+
+
+def polish_cost(steps: int, history: int = HISTORY) -> int:
+    """Evaluations of `polish` at most, for each picture."""
+    return 4 * steps + sum((2 + min(i, history)) * (steps - 1 - i) for i in range(steps))
+
+
+def polished(denoise: Denoiser, run: FittedRun, paths: Sequence[Trajectory]) -> Generator[None, None, FittedRun]:
+    """`run`, or what `polish` makes of it on all `paths`, if it helps the last one when made on the others; at most
+    `polished_cost` evaluations. Under strong guidance it often does not: paths that bend much are far from linear."""
+    if len(paths) < 2:
+        return run
+    *others, unseen = paths
+    trial = yield from polish(denoise, run, joined(others))
+    ends = [solve(denoise, unseen.states[0], one) for one in (run, trial)]
+    yield
+    before, after = _errors(ends, [unseen, unseen]).chunk(2)
+    return (yield from polish(denoise, run, joined(paths))) if after.mean() < before.mean() else run
+
+
+def polished_cost(steps: int, paths: int) -> int:
+    """Evaluations of `polished` at most, all paths counted."""
+    return (2 * paths - 1) * polish_cost(steps) + 2 * steps if paths > 1 else 0
 
 
 def _errors(ends: Sequence[Latent], paths: Sequence[Trajectory]) -> Tensor:
@@ -437,9 +507,7 @@ def joined(paths: Sequence[Trajectory]) -> Trajectory:
     )
 
 
-def _attempted(
-    work: Generator[int, None, tuple[FittedRun, float, Latent]], stage: str
-) -> Generator[Attempt, None, tuple[FittedRun, float, Latent]]:
+def _attempted(work: Generator[Any, None, T], stage: str) -> Generator[Attempt, None, T]:
     while True:
         try:
             next(work)
