@@ -115,6 +115,32 @@ def test_it_becomes_the_solver_that_it_is_shown(kind, solver):
     torch.testing.assert_close(solve(field(space).denoise, other, run), there, rtol=1e-4, atol=1e-5)
 
 
+def adams_bashforth_2(denoise, x, sigmas) -> Trajectory:
+    """Slopes by the two-step rule for uneven steps, the first by Euler."""
+    states, said, before = [x], [], None
+    for i, (s, t) in enumerate(pairwise(sigmas.tolist())):
+        said.append(denoise(x, torch.tensor(s, dtype=torch.float64)))
+        slope = (x - said[-1]) / s
+        turn = 0 if before is None else (t - s) ** 2 / 2 * (slope - before) / (s - float(sigmas[i - 1]))
+        x, before = x + (t - s) * slope + turn, slope
+        states.append(x)
+    return Trajectory.recorded(sigmas, states, said)
+
+
+@pytest.mark.usefixtures("exactly")
+@pytest.mark.parametrize("kind", list(SPACES))
+def test_it_becomes_adams_bashforth_with_all_answers_since_the_first(kind):
+    """A slope of before holds a state of before, which the state of now and all answers since make up."""
+    space = SPACES[kind]
+    target, sigmas = field(space), levels(space, 6)
+    path = adams_bashforth_2(target.denoise, start(space), sigmas)
+    run, _ = last(fit_steps(target.denoise, sigmas, path, history=6))
+    other = start(space, seed=5)
+    there = adams_bashforth_2(target.denoise, other, sigmas).end
+    plain = solve(target.denoise, other, run_of("euler", space, sigmas))
+    assert (solve(target.denoise, other, run) - there).norm() < 1e-3 * (plain - there).norm()
+
+
 def test_a_step_is_dpmpp_2m_of_the_host_in_both_spaces():
     for space in SPACES.values():
         sigmas, x = levels(space, 6), start(space)
