@@ -174,6 +174,17 @@ def aligned(lab: FittedLab, model: str, steps: int, loss: str) -> dict:
     return lab.fitted(key, lambda: lab.session(model, "euler", len(shipped.PROMPTS), work))
 
 
+def at_levels(solves):
+    """x [n ...], sigma [n] -> denoised: the guided model at a level of its own for each picture."""
+
+    def denoise(x: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:
+        parts = zip(x.split(KLUB_BATCH), sigma.split(KLUB_BATCH), strict=True)
+        over = lambda levels: solves.denoise_over(torch.stack([levels.max(), torch.zeros_like(levels[0])]))
+        return torch.cat([over(levels)(part, levels) for part, levels in parts])
+
+    return denoise
+
+
 def klub(lab: FittedLab, model: str, start: str) -> dict:
     """{"sweeps": positive sigma / alpha at the start and after each sweep, "moved": ln in the last one}, 10 steps."""
     space = lab.space(model)
@@ -186,7 +197,7 @@ def klub(lab: FittedLab, model: str, start: str) -> dict:
         ratio = (levels / space.alpha(levels)).clamp(max=published.TOP_OF_FLOW)
         if start != "normal":
             ratio = published.klub_optimal_gaussian(KLUB_STEPS, float(ratio[-1]), float(ratio[0]), float(data.std()))
-        denoise, generator = published.ve_denoiser(solves.denoise_at, space), torch.Generator().manual_seed(0)
+        denoise, generator = published.ve_denoiser(at_levels(solves), space), torch.Generator().manual_seed(0)
         search = published.minimise_klub(denoise, data, ratio, generator, sweeps=KLUB_SWEEPS)
         sweeps = [sweep for sweep in search if sweep is not None]
         return {"sweeps": [ratio.tolist(), *(one.sigmas.tolist() for one in sweeps)], "moved": sweeps[-1].moved}

@@ -198,12 +198,3 @@ def _bracket(score: dict[float, float]) -> list[float]:
     sides = [offsets[j] for j in (i - 1, i + 1) if 0 <= j < len(offsets)]
     each = FINE // max(len(sides), 1)
     return [offsets[i] + (side - offsets[i]) * k / (each + 1) for side in sides for k in range(1, each + 1)]
-
-
-def gaussian_alignment(sigma: Tensor, sigma_next: Tensor) -> Tensor:
-    """The exact tau for data ~ N(0, 1) and a network that predicts the noise: tan(asin(sin((a+b)/2) / cos((a-b)/2))).
-
-    a and b are the angles atan(sigma) at both ends of the step; so aligned, Euler keeps the variance at any step count.
-    """
-    a, b = sigma.atan(), sigma_next.atan()
-    return (((a + b) / 2).sin() / ((a - b) / 2).cos()).asin().tan()

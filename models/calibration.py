@@ -128,7 +128,7 @@ class Calibration:
     ModelIdentity); alignments, one per resolution; key_steps, what propagation reuses on which of the `sigmas`; runs,
     by their steps, that stand in for the long run over `sigmas`, and setting, which names what else that run depends on
     (the guider, the kinds of conditioning, patches on the network). metrics (the evidence) and provenance are free-form
-    facts; prompts only as `text_hash`.
+    facts; prompts only as hashes.
     """
 
     name: str
@@ -402,11 +402,6 @@ def same_size(one: Size, other: Size) -> bool:
 
 def size_text(size: Size) -> str:
     return "x".join(map(str, size))
-
-
-def text_hash(text: str) -> str:
-    """How a prompt is recorded: enough to recognise it, nothing to read."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def conditioning_map(calibration: Calibration, levels: CondLevels, strength: float = 1.0) -> ConditioningMap:

@@ -165,3 +165,12 @@ def gaussian_kl(std_out: Tensor, std: Tensor) -> Tensor:
     """KL(N(0, std^2) || N(0, std_out^2)) in nats, summed over the elements: a sampler's spread against the data's."""
     ratio = (std / std_out) ** 2
     return 0.5 * (ratio - 1 - ratio.log()).sum()
+
+
+def gaussian_alignment(sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    """The exact tau for data ~ N(0, 1) and a network that predicts the noise: tan(asin(sin((a+b)/2) / cos((a-b)/2))).
+
+    a and b are the angles atan(sigma) at both ends of the step; so aligned, Euler keeps the variance at any step count.
+    """
+    a, b = sigma.atan(), sigma_next.atan()
+    return (((a + b) / 2).sin() / ((a - b) / 2).cos()).asin().tan()

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 
+from analytic import gaussian_alignment
 from oracles import euler, finish, gaussian, mixture_2d, network, path
 from pack.kernels.space import NoiseSpace
 from pack.kernels.timestep_aligner import (
@@ -16,7 +17,6 @@ from pack.kernels.timestep_aligner import (
     Trajectory,
     align,
     block_norm,
-    gaussian_alignment,
 )
 from published import align_published
 

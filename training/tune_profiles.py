@@ -24,7 +24,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import _pack  # noqa: E402, F401
 from comfy_process import Host  # noqa: E402
-from pack.models.calibration import Calibration, text_hash  # noqa: E402
+from pack.models.calibration import Calibration  # noqa: E402
 from pack.models.store import SHIPPED, SUFFIX, load_profile, save_profile  # noqa: E402
 
 MODELS = {"unet": "attune_demo.safetensors", "flow": "attune_demo_flow.safetensors"}
@@ -48,7 +48,8 @@ def preset(steps: int) -> str:
 def facts(model: str, preset: str) -> dict[str, str]:
     """What a finished file must agree with to stay."""
     weights = hashlib.sha256((ROOT / "models" / "weights" / MODELS[model]).read_bytes()).hexdigest()[:16]
-    return {"weights": weights, "preset": preset, "prompts": text_hash("\n".join(PROMPTS))}
+    prompts = hashlib.sha256("\n".join(PROMPTS).encode()).hexdigest()[:16]
+    return {"weights": weights, "preset": preset, "prompts": prompts}
 
 
 def is_done(path: Path, known: dict[str, str]) -> bool:

@@ -20,8 +20,7 @@ from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
 from ...kernels.types import Denoiser
 from .._plan.solvers import SOLVERS, SolverFacts
-from .calibrating import calibrating as calibrating
-from .calibrating import stands_aside as stands_aside
+from .calibrating import calibrating
 from .conditioning import choose_for_solve, with_choice_per_solve
 from .identity import is_distilled
 from .recorder import Recorder
@@ -137,18 +136,6 @@ class Solves:
         with torch.no_grad():
             answer = self._guider(x.to(here), sigma.to(here), model_options=options, seed=seed)
         return answer.float().cpu()
-
-    def denoise_at(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """The guided model at a level of its own for each picture; x [n b ...], sigma [n b], b pictures in one call."""
-        here, seed, each = self._latent.device, self._extra_args.get("seed"), len(self._latent)
-        answers = []
-        for part, levels in zip(x.split(each), sigma.split(each), strict=True):
-            options = self._options(torch.stack([levels.max(), torch.zeros_like(levels[0])]).to(here), None)
-            with torch.no_grad():
-                answers.append(
-                    self._guider(part.to(here), levels.to(here), model_options=options, seed=seed).float().cpu()
-                )
-        return torch.cat(answers)
 
     def seconds_per_evaluation(self, sigma: float, noise: Tensor) -> float:
         """How long the guided model takes, by the second of two calls: the first one warms up."""

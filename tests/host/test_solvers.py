@@ -1,4 +1,4 @@
-"""The table of solvers against the host's own samplers: calls, noise, order, and how errors of the model's answers grow."""
+"""The table of solvers against the host's own samplers: calls, noise and order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from pack.nodes._plan.solvers import SOLVERS, table_name
 
 NEWER = {"exp_heun_2_x0", "exp_heun_2_x0_sde"}  # of hosts that are newer than the oldest we run on
-ADAPTIVE = {"dpm_adaptive"}  # asks until it is content: no number of calls, and none where every answer errs
+ADAPTIVE = {"dpm_adaptive"}  # asks until it is content: no number of calls
 SINGLE = {"uni_pc", "uni_pc_bh2"}  # which take no float64
 CANCELS = {"ipndm_v"}  # its errors of third order are larger than those of its first steps on a Gaussian
 TOP, LOW, SPREAD = 10.0, 0.1, 1.0  # of the levels; standard deviation of the clean latents
@@ -44,17 +44,17 @@ def levels(name: str, steps: int) -> torch.Tensor:
     return torch.logspace(math.log10(TOP), math.log10(LOW), steps + 1, dtype=torch.float64).to(dtype)
 
 
-def start(sigmas: torch.Tensor, side: int = 8) -> torch.Tensor:
-    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+def start(sigmas: torch.Tensor) -> torch.Tensor:
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return noise.to(sigmas)
 
 
-def run(name: str, answer, steps: int = 19, seed: int = 3, side: int = 8):
+def run(name: str, answer, steps: int = 19, seed: int = 3):
     """The end of a run of the host's sampler from TOP to LOW, and the model that it asked."""
     import comfy.samplers
 
     model, sigmas = Answers(answer), levels(name, steps)
-    noise = start(sigmas, side)
+    noise = start(sigmas)
     extra = {"model_options": {}, "seed": seed, "denoise_mask": None}
     sampler = comfy.samplers.sampler_object(name)
     return sampler.sample(model, sigmas.clone(), extra, None, noise, torch.zeros_like(noise), None, True), model
@@ -70,14 +70,6 @@ def error(name: str, steps: int) -> float:
     end, _ = run(name, exact, steps)
     there = TOP * start(end) * math.sqrt((SPREAD**2 + LOW**2) / (SPREAD**2 + TOP**2))
     return float((end - there).norm())
-
-
-def spread(name: str) -> float:
-    """Of the end, where every answer is wrong by noise of its own, whatever the solver's own noise is."""
-    drawn = torch.Generator().manual_seed(5)
-    wrong = lambda x, sigma: torch.randn(x.shape, generator=drawn, dtype=torch.float64).to(x)
-    ends = [run(name, answer, side=64)[0] for answer in (wrong, lambda x, sigma: torch.zeros_like(x))]
-    return float((ends[0] - ends[1]).square().mean().sqrt())
 
 
 def listed() -> list[str]:
@@ -126,25 +118,6 @@ def test_the_order_is_the_one_of_the_table(host, name):
     coarse, fine = (error(name, n) for n in steps)
     slope = math.log2(coarse / fine)
     assert slope > SOLVERS[name].order - 0.1 and (slope < SOLVERS[name].order + 0.5 or name in CANCELS)
-
-
-@pytest.mark.parametrize("name", sorted(SOLVERS.keys() - ADAPTIVE))
-def test_errors_of_the_answers_grow_by_what_the_table_says(host, name):
-    of_host(name)
-    assert spread(name) / spread("euler") == pytest.approx(SOLVERS[name].amplification, rel=0.1)
-
-
-def test_the_exponential_heun_solvers_of_newer_hosts_spread_errors_as_the_table_says():
-    """From their formula (data prediction, the whole step, phi_2), the noise being no matter to errors of answers."""
-    h = math.log(TOP / LOW) / 19
-    decayed = lambda weight, rate: sum((math.exp(-rate * (18 - i))) ** 2 for i in range(19)) * weight
-    euler = decayed((1 - math.exp(-h)) ** 2, h)
-    for name, eta in (("exp_heun_2_x0", 0), ("exp_heun_2_x0_sde", 1)):
-        step = h * (1 + eta)
-        second = (math.exp(-step) - 1 + step) / step
-        first = 1 - math.exp(-step) - second
-        got = math.sqrt(decayed(first**2 + second**2, step) / euler)
-        assert got == pytest.approx(SOLVERS[name].amplification, rel=0.1)
 
 
 def test_a_sampler_that_the_table_does_not_know_is_refused_by_a_fit_and_counts_as_adding_noise(host, demo, monkeypatch):
