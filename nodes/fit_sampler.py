@@ -31,7 +31,6 @@ from ._host.stock_schedules import known_schedules
 from ._plan.fit_run import (
     EXACT_PATH,
     YOUR_RUN,
-    affordable_run,
     check_looks,
     counts_of,
     evaluations,
@@ -162,7 +161,9 @@ class AttuneFitSampler(io.ComfyNode):
         def work(solves: Solves):
             seconds = solves.seconds_per_evaluation(setting.model.sigma_max, *draw_noises(empty, seed, 1))
             aligned = timesteps and solver.first_order
-            chosen, plan = affordable(preset, steps, len(known), solver.calls, aligned, seconds, budget_minutes)
+            cost = lambda one: one.evaluations(steps, len(known), solver.calls, aligned)
+            needed = {name: cost(one) for name, one in TUNER_PRESETS.items()}
+            chosen, plan = affordable(preset, needed, seconds, budget_minutes)
             LOG.info("Attune Fit Sampler: %s", plan)
             about = setting.model
             reference = reference_levels(chosen.reference_steps, setting.space, about.sigma_min, about.sigma_max)
@@ -224,15 +225,15 @@ def _sampler(
 
     def work(solves: Solves):
         seconds = solves.seconds_per_evaluation(about.sigma_max, *draw_noises(empty, setting.seed, 1))
-        calls = steps * (1 if exact else solver.calls)
-        chosen, plan = affordable_run(preset, calls, task.counts, rivals, seconds, minutes, exact)
+        cost = lambda one: evaluations(one, steps * (1 if exact else solver.calls), task.counts, rivals, exact)
+        needed = {name: cost(one) for name, one in TUNER_PRESETS.items()}
+        chosen, plan = affordable(preset, needed, seconds, minutes, "steps in 'sigmas' or 'more_steps',")
         LOG.info("Attune Fit Sampler: %s", plan)
-        total = evaluations(chosen, calls, task.counts, rivals, exact)
         fit = fit_run(model, solves, setting, solver, task, chosen, empty, minutes)
         stopped = lambda proofs: _keep_stopped(
             proofs, setting, task, chosen.held_out * len(empty), time.monotonic() - began
         )
-        proofs, path, long_seconds = _followed(fit, solves, total, stopped)
+        proofs, path, long_seconds = _followed(fit, solves, cost(chosen), stopped)
         return proofs, path, plan, chosen.held_out * len(empty), solves.evaluations, (long_seconds, seconds)
 
     whole = torch.tensor([about.sigma_max, 0.0])

@@ -47,12 +47,15 @@ def test_the_presets_cost_what_the_help_page_says(preset, aligned, calls):
     assert TUNER_PRESETS[preset].evaluations(8, 20, 1, aligned) == calls
 
 
+NEEDED = {name: one.evaluations(8, 20, 1, True) for name, one in TUNER_PRESETS.items()}
+
+
 def test_a_preset_that_takes_too_long_becomes_a_smaller_one():
-    assert affordable("standard", 8, 20, 1, True, 1.5, 0)[0] is TUNER_PRESETS["standard"]
-    preset, said = affordable("standard", 8, 20, 1, True, 1.5, 45)
+    assert affordable("standard", NEEDED, 1.5, 0)[0] is TUNER_PRESETS["standard"]
+    preset, said = affordable("standard", NEEDED, 1.5, 45)
     assert preset is TUNER_PRESETS["quick"] and "'standard' would take longer" in said and "42.6 minutes" in said
     with pytest.raises(ValueError, match=r"smallest preset 'mini' needs 19\.3 minutes, but 'budget_minutes' is 5"):
-        affordable("quick", 8, 20, 1, True, 1.5, 5)
+        affordable("quick", NEEDED, 1.5, 5)
 
 
 def test_a_tuned_profile_travels_through_its_file(tmp_path):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ...kernels.fitted_sampler import Proof, polished_cost
 from ...kernels.gate import CHANCE, FEWEST, sign_count
-from ...kernels.tuner import TUNER_PRESETS, TunerPreset
+from ...kernels.tuner import TunerPreset
 from ...models.calibration import Calibration, Planned, ShortRun, size_text
 from .fit_sampler import Setting
 from .fitted_sampler import METHOD, fitted_sampler
@@ -46,24 +46,6 @@ def check_looks(counts: int, pictures: int, preset: str) -> None:
             f"{counts} counts of steps are looked at, but {pictures} held-out pictures can be sure of {most} at most. "
             f"List fewer in 'more_steps', take a larger 'preset' than '{preset}', or a 'latent' of several pictures."
         )
-
-
-def affordable_run(
-    wanted: str, long: int, counts: Sequence[int], rivals: int, seconds: float, minutes: float, exact: bool = False
-) -> tuple[TunerPreset, str]:
-    """The preset `wanted`, or the largest smaller one that fits into `minutes` (0: no limit), and a sentence on it."""
-    names = list(TUNER_PRESETS)
-    for name in reversed(names[: names.index(wanted) + 1]):
-        calls = evaluations(TUNER_PRESETS[name], long, counts, rivals, exact)
-        needs = calls * seconds / 60
-        if not minutes or needs <= minutes:
-            said = f"Preset '{name}': at most {calls} evaluations of {seconds:.3g} s, {needs:.3g} minutes."
-            return TUNER_PRESETS[name], said if name == wanted else f"'{wanted}' would take longer. {said}"
-    raise ValueError(
-        f"One evaluation of this MODEL takes {seconds:.3g} s here, so the smallest preset '{names[0]}' needs "
-        f"{needs:.3g} minutes, but 'budget_minutes' is {minutes:g}. Allow more minutes, take fewer steps in 'sigmas' "
-        "or 'more_steps', or a smaller latent."
-    )
 
 
 def proved_profile(

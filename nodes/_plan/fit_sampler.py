@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,31 +31,24 @@ class Setting:
 
 
 def affordable(
-    wanted: str,
-    steps: int,
-    candidates: int,
-    calls: int,
-    aligned: bool,
-    seconds: float,
-    minutes: float,
+    wanted: str, needed: Mapping[str, int], seconds: float, minutes: float, fewer: str = "steps"
 ) -> tuple[TunerPreset, str]:
     """The preset `wanted`, or the largest smaller one that fits into `minutes` (0: no limit), and a sentence on it.
 
-    `seconds`: measured for one evaluation of the guided model. ValueError when not even the smallest fits.
+    needed: evaluations of the guided model by preset, the smallest first; seconds: measured for one of them; fewer:
+    what the user can take fewer of. ValueError when not even the smallest fits.
     """
-    names = list(TUNER_PRESETS)
-    needed = {name: one.evaluations(steps, candidates, calls, aligned) for name, one in TUNER_PRESETS.items()}
+    names = list(needed)
     for name in reversed(names[: names.index(wanted) + 1]):
         needs = needed[name] * seconds / 60
         if not minutes or needs <= minutes:
             said = f"Preset '{name}': at most {needed[name]} evaluations of {seconds:.3g} s, {needs:.3g} minutes."
             longer = "" if name == wanted else f"'{wanted}' would take longer than the budget. "
             return TUNER_PRESETS[name], longer + said
-    least = needed[names[0]] * seconds / 60
     raise ValueError(
         f"One evaluation of this MODEL takes {seconds:.3g} s here, so the smallest preset '{names[0]}' needs "
-        f"{least:.3g} minutes, but 'budget_minutes' is {minutes:g}. Allow more minutes, take fewer steps or a smaller "
-        "latent."
+        f"{needs:.3g} minutes, but 'budget_minutes' is {minutes:g}. Allow more minutes, take fewer {fewer} or a "
+        "smaller latent."
     )
 
 
