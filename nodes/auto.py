@@ -35,10 +35,8 @@ class AttuneAuto(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneAuto",
-            display_name="Attune Auto",
-            category="attune/auto",
-            description="Looks at the run and at what is installed, uses what suits it, and says what and why.",
+            "AttuneAuto", "Attune Auto", "attune/auto",
+            "Looks at the run and at what is installed, uses what suits it, and says what and why.",
             search_aliases=["automatic", "align your steps", "sigmas", "one node", "preset", "faster", "better"],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             enable_expand=True,

@@ -17,10 +17,8 @@ class AttuneCompare(io.ComfyNode):
             for i in range(2, MOST + 1)
         ]
         return schema(
-            node_id="AttuneCompare",
-            display_name="Attune Compare",
-            category="attune/tools",
-            description="Pictures side by side, where they differ from the first, and how bright they are.",
+            "AttuneCompare", "Attune Compare", "attune/tools",
+            "Pictures side by side, where they differ from the first, and how bright they are.",
             search_aliases=["difference", "side by side", "compare images", "histogram", "xy plot", "grid"],
             inputs=[
                 io.Image.Input("image_1", tooltip="What the others are compared with: mostly the stock run."),

@@ -76,10 +76,8 @@ class AttuneFitSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneFitSampler",
-            display_name="Attune Fit Sampler",
-            category=CATEGORY,
-            description="Fit a short run to your own long one, or a schedule to your sampler, and prove the gain.",
+            "AttuneFitSampler", "Attune Fit Sampler", CATEGORY,
+            "Fit a short run to your own long one, or a schedule to your sampler, and prove the gain.",
             search_aliases=["align your steps", "optimize schedule", "sigmas", "timestep aligner", "TTA", "calibrate"],
             inputs=[
                 *_run_inputs(),

@@ -16,10 +16,8 @@ class AttuneLoadNPNet(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneLoadNPNet",
-            display_name="Attune Load NPNet",
-            category=CATEGORY,
-            description="The weights of a noise prompt network: the published files, or one you trained.",
+            "AttuneLoadNPNet", "Attune Load NPNet", CATEGORY,
+            "The weights of a noise prompt network: the published files, or one you trained.",
             search_aliases=["golden noise", "NPNet", "noise prompt network", "load npnet"],
             inputs=[
                 io.Combo.Input(
@@ -48,10 +46,8 @@ class AttuneGoldenNoiseModel(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneGoldenNoiseModel",
-            display_name="Attune Golden Noise",
-            category=CATEGORY,
-            description="A MODEL whose samplers, the stock KSampler too, start from noise fitted to their prompt.",
+            "AttuneGoldenNoiseModel", "Attune Golden Noise", CATEGORY,
+            "A MODEL whose samplers, the stock KSampler too, start from noise fitted to their prompt.",
             search_aliases=["golden noise", "NPNet", "noise prompt", "KSampler"],
             is_experimental=True,
             inputs=[

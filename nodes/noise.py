@@ -14,10 +14,8 @@ class AttuneNoise(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneNoise",
-            display_name="Attune Noise",
-            category="attune/noise",
-            description="The start of a patched MODEL as NOISE, for guiders that leave the MODEL's options out.",
+            "AttuneNoise", "Attune Noise", "attune/noise",
+            "The start of a patched MODEL as NOISE, for guiders that leave the MODEL's options out.",
             search_aliases=["custom noise", "golden noise", "one more step noise", "signal leak noise"],
             inputs=[
                 io.Noise.Input("noise", tooltip="What to start from, mostly RandomNoise; its seed stays the seed."),

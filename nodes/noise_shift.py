@@ -41,10 +41,8 @@ class AttuneFitNoiseShift(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneFitNoiseShift",
-            display_name="Attune Fit Noise Shift",
-            category=CATEGORY,
-            description="Measure what to tell the network about the noise at picture sizes it was not trained on.",
+            "AttuneFitNoiseShift", "Attune Fit Noise Shift", CATEGORY,
+            "Measure what to tell the network about the noise at picture sizes it was not trained on.",
             search_aliases=["noiseshift", "low resolution", "small pictures", "calibrate", "resolution"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to calibrate, with the LoRAs that it will run with."),

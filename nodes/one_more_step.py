@@ -32,10 +32,8 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneLoadOneMoreStep",
-            display_name="Attune Load One More Step",
-            category=CATEGORY,
-            description="The small network that predicts brightness and colours of a prompt before sampling.",
+            "AttuneLoadOneMoreStep", "Attune Load One More Step", CATEGORY,
+            "The small network that predicts brightness and colours of a prompt before sampling.",
             search_aliases=["oms", "one more step", "terminal snr", "dark images"],
             inputs=[
                 io.Combo.Input(
@@ -82,10 +80,8 @@ class AttuneOneMoreStep(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneOneMoreStep",
-            display_name="Attune One More Step",
-            category=CATEGORY,
-            description="Starts every run from the prompt's own brightness and colours: true darks and brights from "
+            "AttuneOneMoreStep", "Attune One More Step", CATEGORY,
+            "Starts every run from the prompt's own brightness and colours: true darks and brights from "
             "SD 1.x, SD 2.x and SDXL.",
             search_aliases=["oms", "brightness", "terminal snr", "dark images", "zero snr", "offset noise"],
             inputs=[
@@ -169,10 +165,8 @@ class AttuneSignalLeak(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneSignalLeak",
-            display_name="Attune Signal Leak",
-            category=CATEGORY,
-            description="Starts every run from a random draw of what example pictures look like from afar. No network.",
+            "AttuneSignalLeak", "Attune Signal Leak", CATEGORY,
+            "Starts every run from a random draw of what example pictures look like from afar. No network.",
             search_aliases=["brightness", "offset noise", "style", "diversity"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled."),

@@ -34,10 +34,8 @@ class AttuneLoadProfile(io.ComfyNode):
     def define_schema(cls):
         names = profile_names()
         return schema(
-            node_id="AttuneLoadProfile",
-            display_name="Attune Load Profile",
-            category=CATEGORY,
-            description="A calibration from models/attune, or one that comes with the pack; lists what is there.",
+            "AttuneLoadProfile", "Attune Load Profile", CATEGORY,
+            "A calibration from models/attune, or one that comes with the pack; lists what is there.",
             search_aliases=["schedule profile", "load schedule", "calibration", "installed", "inventory"],
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -86,10 +84,8 @@ class AttuneSaveProfile(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneSaveProfile",
-            display_name="Attune Save Profile",
-            category=CATEGORY,
-            description="Keep a calibration in models/attune, where Attune Load Profile lists it.",
+            "AttuneSaveProfile", "Attune Save Profile", CATEGORY,
+            "Keep a calibration in models/attune, where Attune Load Profile lists it.",
             search_aliases=["schedule profile", "save schedule", "calibration"],
             is_output_node=True,
             inputs=[
@@ -116,10 +112,8 @@ class AttuneApplyProfile(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneApplyProfile",
-            display_name="Attune Apply Profile",
-            category=CATEGORY,
-            description="Puts a profile of any kind to use: MODEL, SAMPLER and SIGMAS as it was fitted.",
+            "AttuneApplyProfile", "Attune Apply Profile", CATEGORY,
+            "Puts a profile of any kind to use: MODEL, SAMPLER and SIGMAS as it was fitted.",
             search_aliases=["schedule profile", "sigmas", "timestep alignment", "calibration", "noise shift"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled. It must be of the profile's family."),
@@ -205,10 +199,8 @@ class AttunePlotSigmas(io.ComfyNode):
             io.Sigmas.Input(f"sigmas_{i}", optional=True, tooltip="Another schedule for comparison.") for i in (2, 3, 4)
         ]
         return schema(
-            node_id="AttunePlotSigmas",
-            display_name="Attune Plot Sigmas",
-            category=CATEGORY,
-            description="Up to four schedules and a profile in one picture, on a logarithmic axis.",
+            "AttunePlotSigmas", "Attune Plot Sigmas", CATEGORY,
+            "Up to four schedules and a profile in one picture, on a logarithmic axis.",
             search_aliases=["plot schedule", "sigmas graph", "compare schedulers"],
             inputs=[
                 io.Sigmas.Input("sigmas_1", optional=True, tooltip="A schedule."),

@@ -24,10 +24,8 @@ class AttunePropagation(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttunePropagation",
-            display_name="Attune Propagation",
-            category=CATEGORY,
-            description="Fewer seconds per picture: most steps reuse what the inner layers made on a few key steps.",
+            "AttunePropagation", "Attune Propagation", CATEGORY,
+            "Fewer seconds per picture: most steps reuse what the inner layers made on a few key steps.",
             search_aliases=[
                 "encoder propagation", "block propagation", "faster diffusion", "deepcache", "first block cache",
                 "teacache", "cache", "speed",
@@ -130,10 +128,8 @@ class AttuneFitPropagation(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneFitPropagation",
-            display_name="Attune Fit Propagation",
-            category=CATEGORY,
-            description="Measure on your model which steps can reuse features, and what each speed costs in fidelity.",
+            "AttuneFitPropagation", "Attune Fit Propagation", CATEGORY,
+            "Measure on your model which steps can reuse features, and what each speed costs in fidelity.",
             search_aliases=["calibrate", "faster diffusion", "deepcache", "block propagation", "encoder propagation"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to calibrate, UNet or transformer, as loaded."),

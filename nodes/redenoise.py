@@ -17,10 +17,8 @@ class AttuneRedenoise(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneRedenoise",
-            display_name="Attune Redenoise",
-            category=CATEGORY,
-            description="Golden noise without weights: one guided step down, one weakly guided step back.",
+            "AttuneRedenoise", "Attune Redenoise", CATEGORY,
+            "Golden noise without weights: one guided step down, one weakly guided step back.",
             search_aliases=["golden noise", "re-denoise", "zigzag", "Z-Sampling", "noise refinement"],
             is_experimental=True,
             inputs=[
@@ -100,10 +98,8 @@ class AttuneSelectNoise(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneSelectNoise",
-            display_name="Attune Select Noise",
-            category=CATEGORY,
-            description="Of some draws of noise, for each picture the one that best survives the way down and back.",
+            "AttuneSelectNoise", "Attune Select Noise", CATEGORY,
+            "Of some draws of noise, for each picture the one that best survives the way down and back.",
             search_aliases=["best of n", "seed selection", "golden noise", "inversion stability"],
             is_experimental=True,
             inputs=[

@@ -93,10 +93,8 @@ class AttuneScheduler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneScheduler",
-            display_name="Attune Scheduler",
-            category=CATEGORY,
-            description="Noise levels to fit the model: published Align Your Steps, or the exact KL-optimal schedule.",
+            "AttuneScheduler", "Attune Scheduler", CATEGORY,
+            "Noise levels to fit the model: published Align Your Steps, or the exact KL-optimal schedule.",
             search_aliases=["align your steps", "AYS", "sigmas", "scheduler", "kl optimal"],
             inputs=[
                 _model(),
@@ -104,15 +102,14 @@ class AttuneScheduler(io.ComfyNode):
                 _denoise(),
                 _schedule(),
                 io.Latent.Input(
-                    "latent",
-                    optional=True,
+                    "latent", optional=True,
                     tooltip="The latent to sample: auto then prefers the schedule made for the nearest picture size.",
                 ),
             ],
             outputs=[
                 io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 noise levels, from the first one to 0.")
             ],
-        )
+        )  # fmt: skip
 
     @classmethod
     def validate_inputs(cls, schedule=None):
@@ -127,10 +124,8 @@ class AttuneKSampler(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneKSampler",
-            display_name="Attune KSampler",
-            category=CATEGORY,
-            description="The stock KSampler with schedules that fit the model in place of the stock scheduler list.",
+            "AttuneKSampler", "Attune KSampler", CATEGORY,
+            "The stock KSampler with schedules that fit the model in place of the stock scheduler list.",
             search_aliases=["KSampler", "sampler", "align your steps", "AYS"],
             inputs=[
                 _model(),
@@ -176,19 +171,9 @@ class AttuneKSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        seed,
-        steps,
-        cfg,
-        sampler_name,
-        schedule,
-        positive,
-        negative,
-        latent_image,
-        denoise=1.0,
+        cls, model, seed, steps, cfg, sampler_name, schedule, positive, negative, latent_image, denoise=1.0,
         fast=NOT_FAST,
-    ) -> io.NodeOutput:
+    ) -> io.NodeOutput:  # fmt: skip
         sigmas = _levels("Attune KSampler", model, steps, denoise, schedule, latent_image)
         given = (model, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
         return io.NodeOutput(

@@ -29,10 +29,8 @@ class AttuneTrainNPNet(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneTrainNPNet",
-            display_name="Attune Train NPNet",
-            category="attune/noise",
-            description="A network that predicts golden noise for your model: makes pairs, and learns from them.",
+            "AttuneTrainNPNet", "Attune Train NPNet", "attune/noise",
+            "A network that predicts golden noise for your model: makes pairs, and learns from them.",
             search_aliases=["golden noise", "NPNet", "training", "noise prompt dataset", "collect noise pairs"],
             is_output_node=True,
             inputs=[

@@ -16,10 +16,8 @@ class AttuneTrainOneMoreStep(io.ComfyNode):
     @classmethod
     def define_schema(cls):
         return schema(
-            node_id="AttuneTrainOneMoreStep",
-            display_name="Attune Train One More Step",
-            category="attune/one more step",
-            description="Trains a module for your model's latents and your pictures, with any text encoder.",
+            "AttuneTrainOneMoreStep", "Attune Train One More Step", "attune/one more step",
+            "Trains a module for your model's latents and your pictures, with any text encoder.",
             search_aliases=["train oms", "one more step training"],
             is_output_node=True,
             inputs=[

@@ -22,9 +22,10 @@ Profile = io.Custom("ATTUNE_PROFILE")
 _FIELDS = {field.name for field in dataclasses.fields(io.Schema)}
 
 
-def schema(**fields) -> io.Schema:
+def schema(node_id: str, display_name: str, category: str, description: str, **fields) -> io.Schema:
     """A Schema of those `fields` that this host knows: newer ones (search_aliases, …) are dropped on older hosts."""
-    return io.Schema(**{name: value for name, value in fields.items() if name in _FIELDS})
+    known = {name: value for name, value in fields.items() if name in _FIELDS}
+    return io.Schema(node_id, display_name=display_name, category=category, description=description, **known)
 
 
 def advanced(*inputs: io.Input) -> list[io.Input]:

@@ -84,7 +84,7 @@ def test_the_readme_lists_every_node_as_its_schema_says(schemas, host):
 def test_every_node_is_found_by_other_words():
     """Read from the source: older hosts have no search aliases and drop them."""
     calls = [
-        {word.arg: word.value for word in call.keywords}
+        {**dict(zip(["node_id"], call.args, strict=False)), **{word.arg: word.value for word in call.keywords}}
         for path in (ROOT / "nodes").glob("*.py")
         for call in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "schema"
