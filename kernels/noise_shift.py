@@ -61,22 +61,16 @@ class Limits:
 class Shift:
     """What to tell at ascending levels `sigma` [m], and the evidence.
 
-    gain: by which share the loss falls, mean over levels, on pictures that the curve was not fitted on; of the search
-    level by level on those it was fitted on. t: that change in its standard errors, nan if nothing was held out.
-    needed: the t below which it counts. accepted: whether it did; if not, sigma_cond is sigma. penalty: of roughness,
-    nan without. best: the least loss at each level over the loss at the true level, on all pictures. verdict: what the
-    gate found in the pictures' losses, None without.
+    verdict: what the gate found in the losses, mean over levels, of pictures that the curve was not fitted on; if it
+    did not let the curve pass, sigma_cond is sigma. penalty: of roughness. best: the least loss at each level over the
+    loss at the true level, on all pictures.
     """
 
     sigma: tuple[float, ...]
     sigma_cond: tuple[float, ...]
-    gain: float
-    t: float
-    needed: float
-    accepted: bool
+    verdict: Verdict
     penalty: float
     best: tuple[float, ...]
-    verdict: Verdict | None = None
 
     def offsets(self, space: NoiseSpace) -> tuple[float, ...]:
         """ln(sigma_cond / alpha_cond) - ln(sigma / alpha)."""
@@ -121,15 +115,13 @@ def joint_shift(losses: Tensor, tried: Tensor, sigmas: Tensor, space: NoiseSpace
     fine = losses @ spline(tried, grid).T  # [pictures levels grid]
     fine = fine / fine[..., len(grid) // 2].mean(0)[:, None]  # L_i(0) = 1
     judged = {mu: _judged(fine, grid, mu) for mu in PENALTIES}  # mu -> [pictures]
-    best = min(judged.values(), key=lambda one: float(one.mean()))
-    mu = next(mu for mu in PENALTIES if in_standard_errors(judged[mu] - best) <= EQUALLY_GOOD)
+    lowest = min(judged.values(), key=lambda one: float(one.mean()))
+    mu = next(mu for mu in PENALTIES if in_standard_errors(judged[mu] - lowest) <= EQUALLY_GOOD)
     verdict = judge(fine[..., len(grid) // 2].mean(1), judged[mu], least=LEAST_LOSS)
     chosen = grid[smoothest(fine.mean(0), grid, mu)] if verdict.accepted else torch.zeros_like(sigmas)
     sigma_cond = cond_level(sigmas, chosen, space, limits) if verdict.accepted else sigmas
-    return Shift(
-        tuple(sigmas.tolist()), tuple(sigma_cond.tolist()), -verdict.mean, verdict.t, verdict.needed, verdict.accepted,
-        mu, tuple(fine.mean(0).min(1).values.tolist()), verdict,
-    )  # fmt: skip
+    best = fine.mean(0).min(1).values
+    return Shift(tuple(sigmas.tolist()), tuple(sigma_cond.tolist()), verdict, mu, tuple(best.tolist()))
 
 
 class Losses:

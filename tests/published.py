@@ -10,6 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from pack.kernels.gate import judge
 from pack.kernels.noise_shift import WIDEST, Limits, Losses, Shift, ShiftPreset, calibration_levels, cond_level
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
@@ -46,11 +47,9 @@ def fit_per_level(
         plain.append(means[min(means, key=abs)])
         least.append(means[chosen[-1]])
     sigma_cond = cond_level(sigmas, torch.tensor(chosen, dtype=torch.float64), space, limits)
-    ratios = [a / b for a, b in zip(least, plain, strict=True)]
-    gain = 1 - sum(ratios) / len(ratios)
-    return Shift(
-        tuple(sigmas.tolist()), tuple(sigma_cond.tolist()), gain, math.nan, math.nan, True, math.nan, tuple(ratios)
-    )
+    ratios = tuple(a / b for a, b in zip(least, plain, strict=True))
+    of_levels = judge(torch.ones(len(ratios)), torch.tensor(ratios))
+    return Shift(tuple(sigmas.tolist()), tuple(sigma_cond.tolist()), of_levels, math.nan, ratios)
 
 
 def _either_way(n: int) -> Sequence[int]:

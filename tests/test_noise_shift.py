@@ -54,7 +54,7 @@ def test_an_injected_shift_is_found_where_the_search_level_by_level_errs(predict
     space = FLOW if prediction == "flow" else VE
     target = mixture_latent(space)
     joint, said = calibrate(fit_joint, target, prediction, kappa, 256)
-    assert joint.accepted and joint.t < joint.needed < -1.6 and joint.gain > 0
+    assert joint.verdict.accepted and joint.verdict.t < joint.verdict.needed < -1.6 and joint.verdict.mean < 0
     inside = errors(joint, space, kappa)[1:-1]  # the outermost are clamped to what the network knows
     assert inside.abs().max() < 0.015 and said[-1] == 256 * 16 * 26
     level, said = calibrate(fit_per_level, target, prediction, kappa, 256)
@@ -73,7 +73,7 @@ def test_of_independent_pictures_as_large_as_latents_a_quick_fit_finds_the_shift
 
     x0 = target.sample(8 * 64, torch.Generator().manual_seed(1)).reshape(8, 64, 32)
     shift, said = finish(fit_joint(denoise, x0, ShiftPreset(8, *QUICK), VE, LIMITS["ve"]))
-    assert said[-1] == 896 and shift.accepted
+    assert said[-1] == 896 and shift.verdict.accepted
     assert errors(shift, VE, 0.262)[1:].abs().max() < 0.02
 
 
@@ -82,14 +82,14 @@ def test_a_shift_that_changes_with_the_level_is_followed():
     target = mixture_latent(VE)
     shift, _ = calibrate(fit_joint, target, "eps", kappa, 1024)
     told = VE.log_ratio(torch.tensor(shift.sigma_cond).double())
-    assert shift.accepted and shift.penalty < 1e3
+    assert shift.verdict.accepted and shift.penalty < 1e3
     assert (told + kappa(told) - VE.log_ratio(torch.tensor(shift.sigma).double()))[1:-1].abs().max() < 0.12
 
 
 def test_a_gain_of_less_than_a_percent_is_left_alone_however_sure():
     shift, _ = calibrate(fit_joint, mixture_latent(VE), "eps", 0.08, 1024, QUICK)
-    assert shift.t < 1.5 * shift.needed and 0 < shift.gain < 0.01
-    assert not shift.accepted and shift.sigma_cond == shift.sigma
+    assert shift.verdict.t < 1.5 * shift.verdict.needed and -0.01 < shift.verdict.mean < 0
+    assert not shift.verdict.accepted and shift.sigma_cond == shift.sigma
 
 
 SHIFTS = (0.3, -0.3, 0.45, -0.45)
@@ -103,9 +103,9 @@ def kept(seeds, shifts, data=mixture_latent, pictures=(8,)):
         prediction = "flow" if space is FLOW else ("eps", "v")[seed // 8 % 2]
         kappa, count = shifts[seed // 2 % len(shifts)], pictures[seed % len(pictures)]
         shift, _ = calibrate(fit_joint, data(space), prediction, kappa, count, QUICK, seed)
-        passed += shift.accepted
-        assert shift.accepted or shift.sigma_cond == shift.sigma
-        assert shift.verdict.accepted == shift.accepted and shift.verdict.pictures == count
+        passed += shift.verdict.accepted
+        assert shift.verdict.accepted or shift.sigma_cond == shift.sigma
+        assert shift.verdict.pictures == count
     return passed
 
 
@@ -130,7 +130,7 @@ def test_a_model_of_other_spread_gets_the_level_of_equal_gain(std, sigma, want):
     x, level = x0 + sigma * noise, torch.full((8,), sigma, dtype=torch.float64)
     losses = torch.stack([(net(x, level, level * d.exp()) - x0).square().mean(1) for d in tried], 1)[:, None]
     shift = joint_shift(losses, tried, torch.tensor([sigma]).double(), VE, LIMITS["ve"])
-    assert shift.accepted and shift.sigma_cond[0] == pytest.approx(want, rel=0.02)
+    assert shift.verdict.accepted and shift.sigma_cond[0] == pytest.approx(want, rel=0.02)
 
 
 def test_an_optimum_beyond_the_candidates_stops_at_the_last_one():

@@ -143,16 +143,13 @@ def shift_report(size: Size, shift: Shift, space: NoiseSpace) -> str:
         f"{s:.3g} {d:+.3f} ({best - 1:+.1%})"
         for s, d, best in zip(shift.sigma, shift.offsets(space), shift.best, strict=True)
     )
-    if math.isnan(shift.t):
-        verdict = f"loss {-shift.gain:+.2%} on the pictures it was fitted on; nothing was held out"
-    elif shift.accepted:
-        verdict = f"loss {-shift.gain:+.2%} on held-out pictures, t {shift.t:.1f} (needed {shift.needed:.1f}): kept"
+    found = shift.verdict
+    said = f"loss {found.mean:+.2%} on held-out pictures, t {found.t:.1f} (needed "
+    if found.accepted:
+        said += f"{found.needed:.1f}): kept"
     else:
-        verdict = (
-            f"nothing to gain: loss {-shift.gain:+.2%} on held-out pictures, t {shift.t:.1f} (needed -1 % and "
-            f"{shift.needed:.1f}); the network is told the true levels"
-        )
-    return f"{size_text(size)}: {verdict}.\n  sigma, offset in log units (least loss of any candidate): {per_level}"
+        said = f"nothing to gain: {said}-1 % and {found.needed:.1f}); the network is told the true levels"
+    return f"{size_text(size)}: {said}.\n  sigma, offset in log units (least loss of any candidate): {per_level}"
 
 
 def shift_plan(sizes: Sequence[Size], preset: ShiftPreset, pictures: int) -> str:
@@ -168,7 +165,7 @@ def shift_plan(sizes: Sequence[Size], preset: ShiftPreset, pictures: int) -> str
 
 
 def _facts(shift: Shift) -> dict[str, float | bool | None]:
-    known = {"gain": shift.gain, "t": shift.t, "needed": shift.needed, "penalty": shift.penalty}
-    return {key: None if math.isnan(value) else round(value, 6) for key, value in known.items()} | {
-        "accepted": shift.accepted
-    }
+    found = shift.verdict
+    known = {"gain": -found.mean, "t": found.t, "needed": found.needed, "penalty": shift.penalty}
+    rounded = {key: None if math.isnan(value) else round(value, 6) for key, value in known.items()}
+    return {**rounded, "accepted": found.accepted}
