@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from datetime import datetime, timezone
 from typing import Any, Literal, TypeAlias
 
@@ -173,31 +173,12 @@ class Calibration:
 
     def fields(self) -> dict[str, Any]:
         """The JSON object of the calibration without its id; what it does not have is left out."""
-        fit = self.key_steps
-        said = {
-            "format": FORMAT, "kind": self.kind, "name": self.name, "method": self.method, "space": self.space,
-            "families": list(self.families), "resolution": list(self.resolution), "sigmas": list(self.sigmas),
-            "source": self.source, "solver": self.solver, "prediction": self.prediction, "cfg": self.cfg,
-            "config_hash": self.config_hash, "weights_hash": self.weights_hash, "patches": self.patches,
-            "alignments": [
-                {"solver": one.solver, "resolution": list(one.resolution), "sigma": list(one.sigma),
-                 "sigma_cond": list(one.sigma_cond)}
-                for one in self.alignments
-            ],
-            "blocks": fit.blocks if fit else None,
-            "points": [
-                {"fresh": point.reuse.fresh, "cut": point.reuse.cut, "forecast": point.reuse.forecast,
-                 "keys": list(point.keys), "speed": point.speed, "psnr": point.psnr}
-                for point in (fit.points if fit else ())
-            ],
-            "runs": [
-                {"sigmas": list(one.run.sigmas), "numbers": [list(row) for row in one.run.numbers],
-                 "shares": list(one.run.shares), "psnr": one.psnr, "pictures": one.pictures}
-                for one in self.runs
-            ],
-            "setting": self.setting,
-            "metrics": dict(self.metrics), "provenance": dict(self.provenance),
-        }  # fmt: skip
+        said = {"format": FORMAT, "kind": self.kind, **_spelled(self)}
+        fit, runs = said.pop("key_steps") or {"blocks": None, "points": []}, said.pop("runs")
+        said["blocks"], said["points"] = fit["blocks"], [{**one.pop("reuse"), **one} for one in fit["points"]]
+        said["runs"] = [{**one.pop("run"), **one} for one in runs]
+        for last in ("setting", "metrics", "provenance"):
+            said[last] = said.pop(last)
         return {key: value for key, value in said.items() if value not in ("", None, [], {})}
 
     def describe(self) -> str:
@@ -213,6 +194,14 @@ class Calibration:
     def with_facts(self, metrics: Mapping[str, Any] | None = None, **provenance: Any) -> Calibration:
         """The same calibration with more `metrics` and more provenance."""
         return replace(self, metrics={**self.metrics, **(metrics or {})}, provenance={**self.provenance, **provenance})
+
+
+def _spelled(value: Any) -> Any:
+    """As JSON has it: objects for dataclasses and lists for tuples, all of them new."""
+    if isinstance(value, tuple | list):
+        return [_spelled(one) for one in value]
+    parts = value if isinstance(value, Mapping) else vars(value) if is_dataclass(value) else None
+    return value if parts is None else {key: _spelled(one) for key, one in parts.items()}
 
 
 def fitted(
@@ -306,11 +295,8 @@ def _model_misfits(one: Calibration, model: ModelIdentity) -> Iterable[Misfit]:
         said = f"'{one.name}' was made for another architecture: {one.families[0]}, this MODEL is {model.family}."
         yield Misfit("family", "for another network", said, True)
     elif one.families[0] != model.family and not one.config_hash:
-        yield Misfit(
-            "shift",
-            "for a relative",
-            f"'{one.name}' was published for {one.families[0]}, this MODEL is {model.family}.",
-        )
+        said = f"'{one.name}' was published for {one.families[0]}, this MODEL is {model.family}."
+        yield Misfit("shift", "for a relative", said)
     if one.prediction and model.prediction and one.prediction != model.prediction:
         said = f"'{one.name}' was made for {one.prediction} prediction, this MODEL has {model.prediction}."
         yield Misfit("prediction", f"for {one.prediction} prediction", said, exact)
@@ -337,37 +323,26 @@ def _model_misfits(one: Calibration, model: ModelIdentity) -> Iterable[Misfit]:
 
 
 def _run_misfits(one: Calibration, run: Planned) -> Iterable[Misfit]:
+    long = one.kind == SAMPLER  # a fitted sampler stands in for one long run alone
     if one.solver and run.solver and one.solver != run.solver:
-        yield Misfit(
-            "solver", f"for {one.solver}", f"'{one.name}' was fitted with {one.solver}, the run has {run.solver}."
-        )
-    if one.kind == SAMPLER:
-        yield from _long_run_misfits(one, run)
-        return
-    if one.kind == SCHEDULE and one.config_hash and run.size and not same_size(run.size, one.resolution):
+        said = f"'{one.name}' was fitted with {one.solver}, the run has {run.solver}."
+        yield Misfit("solver", f"for {one.solver}", said)
+    sized = long or (one.kind == SCHEDULE and one.config_hash)
+    if sized and run.size and not (run.size == one.resolution if long else same_size(run.size, one.resolution)):
         said = f"'{one.name}' was made at {size_text(one.resolution)}, the latent is {size_text(run.size)}."
         yield Misfit("size", f"for {size_text(one.resolution)}", said)
-    if one.config_hash and one.steps and run.steps and not 1 / NEAR_STEPS <= run.steps / one.steps <= NEAR_STEPS:
-        said = f"'{one.name}' was fitted at {one.steps} steps; fit one for {run.steps}."
-        yield Misfit("steps", f"for {one.steps} steps", said)
-    if one.cfg and run.cfg is not None and not 1 / NEAR_CFG <= run.cfg / one.cfg <= NEAR_CFG:
-        yield Misfit(
-            "cfg", f"for cfg {one.cfg:g}", f"'{one.name}' was fitted at cfg {one.cfg:g}, the run has {run.cfg:g}."
-        )
-
-
-def _long_run_misfits(one: Calibration, run: Planned) -> Iterable[Misfit]:
-    """A fitted sampler stands in for one long run alone."""
-    if run.size and run.size != one.resolution:
-        said = f"'{one.name}' was made at {size_text(one.resolution)}, the latent is {size_text(run.size)}."
-        yield Misfit("size", f"for {size_text(one.resolution)}", said)
-    if run.levels and not _same_levels(run.levels, one.sigmas):
+    if long and run.levels and not _same_levels(run.levels, one.sigmas):
         said = f"'{one.name}' stands in for {one.steps} steps of another schedule, or with another 'denoise'."
         yield Misfit("steps", f"for {one.steps} steps", said)
-    if one.cfg and run.cfg is not None and not 1 / NEAR_CFG <= run.cfg / one.cfg <= MOST_CFG:
+    counted = not long and one.config_hash and one.steps and run.steps
+    if counted and not 1 / NEAR_STEPS <= run.steps / one.steps <= NEAR_STEPS:
+        said = f"'{one.name}' was fitted at {one.steps} steps; fit one for {run.steps}."
+        yield Misfit("steps", f"for {one.steps} steps", said)
+    most = MOST_CFG if long else NEAR_CFG
+    if one.cfg and run.cfg is not None and not 1 / NEAR_CFG <= run.cfg / one.cfg <= most:
         said = f"'{one.name}' was fitted at cfg {one.cfg:g}, the run has {run.cfg:g}."
         yield Misfit("cfg", f"for cfg {one.cfg:g}", said)
-    if one.setting and run.setting and one.setting != run.setting:
+    if long and one.setting and run.setting and one.setting != run.setting:
         said = f"'{one.name}' was fitted with another guider, kind of conditioning, sampler option or model patch."
         yield Misfit("setting", "for another set-up", said)
 
