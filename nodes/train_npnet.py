@@ -15,7 +15,7 @@ from ..models.npnet_files import save_npnet
 from ..models.train_npnet import ALONE, NPNET_SIZES, NPNetTraining, Pairs, Recipe, Share
 from ..models.training import MADE, UNFINISHED, check_writable, find_place, keep_result, spelled
 from ._host.api import ExecutionBlocker, advanced, io, schema
-from ._host.folders import npnet_folder
+from ._host.folders import NPNETS, folder_of
 from ._host.golden_noise import HostNPNet, NPNetType
 from ._host.noise_pairs import Source, collect, pairs_folder
 from ._host.redenoise import Redenoise
@@ -134,7 +134,7 @@ def _details() -> list:
 def check_place(folder: Path, name: str) -> None:
     """ValueError for a name that is no file's, and for folders that cannot be written."""
     check_writable(folder)
-    find_place(npnet_folder(), name, {})
+    find_place(folder_of(NPNETS), name, {})
 
 
 def collected(
@@ -165,7 +165,7 @@ def trained(folder: Path, name: str, recipe: Recipe, share: Share = ALONE) -> Pa
     """
     pairs, first = Pairs.scan(shard_paths(folder)), share.rank == 0
     training = NPNetTraining(pairs, recipe, training_device(), share, stop_if_asked)
-    path, finished = find_place(npnet_folder(), name, training.made)
+    path, finished = find_place(folder_of(NPNETS), name, training.made)
     if finished:
         return path
     bar, state = ProgressBar(recipe.epochs), path.with_suffix(UNFINISHED)

@@ -12,7 +12,7 @@ from ...models.npnet_files import PICKLED, SAFE
 from ...models.store import SUFFIX, ProfileReader, is_profile_file, save_profile, shipped_profiles, update_profile
 
 OWN = Path(__file__).resolve().parents[2] / "models"
-FOLDER = "attune"  # models/attune, or wherever extra_model_paths.yaml sends it: profiles
+PROFILES = "attune"  # models/attune, or wherever extra_model_paths.yaml sends it: profiles
 MODULES = "one_more_step"  # likewise: networks of One More Step
 NPNETS = "npnet"  # likewise: networks for golden noise
 CALLED = {MODULES: "One More Step module", NPNETS: "NPNet"}
@@ -23,11 +23,11 @@ READ = ProfileReader()
 
 def register_folders() -> None:
     """List the demo's files in the stock loaders, after the user's own folders; models/attune and models/npnet."""
-    for kind, folder in (("checkpoints", "weights"), ("controlnet", "controlnet"), ("loras", "loras")):
-        folder_paths.add_model_folder_path(kind, str(OWN / folder))
+    for kind, own in (("checkpoints", "weights"), ("controlnet", "controlnet"), ("loras", "loras")):
+        folder_paths.add_model_folder_path(kind, str(OWN / own))
     models = Path(folder_paths.models_dir)
     for kind, suffixes, places in (
-        (FOLDER, (SUFFIX,), [models / FOLDER]),
+        (PROFILES, (SUFFIX,), [models / PROFILES]),
         (MODULES, (".safetensors",), [models / MODULES, OWN / MODULES]),
         (NPNETS, (*SAFE, *PICKLED), [models / NPNETS, models / "npnets", OWN / "golden_noise"]),
     ):
@@ -43,12 +43,12 @@ def file_names(kind: str) -> list[str]:
 
 def profile_names() -> list[str]:
     """Everything that can be loaded: the user's files, then the pack's own by their names."""
-    return [*file_names(FOLDER), *shipped_profiles()]
+    return [*file_names(PROFILES), *shipped_profiles()]
 
 
 def schedule_files() -> list[str]:
     """The user's profile files that hold a schedule."""
-    return list(profiles_of_kind(SCHEDULE, file_names(FOLDER)))
+    return list(profiles_of_kind(SCHEDULE, file_names(PROFILES)))
 
 
 def profiles_of_kind(kind: str, names: Iterable[str] | None = None) -> dict[str, Calibration]:
@@ -61,7 +61,7 @@ def forget_profile(name: str) -> None:
     """Delete a profile file of the user's; ValueError for one of the pack's own, or where that is not allowed."""
     path = profile_path(name.partition(AT)[0])
     if path is None:
-        raise ValueError(f"'{name}' is no file in {profile_folder()}: it cannot be forgotten.")
+        raise ValueError(f"'{name}' is no file in {folder_of(PROFILES)}: it cannot be forgotten.")
     try:
         path.unlink()
     except OSError as error:
@@ -70,7 +70,7 @@ def forget_profile(name: str) -> None:
 
 def profile_stamps(kind: str) -> tuple:
     """Another value once a profile file of the user's of that kind appears, changes or goes."""
-    paths = map(profile_path, profiles_of_kind(kind, file_names(FOLDER)))
+    paths = map(profile_path, profiles_of_kind(kind, file_names(PROFILES)))
     return tuple(file_stamp(path) for path in paths if path is not None)
 
 
@@ -84,7 +84,7 @@ def readable_profile(name: str) -> Calibration | None:
 
 def profile_path(name: str) -> Path | None:
     """The file behind a name, None for the pack's own profiles and for names that are not there."""
-    return _full_path(FOLDER, name) if is_profile_file(name) else None
+    return _full_path(PROFILES, name) if is_profile_file(name) else None
 
 
 def has_profile(name: object) -> bool:
@@ -110,15 +110,15 @@ def find_profile(name: object) -> Calibration:
 def missing_profile(name: object) -> str:
     """What to do about a profile that is not there."""
     return (
-        f"There is no profile '{str(name).partition(AT)[0]}' in {profile_folder()}. Ask the maker of the workflow for "
-        "that file, or for a picture saved by the workflow, which carries its profiles; put the file there and press R "
-        f"to refresh. Or choose one of: {', '.join(profile_names())}."
+        f"There is no profile '{str(name).partition(AT)[0]}' in {folder_of(PROFILES)}. Ask the maker of the workflow "
+        "for that file, or for a picture saved by the workflow, which carries its profiles; put the file there and "
+        f"press R to refresh. Or choose one of: {', '.join(profile_names())}."
     )
 
 
 def keep_profile(profile: Calibration, name: str = "") -> Path:
     """Save `profile` where the loader finds it at once, under its own name or `name`."""
-    return _kept(lambda: save_profile(profile, profile_folder(), name))
+    return _kept(lambda: save_profile(profile, folder_of(PROFILES), name))
 
 
 def keep_update(path: Path, old: Calibration, new: Calibration) -> Path:
@@ -131,7 +131,7 @@ def _kept(save: Callable[[], Path]) -> Path:
         return save()
     except OSError as error:
         raise ValueError(
-            f"The profile could not be saved in {profile_folder()}: {error.strerror}. Make room or allow writing "
+            f"The profile could not be saved in {folder_of(PROFILES)}: {error.strerror}. Make room or allow writing "
             "there, then run again."
         ) from error
 
@@ -153,8 +153,8 @@ def file_path(kind: str, name: str) -> Path:
     path = _full_path(kind, name)
     if path is None:
         raise ValueError(
-            f"There is no {CALLED[kind]} '{name}'. Put the file into {_folder(kind)} and press R to refresh, or choose "
-            f"one of: {', '.join(file_names(kind))}."
+            f"There is no {CALLED[kind]} '{name}'. Put the file into {folder_of(kind)} and press R to refresh, or "
+            f"choose one of: {', '.join(file_names(kind))}."
         )
     return path
 
@@ -174,7 +174,7 @@ def _full_path(kind: str, name: str | None) -> Path | None:
 
 def installed_files() -> tuple:
     """Every profile, module and NPNet of the user's with its time and size: another value once one of them changes."""
-    found = [_full_path(kind, name) for kind in (FOLDER, MODULES, NPNETS) for name in file_names(kind)]
+    found = [_full_path(kind, name) for kind in (PROFILES, MODULES, NPNETS) for name in file_names(kind)]
     return tuple(file_stamp(path) for path in found if path is not None)
 
 
@@ -207,20 +207,6 @@ def find_folder(name: str) -> Path:
     return found
 
 
-def module_folder() -> Path:
-    """Where new networks of One More Step are kept."""
-    return _folder(MODULES)
-
-
-def npnet_folder() -> Path:
-    """Where an NPNet of the user's goes."""
-    return _folder(NPNETS)
-
-
-def profile_folder() -> Path:
-    """Where the user's profiles are kept."""
-    return _folder(FOLDER)
-
-
-def _folder(kind: str) -> Path:
+def folder_of(kind: str) -> Path:
+    """Where new files of the user's of a folder kind are kept."""
     return Path(folder_paths.get_folder_paths(kind)[0])

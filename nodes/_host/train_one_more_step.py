@@ -18,7 +18,7 @@ from ...models.one_more_step import Architecture, read_header, save_module
 from ...models.store import is_finite, load_tensors
 from ...models.train_one_more_step import MODULE_SIZES, ModuleTraining
 from ...models.training import MADE, UNFINISHED, digest, find_place, keep_result, outline, spelled
-from .folders import find_folder, module_folder
+from .folders import MODULES, find_folder, folder_of
 from .one_more_step import Module, check_model, load_module
 from .timeless_unet import TimelessUNet, diffusers_names, initialise
 
@@ -148,7 +148,7 @@ def train(model, clip, examples: list[tuple[Tensor, str]], name: str, course: Co
     Stopped, it goes on from where it was when run again. ValueError before any training for what cannot be trained.
     """
     check_model(model)
-    find_place(module_folder(), name, {})  # a bad name, a full disk
+    find_place(folder_of(MODULES), name, {})  # a bad name, a full disk
     groups, empty = encoded(examples, clip)
     space = type(model.get_model_object("latent_format")).__name__
     made = {
@@ -156,7 +156,7 @@ def train(model, clip, examples: list[tuple[Tensor, str]], name: str, course: Co
         "pictures": digest(*(part for latent, text in examples for part in (latent, text))),
         "texts": outline(torch.cat([texts.flatten() for texts in (empty, *(group.texts for group in groups))])),
     }  # fmt: skip
-    path, finished = find_place(module_folder(), name, made)
+    path, finished = find_place(folder_of(MODULES), name, made)
     if not finished:
         with torch.inference_mode(False), torch.enable_grad():
             groups = [Examples(group.latents.clone(), group.texts.clone()) for group in groups]

@@ -613,7 +613,7 @@ def stopped_at(step: int):
 
 
 def test_a_trained_module_is_used_loaded_and_continued_alike(host, demo, encode, pictures):
-    from pack.nodes._host.folders import module_folder
+    from pack.nodes._host.folders import MODULES, folder_of
 
     module, report = train(host, demo, "straight")
     assert "12 steps on 6 latents" in report and module.latent_space == "DemoLatent" and module.leak is not None
@@ -629,7 +629,7 @@ def test_a_trained_module_is_used_loaded_and_continued_alike(host, demo, encode,
         train(host, demo, "straight", latents=given, captions="a cat\na dog")
     with stopped_at(5):
         train(host, demo, "stopped")
-    unfinished = module_folder() / "stopped.unfinished"
+    unfinished = folder_of(MODULES) / "stopped.unfinished"
     assert unfinished.exists()
     again, _ = train(host, demo, "stopped")
     assert not unfinished.exists()
