@@ -17,6 +17,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...kernels.conditioning import ConditioningMap, compose
+from ...kernels.space import NoiseSpace
 from .calibrating import stands_aside
 from .identity import pixels_of
 from .solvers import solver_name
@@ -145,13 +146,20 @@ def _own(options: dict) -> tuple[Remap, ...]:
 
 
 def with_choice_per_solve(model):
-    """A clone of MODEL whose network can be told another map for each solve of a session, by `choose_for_solve`."""
+    """A clone of MODEL whose network can be told another map for each solve of a session, by `options_for_solve`."""
     clone = model.clone()
     clone.remove_wrappers_with_key(WrappersMP.APPLY_MODEL, KEY)
     clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, _tell)
     return clone
 
 
-def choose_for_solve(transformer_options: dict, a_map: ConditioningMap | None) -> dict:
-    """The options of one solve of a session: told `a_map`, and none of the MODEL's own."""
-    return {**transformer_options, CHOSEN: a_map}
+def options_for_solve(model_options: dict, a_map: ConditioningMap | None, sigmas: Tensor) -> dict:
+    """A session's model_options as a solve over `sigmas` must see them: told `a_map`, and none of the MODEL's own."""
+    told = {**model_options.get("transformer_options", {}), CHOSEN: a_map, "sample_sigmas": sigmas}
+    return {**model_options, "transformer_options": told}
+
+
+def told_at(space: NoiseSpace, sigma: Tensor, told: Tensor) -> ConditioningMap | None:
+    """The map that takes one level to another, both [b] and all equal; None where they are the same."""
+    level, heard = float(sigma[0]), float(told[0])
+    return None if level == heard else ConditioningMap.through(space, [level], [heard])

@@ -18,10 +18,10 @@ from ...models.noise_pairs import Job, Shard, check_same, held_out, load_shard, 
 from ...models.store import file_stem, shortened
 from ...models.train_npnet import Recipe, config_for
 from ...models.training import UNFINISHED, outline
-from .calibrating import calibrating
+from .calibrating import calibrating, inside_run
 from .identity import identify
 from .redenoise import Redenoise
-from .start import StartingRun
+from .start import StartingRun, from_the_top
 
 
 def pairs_folder(name: str) -> Path:
@@ -141,23 +141,6 @@ def stack(encoded: list[tuple[str, tuple[Tensor, dict]]]) -> tuple[Tensor, Tenso
     return torch.cat(tokens), None if any(p is None for p in pooled) else torch.cat(pooled)
 
 
-class _Collector(comfy.samplers.Sampler):
-    """A sampler in the eyes of the host that only makes golden noise."""
-
-    def __init__(self, settings: Redenoise):
-        self.settings = settings
-        self.golden: Tensor | None = None
-
-    def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ):
-        sampling, top = model_wrap.inner_model.model_sampling, self.max_denoise(model_wrap, sigmas)
-        run = StartingRun(model_wrap, sampling, sigmas, noise, latent_image, None, top, extra_args)
-        golden, _ = self.settings.begin(run)
-        self.golden = golden.cpu()
-        return latent_image
-
-
 def _golden(source: Source, encoded: list[tuple[Tensor, dict]], noise: Tensor) -> Tensor:
     """Golden noise [b c h w], each sample for its own prompt; our own wrappers on the MODEL stand aside."""
     comfy.model_management.throw_exception_if_processing_interrupted()
@@ -166,9 +149,14 @@ def _golden(source: Source, encoded: list[tuple[Tensor, dict]], noise: Tensor) -
     guider = comfy.samplers.CFGGuider(calibrating(source.model))
     guider.set_conds([[tokens, extra]], source.negative)
     guider.set_cfg(source.settings.strong_cfg)
-    collector = _Collector(source.settings)
     sampling = source.model.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", 10)
-    guider.sample(noise, torch.zeros_like(noise), collector, sigmas, disable_pbar=True, seed=0)
-    assert collector.golden is not None
-    return collector.golden
+
+    def redenoised(guided, sigmas: Tensor, extra_args: dict, noise: Tensor, latent: Tensor) -> Tensor:
+        sampling = guided.inner_model.model_sampling
+        top = from_the_top(sampling, sigmas)
+        return source.settings.begin(StartingRun(guided, sampling, sigmas, noise, latent, None, top, extra_args))[
+            0
+        ].cpu()
+
+    return inside_run(guider, noise, torch.zeros_like(noise), sigmas, 0, redenoised)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import comfy.model_management
@@ -15,11 +15,10 @@ from torch import Tensor
 from ...kernels.conditioning import ConditioningMap
 from ...kernels.noise_shift import Limits, Shift, ShiftPreset, fit_joint
 from ...kernels.space import NoiseSpace
-from ...kernels.timestep_aligner import ToldDenoiser
 from ...models.calibration import Calibration
 from .._plan.noise_shift import Size, shift_for
-from .calibrating import calibrating
-from .conditioning import Remap, choose_for_solve, with_choice_per_solve, with_conditioning
+from .calibrating import calibrating, inside_run
+from .conditioning import Remap, options_for_solve, told_at, with_choice_per_solve, with_conditioning
 from .identity import identify
 from .sampling import run_stock_node, sample
 from .session import ProgressBar
@@ -54,37 +53,6 @@ def with_noise_shift(model, profile: Calibration, strength: float):
     return with_conditioning(model, SizedRemap(profile.name, changing, profile=profile, strength=strength))
 
 
-class _Calibration(comfy.samplers.Sampler):
-    """A sampler in the eyes of the host: runs `work` on the clean latents, in the model's scale, and a denoiser."""
-
-    def __init__(self, space: NoiseSpace, chunk: int, work: Callable[[Tensor, ToldDenoiser], Shift]):
-        self.space, self.chunk, self.work = space, chunk, work
-        self.result: Shift | None = None
-
-    def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ):
-        base, whole = model_wrap.inner_model, extra_args["model_options"]
-        x0 = latent_image.float()
-
-        def denoise(x: Tensor, sigma: Tensor, told: Tensor) -> Tensor:
-            """All pictures at one level, told one level, by their prompts alone (no guidance)."""
-            level, heard = float(sigma[0]), float(told[0])
-            a_map = None if level == heard else ConditioningMap.through(self.space, [level], [heard])
-            options = choose_for_solve(whole.get("transformer_options", {}), a_map)
-            model_options = {**whole, "transformer_options": {**options, "sample_sigmas": sigma[:1]}}
-            parts = []
-            for i, start in enumerate(range(0, len(x), self.chunk)):
-                comfy.model_management.throw_exception_if_processing_interrupted()
-                conds, end = model_wrap.conds[f"positive {i}"], start + self.chunk
-                parts += comfy.samplers.calc_cond_batch(base, [conds], x[start:end], sigma[start:end], model_options)
-            return torch.cat(parts)
-
-        with torch.no_grad():
-            self.result = self.work(x0, denoise)
-        return latent_image
-
-
 def calibrate(
     model, positive: Sequence, latents: Tensor, chunk: int, effort: ShiftPreset, seed: int, bar: ProgressBar, done: int
 ) -> Shift:
@@ -94,9 +62,21 @@ def calibrate(
     """
     about = identify(model)
     space, limits = NoiseSpace(about.space), Limits(about.sigma_min, about.sigma_max)
+    starts = range(0, len(latents), chunk)
 
-    def work(x0: Tensor, denoise: ToldDenoiser) -> Shift:
-        fit = fit_joint(denoise, x0, effort, space, limits, seed)
+    @torch.no_grad()
+    def measured(guided, sigmas: Tensor, extra_args: dict, noise: Tensor, latent: Tensor) -> Shift:
+        def denoise(x: Tensor, sigma: Tensor, told: Tensor) -> Tensor:
+            """All pictures at one level, told one level, by their prompts alone (no guidance)."""
+            options = options_for_solve(extra_args["model_options"], told_at(space, sigma, told), sigma[:1])
+            parts = []
+            for i, start in enumerate(starts):
+                comfy.model_management.throw_exception_if_processing_interrupted()
+                conds, rows = guided.conds[f"positive {i}"], slice(start, start + chunk)
+                parts += comfy.samplers.calc_cond_batch(guided.inner_model, [conds], x[rows], sigma[rows], options)
+            return torch.cat(parts)
+
+        fit = fit_joint(denoise, latent.float(), effort, space, limits, seed)
         while True:
             try:
                 bar.update(done + next(fit))
@@ -104,15 +84,11 @@ def calibrate(
                 return end.value
 
     guider = comfy.samplers.CFGGuider(with_choice_per_solve(calibrating(model)))
-    starts = range(0, len(latents), chunk)
     guider.inner_set_conds(
         {f"positive {i}": prompts_of(positive, s, s + chunk, len(latents)) for i, s in enumerate(starts)}
     )
-    session = _Calibration(space, chunk, work)
     whole = torch.tensor([about.sigma_max, 0.0])
-    guider.sample(torch.zeros_like(latents), latents, session, whole, disable_pbar=True, seed=0)
-    assert session.result is not None
-    return session.result
+    return inside_run(guider, torch.zeros_like(latents), latents, whole, 0, measured)
 
 
 def prompts_of(positive: Sequence, start: int, end: int, count: int) -> list:

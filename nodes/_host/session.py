@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.sample
@@ -20,8 +20,8 @@ from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
 from ...kernels.types import Denoiser
 from .._plan.solvers import SOLVERS, SolverFacts
-from .calibrating import calibrating
-from .conditioning import choose_for_solve, with_choice_per_solve
+from .calibrating import calibrating, inside_run
+from .conditioning import options_for_solve, told_at, with_choice_per_solve
 from .identity import is_distilled
 from .recorder import Recorder
 from .solvers import adds_noise, known, solver_name
@@ -84,7 +84,7 @@ class Solves:
 
     def __init__(self, solver: Solver, guider, extra_args: dict, latent: Tensor, space: NoiseSpace):
         self._solver, self._guider, self._extra_args = solver, _Counted(guider), extra_args
-        self._latent, self._space = latent, space
+        self._model_options, self._latent, self._space = extra_args["model_options"], latent, space
         self._reference = comfy.samplers.ksampler(REFERENCE)
 
     @property
@@ -123,16 +123,15 @@ class Solves:
 
     def denoise_over(self, sigmas: Tensor) -> Denoiser:
         """The guided model for latents in main memory, any number of them, as a run over `sigmas` asks it."""
-        options = self._options(sigmas.float().to(self._latent.device), None)
+        options = options_for_solve(self._model_options, None, sigmas.float().to(self._latent.device))
         ask = denoiser(self._guider, options, self._latent, self._extra_args.get("seed"))
         return lambda x, sigma: torch.cat([ask(part, sigma) for part in x.split(len(self._latent))])
 
     def denoise(self, x: Tensor, sigma: Tensor, told: Tensor) -> Tensor:
         """One call of the guided model that is told a level of its own; x [b ...]; sigma and told [b], all equal."""
-        level, heard = float(sigma[0]), float(told[0])
-        a_map = None if level == heard else ConditioningMap.through(self._space, [level], [heard])
         here, seed = self._latent.device, self._extra_args.get("seed")
-        options = self._options(torch.stack([sigma[0], torch.zeros_like(sigma[0])]).to(here), a_map)
+        levels = torch.stack([sigma[0], torch.zeros_like(sigma[0])]).to(here)
+        options = options_for_solve(self._model_options, told_at(self._space, sigma, told), levels)
         with torch.no_grad():
             answer = self._guider(x.to(here), sigma.to(here), model_options=options, seed=seed)
         return answer.float().cpu()
@@ -150,17 +149,11 @@ class Solves:
     ) -> Tensor:
         here = self._latent.device
         levels = sigmas.float().to(here, copy=True)
-        arguments = {**self._extra_args, "model_options": self._options(levels, a_map)}
+        arguments = {**self._extra_args, "model_options": options_for_solve(self._model_options, a_map, levels)}
         end = sampler.sample(
             guider or self._guider, levels.clone(), arguments, callback, noise.to(here), self._latent, None, True
         )
         return end.float().cpu()
-
-    def _options(self, sigmas: Tensor, a_map: ConditioningMap | None) -> dict:
-        """The run's model_options as one solve must see them."""
-        whole = self._extra_args["model_options"]
-        told = choose_for_solve(whole.get("transformer_options", {}), a_map)
-        return {**whole, "transformer_options": {**told, "sample_sigmas": sigmas}}
 
 
 def denoiser(guider: Any, options: dict, like: Tensor, seed: int | None) -> Denoiser:
@@ -192,41 +185,20 @@ class _Counted:
 T = TypeVar("T")
 
 
-class Session(comfy.samplers.Sampler, Generic[T]):
-    """A sampler in the eyes of the host; runs `work` with the means to solve and keeps what it returns."""
-
-    def __init__(self, solver: Solver, space: NoiseSpace, work: Callable[[Solves], T]):
-        self.solver, self.space, self.work = solver, space, work
-        self.result: T | None = None
-
-    def sample(
-        self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False
-    ):
-        extra_args["denoise_mask"] = None
-        self.result = self.work(Solves(self.solver, model_wrap, extra_args, latent_image, self.space))
-        return latent_image
-
-
 def run_session(
-    model,
-    positive,
-    negative,
-    cfg: float,
-    solver: Solver,
-    sigmas: Tensor,
-    latent: Tensor,
-    seed: int,
-    space: NoiseSpace,
+    model, positive, negative, cfg: float, solver: Solver, sigmas: Tensor, latent: Tensor, seed: int, space: NoiseSpace,
     work: Callable[[Solves], T],
-) -> T:
+) -> T:  # fmt: skip
     """What `work` returns, run once on the loaded MODEL; `latent` [b ...] is empty and gives the size alone."""
     guider = comfy.samplers.CFGGuider(with_choice_per_solve(calibrating(model)))
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
-    session = Session(solver, space, work)
-    guider.sample(torch.zeros_like(latent), latent, session, sigmas.clone(), disable_pbar=True, seed=seed)
-    assert session.result is not None
-    return session.result
+
+    def solves(guided, sigmas: Tensor, extra_args: dict, noise: Tensor, latent: Tensor) -> T:
+        extra_args["denoise_mask"] = None
+        return work(Solves(solver, guided, extra_args, latent, space))
+
+    return inside_run(guider, torch.zeros_like(latent), latent, sigmas.clone(), seed, solves)
 
 
 def empty_latent(model, latent: dict) -> Tensor:
