@@ -252,15 +252,9 @@ class ReusePlan:
 
 
 def make_plan(
-    sigmas: Sequence[float],
-    times: Sequence[float],
-    keys: Iterable[int],
-    *,
-    forecast: bool,
-    always: Iterable[int] = (),
-    last: int = 0,
-    active: tuple[float, float] = (math.inf, 0.0),
-) -> ReusePlan:
+    sigmas: Sequence[float], times: Sequence[float], keys: Iterable[int], *, forecast: bool,
+    always: Iterable[int] = (), last: int = 0, active: tuple[float, float] = (math.inf, 0.0),
+) -> ReusePlan:  # fmt: skip
     """A plan from chosen key steps, with the steps that must be key steps in any case.
 
     always: where the conditioning changes. last: how many steps at the end of a run that ends at 0 are key steps; their
@@ -343,14 +337,9 @@ class FeatureCache:
         return any(capture.step >= since for capture, _ in self._captures.get(key, ()))
 
     def recall(
-        self,
-        keys: Sequence[Hashable],
-        signature: Hashable,
-        since: int,
-        time: float,
-        like: Tensor,
+        self, keys: Sequence[Hashable], signature: Hashable, since: int, time: float, like: Tensor,
         sources: tuple[int, int | None] | None = None,
-    ) -> Features | None:
+    ) -> Features | None:  # fmt: skip
         """The features of a call at `time`, from captures at step `since` or later; None where one of them is missing.
 
         With two captures of a condition they are extrapolated along the line through both, else held. `sources` names

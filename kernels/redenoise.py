@@ -48,17 +48,9 @@ def direct(strong: Denoiser, weak: Denoiser, x: Latent, sigma: Sigma, sigma_next
 
 
 def redenoise(
-    strong: Denoiser,
-    weak: Denoiser,
-    noise: Latent,
-    to_state: Callable[[Latent], Latent],
-    unit: float,
-    sigma: Sigma,
-    sigma_next: Sigma,
-    rounds: int = 1,
-    mode: Mode = "two-step",
-    evaluate: Evaluate = "next level",
-) -> Latent:
+    strong: Denoiser, weak: Denoiser, noise: Latent, to_state: Callable[[Latent], Latent], unit: float, sigma: Sigma,
+    sigma_next: Sigma, rounds: int = 1, mode: Mode = "two-step", evaluate: Evaluate = "next level",
+) -> Latent:  # fmt: skip
     """Noise from which `to_state` makes the state that `rounds` zigzags lead to.
 
     to_state: noise -> x at `sigma`, affine; unit: what it multiplies noise with.

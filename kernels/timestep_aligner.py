@@ -22,9 +22,8 @@ from .conditioning import ConditioningMap
 from .space import NoiseSpace
 from .types import Latent, Sigma, Sigmas
 
-ToldDenoiser: TypeAlias = Callable[
-    [Latent, Sigma, Sigma], Latent
-]  # x, sigma, sigma_cond (what the network is told) -> denoised
+# x, sigma, sigma_cond (what the network is told) -> denoised
+ToldDenoiser: TypeAlias = Callable[[Latent, Sigma, Sigma], Latent]
 
 LEAST_STEP_GAIN = 0.01  # of a step's deviation; below it the step keeps its true level
 RANGE = (0.2, 1.3)  # tau / sigma, on flow the ratio of their odds
@@ -109,11 +108,7 @@ def block_norms(x: Latent) -> Tensor:
 
 
 def align(
-    denoise: ToldDenoiser,
-    sigmas: Sigmas,
-    paths: Sequence[Trajectory],
-    space: NoiseSpace,
-    highest: float = math.inf,
+    denoise: ToldDenoiser, sigmas: Sigmas, paths: Sequence[Trajectory], space: NoiseSpace, highest: float = math.inf
 ) -> Generator[int, None, Alignment]:
     """Fit tau for every step of Euler on `sigmas` to the exact `paths`, one per noise; yields the calls made so far.
 

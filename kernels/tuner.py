@@ -115,16 +115,9 @@ class Tuned:
 
 
 def tune(
-    runner: Runner,
-    candidates: Mapping[str, Sigmas],
-    reference: Sigmas,
-    noises: Sequence[Latent],
-    preset: TunerPreset,
-    space: NoiseSpace,
-    has_time: Callable[[], bool] = lambda: True,
-    levels: bool = True,
-    timesteps: bool = True,
-) -> Generator[Progress, None, Tuned]:
+    runner: Runner, candidates: Mapping[str, Sigmas], reference: Sigmas, noises: Sequence[Latent], preset: TunerPreset,
+    space: NoiseSpace, has_time: Callable[[], bool] = lambda: True, levels: bool = True, timesteps: bool = True,
+) -> Generator[Progress, None, Tuned]:  # fmt: skip
     """Screen the first `preset.candidates` of the schedules, align, refine, keep what helps on held-out noises.
 
     All candidates have the same number of steps. `noises`: fit + held_out of them. `reference`: the levels of its run.

@@ -205,22 +205,10 @@ def _spelled(value: Any) -> Any:
 
 
 def fitted(
-    identity: ModelIdentity,
-    kind: str,
-    name: str,
-    method: str,
-    resolution: Size,
-    metrics: Mapping[str, Any],
-    *,
-    solver: str = "",
-    cfg: float | None = None,
-    sigmas: Sequence[float] = (),
-    alignments: Sequence[CondLevels] = (),
-    key_steps: KeySteps | None = None,
-    runs: Sequence[ShortRun] = (),
-    setting: str = "",
-    **provenance: Any,
-) -> Calibration:
+    identity: ModelIdentity, kind: str, name: str, method: str, resolution: Size, metrics: Mapping[str, Any], *,
+    solver: str = "", cfg: float | None = None, sigmas: Sequence[float] = (), alignments: Sequence[CondLevels] = (),
+    key_steps: KeySteps | None = None, runs: Sequence[ShortRun] = (), setting: str = "", **provenance: Any,
+) -> Calibration:  # fmt: skip
     """What a fit found on a model: the only way in which a fitted calibration comes to be.
 
     `name` goes behind the model's family. metrics: the evidence; provenance: how it was made, the date comes by itself.

@@ -137,16 +137,10 @@ def _architecture(shapes: Shapes, head_dim: int) -> Architecture:
     text = next(shape for key, shape in shapes.items() if key.endswith("attn2.to_k.weight"))
     project = next(shape for key, shape in shapes.items() if key.endswith(".proj_in.weight"))
     return Architecture(
-        in_channels=shapes["conv_in.weight"][1],
-        channels=channels,
-        blocks=blocks,
-        down=tuple(map(depth, down)),
-        middle=depth("mid_block.resnets.0"),
-        up=tuple(map(depth, up)),
-        context_dim=text[1],
-        linear=len(project) == 2,
+        in_channels=shapes["conv_in.weight"][1], channels=channels, blocks=blocks, down=tuple(map(depth, down)),
+        middle=depth("mid_block.resnets.0"), up=tuple(map(depth, up)), context_dim=text[1], linear=len(project) == 2,
         head_dim=head_dim or channels[0] // 5,
-    )
+    )  # fmt: skip
 
 
 def check_shapes(header: Header, expected: Shapes) -> None:

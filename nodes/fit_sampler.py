@@ -9,15 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..kernels.schedules import check_sigmas
-from ..kernels.tuner import (
-    TUNER_PRESETS,
-    Progress,
-    Runner,
-    Tuned,
-    check_candidates,
-    reference_levels,
-    tune,
-)
+from ..kernels.tuner import TUNER_PRESETS, Progress, Runner, Tuned, check_candidates, reference_levels, tune
 from ._draw.axes import to_image
 from ._draw.card import draw_card
 from ._draw.schedules import Curve, draw_schedules
@@ -28,22 +20,8 @@ from ._host.folders import keep_fit, keep_profile
 from ._host.identity import identify, pixels
 from ._host.session import REFERENCE, ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 from ._host.stock_schedules import known_schedules
-from ._plan.fit_run import (
-    EXACT_PATH,
-    YOUR_RUN,
-    check_looks,
-    counts_of,
-    evaluations,
-    proved_profile,
-    run_report,
-)
-from ._plan.fit_sampler import (
-    Setting,
-    affordable,
-    stopped_profile,
-    tuned_profile,
-    tuning_report,
-)
+from ._plan.fit_run import EXACT_PATH, YOUR_RUN, check_looks, counts_of, evaluations, proved_profile, run_report
+from ._plan.fit_sampler import Setting, affordable, stopped_profile, tuned_profile, tuning_report
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"

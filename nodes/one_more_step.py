@@ -203,8 +203,4 @@ class AttuneSignalLeak(io.ComfyNode):
         return io.NodeOutput(host.with_first_state(model, start), leak)
 
 
-NODES = [
-    AttuneLoadOneMoreStep,
-    AttuneOneMoreStep,
-    AttuneSignalLeak,
-]
+NODES = [AttuneLoadOneMoreStep, AttuneOneMoreStep, AttuneSignalLeak]

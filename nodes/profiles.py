@@ -12,14 +12,7 @@ from ._draw.propagation import draw_speeds
 from ._draw.schedules import Curve, applied_curve, draw_schedules, profile_curve
 from ._host.api import Profile, advanced, io, say_on_node, schema, shown_on, ui
 from ._host.apply import STOCK, Ready, Use, put_to_use, stock_levels
-from ._host.folders import (
-    find_profile,
-    has_profile,
-    installed_files,
-    keep_profile,
-    missing_profile,
-    profile_names,
-)
+from ._host.folders import find_profile, has_profile, installed_files, keep_profile, missing_profile, profile_names
 from ._host.identity import identify
 from ._host.shelf import installed
 from ._plan.installed import listing

@@ -9,14 +9,7 @@ from ..models.store import is_profile_file
 from ._draw.card import draw_card
 from ._host.api import advanced, io, schema
 from ._host.fitted_sampler import fast_for
-from ._host.folders import (
-    find_profile,
-    has_profile,
-    missing_profile,
-    profile_stamps,
-    profiles_of_kind,
-    schedule_files,
-)
+from ._host.folders import find_profile, has_profile, missing_profile, profile_stamps, profiles_of_kind, schedule_files
 from ._host.identity import identify, pixels
 from ._host.sampling import sample
 from ._host.solvers import sampler_names

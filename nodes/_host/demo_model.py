@@ -35,13 +35,9 @@ class DemoTextModel(comfy.sd1_clip.SDClipModel):
 
     def __init__(self, words: int, device="cpu", dtype=None, model_options={}):  # noqa: B006 - the host's signature
         super().__init__(
-            device=device,
-            dtype=dtype,
-            max_length=demo.MAX_TOKENS,
-            textmodel_json_config=dict(demo.TEXT_CONFIG),
-            special_tokens={"start": demo.BEGIN, "end": demo.END, "pad": demo.END},
-            model_options=model_options,
-        )
+            device=device, dtype=dtype, max_length=demo.MAX_TOKENS, textmodel_json_config=dict(demo.TEXT_CONFIG),
+            special_tokens={"start": demo.BEGIN, "end": demo.END, "pad": demo.END}, model_options=model_options,
+        )  # fmt: skip
         # The host's CLIP embedding has a fixed number of rows.
         rows = self.operations.Embedding(words, demo.TEXT_WIDTH, dtype=dtype, device=device)
         self.transformer.set_input_embeddings(rows)
@@ -52,36 +48,21 @@ class DemoTokenizer(comfy.sd1_clip.SDTokenizer):
 
     def __init__(self, embedding_directory=None, tokenizer_data={}):  # noqa: B006 - the host's signature
         super().__init__(
-            tokenizer_path=demo.unpack_vocabulary(tokenizer_data[demo.VOCABULARY_KEY]),
-            tokenizer_class=demo.WordTokenizer,
-            max_length=demo.MAX_TOKENS,
-            embedding_directory=embedding_directory,
-            embedding_size=demo.TEXT_WIDTH,
-            embedding_key=f"clip_{TEXT_NAME}",
-            tokenizer_data=tokenizer_data,
-        )
+            tokenizer_path=demo.unpack_vocabulary(tokenizer_data[demo.VOCABULARY_KEY]), max_length=demo.MAX_TOKENS,
+            tokenizer_class=demo.WordTokenizer, embedding_directory=embedding_directory, tokenizer_data=tokenizer_data,
+            embedding_size=demo.TEXT_WIDTH, embedding_key=f"clip_{TEXT_NAME}",
+        )  # fmt: skip
 
 
 class DemoPromptTokenizer(comfy.sd1_clip.SD1Tokenizer):
     def __init__(self, embedding_directory=None, tokenizer_data={}):  # noqa: B006 - the host's signature
-        super().__init__(
-            embedding_directory=embedding_directory,
-            tokenizer_data=tokenizer_data,
-            clip_name=TEXT_NAME,
-            tokenizer=DemoTokenizer,
-        )
+        super().__init__(embedding_directory, tokenizer_data, clip_name=TEXT_NAME, tokenizer=DemoTokenizer)
 
 
 class DemoTextEncoder(comfy.sd1_clip.SD1ClipModel):
     def __init__(self, words: int, device="cpu", dtype=None, model_options={}):  # noqa: B006 - the host's signature
-        super().__init__(
-            device=device,
-            dtype=dtype,
-            model_options=model_options,
-            clip_name=TEXT_NAME,
-            clip_model=DemoTextModel,
-            words=words,
-        )
+        names = {"clip_name": TEXT_NAME, "clip_model": DemoTextModel, "words": words}
+        super().__init__(device=device, dtype=dtype, model_options=model_options, **names)
 
 
 class DemoBase(comfy.model_base.BaseModel):

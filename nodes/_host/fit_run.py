@@ -41,15 +41,9 @@ def rivals_of(solver: Solver) -> list[str]:
 
 
 def fit_run(
-    model,
-    solves: Solves,
-    setting: Setting,
-    solver: Solver,
-    task: Task,
-    preset: TunerPreset,
-    empty: Tensor,
+    model, solves: Solves, setting: Setting, solver: Solver, task: Task, preset: TunerPreset, empty: Tensor,
     minutes: float,
-) -> Generator[Attempt, None, tuple[list[Proof], Trajectory, float]]:
+) -> Generator[Attempt, None, tuple[list[Proof], Trajectory, float]]:  # fmt: skip
     """The proofs for each count, the first held-out long run, and the seconds that one long run took."""
     began, about = time.monotonic(), setting.model
     noises = draw_noises(empty, setting.seed, preset.fit + preset.held_out)
@@ -69,11 +63,14 @@ def fit_run(
         half = solves.record(torch.cat([long[:-1:2], long[-1:]]), noises[0])
         doubt = reference_error(paths[0].end, half.end)
 
+    def end(name: str, sigmas: Tensor, i: int) -> Tensor:
+        return solves.solve_by(name, sigmas, noises[i])
+
     def rivals(steps: int) -> dict[str, Callable[[int], Tensor]]:
         ways: dict[str, Callable[[int], Tensor]] = {}
         for name in rivals_of(solver):
             for schedule, sigmas in rival_schedules(model, steps).items():
-                ways[f"{name} on {schedule}"] = partial(_end, solves, name, sigmas, noises)
+                ways[f"{name} on {schedule}"] = partial(end, name, sigmas)
         return ways
 
     in_time = lambda: not minutes or time.monotonic() < began + 60 * minutes
@@ -81,7 +78,3 @@ def fit_run(
         solves.denoise_over, paths, preset.held_out, task.counts, rivals, setting.space, task.levels, doubt, in_time
     )
     return proofs, paths[preset.fit], each
-
-
-def _end(solves: Solves, name: str, sigmas: Tensor, noises: Sequence[Tensor], i: int) -> Tensor:
-    return solves.solve_by(name, sigmas, noises[i])

@@ -113,13 +113,8 @@ def _begun(path: Path, jobs: list[Job], facts: Mapping[str, Any]) -> Tensor:
 
 def _layout(clip: Any, prompt: str) -> str:
     """How many tokens a prompt has for each of the text encoders."""
-    return repr(
-        {
-            name: [len(part) for part in parts]
-            for name, parts in clip.tokenize(prompt).items()
-            if isinstance(parts, list)
-        }
-    )
+    encoders = {name: parts for name, parts in clip.tokenize(prompt).items() if isinstance(parts, list)}
+    return repr({name: [len(part) for part in parts] for name, parts in encoders.items()})
 
 
 def encode(clip: Any, prompt: str) -> tuple[Tensor, dict]:

@@ -12,16 +12,8 @@ from torch import Tensor
 MOST_NESTED = 6
 PLAIN = (int, float, bool, str)
 OF_EVERY_RUN = {"sample_sigmas", "sigmas", "uuids", "cond_or_uncond", "callbacks", "model_options"}
-OF_THE_PROMPT = {
-    "uuid",
-    "cross_attn",
-    "pooled_output",
-    "model_conds",
-    "width",
-    "height",
-    "target_width",
-    "target_height",
-}
+OF_THE_PROMPT = {"uuid", "cross_attn", "pooled_output", "model_conds"}
+OF_THE_PROMPT |= {"width", "height", "target_width", "target_height"}  # SDXL's
 
 
 def setting_of(guider: Any, sampler: Any, model_options: Mapping) -> str:

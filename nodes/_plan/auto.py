@@ -48,9 +48,8 @@ SHOWN_FORMS = {  # solver -> what beats every stock schedule on the demo model o
     "dpmpp_2m": ("KL-optimal, c = 1.4", range(5, 9), ("SD3",)),
     "uni_pc": ("KL-optimal", range(5, 11), ("SD3", "SD15", "AttuneDemo")),
 }
-MISSING_TRACE = (
-    5.0  # of the missing trace to the noise of the mean: at 1.2 nothing was gained with guidance, at 19 it was
-)
+# Of the missing trace to the noise of the mean: at 1.2 nothing was gained with guidance, at 19 it was.
+MISSING_TRACE = 5.0
 PURE_NOISE = 500  # sigma_max of models that begin at pure noise
 REUSE = {  # network, solver -> (steps at least, one key step in so many, dB to the run without): docs/results.md
     ("unet", "euler"): ((50, 5, 48.0), (25, 3, 45.8), (20, 2, 53.0)),

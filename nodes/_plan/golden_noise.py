@@ -44,12 +44,9 @@ def check_size(config: NPNetConfig, shape: tuple[int, ...], other_sizes: str) ->
 
 
 def golden_noise(
-    net: NPNet,
-    noise: Tensor,
-    texts: list[Tensor],
-    settings: GoldenSettings,
+    net: NPNet, noise: Tensor, texts: list[Tensor], settings: GoldenSettings,
     before_each: Callable[[], None] = lambda: None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """Golden noise of the shape, dtype and device of `noise`; each sample with its own prompt, one after the other.
 
     One prompt serves the whole batch. A sample gives the same bits alone and in a batch. `before_each` may interrupt.

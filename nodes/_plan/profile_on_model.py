@@ -47,15 +47,9 @@ class Applied:
 
 
 def apply_profile(
-    profile: Calibration,
-    model: ModelIdentity,
-    steps: int = 0,
-    denoise: float = 1.0,
-    mode: str = "exact",
-    policy: str = "ignore",
-    resolution: tuple[int, int] | None = None,
-    strength: float = 1.0,
-) -> Applied:
+    profile: Calibration, model: ModelIdentity, steps: int = 0, denoise: float = 1.0, mode: str = "exact",
+    policy: str = "ignore", resolution: tuple[int, int] | None = None, strength: float = 1.0,
+) -> Applied:  # fmt: skip
     """The levels of `profile` at `steps` (0: its own count) and `denoise`, moved to `resolution`, then its map.
 
     Levels first, shift second, map last and as a function of the true level: so it holds for every level that the

@@ -22,10 +22,8 @@ MODES = [UNIFORM, TARGET, CALIBRATED, PUBLISHED_KEYS]
 AUTOMATIC = "automatic"
 TOP_LEVEL, TWO, ONE, ENCODER_REUSED = "top level fresh", "two blocks fresh", "one block fresh", "encoder reused"
 FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "first two thirds reused"
-UNET_PARTS, TRANSFORMER_PARTS = (
-    [TOP_LEVEL, TWO, ONE, ENCODER_REUSED],
-    [FIRST, ENDS, BEGINNING],
-)  # "automatic" takes the first
+UNET_PARTS = [TOP_LEVEL, TWO, ONE, ENCODER_REUSED]  # "automatic" takes the first
+TRANSFORMER_PARTS = [FIRST, ENDS, BEGINNING]
 PARTS = [AUTOMATIC, *UNET_PARTS, *TRANSFORMER_PARTS]
 PUBLISHED_SHARE = 18 / 28  # the blocks of DiT-XL/2 that the paper takes for its encoder
 NEEDS_PROFILE = (
@@ -126,13 +124,9 @@ def choose_blocks(settings: ReuseSettings, sigmas: Sequence[float], times: Seque
 
 
 def _choose(
-    settings: ReuseSettings,
-    sigmas: Sequence[float],
-    times: Sequence[float],
-    costs: Costs,
-    published: Reuse,
+    settings: ReuseSettings, sigmas: Sequence[float], times: Sequence[float], costs: Costs, published: Reuse,
     named: Callable[[], list[Reuse]],
-) -> Choice:
+) -> Choice:  # fmt: skip
     """`published` is what the paper reuses; `named()` what the user chose, and what may take its place to be faster."""
     steps = len(sigmas) - 1
     if settings.mode == PUBLISHED_KEYS:

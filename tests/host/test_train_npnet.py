@@ -202,10 +202,10 @@ class Poolless:
 
 def test_wrappers_of_ours_on_the_model_are_told_to_stand_aside(host, given, monkeypatch):
     """Pairs of a model that already starts from golden noise, or reuses features, would be pairs of something else."""
-    session, seen = host.module("nodes._host.session"), []
+    fits, seen = host.module("nodes._host.calibrating"), []
 
     def outer_sample(executor, *args, **more):
-        seen.append(session.stands_aside(executor.class_obj.model_options, "attune.any"))
+        seen.append(fits.stands_aside(executor.class_obj.model_options, "attune.any"))
         return executor(*args, **more)
 
     model = given["model"].clone()

@@ -108,15 +108,9 @@ def _compare(executor, x, sigma, model_options, *args, **kwargs):
 
 
 def fit(
-    model: Any,
-    run: Callable[[Any], Tensor],
-    solver: str,
-    levels: Tensor,
-    kind: type[Propagation],
-    reuses: list[Reuse],
-    fastest: float,
-    longest: int,
-) -> Generator[tuple[str, float], None, tuple[KeySteps, dict[str, list[float]]]]:
+    model: Any, run: Callable[[Any], Tensor], solver: str, levels: Tensor, kind: type[Propagation],
+    reuses: list[Reuse], fastest: float, longest: int,
+) -> Generator[tuple[str, float], None, tuple[KeySteps, dict[str, list[float]]]]:  # fmt: skip
     """Measure each of `reuses`, choose key steps for speeds up to `fastest`, run them; yields what it does and how far.
 
     run: a MODEL to the latents that it samples over `levels`. Returns the calibration (settings that no other beats in
