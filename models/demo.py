@@ -19,29 +19,16 @@ VOCABULARY_LIMIT = 65536  # bytes; ours has under 2000
 
 # The text encoder is a CLIP text transformer, described in the host's own configuration keys.
 TEXT_CONFIG: dict[str, Any] = {
-    "num_hidden_layers": 2,
-    "hidden_size": TEXT_WIDTH,
-    "num_attention_heads": 4,
-    "intermediate_size": 4 * TEXT_WIDTH,
-    "hidden_act": "gelu",
-    "max_position_embeddings": MAX_TOKENS,
-    "eos_token_id": END,
-}
+    "num_hidden_layers": 2, "hidden_size": TEXT_WIDTH, "num_attention_heads": 4, "intermediate_size": 4 * TEXT_WIDTH,
+    "hidden_act": "gelu", "max_position_embeddings": MAX_TOKENS, "eos_token_id": END,
+}  # fmt: skip
 
 # A UNet of the SD1.5 class: same blocks, same layout of levels, 1/10 of the width, three levels instead of four.
 UNET_CONFIG: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 32,
-    "num_res_blocks": [1, 1, 1],
-    "channel_mult": [1, 4, 5],
-    "transformer_depth": [0, 1, 1],
-    "transformer_depth_output": [0, 0, 1, 1, 1, 1],
-    "transformer_depth_middle": 1,
-    "num_head_channels": 32,
-    "context_dim": TEXT_WIDTH,
-    "adm_in_channels": TEXT_WIDTH,
-}
+    "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [1, 1, 1], "channel_mult": [1, 4, 5],
+    "transformer_depth": [0, 1, 1], "transformer_depth_output": [0, 0, 1, 1, 1, 1], "transformer_depth_middle": 1,
+    "num_head_channels": 32, "context_dim": TEXT_WIDTH, "adm_in_channels": TEXT_WIDTH,
+}  # fmt: skip
 
 # An MMDiT of the SD3 class; the host reads these numbers from the file.
 MMDIT_CONFIG: dict[str, Any] = {"in_channels": 16, "depth": 3, "patch_size": 2, "pos_embed_side": 24}

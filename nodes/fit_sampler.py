@@ -206,11 +206,18 @@ def _sampler(
         chosen, plan = affordable(preset, needed, seconds, minutes, "steps in 'sigmas' or 'more_steps',")
         LOG.info("Attune Fit Sampler: %s", plan)
         fit = fit_run(model, solves, setting, solver, task, chosen, empty, minutes)
-        stopped = lambda proofs: _keep_stopped(
-            proofs, setting, task, chosen.held_out * len(empty), time.monotonic() - began
-        )
+        pictures = chosen.held_out * len(empty)
+
+        def stopped(proofs) -> None:
+            """Keep what was proved by then, if it is to the user's own run."""
+            if task.sigmas is None:
+                return
+            kept = proved_profile(proofs, setting, task.sigmas.tolist(), pictures, time.monotonic() - began)
+            if kept is not None:
+                LOG.warning("Attune Fit Sampler was stopped. %s", keep_fit(kept))
+
         proofs, path, long_seconds = _followed(fit, solves, cost(chosen), stopped)
-        return proofs, path, plan, chosen.held_out * len(empty), solves.evaluations, (long_seconds, seconds)
+        return proofs, path, plan, pictures, solves.evaluations, (long_seconds, seconds)
 
     whole = torch.tensor([about.sigma_max, 0.0])
     proofs, path, plan, pictures, used, (long_seconds, each) = run_session(
@@ -235,13 +242,6 @@ def _sampler(
     shown_best = Shown(times, (path.end, best.end), best.run.steps)
     said = f"{report}\n{keep_fit(profile, lambda kept: keep_card(model, profile, kept, shown_best, draw_card))}"
     return io.NodeOutput(profile, torch.tensor(shown[-1].sigmas), picture, said, ui=shown_on(cls, picture))
-
-
-def _keep_stopped(proofs, setting: Setting, task: Task, pictures: int, seconds: float) -> None:
-    """Keep what was proved before the user stopped, to the user's own run."""
-    profile = None if task.sigmas is None else proved_profile(proofs, setting, task.sigmas.tolist(), pictures, seconds)
-    if profile is not None:
-        LOG.warning("Attune Fit Sampler was stopped. %s", keep_fit(profile))
 
 
 def _followed(fit, solves: Solves, predicted: int, stopped):

@@ -81,7 +81,6 @@ def _schedule(model: Any, profile: Calibration, choice: Use, latent: dict | None
     out = model
     if applied.conditioning is not None:
         out = with_conditioning(model, Remap(profile.name, applied.conditioning, applied.solver, profile.cfg))
-
     return Ready(out, named_sampler(profile.solver or "euler"), applied.sigmas, applied.report, applied)
 
 
@@ -103,7 +102,8 @@ def _shift(model: Any, profile: Calibration, choice: Use, latent: dict | None) -
 def _propagation(model: Any, profile: Calibration, choice: Use) -> Ready:
     about = identify(model, weights=True)
     patched, chosen, said = with_calibration(model, profile, choice.speed or None)
-    sigmas = apply_profile(_levels_alone(profile), about, choice.steps, choice.denoise, choice.denoise_mode).sigmas
+    measured_on = replace(profile, kind=SCHEDULE, key_steps=None)
+    sigmas = apply_profile(measured_on, about, choice.steps, choice.denoise, choice.denoise_mode).sigmas
     report = [
         f"Propagation '{profile.name}', measured at {size_text(profile.resolution)}.",
         *said,
@@ -127,11 +127,6 @@ def _fitted(model: Any, profile: Calibration, choice: Use, latent: dict | None) 
         *doubts(profile, identify(model, weights=True), Planned(size=size)),
     ]
     return Ready(model, fitted_sampler_of(short.run), torch.tensor(short.run.sigmas), report, short=short)
-
-
-def _levels_alone(profile: Calibration) -> Calibration:
-    """The schedule that a calibration of propagation was measured on."""
-    return replace(profile, kind=SCHEDULE, key_steps=None)
 
 
 def stock_levels(model: Any, steps: int, denoise: float) -> Tensor:

@@ -36,11 +36,6 @@ def step_times(model_sampling: Any, sigmas: Tensor) -> tuple[list[float], float]
     return model_sampling.timestep(sigmas[:-1].cpu()).tolist(), float(top)
 
 
-def active_levels(model_sampling: Any, start_percent: float, end_percent: float) -> tuple[float, float]:
-    """The noise levels between which a node works."""
-    return float(model_sampling.percent_to_sigma(start_percent)), float(model_sampling.percent_to_sigma(end_percent))
-
-
 def noise_space(model_sampling: Any) -> NoiseSpace:
     return NoiseSpace("flow" if isinstance(model_sampling, comfy.model_sampling.CONST) else "ve")
 

@@ -239,7 +239,8 @@ def decide_shift(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
     if facts.size is None:
         return Decision(SHIFT, "", "This latent is no picture.")
     shifts = {name: one for name, one in shelf.profiles.items() if one.kind == NOISE_SHIFT}
-    found = {name: one for name, one in shifts.items() if not _of_another_model(one, facts, run, wish)}
+    another = lambda one: any(misfit.aspect in OF_THE_MODEL for misfit in blocking(one, facts, run, wish))
+    found = {name: one for name, one in shifts.items() if not another(one)}
     if not found:
         return Decision(SHIFT, "", "No profile for this model.", "a profile of Attune Fit Noise Shift")
     changing = [name for name, one in found.items() if not shift_for(one, facts.size)[0].is_identity]
@@ -250,10 +251,6 @@ def decide_shift(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
         why = f"'{changing[0]}' is there, but on the demo model no picture got better by it (docs/noise_shift.md)."
         return Decision(SHIFT, "", why, f"set 'noise_shift' to '{ALWAYS}'")
     return Decision(SHIFT, changing[0], shift_for(found[changing[0]], facts.size)[1])
-
-
-def _of_another_model(one: Calibration, facts: Facts, run: Run, wish: str) -> bool:
-    return any(misfit.aspect in OF_THE_MODEL for misfit in blocking(one, facts, run, wish))
 
 
 def decide_start(facts: Facts, run: Run, wish: str, shelf: Shelf, start: float) -> Decision:

@@ -55,14 +55,11 @@ def affordable(
 def tuned_profile(tuned: Tuned, setting: Setting, preset: str, seconds: float) -> Calibration:
     """What was found, with its evidence and how it was found."""
     metrics = {
-        "held_out": tuned.held_out,
-        "start": tuned.start,
-        "known_schedules": tuned.candidates,
-        "reference_error": tuned.reference_error,
-        "refused": tuned.refused,
-    }
+        "held_out": tuned.held_out, "start": tuned.start, "known_schedules": tuned.candidates,
+        "reference_error": tuned.reference_error, "refused": tuned.refused,
+    }  # fmt: skip
     return _profile(
-        FIT_METHOD, setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
+        setting, tuned.sigmas.tolist(), tuned.alignment, metrics,
         preset=preset, evaluations=tuned.evaluations, seconds=round(seconds, 1),
     )  # fmt: skip
 
@@ -71,7 +68,7 @@ def stopped_profile(now: Progress, setting: Setting) -> Calibration:
     """The best levels of a search that was stopped, which no held-out noise has seen."""
     assert now.best is not None
     metrics = {"fitted": now.error, "refused": [f"Stopped while {now.stage}: not proved on held-out noises."]}
-    profile = _profile(FIT_METHOD, setting, now.best.tolist(), None, metrics, evaluations=now.evaluations)
+    profile = _profile(setting, now.best.tolist(), None, metrics, evaluations=now.evaluations)
     return replace(profile, name=f"{profile.name}, stopped")
 
 
@@ -89,10 +86,11 @@ def tuning_report(
     ]
     if setting.runs != setting.solver:
         lines.append(f"Fitted with {setting.runs}, which {setting.solver} follows but for the noise that it adds.")
-    if "aligned" in held:
-        lines.append(f"Aligned timesteps: {held['aligned']:.4f} on held-out noises, kept.{_seen(tuned, 'aligned')}")
-    if "refined" in held:
-        lines.append(f"Refined levels: {held['refined']:.4f} on held-out noises, kept.{_seen(tuned, 'refined')}")
+    for stage, what in (("aligned", "Aligned timesteps"), ("refined", "Refined levels")):
+        if stage in held:
+            verdict = tuned.verdicts.get(stage)
+            over = f" Over what was kept before: {verdict.said}." if verdict else ""
+            lines.append(f"{what}: {held[stage]:.4f} on held-out noises, kept.{over}")
     if timesteps and setting.runs != "euler":
         lines.append(f"Timesteps are fitted for euler alone; {setting.solver} keeps the true ones.")
     if not levels:
@@ -111,18 +109,14 @@ def tuning_report(
     return "\n".join(lines)
 
 
-def _seen(tuned: Tuned, stage: str) -> str:
-    return f" Over what was kept before: {tuned.verdicts[stage].said}." if stage in tuned.verdicts else ""
-
-
 def _profile(
-    method: str, setting: Setting, sigmas: list[float], alignment: Alignment | None, metrics: dict[str, Any], **how: Any
+    setting: Setting, sigmas: list[float], alignment: Alignment | None, metrics: dict[str, Any], **how: Any
 ) -> Calibration:
     levels: tuple[CondLevels, ...] = ()
     if alignment is not None and alignment.changes:
         levels = (CondLevels(setting.runs, setting.resolution, *alignment.knots(setting.space)),)
     return fitted(
-        setting.model, SCHEDULE, f"{setting.solver} {len(sigmas) - 1} steps, {method}", method, setting.resolution,
-        metrics, solver=setting.solver, cfg=setting.cfg, sigmas=sigmas, alignments=levels, seed=setting.seed,
-        ran=setting.runs, **how,
+        setting.model, SCHEDULE, f"{setting.solver} {len(sigmas) - 1} steps, {FIT_METHOD}", FIT_METHOD,
+        setting.resolution, metrics, solver=setting.solver, cfg=setting.cfg, sigmas=sigmas, alignments=levels,
+        seed=setting.seed, ran=setting.runs, **how,
     )  # fmt: skip

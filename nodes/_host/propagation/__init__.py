@@ -31,7 +31,7 @@ from ....kernels.propagation import (
 from ....models.calibration import Calibration, KeySteps, Point
 from ..._plan.propagation import CALIBRATED, TARGET, Choice, ReuseSettings, chosen_point, said_of
 from ..calibrating import stands_aside
-from ..clock import Clock, active_levels, conditioning_changes, noise_space, step_times, why_not
+from ..clock import Clock, conditioning_changes, noise_space, step_times, why_not
 from ..solvers import adds_noise, facts_of, solver_name
 
 LOG = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class Propagation:
         self.rows = noise.shape[0] * sum(len(side) for side in guider.conds.values())
         times, top_time = step_times(sampling, sigmas)
         shares = [time / top_time for time in times]
+        level_at = lambda percent: float(sampling.percent_to_sigma(percent))
         levels = sigmas.tolist()  # a copy: uni_pc writes into the tensor
         self.inspect(noise)
         choice = self.choose(levels, shares, adds_noise(sampler))
@@ -70,7 +71,7 @@ class Propagation:
             levels, times, choice.keys,
             forecast=self.reuse.forecast, last=choice.keep_last,
             always=boundary_keys(levels, conditioning_changes(sampling, guider.conds)),
-            active=active_levels(sampling, settings.start_percent, settings.end_percent),
+            active=(level_at(settings.start_percent), level_at(settings.end_percent)),
         )  # fmt: skip
         self.clock = Clock(self.plan, sampler)
         self.cache = FeatureCache(2 if self.reuse.forecast else 1, self.cache_dtype, cache_device)
