@@ -103,6 +103,10 @@ class Propagation:
         """What the input 'reuse' stands for; ValueError for a part of another kind of network."""
         raise NotImplementedError
 
+    @classmethod
+    def prepare(cls, model: Any) -> None:
+        """Add to a MODEL, a clone, what its network needs to be stood in for."""
+
     def inspect(self, noise: Tensor) -> None:
         """Look at the network for latents like `noise`; sets `costs`."""
         raise NotImplementedError
@@ -153,6 +157,11 @@ class Propagation:
             "outputs were ready; features took %.1f MB.",
             WHO, c["whole"], c["missing"], c["part"], c["ready"], self.most_bytes / 1024**2,
         )  # fmt: skip
+        if c["unseen"] and not c["part"]:
+            LOG.warning(
+                "%s: this network showed nothing of its blocks that can be reused, so every step ran whole and nothing "
+                "was saved. Remove the node.", WHO,
+            )  # fmt: skip
         if c["moved"]:
             LOG.info("%s: tiles moved, so %d calls of the network ran whole.", WHO, c["moved"])
 
@@ -398,6 +407,7 @@ def applied(
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     patched.model_options["transformer_options"][KEY] = settings
+    propagation.prepare(patched)
     return patched
 
 

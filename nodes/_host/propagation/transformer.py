@@ -1,16 +1,21 @@
 """Propagation in a transformer (SD3, Flux, …): on most steps the inner blocks are replaced by what they added.
 
-The host lets a patch stand in for any block, so its forward runs as it is. On a key step the first and the last
-replaced block of each kind record what goes in and what comes out; on the others the last one returns what went in plus
-that difference. With no fresh block before them the output itself is held: the paper's variant for transformers.
+The host lets a patch stand in for any block of most networks, so their forward runs as it is. On a key step the first
+and the last replaced block of each kind record what goes in and what comes out; on the others the last one returns what
+went in plus that difference. With no fresh block before them the output itself is held: the paper's variant for
+transformers. Of a network that asks no patch (PixArt, Cosmos, Lumina, Z-Image, HiDream, …) the longest row of like
+blocks is taken, and the host's object patches give each of them a `forward` that asks.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
@@ -27,6 +32,9 @@ BLOCK_KINDS = {
     "double_block": ("joint_blocks", "double_blocks", "double_layers", "transformer_blocks", "blocks"),
     "single_block": ("single_blocks", "single_layers"),
 }
+SEATED = "block"  # of the blocks that a network offers to no patch
+SEATS = "attune.seats"
+ODD = "odd"  # what a block gives that is unlike what it takes, and cannot be reused
 STREAMS = ("img", "txt")
 CONTROL = "control"
 Block = tuple[str, int]
@@ -37,11 +45,69 @@ def blocks_of(network: nn.Module) -> dict[Block, nn.Module]:
     found: dict[Block, nn.Module] = {}
     if isinstance(network, openaimodel.UNetModel):
         return found
-    for kind, names in BLOCK_KINDS.items():
+    for kind, names in BLOCK_KINDS.items() if _asks_patches(type(network)) else ():
         lists = (getattr(network, name, None) for name in names)
         blocks = next((blocks for blocks in lists if isinstance(blocks, nn.ModuleList)), ())
         found |= {(kind, i): block for i, block in enumerate(blocks)}
-    return found
+    return found or {(SEATED, i): network.get_submodule(name) for i, name in enumerate(row_of(network))}
+
+
+@functools.cache
+def _asks_patches(network: type) -> bool:
+    """Whether the source of a network looks for patches of its blocks; yes where it cannot be read."""
+    try:
+        return any("patches_replace" in inspect.getsource(one) for one in network.__mro__ if _is_network(one))
+    except OSError:
+        return True
+
+
+def _is_network(one: type) -> bool:
+    return issubclass(one, nn.Module) and one is not nn.Module
+
+
+def row_of(network: nn.Module) -> list[str]:
+    """The names of the blocks in the row of one class that holds most of a network's weights."""
+    rows = []
+    for name, row in network.named_modules():
+        members = list(row.children())
+        alike = len({type(one) for one in members}) == 1 and isinstance(row, nn.ModuleList | nn.ModuleDict)
+        if alike and not isinstance(members[0], nn.ModuleList | nn.ModuleDict | nn.Sequential):
+            size = sum(weight.numel() for weight in row.parameters())
+            rows.append((size, [f"{name}.{key}" for key, _ in row.named_children()]))
+    return max(rows, default=(0, []))[1]
+
+
+class _Seats(threading.local):
+    """What stands in for the blocks of a network that asks no patch, while it is called in this thread."""
+
+    def __init__(self) -> None:
+        self.patches: dict[Block, Callable] = {}
+
+    def __deepcopy__(self, memo: dict) -> _Seats:
+        return self
+
+    def of(self, i: int, forward: Callable) -> Callable:
+        """The `forward` of block i, as the host's own blocks are offered: its first argument is the picture."""
+
+        @functools.wraps(forward)
+        def seated(*args, **kwargs):
+            patch = self.patches.get((SEATED, i))
+            if patch is None:
+                return forward(*args, **kwargs)
+            (name, picture), *_ = [(None, one) for one in args[:1]] or kwargs.items()
+
+            def original(now: dict) -> dict:
+                if name is None:
+                    out = forward(now["img"], *args[1:], **kwargs)
+                else:
+                    out = forward(**{**kwargs, name: now["img"]})
+                alike = isinstance(out, Tensor) and out.shape == picture.shape
+                return {"img" if alike else ODD: out}
+
+            left = patch({"img": picture}, {"original_block": original})
+            return left[ODD] if ODD in left else left["img"]
+
+        return seated
 
 
 def costs_of(blocks: Iterable[nn.Module]) -> Costs:
@@ -71,6 +137,16 @@ class TransformerPropagation(Propagation):
     def blocks_in(cls, model: Any) -> int:
         return len(blocks_of(model.get_model_object("diffusion_model")))
 
+    @classmethod
+    def prepare(cls, model: Any) -> None:
+        network = model.get_model_object("diffusion_model")
+        if (SEATED, 0) not in blocks_of(network):
+            return
+        seats = model.model_options["transformer_options"][SEATS] = _Seats()
+        for i, block in enumerate(row_of(network)):
+            place = f"diffusion_model.{block}.forward"
+            model.add_object_patch(place, seats.of(i, model.get_model_object(place)))
+
     def inspect(self, noise: Tensor) -> None:
         network = self.model.get_model_object("diffusion_model")
         self.blocks = blocks_of(network)
@@ -99,18 +175,23 @@ class TransformerPropagation(Propagation):
         features = self.recall(keys, signature, self.plan.time(self.clock.sigma), x) if reuses else None
         if features is not None:
             self.counts["part"] += 1
-            options = self._patched(options, lambda *of: _Reused(features, self.reuse.fresh > 0).patches(*of))
-            with _not_compiled():
-                return executor(x, t, concat, context, _control_of(features), options, **extra)
+            reused = lambda *of: _Reused(features, self.reuse.fresh > 0).patches(*of)
+            with _not_compiled(), self._patched(options, reused) as patched:
+                return executor(x, t, concat, context, _control_of(features), patched, **extra)
         self.counts["missing"] += self.shorter
         self.counts["whole"] += 1
         wanted = self.records(keys)
         found: Features = {}
         residuals = self._control_features(control, x.shape[0]) if wanted else None
-        if wanted or self.plan.captured:  # on every whole step: torch.compile would compile patches that come and go
-            options = self._patched(options, lambda *of: _Recorded(found, self.reuse.fresh > 0).patches(*of))
-        output = executor(x, t, concat, context, control, options, **extra)
-        if found and residuals is not None:  # nothing is found in a network that does not offer its blocks
+        if not wanted and not self.plan.captured:
+            return executor(x, t, concat, context, control, options, **extra)
+        # Recorded on every whole step: torch.compile would compile patches that come and go.
+        recorded = lambda *of: _Recorded(found, self.reuse.fresh > 0).patches(*of)
+        with self._patched(options, recorded) as patched:
+            output = executor(x, t, concat, context, control, patched, **extra)
+        if not found or any(value.shape[0] != x.shape[0] for value in found.values()):
+            self.counts["unseen"] += 1
+        elif residuals is not None:
             self.store(keys, signature, {**found, **residuals}, x)
         return output
 
@@ -133,17 +214,23 @@ class TransformerPropagation(Propagation):
                     found[CONTROL, side, i] = value
         return found
 
-    def _patched(self, options: dict, patches_of: Callable) -> dict:
-        """Transformer options in which `patches_of(kind, indices, others)` stands in for the reused blocks."""
+    @contextlib.contextmanager
+    def _patched(self, options: dict, patches_of: Callable) -> Iterator[dict]:
+        """Transformer options with which `patches_of(kind, indices, others)` stands in for the reused blocks."""
         replaced = options.get("patches_replace", {})
-        others = replaced.get("dit", {})
-        reused = list(self.blocks)[self.reuse.fresh : self.reuse.cut]
-        patches = dict(others)
-        for kind in BLOCK_KINDS:
-            indices = [i for name, i in reused if name == kind]
-            if indices:
-                patches |= patches_of(kind, indices, others)
-        return {**options, "patches_replace": {**replaced, "dit": patches}}
+        others, reused = replaced.get("dit", {}), list(self.blocks)[self.reuse.fresh : self.reuse.cut]
+        patches: dict[Block, Callable] = {}
+        for kind in dict(reused):
+            patches |= patches_of(kind, [i for name, i in reused if name == kind], others)
+        seats = options.get(SEATS)
+        if seats is None:
+            yield {**options, "patches_replace": {**replaced, "dit": {**others, **patches}}}
+            return
+        seats.patches = patches
+        try:
+            yield options
+        finally:
+            seats.patches = {}
 
 
 def _not_compiled() -> contextlib.AbstractContextManager:
@@ -163,29 +250,43 @@ def _control_of(features: Features) -> dict[str, list] | None:
 
 
 class _Recorded:
-    """Runs the blocks, another node's patches among them, and writes down what the whole row of them does."""
+    """Runs the blocks, another node's patches among them, and writes down what the whole row of them does.
+
+    What one tensor needs stands in the patch itself: torch.compile makes a graph of its own of a function called there.
+    """
 
     def __init__(self, found: Features, difference: bool):
         self.found, self.difference = found, difference
-        self.entered: dict[str, Tensor] = {}
+        self.entered: dict[str, Any] = {}
 
     def patches(self, kind: str, indices: list[int], others: dict) -> dict[Block, Callable]:
         def patch_for(i: int) -> Callable:
             def patch(args: dict, extra: dict) -> dict:
                 if i == indices[0] and self.difference:  # a copy: Flux adds to it in place
-                    self.entered = {name: args[name].clone() for name in STREAMS if args.get(name) is not None}
+                    self.entered = {
+                        name: one.clone() if isinstance(one, Tensor) else [part.clone() for part in one]
+                        for name, one in args.items()
+                        if name in STREAMS and one is not None
+                    }
                 other = others.get((kind, i))
                 out = other(args, extra) if other else extra["original_block"](args)
                 if i == indices[-1]:
                     for name in STREAMS:
-                        if out.get(name) is not None:
-                            value = out[name] - self.entered[name] if self.difference else out[name].clone()
-                            self.found[kind, name] = value
+                        left = out.get(name)
+                        if isinstance(left, Tensor):
+                            value = left - self.entered[name] if self.difference else left.clone()
+                            self.found[kind, name, 0] = value
+                        elif left is not None:
+                            self._keep(kind, name, left)
                 return out
 
             return patch
 
         return {(kind, i): patch_for(i) for i in indices}
+
+    def _keep(self, kind: str, name: str, left: Sequence[Tensor]) -> None:
+        for j, value in enumerate(left):
+            self.found[kind, name, j] = value - self.entered[name][j] if self.difference else value.clone()
 
 
 class _Reused:
@@ -196,21 +297,24 @@ class _Reused:
 
     def __init__(self, features: Features, difference: bool):
         self.features, self.difference = features, difference
-        self.target: dict[str, Tensor | None] = {}
+        self.target: dict[str, Any] = {}
 
     def patches(self, kind: str, indices: list[int], others: dict) -> dict[Block, Callable]:
         def patch_for(i: int) -> Callable:
             def patch(args: dict, extra: dict) -> dict:
                 if i == indices[0]:
-                    self.target = {name: self._end_of(kind, name, args) for name in STREAMS if name in args}
+                    self.target = {name: self._end_of(kind, name, args[name]) for name in STREAMS if name in args}
                 return self.target if i == indices[-1] else {name: args[name] for name in STREAMS if name in args}
 
             return patch
 
         return {(kind, i): patch_for(i) for i in indices}
 
-    def _end_of(self, kind: str, name: str, args: dict) -> Tensor | None:
-        feature = self.features.get((kind, name))
-        if feature is None:
-            return args[name]
-        return args[name] + feature if self.difference else feature.clone()
+    def _end_of(self, kind: str, name: str, given: Any) -> Any:
+        if (kind, name, 0) not in self.features:
+            return given
+        if isinstance(given, Tensor):
+            kept = self.features[kind, name, 0]
+            return given + kept if self.difference else kept.clone()
+        kept = [self.features[kind, name, j] for j in range(len(given))]
+        return type(given)(a + b if self.difference else b.clone() for a, b in zip(given, kept, strict=True))
