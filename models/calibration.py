@@ -36,8 +36,9 @@ class ModelIdentity:
     families: its configuration class and that class's own bases, by name, nearest first. space: "ve" or "flow".
     sigma_min and sigma_max: the model's own noise levels, in that space's units. prediction: what the network predicts,
     "eps", "v", "edm", "flow". config_hash: names its architecture. shift: of a flow model's own schedulers, None where
-    it has none. weights_hash: names its weights without LoRAs. patches: names the LoRAs and other weight patches on
-    them, UNPATCHED without any. All "" where unknown.
+    it has none; factor: the same as a factor of sigma / (1 - sigma); reshifted: whether a ModelSampling node set it.
+    weights_hash: names its weights without LoRAs. patches: names the LoRAs and other weight patches on them, UNPATCHED
+    without any. network: what its configuration says. All "" or None where unknown.
     """
 
     families: tuple[str, ...]
@@ -49,6 +50,9 @@ class ModelIdentity:
     shift: float | None = None
     weights_hash: str = ""
     patches: str = ""
+    factor: float | None = None
+    reshifted: bool = False
+    network: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def family(self) -> str:

@@ -18,7 +18,7 @@ from ._draw.noise_shift import draw_shift
 from ._host.api import Profile, advanced, io, schema, shown_on
 from ._host.calibrating import calibrating
 from ._host.folders import find_profile, keep_fit, keep_profile, keep_update, profile_path
-from ._host.identity import identify, pixels
+from ._host.identity import identify, pixels, pixels_a_side
 from ._host.noise_shift import (
     STEPS,
     calibrate,
@@ -190,7 +190,8 @@ def _wanted(model, sizes: str, latent: dict | None, images, vae) -> list[tuple[i
             raise ValueError(
                 "Connect 'vae': it encodes the pictures. Or connect 'latent' with pictures encoded before."
             )
-        wanted = parse_sizes(sizes, MULTIPLE)
+        side = pixels_a_side(model.get_model_object("latent_format"))
+        wanted = parse_sizes(sizes, max(MULTIPLE, side))
         if not wanted:
             raise ValueError("'sizes' is empty: list at least one picture size, such as 512x512.")
     if images is not None:

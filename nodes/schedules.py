@@ -7,14 +7,15 @@ import logging
 from ..models.calibration import SAMPLER, size_text
 from ..models.store import is_profile_file
 from ._draw.card import draw_card
-from ._host.api import advanced, io, schema
+from ._host.api import advanced, io, say_on_node, schema
 from ._host.fitted_sampler import fast_for
 from ._host.folders import find_profile, has_profile, missing_profile, profile_stamps, profiles_of_kind, schedule_files
-from ._host.identity import identify, pixels
-from ._host.sampling import sample
+from ._host.identity import identify, sampled
+from ._host.sampling import run_stock_node, sample, scheduler_names
 from ._host.solvers import sampler_names
 from ._plan.fitted_sampler import NOT_FAST, USES, Wish
-from ._plan.named_schedules import schedule, schedule_names
+from ._plan.makers import Sampled
+from ._plan.named_schedules import AUTO, of_auto, schedule, schedule_names
 from ._plan.profile_on_model import apply_profile, listed
 
 LOG = logging.getLogger(__name__)
@@ -26,11 +27,13 @@ DENOISE_TIP = (
     "and is the end of a schedule of steps / denoise steps."
 )
 SCHEDULE_TIP = (
-    "auto: the published schedule for this model's family. AYS …: Align Your Steps for that model. "
+    "auto: what is published for this model's family: Align Your Steps, or what its maker runs at the latent's size; "
+    "without either the stock schedule. AYS …: Align Your Steps for that model. "
     "KL-optimal: a closed form for every model, flow models (SD3, Flux) too; c is the spread of the data: "
     "1.4 puts more steps at high noise, 0.5 at low noise. tuned for …: fitted to a demo model and this sampler, the "
-    "nearest number of steps. Files: your profiles in models/attune, their schedule only; "
-    "Attune Apply Profile also applies their timestep alignment."
+    "nearest number of steps. Turbo, distilled, Lightning …: the makers' own levels for such a model; another family "
+    "is refused. by latent dimensions: flow models whose maker states no shift. Files: your profiles in "
+    "models/attune, their schedule only; Attune Apply Profile also applies their timestep alignment."
 )
 
 
@@ -52,24 +55,30 @@ def _schedule():
     return io.Combo.Input("schedule", options=names, default="auto", tooltip=SCHEDULE_TIP)
 
 
-def _levels(node: str, model, steps: int, denoise: float, name: str, latent: dict | None):
+def _levels(node: type[io.ComfyNode], model, steps: int, denoise: float, name: str, latent: dict | None):
     """The SIGMAS, with one line in the log on what was chosen."""
     if (known := _known(name)) is not True:
         raise ValueError(known)
-    resolution = None if latent is None else pixels(model, latent)
-    if not has_profile(name):
-        sigmas, said = schedule(name, identify(model), steps, denoise, resolution)
-    else:
+    made = Sampled() if latent is None else sampled(model, latent)
+    about = identify(model)
+    if has_profile(name):
         applied = apply_profile(
-            find_profile(name), identify(model, weights=True), steps, denoise, "comfy", resolution=resolution,
+            find_profile(name), identify(model, weights=True), steps, denoise, "comfy", resolution=made.size,
             strength=0.0,
         )  # fmt: skip
         sigmas, said = applied.sigmas, " ".join(applied.report)
-    size = "" if resolution is None else f", picture {size_text(resolution)}"
+    elif name == AUTO and of_auto(about) is None:
+        stock = scheduler_names()[0]
+        (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=stock, steps=steps, denoise=denoise)
+        said = f"no schedule is published for {about.family}: the stock '{stock}', as in a stock KSampler"
+    else:
+        sigmas, said = schedule(name, about, steps, denoise, made)
+    size = "" if made.size is None else f", picture {size_text(made.size)}"
     levels = f"{len(sigmas) - 1} steps: {listed(sigmas)}" if len(sigmas) else (
         f"there is no step to sample, because 'denoise' is {denoise:g}: the latent comes back as it is"
     )  # fmt: skip
-    LOG.info("%s: %s%s; %s", node, said, size, levels)
+    LOG.info("%s: %s%s; %s", node.define_schema().display_name, said, size, levels)
+    say_on_node(node, said)
     return sigmas
 
 
@@ -87,8 +96,12 @@ class AttuneScheduler(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneScheduler", "Attune Scheduler", CATEGORY,
-            "Noise levels to fit the model: published Align Your Steps, or the exact KL-optimal schedule.",
-            search_aliases=["align your steps", "AYS", "sigmas", "scheduler", "kl optimal"],
+            "Noise levels to fit the model: Align Your Steps, or what its maker runs at this size.",
+            search_aliases=[
+                "align your steps", "AYS", "sigmas", "scheduler", "kl optimal", "shift", "mu", "turbo", "lightning",
+                "Flux2Scheduler", "LTXVScheduler",
+            ],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 _model(),
                 _steps(),
@@ -96,7 +109,7 @@ class AttuneScheduler(io.ComfyNode):
                 _schedule(),
                 io.Latent.Input(
                     "latent", optional=True,
-                    tooltip="The latent to sample: auto then prefers the schedule made for the nearest picture size.",
+                    tooltip="The latent to sample: schedules that depend on the picture's size take it from here.",
                 ),
             ],
             outputs=[
@@ -110,7 +123,7 @@ class AttuneScheduler(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, steps, denoise, schedule, latent=None) -> io.NodeOutput:
-        return io.NodeOutput(_levels("Attune Scheduler", model, steps, denoise, schedule, latent))
+        return io.NodeOutput(_levels(cls, model, steps, denoise, schedule, latent))
 
 
 class AttuneKSampler(io.ComfyNode):
@@ -167,7 +180,7 @@ class AttuneKSampler(io.ComfyNode):
         cls, model, seed, steps, cfg, sampler_name, schedule, positive, negative, latent_image, denoise=1.0,
         fast=NOT_FAST,
     ) -> io.NodeOutput:  # fmt: skip
-        sigmas = _levels("Attune KSampler", model, steps, denoise, schedule, latent_image)
+        sigmas = _levels(cls, model, steps, denoise, schedule, latent_image)
         given = (model, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
         return io.NodeOutput(
             sample(*given) if fast == NOT_FAST else sample(*given, through=fast_for(cls, Wish(fast), "fast", draw_card))

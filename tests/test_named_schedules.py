@@ -13,9 +13,11 @@ from pack.kernels.space import NoiseSpace
 from pack.models.calibration import KINDS, SCHEDULE, ModelIdentity
 from pack.models.store import shipped_profiles
 from pack.nodes._plan import named_schedules
+from pack.nodes._plan.makers import BY_DIMENSIONS, named_makers
 from pack.nodes._plan.named_schedules import (
+    AUTO,
     CLOSED_FORMS,
-    TUNED,
+    of_auto,
     published_profiles,
     schedule,
     schedule_names,
@@ -29,8 +31,10 @@ SD3 = ModelIdentity(("SD3",), "flow", 0.003, 1.0)
 
 def test_the_list_starts_with_auto_and_has_every_profile_and_closed_form():
     tuned = ["tuned for dpmpp_2m", "tuned for euler", "tuned for uni_pc"]
-    assert schedule_names()[0] == "auto" and sorted(schedule_names()[-3:]) == tuned
-    assert schedule_names()[1:-3] == [*published_profiles(), *CLOSED_FORMS]
+    fitted = len(published_profiles()) + len(CLOSED_FORMS) + 1
+    assert schedule_names()[0] == "auto" and sorted(schedule_names()[fitted : fitted + 3]) == tuned
+    assert schedule_names()[1:fitted] == [*published_profiles(), *CLOSED_FORMS]
+    assert schedule_names()[fitted + 3 :] == [*named_makers(), BY_DIMENSIONS]
 
 
 @pytest.mark.parametrize(("model", "name"), [(SD15, "AYS SD 1.5"), (SDXL, "AYS SDXL")])
@@ -46,9 +50,7 @@ def test_at_the_native_count_the_published_levels_come_out_with_a_final_zero():
     torch.testing.assert_close(sigmas, want, rtol=1e-7, atol=0)
 
 
-@pytest.mark.parametrize(
-    "name", [n for n in schedule_names() if n not in ("AYS SVD", "AYS DeepFloyd-IF stage 1") and TUNED not in n]
-)
+@pytest.mark.parametrize("name", [AUTO, "AYS SD 1.5", "AYS SDXL", *CLOSED_FORMS])
 @pytest.mark.parametrize("steps", [1, 5, 10000])
 @pytest.mark.parametrize("denoise", [1.0, 0.5, 0.05])
 def test_every_choice_gives_steps_plus_one_decreasing_levels_in_float32(name, steps, denoise):
@@ -93,9 +95,20 @@ def test_closed_forms_start_at_the_models_own_level(name, c, model):
     assert torch.equal(schedule(name, model, 12)[0], want)
 
 
+def test_auto_on_a_flow_model_is_its_makers_schedule():
+    sigmas, said = schedule("auto", SD3, 10)
+    assert said.startswith("SD3 by Stability AI: shift 3") and len(sigmas) == 11
+
+
+def test_auto_knows_no_schedule_for_a_family_under_other_noise_than_its_own():
+    """Such as a fine-tune of SDXL that was turned into a flow model; the node runs the stock schedule then."""
+    assert of_auto(SDXL) is shipped_profiles()["AYS SDXL"]
+    assert of_auto(replace(SDXL, space="flow", sigma_max=1.0)) is of_auto(replace(SD3, space="ve")) is None
+
+
 def test_auto_on_an_unknown_family_names_it_and_what_to_choose():
-    with pytest.raises(ValueError, match=r"family SD3\. Choose 'KL-optimal' in 'schedule'.*AYS SD 1\.5"):
-        schedule("auto", SD3, 10)
+    with pytest.raises(ValueError, match=r"family New\. Choose 'KL-optimal' in 'schedule'.*AYS SD 1\.5"):
+        schedule("auto", replace(SD3, families=("New",)), 10)
 
 
 def test_a_schedule_of_the_other_noise_convention_is_refused():

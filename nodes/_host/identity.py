@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+import math
 from collections.abc import Sequence
 
 import comfy.model_sampling
+import comfy.sample
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ...models.calibration import UNPATCHED, ModelIdentity
+from .._plan.makers import Sampled
 
 SAMPLED_TENSORS, SAMPLED_NUMBERS = 16, 512  # of the weights, for their hash
 NO_FAMILY = {"BASE", "object"}  # classes that every configuration has
 DISTILLED = {"LCM", "ModelSamplingDiscreteDistilled"}
+PIXELS_A_SIDE = {  # of one latent pixel, by latent format, for hosts whose formats do not say; all others have 8
+    "Flux2": 16, "Wan22": 16, "HunyuanVideo15": 16, "HunyuanImage21": 32, "LTXV": 32, "ChromaRadiance": 1,
+    "SC_Prior": 42, "SC_B": 4,
+}  # fmt: skip
+SPACIAL, TEMPORAL = "downscale_ratio_spacial", "downscale_ratio_temporal"  # what empty LATENTs of newer hosts say
 
 
 def identify(model, weights: bool = False) -> ModelIdentity:
@@ -32,9 +42,20 @@ def identify(model, weights: bool = False) -> ModelIdentity:
         prediction=prediction(sampling),
         config_hash=config_hash(model.model.model_config.unet_config),
         shift=getattr(sampling, "shift", None),
+        factor=shift_factor(sampling),
+        reshifted="model_sampling" in getattr(model, "object_patches", ()),
+        network=model.model.model_config.unet_config,
         weights_hash=weights_hash(model) if weights else "",
         patches=patches_hash(model) if weights else "",
     )
+
+
+def shift_factor(sampling) -> float | None:
+    """The shift of a flow model's own levels as a factor of sigma / (1 - sigma), whatever unit it is stated in."""
+    if not isinstance(sampling, comfy.model_sampling.CONST) or not hasattr(sampling, "shift"):
+        return None
+    half = float(sampling.sigma(sampling.timestep(torch.tensor(0.5))))
+    return half / (1 - half) if 0 < half < 1 else None
 
 
 def is_distilled(sampling) -> bool:
@@ -111,15 +132,37 @@ def _sampled(weight: Tensor) -> Tensor:
 
 def pixels(model, latent: dict) -> tuple[int, int] | None:
     """Width and height in pixels of the picture that a LATENT of this MODEL becomes; None for audio with video."""
-    samples = latent["samples"]
-    if getattr(samples, "is_nested", False):
-        return None
-    return pixels_of(model.get_model_object("latent_format"), samples.shape)
+    return sampled(model, latent).size
+
+
+def sampled(model, latent: dict) -> Sampled:
+    """What of a LATENT is sampled: an empty one of another ratio is resized by the host first."""
+    if getattr(latent["samples"], "is_nested", False):
+        return Sampled()
+    shape = as_sampled(model, latent).shape
+    return Sampled(
+        pixels_of(model.get_model_object("latent_format"), shape),
+        shape[2] if len(shape) == 5 else 1,
+        math.prod(shape[1:]),
+    )
+
+
+def as_sampled(model, latent: dict) -> Tensor:
+    """The samples of a LATENT as the stock samplers take them: an empty one in this MODEL's channels and size."""
+    ratios = [latent.get(SPACIAL), latent.get(TEMPORAL)]
+    known = len(inspect.signature(comfy.sample.fix_empty_latent_channels).parameters) - 2
+    return comfy.sample.fix_empty_latent_channels(model, latent["samples"], *ratios[: max(known, 0)])
 
 
 def pixels_of(latent_format, shape: Sequence[int]) -> tuple[int, int] | None:
-    """Width and height in pixels of a latent [b c … h w]; None for one that is no picture (packed, audio)."""
+    """Width and height in pixels of a latent [b c h w]; None for one that is no picture (packed, audio)."""
     if len(shape) < 4:
         return None
-    scale = getattr(latent_format, "spacial_downscale_ratio", 8)
-    return shape[-1] * scale, shape[-2] * scale
+    side = pixels_a_side(latent_format)
+    return shape[-1] * side, shape[-2] * side
+
+
+def pixels_a_side(latent_format) -> int:
+    """How many pixels of the picture one latent pixel is wide and high."""
+    known = (PIXELS_A_SIDE.get(one.__name__) for one in type(latent_format).__mro__)
+    return getattr(latent_format, "spacial_downscale_ratio", None) or next(filter(None, known), 8)

@@ -19,7 +19,7 @@ from ...models.calibration import Calibration
 from .._plan.noise_shift import Size, shift_for
 from .calibrating import calibrating, inside_run
 from .conditioning import Remap, options_for_solve, told_at, with_choice_per_solve, with_conditioning
-from .identity import identify
+from .identity import identify, pixels_a_side
 from .sampling import run_stock_node, sample
 from .session import ProgressBar
 
@@ -150,8 +150,8 @@ def draw_own(model, vae, positive: Sequence, negative: Sequence | None, cfg: flo
     sampling, latent_format = model.get_model_object("model_sampling"), model.get_model_object("latent_format")
     flow = isinstance(sampling, comfy.model_sampling.CONST)
     sigmas = comfy.samplers.calculate_sigmas(sampling, "simple" if flow else "karras", STEPS)
-    scale = getattr(latent_format, "spacial_downscale_ratio", 8)
-    empty = {"samples": torch.zeros(1, latent_format.latent_channels, size[1] // scale, size[0] // scale)}
+    side = pixels_a_side(latent_format)
+    empty = {"samples": torch.zeros(1, latent_format.latent_channels, size[1] // side, size[0] // side)}
     pictures = []
     for i in range(count):
         prompt = prompts_of(positive, i, i + 1, count)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...kernels.one_more_step import SignalLeak, clean_of_v, first_state, guided, keyed_noise, noise_for
 from ...models import one_more_step as files
+from .identity import SPACIAL, TEMPORAL, as_sampled
 from .start import Start, StartingRun, with_start
 from .timeless_unet import TimelessUNet, diffusers_names
 
@@ -273,9 +274,10 @@ def _weight(options: dict, noise: Tensor) -> Tensor:
 
 def predicted_latent(model, plan: FirstState, latent: dict, seed: int = 0) -> dict:
     """The prediction alone as a LATENT of the shape of `latent`; it hardly depends on the seed."""
-    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    samples = as_sampled(model, latent)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     check_latent(plan, noise)
     comfy.model_management.load_models_gpu(plan.patchers)
     x0, _ = predict(plan, noise.to(comfy.model_management.get_torch_device()))
-    return {**latent, "samples": model.model.process_latent_out(x0).cpu()}
+    kept = {key: value for key, value in latent.items() if key not in (SPACIAL, TEMPORAL)}
+    return {**kept, "samples": model.model.process_latent_out(x0).cpu()}

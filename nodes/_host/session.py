@@ -22,7 +22,7 @@ from ...kernels.types import Denoiser
 from .._plan.solvers import SOLVERS, SolverFacts
 from .calibrating import calibrating, inside_run
 from .conditioning import options_for_solve, told_at, with_choice_per_solve
-from .identity import is_distilled
+from .identity import SPACIAL, TEMPORAL, as_sampled, is_distilled
 from .recorder import Recorder
 from .solvers import adds_noise, known, solver_name
 
@@ -206,7 +206,8 @@ def empty_latent(model, latent: dict) -> Tensor:
     samples = latent["samples"]
     if getattr(samples, "is_nested", False):
         raise ValueError("The latent holds a video with its sound: this works on one picture or video only.")
-    return torch.zeros_like(comfy.sample.fix_empty_latent_channels(model, torch.zeros_like(samples).float()))
+    ratios = {} if samples.any() else {key: latent.get(key) for key in (SPACIAL, TEMPORAL)}
+    return torch.zeros_like(as_sampled(model, {**ratios, "samples": torch.zeros_like(samples).float()}))
 
 
 def draw_noises(latent: Tensor, seed: int, n: int) -> list[Tensor]:

@@ -10,8 +10,10 @@ from ...kernels.ays import kl_optimal
 from ...kernels.schedules import check_sigmas, end_at_zero, for_denoise, resample_loglinear, resample_theta
 from ...kernels.space import NoiseSpace
 from ...kernels.types import Sigmas
-from ...models.calibration import SCHEDULE, Calibration, ModelIdentity, misfits, pick_profile, size_text
+from ...models.calibration import SCHEDULE, Calibration, ModelIdentity, Size, misfits, pick_profile, size_text
+from ...models.makers import Published, published_for, shipped_makers
 from ...models.store import shipped_profiles
+from .makers import BY_DIMENSIONS, Sampled, by_dimensions, makers_schedule, named_makers
 
 AUTO = "auto"
 TUNED = "tuned for "  # and a sampler: the shipped fit for it nearest in steps
@@ -34,24 +36,41 @@ def tuned_profiles() -> list[Calibration]:
 
 def schedule_names() -> list[str]:
     solvers = dict.fromkeys(one.solver for one in tuned_profiles())
-    return [AUTO, *published_profiles(), *CLOSED_FORMS, *(TUNED + solver for solver in solvers)]
+    tuned = (TUNED + solver for solver in solvers)
+    return [AUTO, *published_profiles(), *CLOSED_FORMS, *tuned, *named_makers(), BY_DIMENSIONS]
+
+
+def of_auto(model: ModelIdentity, size: Size | None = None) -> Calibration | Published | None:
+    """What "auto" is for a model: a published table of its family, else what its maker runs; None for unknown ones."""
+    table = pick_profile(published_profiles().values(), model.families, size)
+    fits = table is not None and all(one.aspect != "noise" for one in misfits(table, model))
+    return table if fits else published_for(model)
 
 
 def schedule(
-    name: str, model: ModelIdentity, steps: int, denoise: float = 1.0, resolution: tuple[int, int] | None = None
+    name: str,
+    model: ModelIdentity,
+    steps: int,
+    denoise: float = 1.0,
+    sampled: Sampled = Sampled(),  # noqa: B008
 ) -> tuple[Sigmas, str]:
     """The levels of the schedule called `name`, float32 [steps+1] ending in 0, and one sentence on what was chosen.
 
     `denoise` below 1 keeps the last `steps` steps of a longer run; at 0 there is none and the tensor is empty.
-    `resolution` (width, height in pixels) helps "auto" to choose between profiles of one family. Raises ValueError with
-    the choices on screen when the schedule is unknown or does not fit the model.
+    `sampled` lets "auto" choose between profiles of one family, and makers' schedules move with the picture's size.
+    Raises ValueError with the choices on screen when the schedule is unknown or does not fit the model.
     """
-    if name in CLOSED_FORMS:
+    one = of_auto(model, sampled.size) if name == AUTO else shipped_makers().get(name)
+    if isinstance(one, Published):
+        sigmas, said = makers_schedule(one, model, steps, denoise, sampled)
+    elif name == BY_DIMENSIONS:
+        sigmas, said = by_dimensions(model, steps, denoise, sampled)
+    elif name in CLOSED_FORMS:
         space, c = NoiseSpace(model.space), CLOSED_FORMS[name]
         said = f"{name} from sigma {model.sigma_max:.4g}"
         sigmas = for_denoise(lambda n: kl_optimal(n, model.sigma_max, space, c), steps, denoise)
     else:
-        profile = _profile(name, model, steps, resolution)
+        profile = _profile(name, model, steps, sampled.size)
         unfit = next((one for one in misfits(profile, model) if one.aspect == "noise"), None)
         if unfit is not None:  # a table of another family may be asked for by name
             raise ValueError(f"{unfit} Choose another one in 'schedule', such as '{next(iter(CLOSED_FORMS))}'.")
@@ -75,10 +94,10 @@ def resample_profile(profile: Calibration, steps: int, denoise: float = 1.0) -> 
     return end_at_zero(resample_loglinear(levels, steps, denoise))
 
 
-def _profile(name: str, model: ModelIdentity, steps: int, resolution: tuple[int, int] | None) -> Calibration:
+def _profile(name: str, model: ModelIdentity, steps: int, resolution: Size | None) -> Calibration:
     if name == AUTO:
-        profile = pick_profile(published_profiles().values(), model.families, resolution)
-        if profile is None:
+        profile = of_auto(model, resolution)
+        if not isinstance(profile, Calibration):
             raise ValueError(
                 f"'auto' knows no schedule for the model family {model.families[0]}. Choose "
                 f"'{next(iter(CLOSED_FORMS))}' in 'schedule', which runs on every model, or by name one of: "

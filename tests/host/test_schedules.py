@@ -43,10 +43,12 @@ def test_the_demo_model_gets_the_schedule_of_its_noise(host, demo):
     assert torch.equal(levels(host, demo[0], 10), levels(host, demo[0], 10, schedule="AYS SD 1.5"))
 
 
-@pytest.mark.parametrize("family", ["SD20", "SD3"])
-def test_auto_on_a_family_without_a_schedule_says_what_to_choose(host, models, family):
-    with pytest.raises(ValueError, match=rf"family {family}\. Choose 'KL-optimal'"):
-        levels(host, models[family], 10)
+@pytest.mark.parametrize("denoise", [1.0, 0.4])
+def test_auto_on_a_family_without_a_schedule_is_the_stock_one_and_says_so(host, models, denoise, caplog):
+    (stock,) = host.call("BasicScheduler", model=models["SD20"], scheduler="simple", steps=10, denoise=denoise)
+    with caplog.at_level("INFO"):
+        assert torch.equal(levels(host, models["SD20"], 10, denoise), stock)
+    assert "no schedule is published for SD20: the stock 'simple'" in caplog.text
 
 
 def test_kl_optimal_suits_a_flow_model_with_the_shift_it_has(host, models):
