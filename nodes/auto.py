@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import math
 
 from ._host.api import advanced, io, say_on_node, schema, ui
 from ._host.expand import Expansion
 from ._host.folders import installed_files
-from ._host.identity import identify, is_distilled, pixels
+from ._host.identity import as_sampled, identify, is_distilled, sampled
 from ._host.propagation.transformer import blocks_of
 from ._host.propagation.unet import unet_of
 from ._host.sampling import run_stock_node, scheduler_names
@@ -167,16 +168,18 @@ def _facts(model, latent: dict) -> plan.Facts:
     latent_format = model.get_model_object("latent_format")
     blocks = blocks_of(model.get_model_object("diffusion_model"))
     width = model.model.model_config.unet_config.get("context_dim")
+    made, nested = sampled(model, latent), latent["samples"].is_nested
     return plan.Facts(
         identify(model, weights=True),
         "unet" if unet_of(model) is not None else "transformer" if blocks else "",
         type(latent_format).__name__,
         latent_format.latent_channels,
-        pixels(model, latent),
-        0 if latent["samples"].is_nested else latent["samples"].shape[-1] * latent["samples"].shape[-2],
+        made.size,
+        0 if nested else math.prod(as_sampled(model, latent).shape[-2:]),
         len(blocks),
         width if isinstance(width, int) else None,
         is_distilled(model.get_model_object("model_sampling")),
+        made.frames,
     )
 
 

@@ -49,7 +49,12 @@ FAMILIES = {
     "SDXL Turbo, Lightning": Case(SDXL, Run(4, "euler", 1.0, prompt_width=2048)),
     "SD3, SD3.5": Case(SD3, Run(28, "euler", 4.5)),
     "SD3, few steps": Case(SD3, Run(8, "dpmpp_2m", 4.5)),
+    "SD3.5 Large Turbo": Case(SD3, Run(4, "euler", 1.0)),
     "Flux": Case(transformer(flow("Flux", 1.15), "Flux", (1024, 1024), 57), Run(20, "euler", 1.0)),
+    "Flux.2 klein": Case(
+        transformer(replace(flow("Flux2", 2.02), families=("Flux2", "Flux")), "Flux2", (1024, 1024), 25, 128),
+        Run(4, "euler", 1.0),
+    ),
     "Qwen-Image": Case(transformer(flow("QwenImage", 1.15), "Wan21", (1328, 1328), 60), Run(20, "euler", 4.0)),
     "Wan": Case(transformer(flow("WAN21_T2V", 8.0), "Wan21", (832, 480), 30), Run(30, "uni_pc", 6.0)),
     "AuraFlow": Case(transformer(flow("AuraFlow", 1.73), "SDXL", (1024, 1024), 36, 4), Run(25, "euler", 3.5)),

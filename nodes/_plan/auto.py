@@ -26,8 +26,11 @@ from ...models.calibration import (
     pick_profile,
     size_text,
 )
+from ...models.makers import published_for, shipped_makers
 from ...models.npnet import NPNetConfig
 from ...models.one_more_step import ENCODERS
+from .makers import Sampled, makers_schedule
+from .named_schedules import AUTO
 from .noise_shift import shift_for
 from .propagation import FIDELITY, FIRST, ONE, calibrated_point
 from .solvers import SOLVERS, table_name
@@ -50,6 +53,7 @@ SHOWN_FORMS = {  # solver -> what beats every stock schedule on the demo model o
 }
 # Of the missing trace to the noise of the mean: at 1.2 nothing was gained with guidance, at 19 it was.
 MISSING_TRACE = 5.0
+FEW = 8  # steps of distilled models, at most
 PURE_NOISE = 500  # sigma_max of models that begin at pure noise
 REUSE = {  # network, solver -> (steps at least, one key step in so many, dB to the run without): docs/results.md
     ("unet", "euler"): ((50, 5, 48.0), (25, 3, 45.8), (20, 2, 53.0)),
@@ -80,10 +84,15 @@ class Facts:
     blocks: int = 0
     text_width: int | None = None
     distilled: bool = False  # as its noise says: ModelSamplingDiscrete with lcm
+    frames: int = 1  # of the latent
 
     @property
     def family(self) -> str:
         return self.model.families[0]
+
+    @property
+    def sampled(self) -> Sampled:
+        return Sampled(self.size, self.frames, self.area * self.channels * self.frames)
 
 
 @dataclass(frozen=True)
@@ -99,9 +108,9 @@ class Run:
 
 
 def looks_distilled(facts: Facts, run: Run) -> bool:
-    """Turbo and Lightning models have the network of their base: they are known by how they are run."""
-    few = facts.model.space == "ve" and run.steps <= 8 and run.cfg < 2
-    return facts.distilled or run.solver == "lcm" or few
+    """Turbo and Lightning models have the network of their base: they are known by how they are run, in a few steps
+    without guidance."""
+    return facts.distilled or run.solver == "lcm" or (run.steps <= FEW and run.cfg < 2)
 
 
 @dataclass(frozen=True)
@@ -156,7 +165,10 @@ def decide(facts: Facts, run: Run, wishes: Wishes, shelf: Shelf, start: float | 
 
 
 def decide_schedule(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
-    """The user's or a shipped fit for this very run, else a published table, else a closed form, else the stock one."""
+    """A fit for this very run, else what is published or shown for such models, else the stock schedule.
+
+    Distilled models get what their makers run, or nothing: a schedule for many steps is wrong for them.
+    """
     if wish == OFF:
         return Decision(SCHEDULE, "", "Switched off.")
     facts_of_solver = SOLVERS.get(table_name(run.solver))
@@ -168,10 +180,31 @@ def decide_schedule(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision
     if stage == len(ASPECTS):
         return Decision(SCHEDULE, name, f"Fitted to this network with {run.solver}.{_measured(fits[name])}")
     near = f" The nearest fit, '{name}', is {reason}." if stage > ASPECTS.index("network") else ""
+    flow = facts.model.space == "flow"
     if looks_distilled(facts, run):
-        why = "Run like a distilled model, which has timesteps of its own: take the scheduler that its makers give."
-        return Decision(SCHEDULE, "", why + near)
-    return _table(facts, run, wish, shelf, near) or _closed_form(facts, run, wish, near)
+        return _of_makers(facts, run, near) or _none_for_distilled(facts, near)
+    if table := _table(facts, run, wish, shelf, near):
+        return table
+    shown = _closed_form(facts, run, SHOWN, near)
+    of_makers = _of_makers(facts, run, near) if flow and not shown.pick else None
+    return of_makers or _closed_form(facts, run, wish, near)
+
+
+def _of_makers(facts: Facts, run: Run, near: str) -> Decision | None:
+    """What the model's maker runs, None where that is not known."""
+    one = published_for(facts.model)
+    if one is None:
+        return None
+    _, said = makers_schedule(one, facts.model, run.steps, run.denoise, facts.sampled)
+    return Decision(SCHEDULE, AUTO, f"{said}.{near}", "" if near else TUNE)
+
+
+def _none_for_distilled(facts: Facts, near: str) -> Decision:
+    fits = lambda one: one.space == facts.model.space and set(one.families) & set(facts.model.families)
+    names = [name for name, one in shipped_makers().items() if not one.auto and fits(one)]
+    why = "Run like a distilled model, which has timesteps of its own: take the scheduler that its makers give."
+    enable = f"choose its own in Attune Scheduler: {', '.join(names)}" if names else ""
+    return Decision(SCHEDULE, "", why + near, enable)
 
 
 def _table(facts: Facts, run: Run, wish: str, shelf: Shelf, near: str) -> Decision | None:

@@ -330,3 +330,12 @@ def test_no_broken_file_stops_auto_the_list_or_the_combos(host, auto, demo, lock
     with pytest.raises(ValueError, match=r"locked\.json cannot be read: Permission denied\. Allow reading it"):
         host.call("AttuneLoadProfile", profile_name="locked.json")
     assert host.nodes.NODE_CLASS_MAPPINGS["AttuneAuto"].fingerprint_inputs() is not None
+
+
+def test_a_distilled_flow_model_gets_its_makers_levels_and_no_schedule_for_many_steps(host, auto, flow):
+    """SD3.5 Large Turbo is run so: few steps, no guidance."""
+    latent = {"samples": torch.zeros(1, 16, 128, 128)}
+    _, sigmas, report = auto(flow, latent=latent, steps=8, sampler_name="dpmpp_2m", cfg=1.0)
+    (theirs,) = host.call("AttuneScheduler", model=flow, steps=8, denoise=1.0, schedule="auto", latent=latent)
+    assert torch.equal(sigmas, theirs) and "+ schedule: auto. SD3 by Stability AI: shift 3" in report
+    assert "KL-optimal" not in report
