@@ -20,11 +20,12 @@ from ...models.calibration import (
     size_text,
 )
 from .._plan.fitted_sampler import best_run, proved
+from .._plan.makers import Sampled, beside_noise_shift
 from .._plan.noise_shift import shift_for
 from .._plan.profile_on_model import REMEDY, Applied, apply_profile, doubts
 from .conditioning import Remap, with_conditioning
 from .fitted_sampler import fitted_sampler_of
-from .identity import identify, pixels
+from .identity import identify, pixels, sampled
 from .noise_shift import with_noise_shift
 from .propagation import with_calibration
 from .sampling import run_stock_node
@@ -85,13 +86,14 @@ def _schedule(model: Any, profile: Calibration, choice: Use, latent: dict | None
 
 
 def _shift(model: Any, profile: Calibration, choice: Use, latent: dict | None) -> Ready:
-    size = None if latent is None else pixels(model, latent)
-    asked = [one.resolution for one in profile.alignments] if size is None else [size]
+    made = Sampled() if latent is None else sampled(model, latent)
+    asked = [one.resolution for one in profile.alignments] if made.size is None else [made.size]
     steps = choice.steps or USUAL_STEPS
     report = [
         f"Noise shift '{profile.name}' at strength {choice.strength:g}. Every run gets its own size's.",
         *(shift_for(profile, one, choice.strength)[1] for one in asked),
         *doubts(profile, identify(model, weights=True)),
+        *beside_noise_shift(profile, made),
         f"It has no schedule of its own: SIGMAS are {steps} steps of the stock '{STOCK}', SAMPLER is euler.",
     ]
     sigmas = stock_levels(model, steps, choice.denoise)
