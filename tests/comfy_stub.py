@@ -75,9 +75,12 @@ def family_model(family: str, **network):
     the configuration alone) where NETWORKS has none; KeyError and the like for classes that want files first."""
     import comfy.model_patcher
     import comfy.supported_models
+    from comfy.ldm.flux.model import FluxParams
 
     kind = getattr(comfy.supported_models, family)
     own = NETWORKS.get(family, {"disable_unet_model_creation": True})
+    if "axes_dim" in own and "txt_ids_dims" in FluxParams.__dataclass_fields__:  # newer hosts
+        own = {**own, "txt_ids_dims": [3] if family == "Flux2" else []}
     config = kind({**kind.unet_config, **own, **network})
     config.set_inference_dtype(torch.float32, None)
     torch.manual_seed(0)
