@@ -206,26 +206,18 @@ def _sampler(
         chosen, plan = affordable(preset, needed, seconds, minutes, "steps in 'sigmas' or 'more_steps',")
         LOG.info("Attune Fit Sampler: %s", plan)
         fit = fit_run(model, solves, setting, solver, task, chosen, empty, minutes)
-        pictures = chosen.held_out * len(empty)
-
-        def stopped(proofs) -> None:
-            """Keep what was proved by then, if it is to the user's own run."""
-            if task.sigmas is None:
-                return
-            kept = proved_profile(proofs, setting, task.sigmas.tolist(), pictures, time.monotonic() - began)
-            if kept is not None:
-                LOG.warning("Attune Fit Sampler was stopped. %s", keep_fit(kept))
-
+        pictures, run_setting = chosen.held_out * len(empty), "" if exact else solves.setting
+        stopped = lambda proofs: _keep_stopped(proofs, setting, task, pictures, time.monotonic() - began, run_setting)
         proofs, path, long_seconds = _followed(fit, solves, cost(chosen), stopped)
-        return proofs, path, plan, pictures, solves.evaluations, (long_seconds, seconds)
+        return proofs, path, plan, pictures, run_setting, solves.evaluations, (long_seconds, seconds)
 
     whole = torch.tensor([about.sigma_max, 0.0])
-    proofs, path, plan, pictures, used, (long_seconds, each) = run_session(
+    proofs, path, plan, pictures, run_setting, used, (long_seconds, each) = run_session(
         model, positive, negative, setting.cfg, solver, whole, empty, setting.seed, setting.space, work
     )
     took, long = time.monotonic() - began, path.sigmas.tolist()
     followed = replace(setting, solver=REFERENCE, runs=REFERENCE) if exact else setting
-    profile = proved_profile(proofs, followed, long, pictures, took)
+    profile = proved_profile(proofs, followed, long, pictures, took, run_setting)
     what = "the exact path" if exact else "your run"
     report = run_report(proofs, followed, len(long) - 1, what, plan, took, used, task.counts)
     LOG.info("Attune Fit Sampler:\n%s", report)
@@ -242,6 +234,17 @@ def _sampler(
     shown_best = Shown(times, (path.end, best.end), best.run.steps)
     said = f"{report}\n{keep_fit(profile, lambda kept: keep_card(model, profile, kept, shown_best, draw_card))}"
     return io.NodeOutput(profile, torch.tensor(shown[-1].sigmas), picture, said, ui=shown_on(cls, picture))
+
+
+def _keep_stopped(
+    proofs, setting: Setting, task: Task, pictures: int, seconds: float, run_setting: str
+) -> None:  # fmt: skip
+    """Keep what was proved before the user stopped, to the user's own run."""
+    if task.sigmas is None:
+        return
+    profile = proved_profile(proofs, setting, task.sigmas.tolist(), pictures, seconds, run_setting)
+    if profile is not None:
+        LOG.warning("Attune Fit Sampler was stopped. %s", keep_fit(profile))
 
 
 def _followed(fit, solves: Solves, predicted: int, stopped):

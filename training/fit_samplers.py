@@ -52,9 +52,9 @@ def main() -> None:
             if is_done(path, known):
                 continue
             profile, report = fit(host, model, args.steps)
-            named = replace(
+            named = replace(  # without a setting: on the demo models, too, the first picture is the user's own run
                 profile.with_facts(**known), name=f"Attune demo {model}, fitted sampler, euler {LONG} steps",
-                source=f"Fitted to {MODELS[model]} by training/fit_samplers.py",
+                source=f"Fitted to {MODELS[model]} by training/fit_samplers.py", setting="",
             )  # fmt: skip
             path.unlink(missing_ok=True)
             save_profile(named, args.out, path.stem)

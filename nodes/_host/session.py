@@ -24,6 +24,7 @@ from .calibrating import calibrating, inside_run
 from .conditioning import options_for_solve, told_at, with_choice_per_solve
 from .identity import SPACIAL, TEMPORAL, as_sampled, is_distilled
 from .recorder import Recorder
+from .setting import setting_of, without_ours
 from .solvers import adds_noise, known, solver_name
 
 LOG = logging.getLogger(__name__)
@@ -90,6 +91,12 @@ class Solves:
     @property
     def evaluations(self) -> int:
         return self._guider.calls
+
+    @property
+    def setting(self) -> str:
+        """That of the user's own run, as `setting_of` finds it when the run is made without any fit."""
+        options = without_ours(self._extra_args["model_options"])
+        return setting_of(self._guider.guider, self._solver.sampler, options)
 
     def solve(self, sigmas: Tensor, noise: Tensor, a_map: ConditioningMap | None = None) -> Tensor:
         """Where the solver ends from `noise`, told the map; a copy of `sigmas`, for some samplers write into theirs."""
@@ -171,15 +178,15 @@ class _Counted:
     """A guider that counts its calls and stops between them when the user asks."""
 
     def __init__(self, guider):
-        self._guider, self.calls = guider, 0
+        self.guider, self.calls = guider, 0
 
     def __call__(self, *args, **kwargs):
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.calls += 1
-        return self._guider(*args, **kwargs)
+        return self.guider(*args, **kwargs)
 
     def __getattr__(self, name):
-        return getattr(self._guider, name)
+        return getattr(self.guider, name)
 
 
 T = TypeVar("T")

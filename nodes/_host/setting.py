@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 MOST_NESTED = 6
+OURS = "attune."  # what the keys of our own wrappers and options begin with
 PLAIN = (int, float, bool, str)
 OF_EVERY_RUN = {"sample_sigmas", "sigmas", "uuids", "cond_or_uncond", "callbacks", "model_options"}
 OF_THE_PROMPT = {"uuid", "cross_attn", "pooled_output", "model_conds"}
@@ -24,6 +25,14 @@ def setting_of(guider: Any, sampler: Any, model_options: Mapping) -> str:
     conds = {role: [said(one) for one in many] for role, many in getattr(guider, "conds", {}).items()}
     parts = [type(guider).__name__, guidance, getattr(sampler, "extra_options", {}), conds, model_options]
     return hashlib.sha256("\n".join(_spelled(one) for one in parts).encode()).hexdigest()[:16]
+
+
+def without_ours(options: Mapping) -> dict[str, Any]:
+    """model_options as they are where none of our nodes is on the MODEL: what a fit measures, for ours stand aside."""
+    ours = lambda key: str(key).startswith(OURS)
+    only_ours = lambda one: isinstance(one, Mapping) and one and all(map(ours, one))
+    kept = {key: one for key, one in options.items() if not ours(key) and not only_ours(one)}
+    return {key: without_ours(one) if isinstance(one, Mapping) else one for key, one in kept.items()}
 
 
 def _spelled(value: Any, depth: int = 0) -> str:

@@ -49,13 +49,13 @@ def check_looks(counts: int, pictures: int, preset: str) -> None:
 
 
 def proved_profile(
-    proofs: Sequence[Proof], setting: Setting, long: Sequence[float], pictures: int, seconds: float
+    proofs: Sequence[Proof], setting: Setting, long: Sequence[float], pictures: int, seconds: float, run_setting: str
 ) -> Calibration | None:
-    """The runs that held-out pictures let pass; None without any."""
+    """The runs that held-out pictures let pass; None without any. run_setting: see `Planned`."""
     runs = [ShortRun(one.run, round(max(one.psnr, 0.0), 2), pictures) for one in proofs if one.verdict.accepted]
     if not runs:
         return None
-    planned = Planned(setting.runs, len(long) - 1, setting.cfg, setting.resolution, tuple(long))
+    planned = Planned(setting.runs, len(long) - 1, setting.cfg, setting.resolution, tuple(long), run_setting)
     made = fitted_sampler(setting.model, planned, runs)
     evidence = {str(one.run.steps): {"rival": one.rival, "verdict": one.verdict.said} for one in proofs}
     return made.with_facts({"held_out": evidence}, seconds=round(seconds, 1), seed=setting.seed)

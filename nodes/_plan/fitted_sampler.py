@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ...models.calibration import SAMPLER, Calibration, ModelIdentity, Planned, ShortRun, fitted
 from .propagation import FIDELITY
@@ -48,9 +49,11 @@ def fitted_sampler(
     kept = [one for one in (known.runs if known else ()) if one.run.steps not in anew]
     every = sorted([*kept, *runs], key=lambda one: one.run.steps)
     name = f"{planned.solver} {planned.steps} steps, {METHOD}"
+    evidence = known.metrics.get("held_out", {}) if known else {}
+    held_out = {count: said for count, said in evidence.items() if int(count) not in anew}
+    metrics: dict[str, Any] = {"psnr": {str(one.run.steps): one.psnr for one in every}}
     return fitted(
-        identity, SAMPLER, name, METHOD, planned.size,
-        {"psnr": {str(one.run.steps): one.psnr for one in every}},
+        identity, SAMPLER, name, METHOD, planned.size, {**metrics, **({"held_out": held_out} if held_out else {})},
         solver=planned.solver, cfg=planned.cfg, sigmas=planned.levels, runs=every, setting=planned.setting,
     )  # fmt: skip
 

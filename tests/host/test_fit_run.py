@@ -9,6 +9,8 @@ from PIL import Image
 
 from graphs import Kit
 from harness import counting
+from methods import METHODS
+from nightly import daily
 from pack.kernels.fitted_sampler import fidelity
 from pack.models.calibration import SAMPLER
 from pack.models.store import load_profile
@@ -178,3 +180,40 @@ def test_what_was_proved_before_a_stop_is_kept(unet, host, lenient, monkeypatch)
         fitted(unet, steps=4, more_steps="6")
     (file,) = host.profiles.glob("*.json")
     assert [one.run.steps for one in load_profile(file).runs] == [4]
+
+
+def test_the_fast_sampler_takes_a_fit_to_the_users_own_run_by_itself(kit, host, lenient):
+    """Fitted, kept, found: the picture is that of Attune Apply Profile. Another set-up makes its own run in full."""
+    (rescaled,) = host.call("RescaleCFG", model=kit.model, multiplier=0.7)
+    profile, *_ = fitted(kit, model=rescaled)
+    said: list[str] = []
+
+    def fast(**changed):
+        (euler,) = host.call("KSamplerSelect", sampler_name="euler")
+        (sampler,) = host.call("AttuneFastSampler", sampler=euler, use="auto", evaluations=4, fidelity=1.0)
+        sampler._say = said.append
+        with counting(kit.model) as calls:
+            latent = drawn(kit, sampler, changed.pop("sigmas", schedule(kit, 12)), **{"model": rescaled, **changed})
+        return latent, calls[0]
+
+    latent, calls = fast()
+    (file,) = host.profiles.glob("*.json")
+    assert calls == 4 and f"('{file.name}')" in said[-1] and "2 other pictures" in said[-1]
+    _, sampler, levels, _ = host.call("AttuneApplyProfile", model=rescaled, profile=profile)
+    assert torch.equal(latent, drawn(kit, sampler, levels, model=rescaled))
+    for changed in ({"model": kit.model}, {"sigmas": schedule(kit, 11)}, {"cfg": 4.0}, {"latent_image": larger(kit)}):
+        fast(**changed)
+        assert said[-1].startswith("A full run"), changed
+
+
+@pytest.mark.parametrize(
+    "method", daily([name for name, one in METHODS.items() if one.model == "unet"], "golden noise")
+)
+def test_a_fit_on_a_model_with_nodes_of_ours_is_for_the_model_without_them(unet, lenient, method):
+    """They stand aside while it measures, so that it would be wrong beside them."""
+    profile, *_ = fitted(unet, steps=2, long=4, model=METHODS[method].on(unet)(unet.model))
+    assert profile.setting == fitted(unet, steps=2, long=4)[0].setting != ""
+
+
+def larger(kit) -> dict:
+    return {"samples": torch.zeros(1, kit.channels, 12, 8)}
