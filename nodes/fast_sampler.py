@@ -5,8 +5,8 @@ from __future__ import annotations
 from ..models.calibration import SAMPLER
 from ._draw.card import draw_card
 from ._host.api import io, schema
-from ._host.fitted_sampler import fast_for
-from ._host.folders import has_profile, missing_profile, profile_stamps, profiles_of_kind
+from ._host.fitted_sampler import fast_for, fast_stamp
+from ._host.folders import has_profile, missing_profile, profiles_of_kind
 from ._plan.fitted_sampler import AUTO, USES, Wish
 
 CATEGORY = "attune/sampling"
@@ -57,7 +57,7 @@ class AttuneFastSampler(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, use=None, **_):
-        return use, profile_stamps(SAMPLER)
+        return fast_stamp(cls, use, "use")
 
     @classmethod
     def execute(cls, sampler, use=AUTO, evaluations=10, fidelity=40.0, check_every=0) -> io.NodeOutput:

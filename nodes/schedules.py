@@ -8,8 +8,8 @@ from ..models.calibration import SAMPLER, size_text
 from ..models.store import is_profile_file
 from ._draw.card import draw_card
 from ._host.api import advanced, io, say_on_node, schema
-from ._host.fitted_sampler import fast_for
-from ._host.folders import find_profile, has_profile, missing_profile, profile_stamps, profiles_of_kind, schedule_files
+from ._host.fitted_sampler import fast_for, fast_stamp
+from ._host.folders import find_profile, has_profile, missing_profile, profiles_of_kind, schedule_files
 from ._host.identity import identify, sampled
 from ._host.sampling import run_stock_node, sample, scheduler_names
 from ._host.solvers import sampler_names
@@ -173,7 +173,7 @@ class AttuneKSampler(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, fast=NOT_FAST, **_):
-        return NOT_FAST if fast in (None, NOT_FAST) else (fast, profile_stamps(SAMPLER))
+        return NOT_FAST if fast in (None, NOT_FAST) else fast_stamp(cls, fast, "fast")
 
     @classmethod
     def execute(

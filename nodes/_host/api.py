@@ -17,6 +17,14 @@ except ImportError:  # a host that has retired the numbered version
     from comfy_api.latest import ComfyExtension as ComfyExtension
     from comfy_api.latest import io, ui
 
+try:
+    from comfy_execution.utils import get_executing_context as executing_context
+except ImportError:  # an older host does not say which node runs
+
+    def executing_context():
+        return None
+
+
 Profile = io.Custom("ATTUNE_PROFILE")
 
 _FIELDS = {field.name for field in dataclasses.fields(io.Schema)}

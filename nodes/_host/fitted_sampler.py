@@ -46,9 +46,18 @@ from .._plan.fitted_sampler import (
     was_tried,
 )
 from .api import io, progress_text, widget_place
+from .cached_pictures import Ran, recall, remember
 from .calibrating import stands_aside
 from .card import Draw, Shown, keep_card
-from .folders import find_profile, forget_profile, keep_profile, keep_update, profile_path, profiles_of_kind
+from .folders import (
+    find_profile,
+    forget_profile,
+    keep_profile,
+    keep_update,
+    profile_path,
+    profile_stamps,
+    profiles_of_kind,
+)
 from .identity import identify, is_distilled, pixels_of
 from .propagation import KEY as PROPAGATION
 from .recorder import Recorder
@@ -177,6 +186,7 @@ class FastSampler(comfy.samplers.Sampler):
         if self.node_id:
             value = used if profile is None else content_name(used.partition("@")[0], profile)
             set_widget(self.node_id, self.use_at, value, used, profile)
+            remember(self.node_id, Ran(value, used, profile))
 
 
 def fast_for(node: type[io.ComfyNode], wish: Wish, widget: str, draw: Draw) -> Callable[[Any], FastSampler]:
@@ -185,6 +195,14 @@ def fast_for(node: type[io.ComfyNode], wish: Wish, widget: str, draw: Draw) -> C
         return lambda sampler: FastSampler(sampler, wish, draw)
     node_id, at = str(node.hidden.unique_id), widget_place(node, widget)
     return lambda sampler: FastSampler(sampler, wish, draw, progress_text(node_id), node_id, at)
+
+
+def fast_stamp(node: type[io.ComfyNode], use: str | None, widget: str) -> tuple:
+    """The fingerprint of a node that learns: another one once there is something else to use. Its `widget` names what
+    ran for a picture that comes out of the cache."""
+    stamp = use, profile_stamps(SAMPLER)
+    recall(widget_place(node, widget), stamp)
+    return stamp
 
 
 @dataclass

@@ -91,6 +91,12 @@ def running_workflow() -> dict[str, Any] | None:
     return QUEUED.get(_object(running[0][3]).get(TICKET, 0)) if len(running) == 1 else None
 
 
+def running_prompt() -> dict[str, Any] | None:
+    """The nodes of the prompt that runs now, as they were queued."""
+    running, _ = _prompts()
+    return _object(running[0][2]) if len(running) == 1 else None
+
+
 def _prompts() -> tuple[list[tuple], list[tuple]]:
     """What runs and what waits in the host's queue."""
     queue = getattr(getattr(PromptServer, "instance", None), "prompt_queue", None)

@@ -153,6 +153,14 @@ def workflow_of_fast(use: str = "auto") -> dict:
 
 def draw_fast(dev, server, prompt: dict, workflow: dict) -> tuple[np.ndarray, dict]:
     """The pixels of the picture that a prompt saves, and the workflow inside it."""
+    entry = queued_fast(dev, server, prompt, workflow)
+    (path,) = saved(server, entry)
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int), json.loads(image.info["workflow"])
+
+
+def queued_fast(dev, server, prompt: dict, workflow: dict) -> dict:
+    """What the history says of a prompt that was queued with its workflow, as the page does."""
     extra = {"extra_pnginfo": {"workflow": workflow}}
     queued = dev.ask(f"{server.url}/prompt", {"prompt": prompt, "extra_data": extra})["prompt_id"]
     until = time.time() + 120
@@ -160,9 +168,7 @@ def draw_fast(dev, server, prompt: dict, workflow: dict) -> tuple[np.ndarray, di
         assert time.time() < until
         time.sleep(0.1)
     assert entry["status"]["status_str"] == "success", entry["status"]
-    (path,) = saved(server, entry)
-    with Image.open(path) as image:
-        return np.asarray(image).astype(int), json.loads(image.info["workflow"])
+    return entry
 
 
 def test_a_picture_carries_what_made_it_and_makes_it_again_elsewhere(dev, server):
@@ -185,3 +191,51 @@ def test_a_picture_carries_what_made_it_and_makes_it_again_elsewhere(dev, server
     elsewhere, carried = draw_fast(dev, server, fast(use=name), second)
     assert np.array_equal(elsewhere, short) and carried["nodes"][0]["widgets_values"][0] == name
     assert set(folder.glob("*.json")) == before
+
+
+def of_ksampler(seed: int = 1) -> tuple[dict, dict]:
+    """The same with Attune KSampler: prompt and workflow."""
+    prompt = fast(seed=seed)
+    prompt["8"] = {"class_type": "AttuneKSampler", "inputs": {
+        "model": ["1", 0], "seed": seed, "steps": 12, "cfg": 3.0, "sampler_name": "euler", "schedule": "KL-optimal",
+        "positive": ["2", 0], "negative": ["3", 0], "latent_image": ["4", 0], "denoise": 1.0, "denoise_mode": "exact",
+        "fast": "auto",
+    }}  # fmt: skip
+    values = [seed, "fixed", 12, 3.0, "euler", "KL-optimal", 1.0, "auto"]
+    for gone in "567":
+        del prompt[gone]
+    return prompt, {"nodes": [{"id": 8, "type": "AttuneKSampler", "widgets_values": values}], "extra": {}}
+
+
+@pytest.mark.parametrize("node", ["AttuneFastSampler", "AttuneKSampler"])
+def test_a_picture_saved_again_from_a_cached_latent_carries_what_made_it(dev, server, node):
+    """Only Save Image runs: nothing of ours does, but for the fingerprint that the host asks for."""
+    folder = server.folder / "models/attune"
+    before = set(folder.glob("*"))
+
+    def drawn(prefix: str, seed: int = 1, moved: bool = False):
+        prompt, workflow = (fast(seed=seed), workflow_of_fast()) if node == "AttuneFastSampler" else of_ksampler(seed)
+        prompt["10"]["inputs"]["filename_prefix"] = f"Attune/{prefix}"
+        if moved and node == "AttuneFastSampler":  # the same graph in another workflow
+            prompt["77"], workflow["nodes"][0]["id"] = prompt.pop("7"), 77
+            prompt["8"]["inputs"]["sampler"] = ["77", 0]
+        entry = queued_fast(dev, server, prompt, workflow)
+        (path,) = saved(server, entry)
+        cached = next(told["nodes"] for kind, told in entry["status"]["messages"] if kind == "execution_cached")
+        with Image.open(path) as image:
+            graph = json.loads(image.info["workflow"])
+            return np.asarray(image), "8" in cached, graph["nodes"][0]["widgets_values"], graph["extra"]
+
+    try:
+        drawn("one")  # in full, and learned
+        made, cached, values, extra = drawn("one")
+        assert not cached and "auto" not in values
+        again, cached, same, more = drawn("two")
+        assert cached and same == values and more == extra and np.array_equal(made, again)
+        again, cached, same, more = drawn("three", moved=True)
+        assert cached and same == values and more == extra and np.array_equal(made, again)
+        _, cached, other, _ = drawn("two", seed=2)
+        assert not cached and "auto" not in other
+    finally:
+        for file in set(folder.glob("*")) - before:
+            file.unlink()
