@@ -13,15 +13,16 @@ from ..kernels.tuner import TUNER_PRESETS, Progress, Runner, Tuned, check_candid
 from ._draw.axes import to_image
 from ._draw.card import draw_card
 from ._draw.schedules import Curve, draw_schedules
-from ._host.api import ExecutionBlocker, Profile, advanced, io, schema, shown_on
+from ._host.api import ExecutionBlocker, Profile, advanced, io, schema, shown_on, text_on
 from ._host.card import Shown, keep_card
 from ._host.fit_run import Task, fit_run, rival_schedules, rivals_of
 from ._host.folders import keep_fit, keep_profile
 from ._host.identity import identify, pixels
 from ._host.session import REFERENCE, ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 from ._host.stock_schedules import known_schedules
-from ._plan.fit_run import EXACT_PATH, YOUR_RUN, check_looks, counts_of, evaluations, proved_profile, run_report
+from ._plan.fit_run import EXACT_PATH, YOUR_RUN, check_looks, counts_of, evaluations, in_short, proved_profile, run_report
 from ._plan.fit_sampler import Setting, affordable, stopped_profile, tuned_profile, tuning_report
+from ._plan.time_left import TimeLeft, duration
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
@@ -57,6 +58,7 @@ class AttuneFitSampler(io.ComfyNode):
             "AttuneFitSampler", "Attune Fit Sampler", CATEGORY,
             "Fit a short run to your own long one, or a schedule to your sampler, and prove the gain.",
             search_aliases=["align your steps", "optimize schedule", "sigmas", "timestep aligner", "TTA", "calibrate"],
+            hidden=[io.Hidden.unique_id],
             inputs=[
                 *_run_inputs(),
                 io.Int.Input(
@@ -151,7 +153,9 @@ class AttuneFitSampler(io.ComfyNode):
             )  # fmt: skip
             draws = draw_noises(empty, seed, chosen.fit + chosen.held_out)
             fit = tune(runner, known, reference, draws, chosen, setting.space, in_time, **what)
-            return _watched(fit, lambda now, best: _stopped(now, best, known, setting)), plan
+            stopped = lambda now, best: _stopped(now, best, known, setting)
+            most = chosen.evaluations(steps, len(known), solver.calls, aligned)
+            return _watched(fit, _Watch(cls, solves, most, seconds, "reference"), stopped), plan
 
         whole = torch.tensor([setting.model.sigma_max, 0.0])
         tuned, plan = run_session(model, positive, negative, cfg, solver, whole, empty, seed, setting.space, work)
@@ -159,6 +163,7 @@ class AttuneFitSampler(io.ComfyNode):
         report = tuning_report(tuned, setting, took, plan, **what)
         LOG.info("Attune Fit Sampler:\n%s", report)
         profile, plot = tuned_profile(tuned, setting, preset, took), _plot(tuned, known, setting)
+        text_on(cls)(f"{'Fitted' if tuned.changed else 'Nothing better found'}, {duration(took)}.")
         ProgressBar(1).update(1, plot)  # the page shows the last live preview rather than what a node hands out
         picture = to_image(plot)
         if tuned.changed:
@@ -208,7 +213,8 @@ def _sampler(
         fit = fit_run(model, solves, setting, solver, task, chosen, empty, minutes)
         pictures, run_setting = chosen.held_out * len(empty), "" if exact else solves.setting
         stopped = lambda proofs: _keep_stopped(proofs, setting, task, pictures, time.monotonic() - began, run_setting)
-        proofs, path, long_seconds = _followed(fit, solves, cost(chosen), stopped)
+        watch = _Watch(cls, solves, cost(chosen) - solves.evaluations, seconds, "long runs")
+        proofs, path, long_seconds = _followed(fit, watch, stopped)
         return proofs, path, plan, pictures, run_setting, solves.evaluations, (long_seconds, seconds)
 
     whole = torch.tensor([about.sigma_max, 0.0])
@@ -225,6 +231,7 @@ def _sampler(
     curves = [Curve(f"{one.steps} steps", one.sigmas) for one in shown[:5]]
     plot = draw_schedules([*curves, Curve(f"{len(long) - 1} steps of {followed.runs}", tuple(long))], "Fitted sampler")
     ProgressBar(1).update(1, plot)
+    text_on(cls)(in_short(profile, took))
     picture = to_image(plot)
     if profile is None:
         none = ExecutionBlocker(f"No fitted sampler was proved. {report}")
@@ -247,9 +254,30 @@ def _keep_stopped(
         LOG.warning("Attune Fit Sampler was stopped. %s", keep_fit(profile))
 
 
-def _followed(fit, solves: Solves, predicted: int, stopped):
-    """The result of `fit_run`, with the node's bar and levels beside it; `stopped` is told what was proved by then."""
-    bar, shown, picture, proofs = ProgressBar(predicted), None, None, ()
+class _Watch:
+    """The node's bar, picture and time left while a fit runs; counts from the evaluations made before it.
+
+    most: evaluations of the fit, at most. seconds: that one takes.
+    """
+
+    def __init__(self, cls, solves: Solves, most: int, seconds: float, stage: str):
+        self._bar, self._left = ProgressBar(most), TimeLeft(text_on(cls), most, seconds)
+        self._solves, self._before, self._stage = solves, solves.evaluations, stage
+        self._picture = None
+        solves.listen(self._evaluated)
+
+    def at(self, stage: str, picture=None) -> None:
+        self._stage, self._picture = stage, picture or self._picture
+        self._bar.update(self._solves.evaluations - self._before, self._picture)
+
+    def _evaluated(self, calls: int) -> None:
+        self._bar.update(calls - self._before)
+        self._left.update(calls - self._before, self._stage)
+
+
+def _followed(fit, watch: _Watch, stopped):
+    """The result of `fit_run`, its levels shown meanwhile; `stopped` is told what was proved by then."""
+    shown, proofs = None, ()
     while True:
         try:
             now = next(fit)
@@ -258,11 +286,11 @@ def _followed(fit, solves: Solves, predicted: int, stopped):
         except BaseException:
             stopped(proofs)
             raise
-        proofs = now.proofs or proofs
+        proofs, picture = now.proofs or proofs, None
         if now.run is not None and now.run is not shown:
             shown = now.run
             picture = draw_schedules([Curve(f"{shown.steps} steps", shown.sigmas)], now.stage)
-        bar.update(solves.evaluations, picture)
+        watch.at(now.stage, picture)
 
 
 def _check_switches(solver: Solver, levels: bool, timesteps: bool) -> None:
@@ -317,19 +345,18 @@ def _own(sigmas: torch.Tensor, steps: int) -> torch.Tensor:
     return levels
 
 
-def _watched(fit, stopped):
-    """The result of `tune`, with the node's bar and its best curve while it runs; `stopped`: told how far it came."""
-    bar, shown, picture, best = None, None, None, None
+def _watched(fit, watch: _Watch, stopped):
+    """The result of `tune`, its best curve shown meanwhile; `stopped`: told how far it came."""
+    shown, best = None, None
     try:
         while True:
-            now = next(fit)
-            bar = bar or ProgressBar(now.predicted)
+            now, picture = next(fit), None
             best = now
             if now.best is not None and now.best is not shown:
                 shown = now.best
                 title = f"{now.stage}: error {now.error:.4f}"
                 picture = draw_schedules([Curve("best so far", tuple(shown.tolist()))], title)
-            bar.update(now.evaluations, picture)
+            watch.at(now.stage, picture)
     except StopIteration as end:
         return end.value
     except BaseException:

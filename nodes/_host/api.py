@@ -68,8 +68,12 @@ def widget_place(node: type[io.ComfyNode], name: str) -> int:
 
 def say_on_node(node: type[io.ComfyNode], text: str) -> None:
     """Show `text` on the node that is running."""
-    if node.hidden is not None:
-        progress_text(node.hidden.unique_id)(text)
+    text_on(node)(text)
+
+
+def text_on(node: type[io.ComfyNode]) -> Callable[[str], None]:
+    """Shows a text on the node that is running, whenever it is called; nothing where another node calls it."""
+    return (lambda _: None) if node.hidden is None else progress_text(str(node.hidden.unique_id))
 
 
 def progress_text(node_id: str) -> Callable[[str], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import math
 import time
@@ -45,7 +46,8 @@ from .._plan.fitted_sampler import (
     serving_run,
     was_tried,
 )
-from .api import io, progress_text, widget_place
+from .._plan.time_left import TimeLeft, duration
+from .api import io, text_on, widget_place
 from .cached_pictures import Ran, recall, remember
 from .calibrating import stands_aside
 from .card import Draw, Shown, keep_card
@@ -149,9 +151,9 @@ class FastSampler(comfy.samplers.Sampler):
 
     def __init__(
         self, inner: Any, wish: Wish, draw: Draw | None = None, say: Callable[[str], None] = lambda _: None,
-        node_id: str = "", use_at: int = 0,
+        node_id: str = "", use_at: int = 0, progress: Callable[[str], None] = lambda _: None,
     ):  # fmt: skip
-        self.inner, self.wish, self.draw, self._say = inner, wish, draw, say
+        self.inner, self.wish, self.draw, self._say, self.progress = inner, wish, draw, say, progress
         self.node_id, self.use_at = node_id, use_at
 
     def __getattr__(self, name: str) -> Any:
@@ -193,8 +195,8 @@ def fast_for(node: type[io.ComfyNode], wish: Wish, widget: str, draw: Draw) -> C
     """SAMPLER -> the one that learns, which speaks on the running node and names in its `widget` what ran."""
     if node.hidden is None:
         return lambda sampler: FastSampler(sampler, wish, draw)
-    node_id, at = str(node.hidden.unique_id), widget_place(node, widget)
-    return lambda sampler: FastSampler(sampler, wish, draw, progress_text(node_id), node_id, at)
+    node_id, at, show = str(node.hidden.unique_id), widget_place(node, widget), text_on(node)
+    return lambda sampler: FastSampler(sampler, wish, draw, show, node_id, at, show)
 
 
 def fast_stamp(node: type[io.ComfyNode], use: str | None, widget: str) -> tuple:
@@ -262,6 +264,7 @@ class _Run:
             )
         if why:
             return self._whole(self.guider), why
+        self.sampler.progress(f"A full run of {len(self.sigmas) - 1} steps, to learn from")
         recorder, began = Recorder(self.guider, self.sigmas.clone()), time.monotonic()  # uni_pc writes into its own
         end = self._whole(recorder)
         took = time.monotonic() - began
@@ -322,6 +325,12 @@ class _Run:
             raise ValueError(f"{said} Set 'use' of Attune Fast Sampler to '{AUTO}', or make the run that it is for.")
         return use, profile
 
+    @property
+    def _calls(self) -> int:
+        """Evaluations of the long run."""
+        facts = facts_of(self.sampler.inner)
+        return (len(self.sigmas) - 1) * (facts.calls if facts else 1)
+
     def _is_due(self, name: str) -> bool:
         """Whether this picture is the one that is made in full, to see whether the short run still holds."""
         wish = self.sampler.wish
@@ -358,6 +367,7 @@ class _Run:
         if path is None:
             return "It was too large to be recorded, or passed some of its levels by: nothing is learned from it."
         if short is not None and known is not None:
+            self.sampler.progress(f"Checking the short run, {duration(short.run.steps * seconds / self._calls)}")
             levels = torch.tensor(short.run.sigmas)
             reached = fidelity(solve(self._denoise_over(levels), path.states[0], short.run), path.end)
             if reached >= wish.fidelity:
@@ -366,7 +376,7 @@ class _Run:
                     keep_update(file, known, fitted_sampler(scene.identity, scene.planned, [seen], known))
                 return f"The short run of '{name}' was checked: {reached:.1f} dB to this picture."
         began = time.monotonic()
-        runs, end = self._learned(path, NoiseSpace(scene.identity.space))
+        runs, end = self._learned(path, NoiseSpace(scene.identity.space), seconds / self._calls)
         if end is None:
             return "It has no more steps than the short run that is asked for."
         each = (time.monotonic() - began) / (2 * sum(one.run.steps for one in runs))
@@ -384,13 +394,16 @@ class _Run:
             return f"Learned, but {proved}, less than the 'fidelity' of {wish.fidelity:g} dB: full runs go on."
         return f"Learned as '{kept.name}': {proved}, and the next pictures take no more. {card}".strip()
 
-    def _learned(self, path: Trajectory, space: NoiseSpace) -> tuple[list[ShortRun], Tensor | None]:
-        """The runs that were tried, and the end of the last one."""
+    def _learned(self, path: Trajectory, space: NoiseSpace, seconds: float) -> tuple[list[ShortRun], Tensor | None]:
+        """The runs that were tried, and the end of the last one. seconds: that an evaluation takes."""
         wish, paper, runs, end = self.sampler.wish, OnPaper(path), [], None
-        for steps in [wish.evaluations] if wish.evaluations else COUNTS:
-            if steps >= len(path.sigmas) - 1:
-                break
-            found = last(learn(self._denoise_over, path, steps, space, paper))
+        counts = [n for n in ([wish.evaluations] if wish.evaluations else COUNTS) if n < len(path.sigmas) - 1]
+        left, made = TimeLeft(self.sampler.progress, 2 * sum(counts), seconds), itertools.count(1)
+        if counts:
+            left.update(0, "Learning")
+        for steps in counts:
+            told = lambda: left.update(next(made), "Learning")
+            found = last(learn(self._denoise_over, path, steps, space, paper), told)
             runs.append(ShortRun(found.run, round(max(found.psnr, 0.0), 2), len(path.end) // 2))
             end = found.end
             if found.psnr >= wish.fidelity:

@@ -92,6 +92,10 @@ class Solves:
     def evaluations(self) -> int:
         return self._guider.calls
 
+    def listen(self, told: Callable[[int], None]) -> None:
+        """Have `told` called with the number of evaluations after each."""
+        self._guider.told = told
+
     @property
     def setting(self) -> str:
         """That of the user's own run, as `setting_of` finds it when the run is made without any fit."""
@@ -175,15 +179,18 @@ def denoiser(guider: Any, options: dict, like: Tensor, seed: int | None) -> Deno
 
 
 class _Counted:
-    """A guider that counts its calls and stops between them when the user asks."""
+    """A guider that counts its calls, tells of them, and stops between them when the user asks."""
 
     def __init__(self, guider):
         self.guider, self.calls = guider, 0
+        self.told: Callable[[int], None] = lambda _: None
 
     def __call__(self, *args, **kwargs):
         comfy.model_management.throw_exception_if_processing_interrupted()
         self.calls += 1
-        return self.guider(*args, **kwargs)
+        answer = self.guider(*args, **kwargs)
+        self.told(self.calls)
+        return answer
 
     def __getattr__(self, name):
         return getattr(self.guider, name)
@@ -222,12 +229,13 @@ def draw_noises(latent: Tensor, seed: int, n: int) -> list[Tensor]:
     return [comfy.sample.prepare_noise(latent, (seed + i) % 2**64) for i in range(n)]
 
 
-def last(work: Generator[Any, None, Any]) -> Any:
-    """What a generator returns in the end; the user can stop it between its parts."""
+def last(work: Generator[Any, None, Any], told: Callable[[], None] = lambda: None) -> Any:
+    """What a generator returns in the end; `told` is called after each part, and the user can stop it there."""
     while True:
         try:
             next(work)
             stop_if_asked()
+            told()
         except StopIteration as end:
             return end.value
 

@@ -11,6 +11,7 @@ from ...kernels.tuner import TunerPreset
 from ...models.calibration import Calibration, Planned, ShortRun, size_text
 from .fit_sampler import Setting
 from .fitted_sampler import METHOD, fitted_sampler
+from .time_left import duration
 
 YOUR_RUN, EXACT_PATH = "your run", "exact path"
 MOST_COUNTS = 10
@@ -59,6 +60,14 @@ def proved_profile(
     made = fitted_sampler(setting.model, planned, runs)
     evidence = {str(one.run.steps): {"rival": one.rival, "verdict": one.verdict.said} for one in proofs}
     return made.with_facts({"held_out": evidence}, seconds=round(seconds, 1), seed=setting.seed)
+
+
+def in_short(profile: Calibration | None, seconds: float) -> str:
+    """A line for the node: what was kept, and how long it took."""
+    if profile is None:
+        return f"Nothing was proved to be better than the best known sampler, {duration(seconds)}."
+    kept = "; ".join(f"{one.run.steps} evaluations, {one.psnr:.1f} dB" for one in profile.runs)
+    return f"Kept: {kept}. {duration(seconds)}."
 
 
 def run_report(

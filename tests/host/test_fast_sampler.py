@@ -35,10 +35,11 @@ class Drawn:
         model = model or kit.model
         (sampler,) = kit.host.call("KSamplerSelect", sampler_name=solver)
         self.said: list[str] = []
+        self.meanwhile: list[str] = []
         if not stock:
             given = {"use": "auto", "evaluations": SHORT, "fidelity": 5.0, "check_every": 0, **wish}
             (sampler,) = kit.host.call("AttuneFastSampler", sampler=sampler, **given)
-            sampler._say = self.said.append
+            sampler._say, sampler.progress = self.said.append, self.meanwhile.append
         if sigmas is None:
             (sigmas,) = kit.host.call("BasicScheduler", model=model, scheduler="beta", steps=steps, denoise=denoise)
         with counting(model) as calls:
@@ -381,3 +382,11 @@ def test_a_picture_that_leaves_the_fitted_range_is_made_in_full(unet, host):
     assert torch.equal(drawn.latent, stock.latent) and "is not trusted here" in drawn.text
     assert drawn.calls == SHORT + STEPS
     assert Drawn(unet, seed=2, use=file.name).calls == SHORT  # named, so that a picture comes out again as it was
+
+
+def test_while_it_learns_it_says_how_long_that_takes(unet):
+    first, *later = Drawn(unet, check_every=1).meanwhile
+    assert first == f"A full run of {STEPS} steps, to learn from"
+    assert later[0].startswith(f"Learning: 0 of at most {2 * SHORT} evaluations, about ") and later[0].endswith(" left")
+    assert Drawn(unet, seed=2, check_every=1).meanwhile == []
+    assert "Checking the short run, 1 s" in Drawn(unet, seed=3, check_every=1).meanwhile

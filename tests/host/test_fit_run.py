@@ -217,3 +217,16 @@ def test_a_fit_on_a_model_with_nodes_of_ours_is_for_the_model_without_them(unet,
 
 def larger(kit) -> dict:
     return {"samples": torch.zeros(1, kit.channels, 12, 8)}
+
+
+@pytest.mark.parametrize("coefficients", [True, False])
+def test_the_node_says_what_it_does_and_how_long_that_takes(unet, host, lenient, monkeypatch, coefficients):
+    said: list[str] = []
+    monkeypatch.setattr(host.module("nodes.fit_sampler"), "text_on", lambda _: said.append)
+    monkeypatch.setattr(host.module("nodes._plan.time_left"), "OFTEN", 0.0)
+    with counting(unet.model) as calls:
+        fitted(unet, coefficients=coefficients, sigmas=schedule(unet, 12 if coefficients else 4))
+    *meanwhile, end = said
+    counted = [int(text.split(": ")[1].split(" of ")[0]) for text in meanwhile]
+    assert counted == list(range(1, calls[0] - 1)) and " left" in meanwhile[0]
+    assert "Kept: 4 evaluations, " in end if coefficients else end.endswith(" s.")
