@@ -1,7 +1,8 @@
 """Thumbnails of the workflow templates, from real runs: `python dev.py bench thumbnails few_step img2img`.
 
 A workflow that compares shows a labelled row for each of its batches, another one the pictures that it saves; one whose
-sampler learns is queued twice, for a row each. Writes workflows/NAME.jpg, and its copy for the help pages.
+sampler learns is queued twice, for a row each; one that saves a card shows that. Writes workflows/NAME.jpg, and its
+copy for the help pages.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from comfy_process import ROOT, Host
 from pack.nodes._draw.axes import INK, PAPER, font
 
 WORKFLOWS = ROOT / "workflows"
+CARD = "Attune/card"  # where a workflow saves the card of a fit
 SIDE, MOST, LABEL = 192, 4, 150  # pixels of a picture, pictures in a row, pixels of the labels' column
 
 
@@ -26,7 +28,8 @@ def rows_of(prompt: dict) -> list[tuple[str, list]]:
     """(label, link to an IMAGE) for every row of the thumbnail."""
     nodes = prompt.values()
     compared = next((node["inputs"] for node in nodes if node["class_type"] == "AttuneCompare"), None)
-    saved = [node["inputs"]["images"] for node in nodes if node["class_type"] == "SaveImage"]
+    saves = [node["inputs"] for node in nodes if node["class_type"] == "SaveImage"]
+    saved = [one["images"] for one in saves if one["filename_prefix"] == CARD] or [one["images"] for one in saves]
     if learns(prompt):
         return [("first run", saved[0]), ("second run", saved[0])]
     if compared is None:
@@ -42,6 +45,9 @@ def learns(prompt: dict) -> bool:
 
 
 def draw(rows: list[tuple[str, list[Path]]]) -> Image.Image:
+    if len(rows) == 1 and (sheet := Image.open(rows[0][1][0])).width > MOST * SIDE:  # a card
+        size = MOST * SIDE, round(MOST * SIDE * sheet.height / sheet.width)
+        return sheet.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     left = LABEL if any(label for label, _ in rows) else 0
     picture = Image.new("RGB", (left + MOST * SIDE, len(rows) * SIDE), PAPER)
     pen = ImageDraw.Draw(picture)

@@ -14,7 +14,7 @@ from ._draw.axes import to_image
 from ._draw.card import draw_card
 from ._draw.schedules import Curve, draw_schedules
 from ._host.api import ExecutionBlocker, Profile, advanced, io, schema, shown_on, text_on
-from ._host.card import Shown, keep_card
+from ._host.card import Shown, card_of, keep_card
 from ._host.fit_run import Task, fit_run, rival_schedules, rivals_of
 from ._host.folders import keep_fit, keep_profile
 from ._host.identity import identify, pixels
@@ -26,6 +26,7 @@ from ._plan.time_left import TimeLeft, duration
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
+NO_CARD = ExecutionBlocker(None)  # what is behind the card does not run, and nothing is said of it
 WHOLE = 0.98  # of the model's highest noise level: from here a schedule is a whole one
 
 
@@ -118,6 +119,10 @@ class AttuneFitSampler(io.ComfyNode):
                     display_name="plot", tooltip="The levels before and after; dashed, what the network is told."
                 ),
                 io.String.Output(display_name="report", tooltip="What was measured, kept and refused."),
+                io.Image.Output(
+                    display_name="card",
+                    tooltip="With 'coefficients': model, machine, seconds, what was proved and two pictures, to share.",
+                ),
             ],
         )  # fmt: skip
 
@@ -168,7 +173,7 @@ class AttuneFitSampler(io.ComfyNode):
         picture = to_image(plot)
         if tuned.changed:
             report = f"{report}\n{keep_fit(profile)}"
-        return io.NodeOutput(profile, tuned.sigmas.clone(), picture, report, ui=shown_on(cls, picture))
+        return io.NodeOutput(profile, tuned.sigmas.clone(), picture, report, NO_CARD, ui=shown_on(cls, picture))
 
 
 def _task(sigmas: torch.Tensor | None, to: str, counts: list[int], levels: bool, highest: float) -> Task:
@@ -235,12 +240,13 @@ def _sampler(
     picture = to_image(plot)
     if profile is None:
         none = ExecutionBlocker(f"No fitted sampler was proved. {report}")
-        return io.NodeOutput(none, none, picture, report, ui=shown_on(cls, picture))
+        return io.NodeOutput(none, none, picture, report, NO_CARD, ui=shown_on(cls, picture))
     best = max((one for one in proofs if one.verdict.accepted), key=lambda one: one.psnr)
     times = long_seconds / len(empty), each * best.run.steps / len(empty)
-    shown_best = Shown(times, (path.end, best.end), best.run.steps)
-    said = f"{report}\n{keep_fit(profile, lambda kept: keep_card(model, profile, kept, shown_best, draw_card))}"
-    return io.NodeOutput(profile, torch.tensor(shown[-1].sigmas), picture, said, ui=shown_on(cls, picture))
+    card = card_of(model, profile, Shown(times, (path.end, best.end), best.run.steps), draw_card)
+    said = f"{report}\n{keep_fit(profile, lambda kept: keep_card(card, kept))}"
+    shared = NO_CARD if card is None else to_image(card)
+    return io.NodeOutput(profile, torch.tensor(shown[-1].sigmas), picture, said, shared, ui=shown_on(cls, picture))
 
 
 def _keep_stopped(

@@ -12,7 +12,10 @@ REPEATED = [
     "propagation_controlnet", "propagation_transformer", "select_noise", "signal_leak", "zigzag",
 ]  # fmt: skip
 # Fits and trainings take longest. Their nodes are asked in small in tests/host; the page shows one of them each day.
-LONG = ["align_timesteps", "fit_fast", "fit_noise_shift", "fit_sampler", "train_npnet", "train_one_more_step"]
+LONG = [
+    "align_timesteps", "fit_fast", "fit_noise_shift", "fit_sampler", "share_a_profile", "train_npnet",
+    "train_one_more_step",
+]  # fmt: skip
 
 
 def daily(values: Iterable, *telling, names: int = 1) -> list:

@@ -43,10 +43,11 @@ def asked_background(prompt: dict) -> str:
 
 
 def check(files: list[Path], prompt: dict) -> None:
-    """Every picture of a run shows something on the background that was asked for."""
-    assert files
+    """Every picture of a run shows something on the background that was asked for; a card is a large sheet."""
+    cards, drawn = ([one for one in files if one.name.startswith("card") is wanted] for wanted in (True, False))
+    assert drawn and all(load(card).shape[1] > 1000 for card in cards)
     want = np.array(COLOURS[asked_background(prompt)])
-    for picture in map(load, files):
+    for picture in map(load, drawn):
         assert picture.shape == (128, 128, 3)
         assert np.abs(background(picture) - want).max() < 40
         assert np.abs(centre(picture) - want).max() > 20

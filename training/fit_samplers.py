@@ -31,7 +31,7 @@ def fit(host: Host, model: str, steps: list[int]):
     positive, negative = (encode(host, clip, texts) for texts in (PROMPTS, [""]))
     (sampler,) = host.call("KSamplerSelect", sampler_name="euler")
     (sigmas,) = host.call("BasicScheduler", model=patcher, scheduler=SCHEDULES[model], steps=LONG, denoise=1.0)
-    profile, _, _, report = host.call(
+    profile, _, _, report, _ = host.call(
         "AttuneFitSampler", model=patcher, positive=positive, negative=negative, cfg=CFG, sampler=sampler,
         latent={"samples": torch.zeros(len(PROMPTS), 4, 16, 16)}, steps=steps[0], preset=PRESET, budget_minutes=0.0,
         seed=SEED, coefficients=True, more_steps=", ".join(map(str, steps[1:])), sigmas=sigmas,

@@ -73,7 +73,7 @@ def tune(host: Host, model: str, solver: str, steps: int, preset: str) -> tuple[
     positive, negative = (encode(host, clip, texts) for texts in (PROMPTS, [""]))
     (sampler,) = host.call("KSamplerSelect", sampler_name=solver)
     latent = {"samples": torch.zeros(len(PROMPTS), 4, 16, 16)}
-    profile, _, _, report = host.call(
+    profile, _, _, report, _ = host.call(
         "AttuneFitSampler", model=patcher, positive=positive, negative=negative, cfg=CFG, sampler=sampler,
         latent=latent, steps=steps, preset=preset, budget_minutes=0.0, seed=SEED,
         coefficients=False,

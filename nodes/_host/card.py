@@ -32,32 +32,40 @@ class Shown:
     steps: int
 
 
-def keep_card(patcher: Any, profile: Calibration, path: Path, shown: Shown, draw: Draw) -> str:
-    """Write the card beside the profile at `path`, and say where; a card that cannot be written costs nothing else.
-
-    draw: see `draw_card`.
-    """
+def card_of(patcher: Any, profile: Calibration, shown: Shown, draw: Draw) -> Image.Image | None:
+    """The card; None where it cannot be drawn, which costs nothing else. draw: see `draw_card`."""
     long, short = (f"{seconds:.2f} s" for seconds in shown.seconds)
     facts = [
         f"{profile.families[0]}, weights {profile.weights_hash}, {size_text(profile.resolution)}",
-        _machine(),
+        machine(),
         f"{profile.steps} steps of {profile.solver}, cfg {profile.cfg or 0:g}: {long}",
         f"{shown.steps} evaluations: {short}",
         *(f"{proved(one)}" for one in profile.runs),
     ]
     names = (f"{profile.steps} steps", f"{shown.steps} evaluations")
-    card = path.with_suffix(".png")
     try:
         pictures = [(name, _preview(patcher, end)) for name, end in zip(names, shown.ends, strict=True)]
-        with written_whole(card) as temporary:
-            draw(profile, facts, pictures).save(temporary, "PNG")
+        return draw(profile, facts, pictures)
     except (OSError, ValueError, RuntimeError) as error:
+        LOG.warning("The card of '%s' could not be drawn: %s", profile.name, error)
+        return None
+
+
+def keep_card(card: Image.Image | None, path: Path) -> str:
+    """Write the card beside the profile at `path`, and say where; one that cannot be written costs nothing else."""
+    if card is None:
+        return ""
+    file = path.with_suffix(".png")
+    try:
+        with written_whole(file) as temporary:
+            card.save(temporary, "PNG")
+    except (OSError, ValueError) as error:
         LOG.warning("The card of '%s' could not be written: %s", path.name, error)
         return ""
-    return f"To share: '{card.name}' beside it."
+    return f"To share: '{file.name}' beside it."
 
 
-def _machine() -> str:
+def machine() -> str:
     device = comfy.model_management.get_torch_device()
     return comfy.model_management.get_torch_device_name(device)
 

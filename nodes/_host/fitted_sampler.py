@@ -50,7 +50,7 @@ from .._plan.time_left import TimeLeft, duration
 from .api import io, text_on, widget_place
 from .cached_pictures import Ran, recall, remember
 from .calibrating import stands_aside
-from .card import Draw, Shown, keep_card
+from .card import Draw, Shown, card_of, keep_card
 from .folders import (
     find_profile,
     forget_profile,
@@ -388,7 +388,7 @@ class _Run:
         if self.sampler.draw is not None:
             times = seconds / drawn, each * runs[-1].run.steps / drawn
             shown = Shown(times, (path.end, end), runs[-1].run.steps)
-            card = keep_card(self.guider.model_patcher, made, kept, shown, self.sampler.draw)
+            card = keep_card(card_of(self.guider.model_patcher, made, shown, self.sampler.draw), kept)
         proved = f"{best.run.steps} evaluations proved {best.psnr:.1f} dB"
         if best.psnr < wish.fidelity:
             return f"Learned, but {proved}, less than the 'fidelity' of {wish.fidelity:g} dB: full runs go on."

@@ -60,7 +60,7 @@ def drawn(kit, sampler, sigmas, seed=11, **more):
 
 
 def test_a_fit_becomes_a_sampler_that_is_nearer_than_plain_steps(kit, host, lenient):
-    profile, sigmas, _, report = fitted(kit, steps=5, long=16, latent=kit.empty(4))
+    profile, sigmas, _, report, _ = fitted(kit, steps=5, long=16, latent=kit.empty(4))
     assert profile.kind == SAMPLER and profile.runs[0].pictures == 8 and "kept" in report
     (file,) = host.profiles.glob("*.json")
     assert load_profile(file).fields() == profile.fields()
@@ -75,7 +75,7 @@ def test_a_fit_becomes_a_sampler_that_is_nearer_than_plain_steps(kit, host, leni
 
 def test_several_counts_from_the_same_long_runs(unet, host, lenient):
     with counting(unet.model) as calls:
-        profile, sigmas, _, report = fitted(unet, more_steps="6, 3")
+        profile, sigmas, _, report, _ = fitted(unet, more_steps="6, 3")
     assert [one.run.steps for one in profile.runs] == [3, 4, 6] and len(sigmas) == 7
     assert profile.runs[0].psnr < profile.runs[-1].psnr
     said = int(report.splitlines()[1].split("at most ")[1].split()[0])
@@ -90,20 +90,20 @@ def test_several_counts_from_the_same_long_runs(unet, host, lenient):
 
 
 def test_the_exact_path_needs_no_schedule(unet, lenient):
-    profile, _, _, report = fitted(unet, to="exact path", sigmas=None, steps=5)
+    profile, _, _, report, _ = fitted(unet, to="exact path", sigmas=None, steps=5)
     assert "the exact path: 16 steps of dpmpp_2m" in report
     assert profile.steps == 16 and profile.solver == "dpmpp_2m"
 
 
 def test_a_fit_for_a_solver_that_adds_noise_is_for_its_sibling(unet, lenient):
-    profile, _, _, report = fitted(unet, solver="euler_ancestral")
+    profile, _, _, report, _ = fitted(unet, solver="euler_ancestral")
     assert profile.solver == "euler" and "euler_ancestral follows but for the noise" in report
 
 
 @pytest.mark.nightly
 def test_held_out_pictures_prove_it_against_every_rival(unet):
     large = {"samples": torch.zeros(1, unet.channels, 16, 16)}
-    profile, _, _, report = fitted(unet, steps=8, long=30, latent=large)
+    profile, _, _, report, _ = fitted(unet, steps=8, long=30, latent=large)
     assert profile.runs[0].psnr > 38 and "100% of 6 pictures better" in report
 
 
@@ -111,9 +111,10 @@ def test_what_is_not_better_is_no_profile_and_the_graph_behind_does_not_run(unet
     gate = host.module("kernels.gate")
     refuse = lambda before, after, *_: gate.judge(before, after, least=2.0)
     monkeypatch.setattr(host.module("kernels.fitted_sampler"), "judge", refuse)
-    profile, sigmas, plot, report = fitted(unet)
-    assert type(profile).__name__ == type(sigmas).__name__ == "ExecutionBlocker" and plot.ndim == 4
-    assert "refused" in report and "there is no profile" in report and not list(host.profiles.iterdir())
+    profile, sigmas, plot, report, card = fitted(unet)
+    assert {type(one).__name__ for one in (profile, sigmas, card)} == {"ExecutionBlocker"} and plot.ndim == 4
+    assert card.message is None and "there is no profile" in profile.message  # said once
+    assert "refused" in report and "there is no profile" in report and not list(host.profiles.glob("*"))
 
 
 @pytest.mark.parametrize(
@@ -143,12 +144,14 @@ def test_other_sigmas_than_the_fits_own_are_refused(unet, host, lenient):
 
 
 def test_a_card_to_share_lies_beside_the_profile(unet, host, lenient):
-    *_, report = fitted(unet)
+    *_, report, shown = fitted(unet)
     files = {path.suffix: path for path in host.profiles.iterdir()}
     assert set(files) == {".json", ".png"} and files[".png"].stem == files[".json"].stem and "To share" in report
     with Image.open(files[".png"]) as card:
         assert card.width > 1200 and card.height > 600
-        right = np.asarray(card.convert("RGB"))[:, -320:]
+        pixels = np.asarray(card.convert("RGB"))
+        right = pixels[:, -320:]
+    assert np.array_equal((shown[0].numpy() * 255).round(), pixels)  # the output is that card
     assert len(np.unique(right.reshape(-1, 3), axis=0)) > 50  # the two pictures
 
 

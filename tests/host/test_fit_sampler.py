@@ -93,7 +93,7 @@ def fitted(host, demo, encode, counted, steps):
     seen = set()
     network = demo[0].model.diffusion_model
     hook = network.register_forward_pre_hook(lambda _, args: seen.add((len(args[0]), torch.is_grad_enabled())))
-    (profile, sigmas, plot, report), calls = counted(demo[0], lambda: tuned(host, demo, encode, steps=steps))
+    (profile, sigmas, plot, report, _), calls = counted(demo[0], lambda: tuned(host, demo, encode, steps=steps))
     hook.remove()
     assert seen == {(4, False)}  # two pictures with and without the prompt, one noise at a time, no gradients
     assert profile.provenance["evaluations"] <= calls <= profile.provenance["evaluations"] + 2  # two measure the time
@@ -129,7 +129,7 @@ def needs_little_memory(host, demo, encode, reference_steps):
 
 def test_the_error_on_the_report_is_what_the_stock_sampler_shows(host, demo, encode, kit, tiny):
     """Applied through the stock nodes, the profile is as near to the reference as was measured while fitting."""
-    profile, sigmas, _, _ = tuned(host, demo, encode)
+    profile, sigmas, *_ = tuned(host, demo, encode)
     model, _, applied, _ = host.call(
         "AttuneApplyProfile", model=demo[0], profile=profile, steps=0, denoise=1.0, denoise_mode="exact",
         resolution_policy="ignore", strength=1.0,
@@ -164,7 +164,7 @@ def test_the_error_on_the_report_is_what_the_stock_sampler_shows(host, demo, enc
     "sampler", daily(["dpmpp_2m", "uni_pc", "heun", "dpmpp_2m_sde", "euler_ancestral"], "uni_pc", "dpmpp_2m_sde")
 )
 def test_other_samplers_get_levels_without_an_alignment(host, demo, encode, tiny, counted, sampler):
-    (profile, sigmas, _, report), calls = counted(demo[0], lambda: tuned(host, demo, encode, sampler))
+    (profile, sigmas, _, report, _), calls = counted(demo[0], lambda: tuned(host, demo, encode, sampler))
     assert profile.alignments == () and profile.solver == sampler
     assert calls <= profile.provenance["evaluations"] + 2
     sibling = {"dpmpp_2m_sde": "dpmpp_2m", "euler_ancestral": "euler"}.get(sampler)
@@ -187,7 +187,7 @@ def test_a_flow_model_and_a_schedule_of_the_users(host, flow, encode, tiny, samp
     """uni_pc writes into the levels that it is given: those of the user stay as they are."""
     own = torch.tensor([1.0, 0.93, 0.8, 0.5, 0.0])
     before = own.clone()
-    profile, sigmas, _, report = tuned(host, flow, encode, sampler, sigmas=own)
+    profile, sigmas, _, report, _ = tuned(host, flow, encode, sampler, sigmas=own)
     assert profile.space == "flow" and float(sigmas[0]) == 1.0 and "your sigmas" in report
     assert torch.equal(own, before)
     assert next(iter(profile.metrics["known_schedules"])) == "your sigmas"
@@ -200,7 +200,7 @@ def aligned(host, demo, encode, sigmas, **more):
 
 def test_alignment_alone_keeps_the_levels(host, demo, encode, counted, tiny):
     own = host.call("BasicScheduler", model=demo[0], scheduler="karras", steps=4, denoise=1.0)[0]
-    (profile, sigmas, _, report), calls = counted(demo[0], lambda: aligned(host, demo, encode, own))
+    (profile, sigmas, _, report, _), calls = counted(demo[0], lambda: aligned(host, demo, encode, own))
     assert list(profile.sigmas) == own.tolist() == sigmas.tolist()
     assert calls <= profile.provenance["evaluations"] + 2
     assert list(profile.metrics["known_schedules"]) == ["your sigmas"]  # nothing else is in the contest
@@ -211,7 +211,7 @@ def test_alignment_alone_keeps_the_levels(host, demo, encode, counted, tiny):
 
 def test_levels_alone_tell_the_network_the_truth(host, demo, encode, tiny):
     own = torch.tensor([14.6146, 14.0, 13.0, 12.0, 0.0])  # much is to be gained
-    profile, _, _, report = tuned(host, demo, encode, sigmas=own, timesteps=False)
+    profile, _, _, report, _ = tuned(host, demo, encode, sigmas=own, timesteps=False)
     assert profile.alignments == () and "aligned" not in profile.metrics["held_out"]
     assert "Aligned timesteps" not in report and "aligned timesteps were not kept" not in report
 
@@ -229,7 +229,7 @@ def test_what_is_found_is_in_the_loader_at_once(host, demo, encode, tiny, monkey
     own = host.call("BasicScheduler", model=demo[0], scheduler="karras", steps=3, denoise=1.0)[0]
     run = lambda: aligned(host, demo, encode, own)
     for _ in range(2):
-        profile, _, _, report = run()
+        profile, _, _, report, _ = run()
         (path,) = host.profiles.iterdir()
         assert f"Saved as '{path.name}' in {path.parent}" in report
         assert host.call("AttuneLoadProfile", profile_name=path.name)[0].id == profile.id
@@ -239,7 +239,7 @@ def test_what_is_found_is_in_the_loader_at_once(host, demo, encode, tiny, monkey
 
     path.unlink()
     monkeypatch.setattr(sys.modules[f"{host.root}.models.store"], "written_whole", full)
-    again, _, _, report = run()
+    again, _, _, report, _ = run()
     assert again.id == profile.id and "No space left on device. Make room" in report
 
 
@@ -291,7 +291,7 @@ def test_the_best_of_a_stopped_search_is_kept(kit, demo, host, caplog):
 def test_the_budget_shrinks_the_preset_or_refuses(host, demo, encode, kit, tiny, monkeypatch, counted):
     monkeypatch.setattr(kit.Solves, "seconds_per_evaluation", lambda *args: 1.0)
     needed = kit.TUNER_PRESETS["mini"].evaluations(4, 3, 1, True)
-    _, _, _, report = tuned(host, demo, encode, preset="standard", budget_minutes=needed / 60 + 0.1)
+    _, _, _, report, _ = tuned(host, demo, encode, preset="standard", budget_minutes=needed / 60 + 0.1)
     assert "'standard' would take longer than the budget. Preset 'mini'" in report
     monkeypatch.setattr(kit.Solves, "seconds_per_evaluation", lambda *args: 100.0)
     with pytest.raises(ValueError, match="Allow more minutes, take fewer steps"):
