@@ -233,3 +233,13 @@ def test_the_node_says_what_it_does_and_how_long_that_takes(unet, host, lenient,
     counted = [int(text.split(": ")[1].split(" of ")[0]) for text in meanwhile]
     assert counted == list(range(1, calls[0] - 1)) and " left" in meanwhile[0]
     assert "Kept: 4 evaluations, " in end if coefficients else end.endswith(" s.")
+
+
+def test_the_card_names_the_processor_where_the_host_says_cpu(host, monkeypatch):
+    card = host.module("nodes._host.card")
+    assert card.machine() == f"{card.processor()}, {torch.get_num_threads()} threads"
+    assert len(card.processor()) > 3
+    monkeypatch.setattr(card.platform, "processor", lambda: "")
+    for system in {"Darwin", "Windows", "another"} - {card.platform.system()}:  # what is asked there is not here
+        monkeypatch.setattr(card.platform, "system", lambda system=system: system)
+        assert card.processor() == card.platform.machine()
