@@ -220,7 +220,7 @@ def _sampler(
         stopped = lambda proofs: _keep_stopped(proofs, setting, task, pictures, time.monotonic() - began, run_setting)
         watch = _Watch(cls, solves, cost(chosen) - solves.evaluations, seconds, "long runs")
         proofs, path, long_seconds = _followed(fit, watch, stopped)
-        return proofs, path, plan, pictures, run_setting, solves.evaluations, (long_seconds, seconds)
+        return proofs, path, plan, pictures, run_setting, solves.evaluations, (long_seconds, long_seconds / calls)
 
     whole = torch.tensor([about.sigma_max, 0.0])
     proofs, path, plan, pictures, run_setting, used, (long_seconds, each) = run_session(
@@ -234,7 +234,7 @@ def _sampler(
     LOG.info("Attune Fit Sampler:\n%s", report)
     shown = [one.run for one in (profile.runs if profile else proofs)]
     curves = [Curve(f"{one.steps} steps", one.sigmas) for one in shown[:5]]
-    plot = draw_schedules([*curves, Curve(f"{len(long) - 1} steps of {followed.runs}", tuple(long))], "Fitted sampler")
+    plot = draw_schedules([Curve(f"{len(long) - 1} steps of {followed.runs}", tuple(long)), *curves], "Fitted sampler")
     ProgressBar(1).update(1, plot)
     text_on(cls)(in_short(profile, took))
     picture = to_image(plot)

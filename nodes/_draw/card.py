@@ -16,7 +16,7 @@ SIDE, SPACE, LINE = 300, 24, 26  # of the two pictures, between parts, of a line
 def draw_card(profile: Calibration, facts: Sequence[str], pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """The profile's name and facts above, its levels on the left, the pictures with their names on the right."""
     long = Curve(f"{profile.steps} steps of {profile.solver}", profile.sigmas)
-    plot = draw_schedules([*(Curve(f"{one.run.steps} steps", one.run.sigmas) for one in profile.runs[:4]), long])
+    plot = draw_schedules([long, *(Curve(f"{one.run.steps} steps", one.run.sigmas) for one in profile.runs[:4])])
     top = 2 * SPACE + LINE * (len(facts) + 2)
     height = top + max(plot.height, len(pictures) * (SIDE + LINE + SPACE))
     card, draw = sheet(plot.width + SIDE + 2 * SPACE, height)

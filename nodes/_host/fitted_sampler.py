@@ -220,6 +220,7 @@ class _Run:
     latent: Tensor | None
     mask: Tensor | None
     quiet: bool
+    asked: float = 0.0  # seconds that evaluations of short runs took
 
     def made(self) -> Tensor:
         """The picture: by the short run where one is proved, else in full, from which the sampler learns."""
@@ -375,11 +376,11 @@ class _Run:
                 if file is not None:
                     keep_update(file, known, fitted_sampler(scene.identity, scene.planned, [seen], known))
                 return f"The short run of '{name}' was checked: {reached:.1f} dB to this picture."
-        began = time.monotonic()
+        self.asked = 0.0
         runs, end = self._learned(path, NoiseSpace(scene.identity.space), seconds / self._calls)
         if end is None:
             return "It has no more steps than the short run that is asked for."
-        each = (time.monotonic() - began) / (2 * sum(one.run.steps for one in runs))
+        each = self.asked / (2 * sum(one.run.steps for one in runs))
         made, best = fitted_sampler(scene.identity, scene.planned, runs, known), max(runs, key=lambda one: one.psnr)
         file = None if known is None else profile_path(name)
         kept = keep_profile(made) if file is None or known is None else keep_update(file, known, made)
@@ -413,7 +414,15 @@ class _Run:
     def _denoise_over(self, levels: Sigmas) -> Denoiser:
         """The guided model, for latents in main memory, as a run over `levels` asks it."""
         options = options_over(self.extra_args["model_options"], levels.to(self.noise.device, torch.float32))
-        return denoiser(self.guider, options, self.noise, self.extra_args.get("seed"))
+        ask = denoiser(self.guider, options, self.noise, self.extra_args.get("seed"))
+
+        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
+            began = time.monotonic()
+            answer = ask(x, sigma)
+            self.asked += time.monotonic() - began
+            return answer
+
+        return denoise
 
 
 SINCE: dict[str, int] = {}  # short runs of each calibration since its last check, by file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
@@ -390,3 +391,14 @@ def test_while_it_learns_it_says_how_long_that_takes(unet):
     assert later[0].startswith(f"Learning: 0 of at most {2 * SHORT} evaluations, about ") and later[0].endswith(" left")
     assert Drawn(unet, seed=2, check_every=1).meanwhile == []
     assert "Checking the short run, 1 s" in Drawn(unet, seed=3, check_every=1).meanwhile
+
+
+def test_the_seconds_on_the_card_are_those_of_the_evaluations_alone(unet, host, monkeypatch):
+    """Not those of the search on paper, which the short run does not make again."""
+    kernel, facts = host.module("kernels.fitted_sampler"), []
+    search = kernel.search_levels
+    monkeypatch.setattr(kernel, "search_levels", lambda *given: (time.sleep(2), search(*given))[1])
+    monkeypatch.setattr(host.module("nodes.fast_sampler"), "draw_card", lambda _, said, __: facts.extend(said))
+    Drawn(unet)
+    (short,) = (fact for fact in facts if fact.startswith(f"{SHORT} evaluations: "))
+    assert float(short.split()[2]) < 1.0
