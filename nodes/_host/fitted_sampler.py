@@ -285,7 +285,7 @@ class _Run:
             tuple(self.sigmas.tolist()), setting_of(self.guider, inner, options),
         )  # fmt: skip
         identity = identify(patcher, weights=True)
-        nameless = "The weights of this MODEL are packed (GGUF) and cannot be told from others."
+        nameless = "The weights of this MODEL are packed in a form that cannot be told from others."
         return Scene(identity, planned, self._refused(size) or ("" if identity.weights_hash else nameless))
 
     def _refused(self, size: tuple[int, int] | None) -> str:

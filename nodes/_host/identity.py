@@ -80,20 +80,20 @@ def config_hash(unet_config: dict) -> str:
 
 
 def weights_hash(model) -> str:
-    """Names the weights of a MODEL's network without its LoRAs, by the signs of 512 numbers in each of 16 tensors.
+    """Names the weights of a MODEL's network without its LoRAs, by the signs of 512 numbers in each of 16 tensors, of a
+    tensor that is packed (GGUF) by 512 of its bytes.
 
-    Signs do not change when weights are loaded in half precision; a fine-tune turns some of those near 0. "" for a
-    network whose weights are packed in another form (GGUF).
+    Signs do not change when weights are loaded in half precision; a fine-tune turns some of those near 0. Weights
+    packed in another way are others. "" for a network whose weights are packed in a form that is not known.
     """
     network = model.model.diffusion_model
-    parameters = {name: one for name, one in network.named_parameters() if _is_plain_matrix(one)}
+    parameters = {name: one for name, one in network.named_parameters() if _is_plain_matrix(one) or _is_packed(one)}
     if not parameters:
         return ""
     matrices, digest = sorted(parameters), hashlib.sha256()
     for name in matrices[:: -(-len(matrices) // SAMPLED_TENSORS)]:
         kept = model.backup.get(f"diffusion_model.{name}")  # the weight of before a LoRA was added to it in place
-        signs = _sampled(parameters[name] if kept is None else kept.weight) > 0
-        digest.update(bytes(signs.tolist()))
+        digest.update(_sign(parameters[name] if kept is None else kept.weight))
     return digest.hexdigest()[:16]
 
 
@@ -122,6 +122,23 @@ def _tensors(patch) -> list[Tensor]:
 
 def _is_plain_matrix(weight: Tensor) -> bool:
     return type(weight) is Parameter and weight.ndim > 1 and weight.is_floating_point() and not weight.is_meta
+
+
+def _is_packed(weight: Tensor) -> bool:
+    """Whether a weight is one of ComfyUI-GGUF's, a class of tensor that says how it is packed and for what shape."""
+    return hasattr(weight, "tensor_type") and hasattr(weight, "tensor_shape") and not weight.is_meta
+
+
+def _sign(weight: Tensor) -> bytes:
+    """What a weight adds to the hash; a packed one is only read, and never unpacked."""
+    if not _is_packed(weight):
+        return bytes((_sampled(weight) > 0).tolist())
+    stored = weight.as_subclass(Tensor)
+    if stored.is_floating_point():  # F16 and F32 lie in such a file as they are
+        return bytes((_sampled(stored) > 0).tolist())
+    flat = stored.detach().reshape(-1)
+    kept = flat[:: -(-len(flat) // SAMPLED_NUMBERS)].cpu().contiguous()
+    return f"{weight.tensor_type} ".encode() + bytes(kept.view(torch.uint8).tolist())  # type: ignore[attr-defined]
 
 
 def _sampled(weight: Tensor) -> Tensor:

@@ -364,12 +364,12 @@ def test_in_every_graph_the_first_run_is_stocks_and_the_next_ones_are_near_it(un
 
 
 def test_weights_that_have_no_name_are_never_taken_for_others(unet, host, monkeypatch):
-    """As packed ones (GGUF), of which any two would match."""
+    """As those packed in an unknown form, of which any two would match."""
     Drawn(unet)
     identity = host.module("nodes._host.identity")
     monkeypatch.setattr(identity, "weights_hash", lambda model: "")
     drawn = Drawn(unet, seed=2)
-    assert drawn.full and "GGUF" in drawn.text and drawn.calls == STEPS
+    assert drawn.full and "packed" in drawn.text and drawn.calls == STEPS
 
 
 def test_a_picture_that_leaves_the_fitted_range_is_made_in_full(unet, host):

@@ -398,6 +398,71 @@ def test_the_shipped_prompt_runs_in_the_hosts_executor(host, folder):
     assert len([1 for out in outputs.values() if out.get("images")]) == 3  # the pictures, the plot, the node's own plot
 
 
+class GGMLTensor(torch.Tensor):
+    """As in ComfyUI-GGUF: bytes of one shape that stand for numbers of another, which it claims to have."""
+
+    def __new__(cls, *args, **_):
+        return super().__new__(cls, *args)
+
+    def __init__(self, *_, tensor_type, tensor_shape):
+        super().__init__()
+        self.tensor_type, self.tensor_shape = tensor_type, tensor_shape
+
+    @property
+    def shape(self):
+        return self.tensor_shape
+
+    def detach(self):
+        return self
+
+
+def packed(network: torch.nn.Module, kind: str = "Q8_0") -> torch.nn.Module:
+    """A copy whose matrices of the blocks are packed: whole numbers in bytes, one scale in front of 32 of them."""
+    copied = copy.deepcopy(network)
+    for module in copied.modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim != 2 or weight.numel() % 32:
+            continue
+        blocks = weight.detach().reshape(-1, 32)
+        scale = (blocks.abs().amax(dim=1, keepdim=True) / 127).half()
+        numbers = (blocks / scale.float().clamp(min=1e-8)).round().to(torch.int8)
+        stored = torch.cat([scale.view(torch.uint8), numbers.view(torch.uint8)], dim=1)
+        held = GGMLTensor(stored, tensor_type=kind, tensor_shape=weight.shape)
+        module.weight = torch.nn.Parameter(held, requires_grad=False)
+    return copied
+
+
+def test_packed_weights_have_a_name_too(demo):
+    """They are only read: nothing of the class that unpacks is called, and its bytes stay."""
+    from pack.nodes._host import identity
+
+    network = demo[0].model.diffusion_model
+
+    def name(held):
+        model = type("Model", (), {"backup": {}, "model": type("Inner", (), {"diffusion_model": held})})
+        return identity.weights_hash(model)
+
+    held = packed(network)
+    assert sum(isinstance(one, GGMLTensor) for one in held.parameters()) > 20
+    before = [one.as_subclass(torch.Tensor).clone() for one in held.parameters()]
+    named = name(held)
+    assert (
+        len(named) == 16 and named == name(packed(network)) != name(network) and named != name(packed(network, "Q8_1"))
+    )
+    assert all(
+        torch.equal(one, two.as_subclass(torch.Tensor)) for one, two in zip(before, held.parameters(), strict=True)
+    )
+    tuned = copy.deepcopy(network)
+    for weight in tuned.parameters():
+        weight.data += 1e-3 * weight.detach().std() * torch.randn_like(weight) if weight.ndim > 1 else 0
+    assert name(packed(tuned)) != named
+    mixed = packed(network)  # the same plain weights beside other packed ones
+    for module, other in zip(mixed.modules(), packed(tuned).modules(), strict=True):
+        if isinstance(getattr(module, "weight", None), GGMLTensor):
+            module.weight = other.weight
+    assert name(mixed) != named
+
+
 def test_the_weights_have_a_name_that_precision_and_loras_do_not_change(host, demo, flow, encode):
     from pack.nodes._host import identity
 
