@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...kernels.space import NoiseSpace
@@ -29,7 +30,7 @@ class Recorder:
         at, steps = len(self._states), len(self._sigmas) - 1
         if at < steps and 8 * steps * x.numel() <= MOST_RECORDED:
             level, wanted = float(sigma.reshape(-1)[0]), float(self._sigmas[at])
-            if abs(level - wanted) <= 1e-4 * wanted:
+            if abs(level - wanted) <= max(1e-4, torch.finfo(sigma.dtype).eps) * wanted:  # of a half, rounded
                 self._states.append(x.detach().float().cpu())
                 self._answers.append(answer.detach().float().cpu())
         return answer

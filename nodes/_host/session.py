@@ -171,7 +171,7 @@ def denoiser(guider: Any, options: dict, like: Tensor, seed: int | None) -> Deno
     """A guider for latents in main memory; `like` a run's own on its device, which it is asked with."""
 
     def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        level = sigma.to(like.device, torch.float32).expand(len(x))
+        level = sigma.to(like.device, like.dtype).expand(len(x))  # rounded as a solver's, for latents of half precision
         with torch.no_grad():
             return guider(x.to(like), level, model_options=options, seed=seed).float().cpu()
 

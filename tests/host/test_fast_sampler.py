@@ -402,3 +402,16 @@ def test_the_seconds_on_the_card_are_those_of_the_evaluations_alone(unet, host, 
     Drawn(unet)
     (short,) = (fact for fact in facts if fact.startswith(f"{SHORT} evaluations: "))
     assert float(short.split()[2]) < 1.0
+
+
+@pytest.mark.parametrize("dtype", daily([torch.bfloat16, torch.float16], torch.bfloat16), ids=str)
+def test_latents_in_half_precision(kit, dtype):
+    """The host samples in the precision of the latent; its output is what it is without the node."""
+    given = {"latent": {"samples": kit.empty()["samples"].to(dtype)}}
+    first, stock = Drawn(kit, **given), Drawn(kit, stock=True, **given)
+    assert first.learned and torch.equal(first.latent, stock.latent), first.said
+    second, other = Drawn(kit, seed=2, **given), Drawn(kit, seed=2, stock=True, **given)
+    assert second.calls == SHORT and second.latent.dtype == other.latent.dtype and second.latent.isfinite().all()
+    assert fidelity(second.latent, other.latent) > fidelity(
+        Drawn(kit, seed=2, steps=SHORT, stock=True, **given).latent, other.latent
+    )
