@@ -38,7 +38,8 @@ def _run_inputs():
         io.Conditioning.Input("negative", tooltip="The negative prompt that you usually take."),
         io.Float.Input(
             "cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01,
-            tooltip="The guidance that you will sample with; the result holds for about half to twice of it.",
+            tooltip="The guidance that you will sample with. A schedule holds from about half to twice of it; "
+            "'coefficients' from half to 1.2 times, beyond which they are worse than plain steps.",
         ),
         io.Sampler.Input(
             "sampler",
@@ -68,8 +69,9 @@ class AttuneFitSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset", options=list(TUNER_PRESETS), default="mini",
-                    tooltip="How thorough: at 8 steps at most about 800, 1700 or 3400 evaluations of the model. The "
-                    "time is measured before it starts.",
+                    tooltip="How thorough: at 8 steps at most about 800, 1700 or 3400 evaluations of the model. "
+                    "'coefficients' are fitted to 1, 2 or 4 noises and proved on 6, 9 or 12 others: about 420, 700 or "
+                    "1100 for a long run of 30 steps. The time is measured before it starts.",
                 ),
                 io.Boolean.Input(
                     "levels", default=True,
