@@ -20,7 +20,16 @@ from ._host.folders import keep_fit, keep_profile
 from ._host.identity import identify, pixels
 from ._host.session import REFERENCE, ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 from ._host.stock_schedules import known_schedules
-from ._plan.fit_run import EXACT_PATH, YOUR_RUN, check_looks, counts_of, evaluations, in_short, proved_profile, run_report
+from ._plan.fit_run import (
+    EXACT_PATH,
+    YOUR_RUN,
+    check_looks,
+    counts_of,
+    evaluations,
+    in_short,
+    proved_profile,
+    run_report,
+)  # fmt: skip
 from ._plan.fit_sampler import Setting, affordable, stopped_profile, tuned_profile, tuning_report
 from ._plan.time_left import TimeLeft, duration
 
@@ -213,7 +222,8 @@ def _sampler(
 
     def work(solves: Solves):
         seconds = solves.seconds_per_evaluation(about.sigma_max, *draw_noises(empty, setting.seed, 1))
-        cost = lambda one: evaluations(one, steps * (1 if exact else solver.calls), task.counts, rivals, exact)
+        calls = steps * (1 if exact else solver.calls)
+        cost = lambda one: evaluations(one, calls, task.counts, rivals, exact)
         needed = {name: cost(one) for name, one in TUNER_PRESETS.items()}
         chosen, plan = affordable(preset, needed, seconds, minutes, "steps in 'sigmas' or 'more_steps',")
         LOG.info("Attune Fit Sampler: %s", plan)
