@@ -15,30 +15,33 @@ MOST_RECORDED = 4 << 30  # bytes of main memory; 50 steps of a picture of SDXL t
 
 
 class Recorder:
-    """A guider that keeps, in main memory, what it is first asked at each level of a schedule and what it says."""
+    """A guider that keeps, in main memory, what it is last asked at each level of a schedule and what it says.
+
+    The last, for a solver of second order asks at the next level once to try it, and again when it is there.
+    """
 
     def __init__(self, guider: Any, sigmas: Tensor):
         self._guider, self._sigmas = guider, sigmas
-        self._states: list[Tensor] = []
-        self._answers: list[Tensor] = []
+        self._levels = sigmas.tolist()[:-1]
+        self._heard: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._guider, name)
 
     def __call__(self, x: Tensor, sigma: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         answer = self._guider(x, sigma, *args, **kwargs)
-        at, steps = len(self._states), len(self._sigmas) - 1
-        if at < steps and 8 * steps * x.numel() <= MOST_RECORDED:
-            level, wanted = float(sigma.reshape(-1)[0]), float(self._sigmas[at])
-            if abs(level - wanted) <= max(1e-4, torch.finfo(sigma.dtype).eps) * wanted:  # of a half, rounded
-                self._states.append(x.detach().float().cpu())
-                self._answers.append(answer.detach().float().cpu())
+        if 8 * len(self._levels) * x.numel() <= MOST_RECORDED:
+            level, near = float(sigma.reshape(-1)[0]), max(1e-4, torch.finfo(sigma.dtype).eps)  # of a half, rounded
+            i = next((i for i, one in enumerate(self._levels) if abs(level - one) <= near * one), None)
+            if i is not None:
+                self._heard[i] = x.detach().float().cpu(), answer.detach().float().cpu()
         return answer
 
     def path(self, end: Tensor) -> Trajectory | None:
         """The run to its `end`; None where it did not pass by every level, or was too large."""
-        if len(self._states) != len(self._sigmas) - 1:
+        if len(self._heard) != len(self._levels):
             return None
+        states, answers = zip(*(self._heard[i] for i in range(len(self._levels))), strict=True)
         space = NoiseSpace(identify(self._guider.model_patcher).space)
         scaled = end.float().cpu() * space.alpha(self._sigmas[-1].double().cpu()).float()
-        return Trajectory.recorded(self._sigmas.double().cpu(), [*self._states, scaled], self._answers)
+        return Trajectory.recorded(self._sigmas.double().cpu(), [*states, scaled], answers)

@@ -415,3 +415,24 @@ def test_latents_in_half_precision(kit, dtype):
     assert fidelity(second.latent, other.latent) > fidelity(
         Drawn(kit, seed=2, steps=SHORT, stock=True, **given).latent, other.latent
     )
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "heunpp2", "dpm_2", "dpmpp_2m"])
+def test_what_is_recorded_is_where_the_solver_was_and_not_where_it_tried(host, unet, solver):
+    """Solvers of second order ask at the next level before they are there."""
+    import comfy.k_diffusion.sampling as stock
+    from pack.nodes._host.recorder import Recorder
+
+    class Guider:
+        model_patcher = unet.model
+
+        def __call__(self, x, sigma, **_):
+            return x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)  # the path is no straight line
+
+    sigmas, been = torch.tensor([10.0, 4.0, 1.5, 0.5, 0.0]), []
+    recorder = Recorder(Guider(), sigmas)
+    x = 10 * torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    end = getattr(stock, f"sample_{solver}")(recorder, x, sigmas, callback=lambda now: been.append(now["x"].clone()))
+    path = recorder.path(end)
+    torch.testing.assert_close(path.states, torch.stack([*been, end]))
+    torch.testing.assert_close(path.slopes[0], (x - x / 101) / 10)

@@ -45,7 +45,8 @@ def blocks_of(network: nn.Module) -> dict[Block, nn.Module]:
     found: dict[Block, nn.Module] = {}
     if isinstance(network, openaimodel.UNetModel):
         return found
-    for kind, names in BLOCK_KINDS.items() if _asks_patches(type(network)) else ():
+    kind_of: Any = type(network)
+    for kind, names in BLOCK_KINDS.items() if _asks_patches(kind_of) else ():
         lists = (getattr(network, name, None) for name in names)
         blocks = next((blocks for blocks in lists if isinstance(blocks, nn.ModuleList)), ())
         found |= {(kind, i): block for i, block in enumerate(blocks)}
@@ -53,7 +54,7 @@ def blocks_of(network: nn.Module) -> dict[Block, nn.Module]:
 
 
 @functools.cache
-def _asks_patches(network: type) -> bool:
+def _asks_patches(network: Any) -> bool:
     """Whether the source of a network looks for patches of its blocks; yes where it cannot be read."""
     try:
         return any("patches_replace" in inspect.getsource(one) for one in network.__mro__ if _is_network(one))
@@ -314,7 +315,7 @@ class _Reused:
         if (kind, name, 0) not in self.features:
             return given
         if isinstance(given, Tensor):
-            kept = self.features[kind, name, 0]
-            return given + kept if self.difference else kept.clone()
+            alone = self.features[kind, name, 0]
+            return given + alone if self.difference else alone.clone()
         kept = [self.features[kind, name, j] for j in range(len(given))]
         return type(given)(a + b if self.difference else b.clone() for a, b in zip(given, kept, strict=True))
