@@ -421,6 +421,7 @@ def test_latents_in_half_precision(kit, dtype):
 def test_what_is_recorded_is_where_the_solver_was_and_not_where_it_tried(host, unet, solver):
     """Solvers of second order ask at the next level before they are there."""
     import comfy.k_diffusion.sampling as stock
+
     from pack.nodes._host.recorder import Recorder
 
     class Guider:
