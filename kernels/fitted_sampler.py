@@ -418,7 +418,7 @@ def prove(
         rival = min(errors, key=lambda name: errors[name] if math.isfinite(errors[name]) else math.inf)
         work = _nearest(denoise_over, fitted, steps, space, paper, None)
         run, *_ = yield from _attempted(work, f"fitting {steps} steps")
-        better = polished(denoise_over(torch.tensor(run.sigmas)), run, paths[:-held_out])
+        better = polish(denoise_over(torch.tensor(run.sigmas)), run, fitted)
         run = yield from _attempted(better, f"polishing {steps} steps")
         theirs, mine = [], []
         for i, path in enumerate(unseen):
@@ -434,27 +434,37 @@ def prove(
 
 def polish(denoise: Denoiser, run: FittedRun, path: Trajectory) -> Generator[None, None, FittedRun]:
     """The run with all its numbers moved at once so that its end comes nearest to the path's: a step of Gauss-Newton by
-    differences, halved until it helps. Yields now and then; at most `polish_cost` evaluations.
+    differences. Yields now and then; at most `polish_cost` evaluations.
 
     `fit_steps` brings each state near, and a state may be as far as it likes where the end comes nearer by it. How the
-    end moves with a number is found by another run from that step on.
+    end moves with a number is found by another run from that step on. The move is made on all pictures but the last and
+    kept, then made on all, if the last one's end comes nearer by it: under strong guidance it often does not, for paths
+    that bend much are far from linear. One picture alone is left as it is.
     """
+    if path.states.shape[1] < 2:
+        return run
     states, answers = _made(denoise, run, path.states[0])
-    end, rows = states[-1], []
+    end, moves = states[-1], []
     for i, numbers in enumerate(run.numbers):
         for column in step_columns(states[i], answers[i])[: len(numbers)]:
-            moved_states, _ = _made(denoise, run, states[i + 1] + NUDGE * column, i + 1, answers[i])
-            rows.append(((moved_states[-1] - end) / NUDGE).cpu())
+            aside, _ = _made(denoise, run, states[i + 1] + NUDGE * column, i + 1, answers[i])
+            moves.append(((aside[-1] - end) / NUDGE).cpu())
             yield
-    moves = least_squares(rows, (path.end - end).cpu()).tolist()
-    for share in (1.0, 0.5, 0.25):
-        left = iter(moves)
-        moved = replace(run, numbers=tuple(tuple(one + share * next(left) for one in row) for row in run.numbers))
-        states, answers = _made(denoise, moved, path.states[0])
-        yield
-        if (states[-1] - path.end).square().mean() < (end - path.end).square().mean():
-            return _with_shares(moved, [probe(x, a[0]) for x, a in zip(states, [*answers, answers[-1]], strict=True)])
-    return run
+    found, before = run, picture_errors(end, path.end)
+    for seen in (slice(None, -1), slice(None)):
+        by = least_squares([one[seen] for one in moves], (path.end - end)[seen].cpu()).tolist()
+        for share in (1.0, 0.5, 0.25):
+            left = iter(by)
+            moved = replace(run, numbers=tuple(tuple(one + share * next(left) for one in row) for row in run.numbers))
+            states, answers = _made(denoise, moved, path.states[0])
+            yield
+            after = picture_errors(states[-1], path.end)
+            if after[seen].mean() < before[seen].mean():
+                break
+        if not (after.mean() < before.mean() and after[-1] < before[-1]):
+            return found
+        found = _with_shares(moved, [probe(x, a[0]) for x, a in zip(states, [*answers, answers[-1]], strict=True)])
+    return found
 
 
 def _made(
@@ -470,26 +480,8 @@ def _made(
 
 
 def polish_cost(steps: int, history: int = HISTORY) -> int:
-    """Evaluations of `polish` at most, for each picture."""
-    return 4 * steps + sum((2 + min(i, history)) * (steps - 1 - i) for i in range(steps))
-
-
-def polished(denoise: Denoiser, run: FittedRun, paths: Sequence[Trajectory]) -> Generator[None, None, FittedRun]:
-    """`run`, or what `polish` makes of it on all `paths`, if it helps the last one when made on the others; at most
-    `polished_cost` evaluations. Under strong guidance it often does not: paths that bend much are far from linear."""
-    if len(paths) < 2:
-        return run
-    *others, unseen = paths
-    trial = yield from polish(denoise, run, joined(others))
-    ends = [solve(denoise, unseen.states[0], one) for one in (run, trial)]
-    yield
-    before, after = _errors(ends, [unseen, unseen]).chunk(2)
-    return (yield from polish(denoise, run, joined(paths))) if after.mean() < before.mean() else run
-
-
-def polished_cost(steps: int, paths: int) -> int:
-    """Evaluations of `polished` at most, all paths counted."""
-    return (2 * paths - 1) * polish_cost(steps) + 2 * steps if paths > 1 else 0
+    """Evaluations of `polish` at most, for each of two or more pictures."""
+    return 7 * steps + sum((2 + min(i, history)) * (steps - 1 - i) for i in range(steps))
 
 
 def _errors(ends: Sequence[Latent], paths: Sequence[Trajectory]) -> Tensor:

@@ -223,7 +223,7 @@ def _sampler(
     def work(solves: Solves):
         seconds = solves.seconds_per_evaluation(about.sigma_max, *draw_noises(empty, setting.seed, 1))
         calls = steps * (1 if exact else solver.calls)
-        cost = lambda one: evaluations(one, calls, task.counts, rivals, exact)
+        cost = lambda one: evaluations(one, calls, task.counts, rivals, exact, len(empty))
         needed = {name: cost(one) for name, one in TUNER_PRESETS.items()}
         chosen, plan = affordable(preset, needed, seconds, minutes, "steps in 'sigmas' or 'more_steps',")
         LOG.info("Attune Fit Sampler: %s", plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from ...kernels.fitted_sampler import Proof, polished_cost
+from ...kernels.fitted_sampler import Proof, polish_cost
 from ...kernels.gate import CHANCE, FEWEST, sign_count
 from ...kernels.tuner import TunerPreset
 from ...models.calibration import Calibration, Planned, ShortRun, size_text
@@ -31,11 +31,13 @@ def counts_of(steps: int, more: str) -> list[int]:
     return counts
 
 
-def evaluations(preset: TunerPreset, long: int, counts: Sequence[int], rivals: int, exact: bool = False) -> int:
+def evaluations(
+    preset: TunerPreset, long: int, counts: Sequence[int], rivals: int, exact: bool = False, batch: int = 1
+) -> int:
     """The most calls of the guided model: two to see how long one takes, the long runs, of the exact path a half one
     for its own error, then the known samplers, the fits, their polish and the proofs."""
     each = rivals * preset.fit + 2 * preset.fit + 2 * preset.held_out
-    polishing = sum(polished_cost(steps, preset.fit) for steps in counts)
+    polishing = preset.fit * sum(map(polish_cost, counts)) if preset.fit * batch > 1 else 0
     return 2 + long * (preset.fit + preset.held_out) + (-(-long // 2) if exact else 0) + sum(counts) * each + polishing
 
 
