@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from pack.kernels.gate import judge
 from pack.kernels.noise_shift import WIDEST, Limits, Losses, Shift, ShiftPreset, calibration_levels, cond_level
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
-from pack.kernels.timestep_aligner import Alignment, ToldDenoiser, euler_step, search_tau
+from pack.kernels.timestep_aligner import Alignment, ToldDenoiser, Trajectory, euler_step, search_tau
 from pack.kernels.types import Denoiser, Latent, Sigmas
 
 CANDIDATES = 11  # for each level of the bound, itself among them
@@ -105,6 +106,125 @@ def align_published(
         chosen.append(tau)
         gains.append(1 - least / plain if plain else 0.0)
     return Alignment(tuple(sigmas.tolist()[:-1]), tuple(chosen), tuple(gains))
+
+
+# --- OLSS (Duan et al. 2023, arXiv 2305.14677) --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OlssRun:
+    """Levels [n+1], and for step i the weights of the start and of the i + 1 answers so far, the first one first."""
+
+    sigmas: tuple[float, ...]
+    weights: tuple[tuple[float, ...], ...]
+
+
+def fit_olss(denoise: Denoiser, sigmas: Sigmas, path: Trajectory) -> OlssRun:
+    """For each step the weights that bring it nearest to `path`, by plain least squares, on states that these make."""
+    start = x = path.states[0]
+    answers: list[Latent] = []
+    weights: list[tuple[float, ...]] = []
+    for sigma, sigma_next in pairwise(sigmas.double()):
+        answers.append(denoise(x, sigma))
+        columns = torch.stack([start, *answers]).flatten(1).double()
+        found = torch.linalg.lstsq(columns.T, path.at(float(sigma_next)).flatten().double()[:, None]).solution
+        weights.append(tuple(found[:, 0].tolist()))
+        x = _weighed(weights[-1], [start, *answers])
+    return OlssRun(tuple(sigmas.tolist()), tuple(weights))
+
+
+def solve_olss(denoise: Denoiser, x: Latent, run: OlssRun) -> Latent:
+    seen = [x]
+    for sigma, weights in zip(run.sigmas, run.weights, strict=False):
+        seen.append(denoise(x, torch.tensor(sigma, dtype=torch.float64)))
+        x = _weighed(weights, seen)
+    return x
+
+
+def _weighed(weights: Sequence[float], latents: Sequence[Latent]) -> Latent:
+    out = latents[0] * weights[0]
+    for weight, one in zip(weights[1:], latents[1:], strict=True):
+        out.add_(one, alpha=weight)
+    return out
+
+
+# --- a unified solver and the search for its plan (Liu et al. 2023, arXiv 2312.07243) -----------------------------------
+
+ORDERS, OF, ESTIMATES = (1, 2, 3), ("data", "noise"), ("all", "few", "middle")
+PARENTS = 4  # the best plans so far, of which one is changed
+
+
+@dataclass(frozen=True)
+class PlanStep:
+    """How one step goes on: the degree of its polynomial through the last answers plus 1, what that polynomial is of,
+    and how it is found: every derivative from all answers, each from as few as it needs, or its value in the middle
+    for its integral, as DPM-Solver++(2M) has it."""
+
+    order: int = 2
+    of: str = "data"
+    estimate: str = "middle"
+
+
+Plan: TypeAlias = tuple[int, tuple[PlanStep, ...]]  # which of some schedules, and its steps
+
+
+def solve_plan(denoise: Denoiser, x: Latent, sigmas: Sigmas, steps: Sequence[PlanStep], space: NoiseSpace) -> Latent:
+    """A multistep exponential integrator in ln(alpha / sigma) whose kind is chosen for every step."""
+    known: list[tuple[float, Latent, Latent]] = []  # where, data, noise; the newest first
+    for step, (sigma, sigma_next) in zip(steps, pairwise(sigmas.double()), strict=True):
+        data, alpha, alpha_next = denoise(x, sigma), float(space.alpha(sigma)), float(space.alpha(sigma_next))
+        ratio = float(sigma_next / sigma)
+        if ratio == 0 or alpha == 0:  # the end, or nothing but noise: one answer alone
+            x = torch.lerp(data, x, ratio)
+            continue
+        known = [(-float(space.log_ratio(sigma)), data, (x - alpha * data) / float(sigma)), *known][: max(ORDERS)]
+        used = known[: step.order]
+        weights = plan_weights([at - used[0][0] for at, *_ in used], math.log(alpha_next / alpha / ratio), step)
+        if step.of == "data":
+            x = ratio * x + alpha_next * _weighed(weights, [data for _, data, _ in used])
+        else:
+            x = alpha_next / alpha * x - float(sigma_next) * _weighed(weights, [noise for *_, noise in used])
+    return x
+
+
+def plan_weights(places: Sequence[float], h: float, step: PlanStep) -> list[float]:
+    """Of the answers at `places` (0 first) in the integral over (0, h) of their polynomial with the weight e^(s - h), or
+    e^(h - s) for noise."""
+    n = len(places)
+    moments = [-math.expm1(-h) if step.of == "data" else math.expm1(h)]
+    for k in range(1, n):
+        moments.append(h**k - k * moments[-1] if step.of == "data" else k * moments[-1] - h**k)
+    if step.estimate == "middle":
+        moments = [moments[0] * (h / 2) ** k for k in range(n)]
+    powers = torch.tensor(places, dtype=torch.float64)[:, None] ** torch.arange(n)
+    of_answers = torch.linalg.inv(powers)  # [n n]: the polynomial's coefficients from the answers
+    if step.estimate == "few":
+        for degree in range(1, n - 1):  # each coefficient from the first degree + 1 answers alone
+            of_answers[degree] = 0
+            of_answers[degree, : degree + 1] = torch.linalg.inv(powers[: degree + 1, : degree + 1])[degree]
+    return (torch.tensor(moments, dtype=torch.float64) @ of_answers).tolist()
+
+
+def search_plan(
+    error: Callable[[Plan], float], steps: int, schedules: int, trials: int, generator: torch.Generator
+) -> Plan:
+    """The plan of least error after `trials` of them: 2M on each of the schedules, then changes of the best few."""
+    pick = lambda n: int(torch.randint(n, (1,), generator=generator))
+    chance = lambda share: float(torch.rand(1, generator=generator)) < share
+    tried: dict[Plan, float] = {}
+    while len(tried) < trials:
+        if len(tried) < schedules:
+            plan: Plan = (len(tried), (PlanStep(),) * steps)
+        else:
+            at, kinds = sorted(tried, key=lambda one: tried[one])[pick(min(PARENTS, len(tried)))]
+            anew = lambda: PlanStep(ORDERS[pick(len(ORDERS))], OF[pick(len(OF))], ESTIMATES[pick(len(ESTIMATES))])
+            changed = pick(steps)
+            kinds = tuple(anew() if i == changed or chance(1 / steps) else one for i, one in enumerate(kinds))
+            plan = (pick(schedules) if chance(0.2) else at, kinds)
+        if plan not in tried:
+            found = error(plan)
+            tried[plan] = found if math.isfinite(found) else math.inf
+    return min(tried, key=lambda one: tried[one])
 
 
 # --- the bound of Align Your Steps (KLUB) -------------------------------------------------------------------------------
