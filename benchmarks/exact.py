@@ -146,18 +146,20 @@ class GivenNoise:
 
 def levels(host: Host, model, name: str, steps: int) -> Tensor:
     """SIGMAS by the name of a stock scheduler, of a core node ("core AYS") or of one of ours."""
+    import comfy.samplers
+
     if name in CORE:
         node, inputs = CORE[name]
         return host.call(node, steps=steps, denoise=1.0, **inputs)[0]
-    if name in STOCK:
+    if name in comfy.samplers.SCHEDULER_NAMES:
         return host.call("BasicScheduler", model=model, scheduler=name, steps=steps, denoise=1.0)[0]
     return host.call("AttuneScheduler", model=model, schedule=name, steps=steps, denoise=1.0)[0]
 
 
-def sample(host: Host, model, solver: str, sigmas: Tensor, noise: Tensor, options: dict | None = None) -> Tensor:
-    """The latents that the host's sampler makes of `noise`, [b c h w]."""
+def sample(host: Host, model, solver, sigmas: Tensor, noise: Tensor, options: dict | None = None) -> Tensor:
+    """The latents that a sampler of the host, by name or a SAMPLER, makes of `noise`, [b c h w]."""
     (guider,) = host.call("BasicGuider", model=model, conditioning=[[torch.zeros(1, 1, 1), {}]])
-    (sampler,) = host.call("KSamplerSelect", sampler_name=solver)
+    (sampler,) = host.call("KSamplerSelect", sampler_name=solver) if isinstance(solver, str) else (solver,)
     sampler.extra_options = {**sampler.extra_options, **(options or {})}
     out, _ = host.call(
         "SamplerCustomAdvanced", noise=GivenNoise(noise), guider=guider, sampler=sampler,
