@@ -31,11 +31,7 @@ SMOKE = {
     "demo_model": ["--flow", "--pictures", "6", "--per-word", "2", "--objects", "32"],
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "exact_fitted": ["--spaces", "ve", "--solvers", "euler", "--steps", "5", "--samples", "256"],
-    "fitted_sampler": [
-        *("--models", "flow", "--tasks", "2", "--peers", "2", "--fits", "1", "--counts", "4", "6", "--steps", "12"),
-        *("--short-steps", "6", "--more", "--solvers", "euler", "heun", "--no-caches", "--only-cfg", "0"),
-        *("--cfgs", "2", "--sides", "96", "--pictures", "--rounds", "1"),
-    ],
+    "fitted_sampler": ["--quick"],
     "gate": ["--quick"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
     "schedules": [
@@ -251,25 +247,36 @@ def test_short_runs_are_weighed_against_all_that_costs_as_little(tmp_path):
         "before <!-- measured: python dev.py bench fitted_sampler --> old <!-- end --> after"
     )
     run("fitted_sampler", tmp_path, *SMOKE["fitted_sampler"])
-    tables = json.loads((tmp_path / "results" / "fitted_sampler.json").read_text())["tables"]
-    fewer, own, of_2m, carries, session = (table["rows"] for table in tables)
-    rows = {row[0]: row[1:] for row in own}
+    result = json.loads((tmp_path / "results" / "fitted_sampler.json").read_text())
+    tables = {table["title"]: table["rows"] for table in result["tables"]}
     dB = lambda cell: float(cell.split()[0])
-    assert dB(rows["**fitted**, pixels"][1]) > dB(rows["**fitted**, pixels"][0]) > 20
-    assert {"heun", "Taylor forecast of the slope", "Chebyshev forecast of the slope"} <= {
-        name.split(",")[0].replace("denoised", "slope") for name in rows
+    rows = {
+        row[0].split(",")[0]: row[1:] for row in tables["dB to flow, 12 steps of euler (beta), cfg 3, by evaluations"]
     }
-    assert any(cell.endswith("5 calls") for name, cells in rows.items() if "heun" in name for cell in cells)
-    assert all(row[2] for row in fewer) and len(of_2m) == 7
+    assert dB(rows["**fitted**"][1]) > dB(rows["**fitted**"][0]) > 20 and rows["heun"][1].endswith("5 calls")
+    assert {"OLSS", "searched plan (USF)"} < set(rows) and sum("forecast" in name for name in rows) == 2
+    assert all(row[2] for row in tables["Times fewer evaluations"])
+    path = tables["Deviation from the converged picture"]
+    assert [row[2] for row in path] == [5, 6] and all(dB(row[6]) < 1 for row in path)
+    *targets, mean = tables["Exact targets: error as a share of the best free run's"]
+    assert all(dB(row[5]) < 1 for row in targets) and mean[0] == "**geometric mean**" and len(targets) == 2
+    carries = next(rows for title, rows in tables.items() if title.startswith("What carries over"))
     there = {row[0]: row[1:] for row in carries}
-    assert there["one at a time"][:2] == there["as fitted"][:2] and dB(there["cfg 2 times"][0]) < dB(
-        there["as fitted"][0]
-    )
-    assert [cell.split()[-1] for cell in session[0][1:5]] == ["(12)", "(12)", "(32)", "(10)"]
+    assert dB(there["cfg 2 times"][1]) < dB(there["other prompts and seeds"][1])
+    assert dB(there["cfg 2 times"][3]) > dB(there["other prompts and seeds"][3])  # the sign
+    assert there["by the first fit, one at a time"] == there["by the first fit, 4 at once"]
+    (sign,) = tables["The sign of leaving the fitted range, in all uses"]
+    assert all(" of " in cell for cell in sign[1:])
+    picks = tables["A blind pick by the judge's features"]
+    assert [row[1].split()[-2] for row in picks] == ["6", "6", "8"] and dB(picks[2][2]) < dB(picks[1][2])
+    (session,) = tables["A session of two pictures"]
+    assert [cell.split()[-1] for cell in session[1:5]] == ["(12)", "(12)", "(32)", "(10)"]
+    assert len(tables["Goals"]) == 8 and {row[3] for row in tables["Goals"]} <= {"met", "**missed**"}
+    assert min(Image.open(tmp_path / "fitted_blind.jpg").size) > 200
     page = (tmp_path / "fitted_sampler.md").read_text()
     assert page.startswith("before ") and page.endswith(" after") and " old " not in page and "at 45 dB" in page
     again = run("fitted_sampler", tmp_path, *SMOKE["fitted_sampler"], "--drawn")
-    assert json.loads((tmp_path / "results" / "fitted_sampler.json").read_text())["tables"] == tables
+    assert json.loads((tmp_path / "results" / "fitted_sampler.json").read_text())["tables"] == result["tables"]
     assert "A session of two pictures" in again
 
 
