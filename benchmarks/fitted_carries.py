@@ -78,8 +78,9 @@ def measure(lab: FitLab, model: str, cfg: float, args: argparse.Namespace) -> tu
     cells = []
     for use in uses_of(own.scene, single, fresh, args):
         cell = or_none(lambda use=use: cell_of(lab, own, use, hows, goal, n)) if len(hows) == len(single) else None
-        if cell is not None:
-            cells.append(cell)
+        if cell is None and not cells:
+            break  # the usual one is what all others are held to
+        cells += [] if cell is None else [cell]
         say(use.name)
     rows = []
     for pictures in args.pictures:
@@ -173,6 +174,8 @@ def table(lab: FitLab, own: Own, cells: Sequence[Cell], rows: Sequence[list]) ->
 def totals(lab: FitLab, found: Sequence[tuple[Own, list[Cell], Any]]) -> Table:
     body = []
     for own, cells, _ in found:
+        if not cells:
+            continue
         counts = [counted(cell, usual_of(cells), fires(lab, cell.signs)) for cell in cells]
         sums = [sum(values) for values in zip(*map(astuple, counts), strict=True)]
         body.append([str(own), *(share(sums[i + 1], sums[i]) for i in (0, 2, 4))])
