@@ -166,38 +166,53 @@ class FitLab(Lab):
     def learned(self, scene: Scene, goal: How, part: Sequence[Task], counts: Sequence[int]) -> dict[int, Fit]:
         """What Attune Fast Sampler learns from these pictures of a long run, drawn as one batch, for each count."""
 
-        def work(run: Any, path: Any, space: Any, counts: Sequence[int]) -> dict[int, tuple]:
+        def work(run: Any, path: Any, space: Any, missing: Sequence[int]) -> dict[int, tuple]:
             found = {}
-            for n in counts:
+            for n in missing:
                 wish = self.host.module("nodes._plan.fitted_sampler").Wish(evaluations=n, fidelity=0.0)
                 fast = self.host.module("nodes._host.fitted_sampler")
                 ((short,), _) = replace(run, sampler=fast.FastSampler(run.sampler.inner, wish))._learned(path, space)
                 found[n] = (fields_of(short.run), short.psnr)
             return found
 
-        return self._fits("learned", scene, goal, part, counts, work)
+        fits = lambda missing: self.taught(scene, goal, part, partial(work, missing=missing))
+        return self._fits("learned", scene, goal, part, counts, fits)
 
-    def followed(self, scene: Scene, part: Sequence[Task], counts: Sequence[int]) -> dict[int, Fit]:
-        """What Attune Fit Sampler fits to the exact path of these pictures; what it proves is measured elsewhere."""
+    def followed(self, scene: Scene, noises: Sequence[Sequence[Task]], counts: Sequence[int]) -> dict[int, Fit]:
+        """What Attune Fit Sampler fits to the exact paths of some noises, each a batch of the same prompts; what it
+        proves is measured elsewhere."""
+        goal = self.exact(scene.model, EXACT_STEPS)
 
-        def work(run: Any, path: Any, space: Any, counts: Sequence[int]) -> dict[int, tuple]:
-            kernel = self.host.module("kernels.fitted_sampler")
-            none = lambda _: {"none": lambda _: path.states[0]}
-            proofs = self.host.module("nodes._host.session").last(
-                kernel.prove(run._denoise_over, [path, path], 1, list(counts), none, space)
-            )
+        def fits(missing: Sequence[int]) -> dict[int, tuple]:
+            session, kernel = self.host.module("nodes._host.session"), self.host.module("kernels.fitted_sampler")
+            model, first = self.model(scene), noises[0]
+            positive, negative = self.conditionings(scene, first)
+            empty = session.empty_latent(model, self.empty(model, scene, len(first)))
+            solver = session.solver_of(self.solver(goal), model)
+
+            def work(solves: Any) -> list:
+                drawn = [Noise([task.seed for task in part]).generate_noise({"samples": empty}) for part in noises]
+                paths = [solves.record(torch.tensor(goal.sigmas), one) for one in drawn]
+                none = lambda _: {"none": lambda _: paths[0].states[0]}
+                given = [*paths, paths[0]], 1, list(missing), none, self.space(scene.model)
+                return session.last(kernel.prove(solves.denoise_over, *given))
+
+            ends = torch.tensor([goal.sigmas[0], 0.0])
+            proofs = session.run_session(
+                model, positive, negative, scene.cfg, solver, ends, empty, first[0].seed, self.space(scene.model), work
+            )  # fmt: skip
             return {one.run.steps: (fields_of(one.run), one.psnr) for one in proofs}
 
-        return self._fits("followed", scene, self.exact(scene.model, EXACT_STEPS), part, counts, work)
+        return self._fits("followed", scene, goal, [task for part in noises for task in part], counts, fits)
 
     def _fits(
-        self, what: str, scene: Scene, goal: How, part: Sequence[Task], counts: Sequence[int], work: Callable
+        self, what: str, scene: Scene, goal: How, part: Sequence[Task], counts: Sequence[int], fits: Callable
     ) -> dict[int, Fit]:
         facts = [astuple(scene), astuple(goal), code_of_fits()]
         paths = {n: self.kept(f"{what} {n}", facts, part, ".json") for n in counts}
         missing = [n for n, path in paths.items() if not path.exists() and n < len(goal.sigmas) - 1]
         if missing and not self.drawn_only:
-            for n, fit in self.taught(scene, goal, part, partial(work, counts=missing)).items():
+            for n, fit in fits(missing).items():
                 keep(paths[n], fit)
         there = {n: json.loads(path.read_text("utf-8")) for n, path in paths.items() if path.exists()}
         return {n: Fit(tuple((name, frozen(one)) for name, one in run), proved) for n, (run, proved) in there.items()}
@@ -299,22 +314,30 @@ class FitLab(Lab):
 
     def run_with(self, scene: Scene, model: Any, sampler: Any, sigmas: Sequence[float], part: Sequence[Task]) -> Tensor:
         """The latents that the host draws with a SAMPLER."""
+        positive, negative = self.conditionings(scene, part)
+        (guider,) = self.host.call("CFGGuider", model=model, positive=positive, negative=negative, cfg=scene.cfg)
+        given = {"noise": Noise([t.seed for t in part]), "sigmas": torch.tensor(sigmas)}
+        given["latent_image"] = self.empty(model, scene, len(part))
+        return self.host.call("SamplerCustomAdvanced", guider=guider, sampler=sampler, **given)[0]["samples"]
+
+    def conditionings(self, scene: Scene, part: Sequence[Task]) -> tuple[list, list]:
+        """Positive and negative."""
         what = [prompt(t.obj, ANY if scene.words == "object alone" else t.background) for t in part]
         without = ["a white background" if scene.words == "negative" else ""] * len(part)
         positive, negative = self.conditioning(what), self.conditioning(without)
-        if "controlnet" in scene.added:
-            (net,) = self.host.call("ControlNetLoader", control_net_name=CONTROLNET)
-            side, hint = scene.side // 8, torch.zeros(1, scene.side, scene.side, 3)
-            hint[:, 2 * side : 6 * side, 4 * side : 7 * side] = 1
-            positive, negative = self.host.call(
-                "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=net, image=hint,
-                strength=1.0, start_percent=0.0, end_percent=1.0,
-            )  # fmt: skip
-        (guider,) = self.host.call("CFGGuider", model=model, positive=positive, negative=negative, cfg=scene.cfg)
+        if "controlnet" not in scene.added:
+            return positive, negative
+        (net,) = self.host.call("ControlNetLoader", control_net_name=CONTROLNET)
+        side, hint = scene.side // 8, torch.zeros(1, scene.side, scene.side, 3)
+        hint[:, 2 * side : 6 * side, 4 * side : 7 * side] = 1
+        return self.host.call(
+            "ControlNetApplyAdvanced", positive=positive, negative=negative, control_net=net, image=hint, strength=1.0,
+            start_percent=0.0, end_percent=1.0,
+        )  # fmt: skip
+
+    def empty(self, model: Any, scene: Scene, pictures: int) -> dict:
         channels = model.get_model_object("latent_format").latent_channels
-        latent = {"samples": torch.zeros(len(part), channels, scene.side // 8, scene.side // 8)}
-        given = {"noise": Noise([t.seed for t in part]), "sigmas": torch.tensor(sigmas), "latent_image": latent}
-        return self.host.call("SamplerCustomAdvanced", guider=guider, sampler=sampler, **given)[0]["samples"]
+        return {"samples": torch.zeros(pictures, channels, scene.side // 8, scene.side // 8)}
 
     # --- what is kept ---
 

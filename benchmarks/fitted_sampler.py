@@ -266,7 +266,7 @@ def arguments() -> argparse.Namespace:
         default=list(fitted_path.COUNTS),
         help="evaluations of fits to the exact path",
     )
-    add("--path-fits", type=int, default=3, help="of four pictures each")
+    add("--path-fits", type=int, default=2, help="of four prompts and two noises each")
     add("--converged", type=int, default=96, help="steps of the pictures that count as converged")
     add("--targets", nargs="+", choices=list(fitted_targets.TARGETS), default=list(fitted_targets.TARGETS))
     add("--exact-steps", nargs="+", type=int, default=[8])

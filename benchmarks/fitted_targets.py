@@ -87,37 +87,49 @@ def errors(end: Tensor, goal: Tensor) -> list[float]:
 
 def measured(lab: FitLab, name: str, space: str, steps: int, trials: int, solvers: list[str]) -> dict[str, list[float]]:
     """Row -> the error of each group; stock pairs by "solver, schedule"."""
-    path = lab.kept("exact", [name, space, steps, trials, solvers, code_of_fits(), GROUPS, SUBSTEPS], [], ".json")
+    one = problem(name, space)
+    facts = [name, space, steps, list(one.noise.shape), SUBSTEPS]
+    stock = kept(lab, "exact stock", [*facts, solvers], lambda: stock_rows(lab, one, steps, solvers))
+    return stock | kept(
+        lab, "exact", [*facts, trials, best_free(stock), code_of_fits()],
+        lambda: fitted_rows(lab, one, steps, trials, best_free(stock).partition(", ")[2]),
+    )  # fmt: skip
+
+
+def kept(lab: FitLab, what: str, facts: list, work: Callable[[], dict]) -> dict:
+    path = lab.kept(what, facts, [], ".json")
     if not path.exists():
         lab.must_be_drawn()
-        keep(path, rows_of(lab, problem(name, space), steps, trials, solvers))
+        keep(path, work())
     return json.loads(path.read_text("utf-8"))
 
 
-def rows_of(lab: FitLab, one: Problem, steps: int, trials: int, solvers: list[str]) -> dict[str, list[float]]:
-    host, found = lab.host, {}
+def stock_rows(lab: FitLab, one: Problem, steps: int, solvers: list[str]) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {}
     goals: dict[tuple, Tensor] = {}
     for solver in solvers:
         for schedule in FREE[one.space]:
-            sigmas = levels(host, one.model, schedule, (steps + 1) // 2 if solver == "heun" else steps)
+            sigmas = levels(lab.host, one.model, schedule, (steps + 1) // 2 if solver == "heun" else steps)
             begin, first = start(one.model, sigmas, one.noise), float(sigmas[0].double())
             key = round(first, 6), round(float(begin.std()), 6)
             if key not in goals:
                 goals[key] = exact(one, begin, first, SUBSTEPS).end
             found[f"{solver}, {schedule}"] = errors(run_stock(lab, one, solver, sigmas), goals[key])
-    best = min(found, key=lambda name: sum(found[name]))
-    sigmas = levels(host, one.model, best.partition(", ")[2], steps)
-    begin, first = start(one.model, sigmas, one.noise), float(sigmas[0].double())
+    return found
+
+
+def fitted_rows(lab: FitLab, one: Problem, steps: int, trials: int, schedule: str) -> dict[str, list[float]]:
+    """What is fitted to other noises; OLSS on the levels of a schedule."""
+    known = [levels(lab.host, one.model, name, steps).double() for name in FREE[one.space]]
+    plain = levels(lab.host, one.model, schedule, steps)
+    begin, first = start(one.model, plain, one.noise), float(plain[0].double())
     goal = exact(one, begin, first, SUBSTEPS).end
-    path = exact(one, start(one.model, sigmas, one.learned), first, RECORDED)
-    none = lambda _: {"none": lambda _: path.states[0]}
-    (proof,) = last(prove(lambda _: one.denoise, [path, path], 1, [steps], none, one.target.space))
-    found["fitted"] = errors(solve(one.denoise, begin, proof.run), goal)
-    plain = sigmas.double()
-    found["OLSS on the levels of the best free run"] = errors(
-        solve_olss(one.denoise, begin, fit_olss(one.denoise, plain, path)), goal
-    )
-    known = [levels(host, one.model, name, steps).double() for name in FREE[one.space]]
+    path = exact(one, start(one.model, plain, one.learned), first, RECORDED)
+    paths = [Trajectory(path.sigmas, path.states[:, [k]], path.slopes[:, [k]]) for k in range(GROUPS)]
+    none = lambda _: {"none": lambda _: paths[0].states[0]}
+    given = [*paths, paths[0]], 1, [steps], none, one.target.space  # what it proves is measured here instead
+    (proof,) = last(prove(lambda _: one.denoise, *given))
+    olss = fit_olss(one.denoise, plain.double(), path)
     known = [sigmas for sigmas in known if len(sigmas) == steps + 1 and abs(float(sigmas[0]) - first) < 1e-6 * first]
 
     def error(plan: Any) -> float:
@@ -126,8 +138,11 @@ def rows_of(lab: FitLab, one: Problem, steps: int, trials: int, solvers: list[st
         return float((end - path.end).square().mean())
 
     at, kinds = search_plan(error, steps, len(known), trials, torch.Generator().manual_seed(SEED))
-    found["searched plan (USF)"] = errors(solve_plan(one.denoise, begin, known[at], kinds, one.target.space), goal)
-    return found
+    ends = [
+        solve(one.denoise, begin, proof.run), solve_olss(one.denoise, begin, olss),
+        solve_plan(one.denoise, begin, known[at], kinds, one.target.space),
+    ]  # fmt: skip
+    return {name: errors(end, goal) for name, end in zip(OWN, ends, strict=True)}
 
 
 def run_stock(lab: FitLab, one: Problem, solver: str, sigmas: Tensor) -> Tensor:
@@ -146,7 +161,7 @@ def measure(lab: FitLab, args: argparse.Namespace) -> list[dict]:
     return found
 
 
-OWN = ("fitted", "OLSS on the levels of the best free run", "searched plan (USF)")
+OWN = ("fitted", "OLSS", "searched plan (USF)")
 
 
 def best_free(rows: dict[str, list[float]]) -> str:
