@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ FRESH, LEARNED = 0, 100  # the first task that is drawn, and that is learned fro
 EXACT_STEPS = 48  # of the exact path that is fitted to, as Attune Fit Sampler takes it
 LORA = ROOT / "models" / "loras" / "attune_demo_flow_sizes.safetensors"
 CONTROLNET = "attune_demo_controlnet.safetensors"
-CODE = ("kernels/fitted_sampler", "kernels/timestep_aligner", "kernels/schedules", "nodes/_host/fitted_sampler")
+CODE = ("kernels/fitted_sampler", "kernels/timestep_aligner", "kernels/schedules")
 FORMAT = 3  # raise it when the way of drawing or measuring changes
 
 
@@ -167,13 +167,10 @@ class FitLab(Lab):
         """What Attune Fast Sampler learns from these pictures of a long run, drawn as one batch, for each count."""
 
         def work(run: Any, path: Any, space: Any, missing: Sequence[int]) -> dict[int, tuple]:
-            found = {}
-            for n in missing:
-                wish = self.host.module("nodes._plan.fitted_sampler").Wish(evaluations=n, fidelity=0.0)
-                fast = self.host.module("nodes._host.fitted_sampler")
-                ((short,), _) = replace(run, sampler=fast.FastSampler(run.sampler.inner, wish))._learned(path, space)
-                found[n] = (fields_of(short.run), short.psnr)
-            return found
+            kernel, last = self.host.module("kernels.fitted_sampler"), self.host.module("nodes._host.session").last
+            paper = kernel.OnPaper(path)
+            fits = {n: last(kernel.learn(run._denoise_over, path, n, space, paper)) for n in missing}
+            return {n: (fields_of(fit.run), round(max(fit.psnr, 0.0), 2)) for n, fit in fits.items()}
 
         fits = lambda missing: self.taught(scene, goal, part, partial(work, missing=missing))
         return self._fits("learned", scene, goal, part, counts, fits)
