@@ -104,7 +104,7 @@ class Propagation:
         raise NotImplementedError
 
     @classmethod
-    def prepare(cls, model: Any) -> None:
+    def equip(cls, model: Any) -> None:
         """Add to a MODEL, a clone, what its network needs to be stood in for."""
 
     def inspect(self, noise: Tensor) -> None:
@@ -407,7 +407,7 @@ def applied(
         patched.remove_wrappers_with_key(kind, KEY)
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     patched.model_options["transformer_options"][KEY] = settings
-    propagation.prepare(patched)
+    propagation.equip(patched)
     return patched
 
 

@@ -139,7 +139,7 @@ class TransformerPropagation(Propagation):
         return len(blocks_of(model.get_model_object("diffusion_model")))
 
     @classmethod
-    def prepare(cls, model: Any) -> None:
+    def equip(cls, model: Any) -> None:
         network = model.get_model_object("diffusion_model")
         if (SEATED, 0) not in blocks_of(network):
             return
