@@ -55,11 +55,12 @@ def blocks_of(network: nn.Module) -> dict[Block, nn.Module]:
 
 @functools.cache
 def _asks_patches(network: Any) -> bool:
-    """Whether the source of a network looks for patches of its blocks; yes where it cannot be read."""
+    """Whether the source of a network looks for patches by the names in BLOCK_KINDS; yes where it cannot be read."""
     try:
-        return any("patches_replace" in inspect.getsource(one) for one in network.__mro__ if _is_network(one))
+        source = "".join(inspect.getsource(one) for one in network.__mro__ if _is_network(one))
     except OSError:
         return True
+    return "patches_replace" in source and any(kind in source for kind in BLOCK_KINDS)
 
 
 def _is_network(one: type) -> bool:
@@ -72,7 +73,7 @@ def row_of(network: nn.Module) -> list[str]:
     for name, row in network.named_modules():
         members = list(row.children())
         alike = len({type(one) for one in members}) == 1 and isinstance(row, nn.ModuleList | nn.ModuleDict)
-        if alike and not isinstance(members[0], nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        if alike and len(members) > 1 and not isinstance(members[0], nn.ModuleList | nn.ModuleDict | nn.Sequential):
             size = sum(weight.numel() for weight in row.parameters())
             rows.append((size, [f"{name}.{key}" for key, _ in row.named_children()]))
     return max(rows, default=(0, []))[1]
