@@ -200,7 +200,7 @@ def network(module: Any, side: int) -> Network:
         n, top = len(costs.input), pack("nodes._host.propagation.unet").top_blocks(module)
         return Network(costs, {name: names.reuse_by_name(name, False, n, top) for name in names.UNET_PARTS})
     host = pack("nodes._host.propagation.transformer")
-    costs = host.costs_of(host.blocks_of(module).values())
+    costs = host.costs_of(module, host.blocks_of(module).values())
     n = len(costs.input)
     return Network(costs, {name: names.block_reuse_by_name(name, False, n) for name in names.TRANSFORMER_PARTS})
 

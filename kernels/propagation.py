@@ -60,15 +60,19 @@ class Reuse:
 
 @dataclass(frozen=True)
 class Costs:
-    """What each block of a UNet costs, in shares of one whole evaluation (they sum to 1)."""
+    """What each block of a UNet costs, in shares of one whole evaluation (they sum to 1).
+
+    always: what every step computes beside them.
+    """
 
     input: tuple[float, ...]
     middle: float
     output: tuple[float, ...]
+    always: float = 0.0
 
     def of_step(self, reuse: Reuse) -> float:
         """The share that a step with `reuse` costs."""
-        return sum(self.input[: reuse.fresh]) + sum(self.output[reuse.cut :])
+        return self.always + sum(self.input[: reuse.fresh]) + sum(self.output[reuse.cut :])
 
 
 def speedup(steps: int, keys: int, share: float) -> float:

@@ -112,11 +112,19 @@ class _Seats(threading.local):
         return seated
 
 
-def costs_of(blocks: Iterable[nn.Module]) -> Costs:
-    """What each block of a transformer costs, by the size of its weights: every token meets each of them once."""
-    sizes = [sum(p.numel() for p in block.parameters()) for block in blocks]
-    shares = tuple(size / sum(sizes) for size in sizes)
-    return Costs(shares, 0.0, shares)  # of_step adds those before `fresh` and those from `cut` on
+def costs_of(network: nn.Module, blocks: Iterable[nn.Module]) -> Costs:
+    """What each block of a transformer costs, by the size of its weights: every token meets each of them once.
+
+    A network's other lists (the double blocks of HiDream, where the single ones are the row) run on every step.
+    """
+    weights = [[*block.parameters()] for block in blocks]
+    inside = {id(weight) for block in weights for weight in block}
+    lists = (one for one in network.children() if isinstance(one, nn.ModuleList | nn.ModuleDict))
+    always = sum(weight.numel() for one in lists for weight in one.parameters() if id(weight) not in inside)
+    sizes = [sum(weight.numel() for weight in block) for block in weights]
+    whole = sum(sizes) + always
+    shares = tuple(size / whole for size in sizes)
+    return Costs(shares, 0.0, shares, always / whole)  # of_step adds those before `fresh` and those from `cut` on
 
 
 def _apply_model(executor, x, t, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **extra):
@@ -152,7 +160,7 @@ class TransformerPropagation(Propagation):
     def inspect(self, noise: Tensor) -> None:
         network = self.model.get_model_object("diffusion_model")
         self.blocks = blocks_of(network)
-        self.costs = costs_of(self.blocks.values())
+        self.costs = costs_of(network, self.blocks.values())
         width = getattr(network, "hidden_size", 0)
         patch = getattr(network, "patch_size", 1)
         side = patch[-1] if isinstance(patch, tuple | list) else patch
