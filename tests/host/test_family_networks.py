@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ import torch
 from nightly import daily
 from tiny_networks import TINY, conditioning, network_class, tiny_network
 
+PAGE = Path(__file__).resolve().parents[2] / "docs/networks.md"
 STEPS = 20
 KEYS = 12  # every second step and the last four
 REFUSED = {"Stable_Cascade_C", "Stable_Cascade_B"}  # neither a UNet with skips nor a row of blocks of one kind
@@ -89,42 +92,176 @@ class Calls:
             hook.remove()
 
 
-@pytest.mark.parametrize("family", daily(TINY, *DAILY))
-def test_steps_run_in_part_or_a_sentence_says_why_not(family, propagate, draw, caplog):
-    model = tiny_network(family)
-    keys, kind = list(model.model.state_dict()), kind_of(model)
-    stock = draw(family, model)
+def asked(family, model, kind, propagate, draw, caplog) -> int:
+    """How many steps ran in part, all that must hold of such a run asserted."""
+    keys, stock = list(model.model.state_dict()), draw(family, model)
     assert torch.isfinite(stock).all() and stock.std() > 0
-    if family in REFUSED:
-        with pytest.raises(ValueError, match=rf"this MODEL is a {type(model.model.diffusion_model).__name__}: connect"):
-            propagate(model)
-        return
     calls = Calls(kind.reused)
     assert torch.equal(draw(family, propagate(model, interval=1)), stock)
     whole = calls.taken() / STEPS
+    during = []
+    look = model.model.diffusion_model.register_forward_pre_hook(lambda *_: during.append([*model.model.state_dict()]))
     with caplog.at_level("INFO"):
-        ours = propagate(model)
-        during = []
-        model.model.diffusion_model.register_forward_pre_hook(lambda *_: during.append(list(model.model.state_dict())))
-        picture = draw(family, ours)
-    assert all(one == keys for one in during) and during and list(model.model.state_dict()) == keys
+        ours = draw(family, propagate(model))
+    look.remove()
+    assert during and all(one == keys for one in during) and list(model.model.state_dict()) == keys
     said = re.search(r"ran whole (\d+) times \((\d+) of them .*in part (\d+) times, and (\d+) ", caplog.text)
-    assert [*map(int, said.groups())] == [
-        KEYS,
-        0,
-        STEPS - KEYS,
-        0,
-    ] and f"{KEYS} of {STEPS} steps are key" in caplog.text
+    counted, missing, part, ready = map(int, said.groups())
+    assert (counted, missing, ready) == (KEYS, 0, 0) and f"; {KEYS} of {STEPS} steps are key steps" in caplog.text
     assert whole > 0 and calls.taken() == KEYS * whole
     calls.close()
-    assert torch.isfinite(picture).all() and not torch.equal(picture, stock) and psnr(picture, stock) >= 20
+    assert torch.isfinite(ours).all() and not torch.equal(ours, stock) and psnr(ours, stock) >= 20
     assert torch.equal(draw(family, model), stock)
+    return part
 
 
-def test_each_network_of_the_host_is_in_the_table(host):
-    """By class; a newer host may know others, which the page of this one does not list."""
+@pytest.mark.parametrize("family", daily(TINY, *DAILY))
+def test_steps_run_in_part_or_a_sentence_says_why_not(family, host, propagate, draw, caplog):
+    model = tiny_network(family)
+    kind = kind_of(model)
+    if family in REFUSED:
+        network = type(model.model.diffusion_model).__name__
+        with pytest.raises(ValueError, match=f"this MODEL is a {network}: connect another MODEL, or remove the node"):
+            propagate(model)
+        check_page(family, row(family, model, kind, 0))
+        return
+    part = asked(family, model, kind, propagate, draw, caplog)
+    assert part == STEPS - KEYS
+    check_page(family, row(family, model, kind, part))
+
+
+@pytest.mark.parametrize(
+    ("family", "runs"), [("Flux", ()), ("HiDream", ("double_stream_blocks", "caption_projection"))]
+)
+def test_what_runs_on_every_step_is_in_the_costs(family, runs, host):
+    from pack.kernels.propagation import Reuse
+    from pack.nodes._host.propagation.transformer import blocks_of, costs_of
+
+    network = tiny_network(family).model.diffusion_model
+    blocks = [*blocks_of(network).values()]
+    size = lambda *modules: sum(weight.numel() for module in modules for weight in module.parameters())
+    always = [network.get_submodule(name) for name in runs]
+    share = costs_of(network, blocks).of_step(Reuse(1, len(blocks), False))
+    assert share == pytest.approx(size(*always, blocks[0]) / size(*always, *blocks))
+
+
+# --- a network with two streams, of audio and video, as newer hosts have ---
+
+
+class Pair(torch.nn.Module):
+    """A block that moves both of a pair of tensors, and reads the prompt."""
+
+    def __init__(self):
+        super().__init__()
+        self.video, self.audio = torch.nn.Linear(12, 12), torch.nn.Linear(8, 8)
+
+    def forward(self, pair, prompt):
+        video, audio = pair
+        both = prompt.mean() + video.mean(dim=(1, 2))[:, None, None] + audio.mean(dim=(1, 2))[:, None, None]
+        return video + self.video(video + both).tanh(), audio + self.audio(audio + both).tanh()
+
+
+class Pairs(torch.nn.Module):
+    """Offers its blocks as LTX-2 does: 'img' of a patch is the pair."""
+
+    dtype = torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.transformer_blocks = torch.nn.ModuleList([Pair() for _ in range(8)])
+
+    def forward(self, x, timestep, context, transformer_options={}, **_):  # noqa: B006 - as the host's
+        video, audio = x[:, :12].flatten(2).mT, x[:, 12:].reshape(len(x), 32, 8)
+        pair, replaced = (video, audio + timestep[:, None, None]), transformer_options.get("patches_replace", {})
+        for i, block in enumerate(self.transformer_blocks):
+            given = {"img": pair, "v_context": context}
+            if ("double_block", i) in replaced.get("dit", {}):
+                original = {"original_block": lambda args, block=block: {"img": block(args["img"], args["v_context"])}}
+                pair = replaced["dit"]["double_block", i](given, original)["img"]
+            else:
+                pair = block(pair, context)
+        video, audio = pair
+        return torch.cat([video.mT.reshape(len(x), 12, *x.shape[2:]), audio.reshape(len(x), 4, *x.shape[2:])], dim=1)
+
+
+def test_a_pair_of_streams_is_reused_as_one_is(propagate, draw, caplog):
+    model = tiny_network("Flux")
+    torch.manual_seed(0)
+    model.model.diffusion_model = Pairs().requires_grad_(False)
+    kind = kind_of(model)
+    assert (kind.way, kind.blocks) == ("host's patch", 8)
+    assert asked("Flux", model, kind, propagate, draw, caplog) == STEPS - KEYS
+
+
+# --- the page ---
+
+
+def of_host() -> list[str]:
+    import comfy.supported_models as supported
+
+    return [one.__name__ for one in supported.models if getattr(supported, one.__name__, None) is one]
+
+
+def relatives() -> dict[str, list[str]]:
+    """Each family of the table, and those of the host that its network stands for, its children first."""
     import comfy.supported_models
 
-    asked = {network_class(family) for family in TINY}
-    others = [kind.__name__ for kind in comfy.supported_models.models if hasattr(comfy.supported_models, kind.__name__)]
-    assert not [family for family in others if network_class(family) not in asked]
+    found: dict[str, list[str]] = {family: [] for family in TINY}
+    networks = {family: network_class(family) for family in TINY}
+    for family in set(of_host()) - set(TINY):
+        parents = [one.__name__ for one in getattr(comfy.supported_models, family).__mro__ if one.__name__ in TINY]
+        same = [one for one in [*parents, *TINY] if networks[one] is network_class(family)]
+        if same:
+            found[same[0]].append(family)
+    return {family: sorted(others) for family, others in found.items()}
+
+
+def row(family, model, kind, part) -> str:
+    from pack.nodes._host.identity import identify
+    from pack.nodes._plan.named_schedules import of_auto
+
+    auto = of_auto(identify(model))
+    maker = getattr(auto, "maker", None)
+    runs = "the stock *simple*" if auto is None else f"{auto.name} by {maker}" if maker else auto.name
+    names = ", ".join([f"**{family}**", *relatives()[family]])
+    network = type(model.model.diffusion_model).__name__
+    blocks = kind.blocks or "–"
+    return f"| {names} | {network} | {TINY[family].makes} | {blocks} | {kind.way} | {part or '–'} | {runs} |"
+
+
+HEAD = (
+    "| families | network | makes | blocks in small | propagation | steps in part of 20 | auto |\n" + "|---" * 7 + "|"
+)
+
+
+def check_page(family: str, line: str):
+    """The page is of one host; others are looked at, and not written down."""
+    from pack.nodes._host.version import host_version
+
+    text = PAGE.read_text("utf-8")
+    marks = r"(<!-- networks of ComfyUI (\S+): .*?-->\n\n)(.*?)(<!-- end -->)"
+    written = re.search(marks, text, flags=re.S)
+    if written[2] != host_version():
+        return
+    if os.environ.get("ATTUNE_WRITE"):
+        lines = {re.match(r"\| \*\*(\w+)", one)[1]: one for one in written[3].splitlines() if one.startswith("| **")}
+        lines[family] = line
+        table = "\n".join([HEAD, *(lines[one] for one in TINY if one in lines)])
+        said = f"{table}\n\nFamilies of which no network was built: {', '.join(missing()) or 'none'}.\n\n"
+        text = text[: written.start()] + written[1] + said + written[4] + text[written.end() :]
+        PAGE.write_text(text, "utf-8")
+    assert line in text
+
+
+def missing() -> list[str]:
+    stood_for = {family for others in relatives().values() for family in others}
+    return [family for family in of_host() if family not in stood_for | set(TINY)]
+
+
+def test_each_family_of_the_host_has_its_network_in_the_table(host):
+    """By the class of the network; a host of another version may know more, and this test says which."""
+    from pack.nodes._host.version import host_version
+
+    if f"networks of ComfyUI {host_version()}:" not in PAGE.read_text("utf-8"):
+        pytest.skip(f"the table is of another host; not in it: {', '.join(missing()) or 'none'}")
+    assert missing() == [] and len(of_host()) == sum(1 + len(others) for others in relatives().values())
