@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +16,12 @@ TINY = NPNetConfig(side=16, tokens=16, width=128, swin_width=8, swin_depths=(2,)
 
 def weight(key: str, shape: tuple[int, ...]) -> Tensor:
     """The recipe of the recorded answers; the same numbers on every machine."""
+    return drawn(key, shape).clone()
+
+
+@lru_cache(maxsize=1000)
+def drawn(key: str, shape: tuple[int, ...]) -> Tensor:
+    """The weight, drawn once: the published size's take longer than to ask the network."""
     z = np.random.RandomState(zlib.crc32(f"npnet:{key}".encode())).standard_normal(shape)
     if key in ("alpha", "beta"):
         z = np.full(shape, {"alpha": 0.3, "beta": 0.2}[key])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from analytic import gaussian_alignment
+from nightly import daily
 from oracles import euler, finish, gaussian, mixture_2d, network, path
 from pack.kernels.space import NoiseSpace
 from pack.kernels.timestep_aligner import (
@@ -65,8 +66,9 @@ def test_the_fit_finds_the_closed_form():
     assert min(fitted.gain) > 0.5
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v"])
-@pytest.mark.parametrize("fits", [1, 2])
+@pytest.mark.parametrize(
+    ("prediction", "fits"), daily([("eps", 1), ("v", 1), ("eps", 2), ("v", 2)], ("eps", 1), ("v", 2), names=2)
+)
 def test_alignment_brings_other_noises_of_a_mixture_nearer_to_their_exact_ends(prediction, fits):
     target = mixture_2d(VE)
     told = network(target, prediction)
