@@ -2,18 +2,84 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import gc
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from comfy_process import Host
+from graphs import Kit
+
+ROOT = Path(__file__).resolve().parents[2]
+HOSTS: list[Host] = []  # the one that runs, once a test has asked for it
+READ: list[Path] = []  # files of the pack that were opened while the host loaded it
+IMPORTED: set[str] = set()  # packages that the pack's modules named while the host loaded it, loaded before or not
 
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory) -> Host:
-    return Host(tmp_path_factory.mktemp("comfyui"))
+    with loading_watched():
+        HOSTS.append(Host(tmp_path_factory.mktemp("comfyui")))
+    attend_as_on_a_gpu()
+    return HOSTS[0]
+
+
+@contextlib.contextmanager
+def loading_watched():
+    """Fill READ and IMPORTED."""
+    imported, watching = builtins.__import__, [True]
+
+    def note_import(name, globals=None, locals=None, fromlist=(), level=0):
+        if level == 0 and str((globals or {}).get("__name__")).startswith(str(ROOT)):
+            IMPORTED.add(name.partition(".")[0])
+        return imported(name, globals, locals, fromlist, level)
+
+    def note_open(event, args):  # a hook stays for good
+        if event == "open" and watching and str(args[0]).startswith(str(ROOT)):
+            READ.append(Path(args[0]))
+
+    sys.addaudithook(note_open)
+    builtins.__import__ = note_import
+    try:
+        yield
+    finally:
+        builtins.__import__ = imported
+        watching.clear()
+
+
+def attend_as_on_a_gpu() -> None:
+    """PyTorch's attention, the host's own choice on a GPU, and a fifth faster on a CPU; the server's stays a CPU's."""
+    from comfy.ldm.modules import attention
+
+    for module in list(sys.modules.values()):
+        for name in ("optimized_attention", "optimized_attention_masked"):
+            if vars(module).get(name) is attention.attention_sub_quad:
+                setattr(module, name, attention.attention_pytorch)
+
+
+@pytest.fixture
+def read_while_loading(host) -> list[Path]:
+    return READ
+
+
+@pytest.fixture
+def imported_while_loading(host) -> set[str]:
+    return IMPORTED
+
+
+@pytest.fixture(scope="module", params=["unet", "flow"])
+def kit(host, request) -> Kit:
+    """Each demo model in turn, with its conditionings and the stock samplers."""
+    return Kit(host, request.param)
+
+
+@pytest.fixture(scope="module")
+def unet(host) -> Kit:
+    return Kit(host, "unet")
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +105,14 @@ def _old_objects_are_set_aside():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _what_a_file_made_is_collected():
+def _what_a_file_made_goes_with_it():
+    """Objects, and what was trained into the user's models, where Attune Auto of another file would find it."""
     yield
     gc.unfreeze()
+    for host in HOSTS:
+        for file in (host.folders / "models").rglob("*"):
+            if file.is_file() or file.is_symlink():
+                file.unlink()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from graphs import GRAPHS, Kit
+from graphs import GRAPHS
 from harness import counting
 from nightly import daily
 from pack.kernels.fitted_sampler import fidelity
@@ -16,16 +16,6 @@ from pack.models.calibration import SAMPLER
 from pack.models.store import load_profile
 
 STEPS, SHORT = 9, 4
-
-
-@pytest.fixture(scope="module", params=["unet", "flow"])
-def kit(host, request):
-    return Kit(host, request.param)
-
-
-@pytest.fixture(scope="module")
-def unet(host):
-    return Kit(host, "unet")
 
 
 class Drawn:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from graphs import Kit
 from harness import counting
 from methods import METHODS
 from nightly import daily
@@ -16,24 +18,18 @@ from pack.models.calibration import SAMPLER
 from pack.models.store import load_profile
 
 
-@pytest.fixture(scope="module", params=["unet", "flow"])
-def kit(host, request):
-    return Kit(host, request.param)
-
-
-@pytest.fixture(scope="module")
-def unet(host):
-    return Kit(host, "unet")
-
-
-@pytest.fixture
-def lenient(host, monkeypatch):
+def be_lenient(host, monkeypatch):
     """Few pictures, and a gate that keeps every gain, whatever chance says: what it lets pass is for test_gate.py."""
     presets, gate = host.module("nodes.fit_sampler").TUNER_PRESETS, host.module("kernels.gate")
     monkeypatch.setitem(presets, "mini", type(presets["mini"])(1, 2, 16, 3, 2))
     for name, value in (("FEWEST", 1), ("students_t", lambda *_: 0.0), ("sign_count", lambda *_: 0)):
         monkeypatch.setattr(gate, name, value)
     monkeypatch.setattr(host.module("nodes._host.fit_run"), "RIVALS", ())
+
+
+@pytest.fixture
+def lenient(host, monkeypatch):
+    be_lenient(host, monkeypatch)
 
 
 def schedule(kit, steps: int):
@@ -57,6 +53,16 @@ def drawn(kit, sampler, sigmas, seed=11, **more):
         },
     )  # fmt: skip
     return out["samples"]
+
+
+@pytest.fixture(scope="module")
+def found(host, unet, tmp_path_factory):
+    """Profile and report of a fit, and copies of the files that it left, by their endings."""
+    folder = tmp_path_factory.mktemp("found")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        be_lenient(host, monkeypatch)
+        profile, _, _, report, shown = fitted(unet)
+    return profile, report, shown, {path.suffix: shutil.copy(path, folder) for path in host.profiles.iterdir()}
 
 
 def test_a_fit_becomes_a_sampler_that_is_nearer_than_plain_steps(kit, host, lenient):
@@ -136,17 +142,17 @@ def test_bad_input_gets_a_sentence_before_the_first_model_call(unet, given, said
     assert calls[0] == 0
 
 
-def test_other_sigmas_than_the_fits_own_are_refused(unet, host, lenient):
-    profile, *_ = fitted(unet)
+def test_other_sigmas_than_the_fits_own_are_refused(unet, host, found):
+    profile, *_ = found
     _, sampler, _, _ = host.call("AttuneApplyProfile", model=unet.model, profile=profile)
     with pytest.raises(ValueError, match="Connect the SIGMAS of the same Attune Apply Profile"):
         drawn(unet, sampler, schedule(unet, 5)[1:])
 
 
-def test_a_card_to_share_lies_beside_the_profile(unet, host, lenient):
-    *_, report, shown = fitted(unet)
-    files = {path.suffix: path for path in host.profiles.iterdir()}
-    assert set(files) == {".json", ".png"} and files[".png"].stem == files[".json"].stem and "To share" in report
+def test_a_card_to_share_lies_beside_the_profile(found):
+    _, report, shown, files = found
+    assert set(files) == {".json", ".png"} and "To share" in report
+    assert Path(files[".png"]).stem == Path(files[".json"]).stem
     with Image.open(files[".png"]) as card:
         assert card.width > 1200 and card.height > 600
         pixels = np.asarray(card.convert("RGB"))
