@@ -149,7 +149,9 @@ def ahead(host, model, what: str):
 @pytest.mark.parametrize("what", daily(["propagation", "timesteps", "noise shift"], "timesteps"))
 def test_a_fit_behind_our_own_nodes_finds_what_it_finds_without_them(host, demo, encode, what, monkeypatch):
     kit = host.module("nodes.fit_sampler")
-    monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 12, 3, 2))
+    monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 8, 2, 2))
+    shifts = host.module("nodes.noise_shift").SHIFT_PRESETS
+    monkeypatch.setitem(shifts, "quick", type(shifts["quick"])(8, 5, 5, 2))
     behind = ahead(host, demo[0], what)
     assert behind is not demo[0]
     positive, negative = encode("a cat on a black background"), encode("")
@@ -159,7 +161,7 @@ def test_a_fit_behind_our_own_nodes_finds_what_it_finds_without_them(host, demo,
     tune = {
         "sampler": euler,
         "latent": latent,
-        "steps": 8,
+        "steps": 4,
         "preset": "mini",
         "budget_minutes": 0.0,
         "coefficients": False,
