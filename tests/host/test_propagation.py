@@ -7,6 +7,7 @@ import re
 import sys
 import weakref
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 
 import pytest
@@ -37,6 +38,12 @@ def draw(host, demo, encode):
         return out["samples"]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def stock(draw):
+    """What the demo UNet draws without the node, once for all tests that measure how near to it something is."""
+    return lru_cache(maxsize=None)(draw)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +211,7 @@ def test_a_shorter_step_of_a_published_network_does_the_work_and_keeps_the_featu
 SOLVERS = ["euler", "dpmpp_2m", "heun", "dpm_2", "dpmpp_sde", "euler_ancestral", "uni_pc", "ddim"]
 
 
-@pytest.mark.parametrize("sampler", daily(SOLVERS, "euler", "heun", "dpmpp_sde", "uni_pc"))
+@pytest.mark.parametrize("sampler", daily(SOLVERS, "euler", "dpmpp_sde", "uni_pc"))
 def test_with_key_steps_only_the_result_is_the_stock_one_bit_for_bit(draw, propagate, sampler):
     stock = draw(sampler=sampler, steps=8)
     assert torch.equal(draw(propagate(interval=1), sampler=sampler, steps=8), stock)
@@ -311,7 +318,7 @@ NOISY = ["dpmpp_2s_ancestral", "dpmpp_sde", "seeds_2", "dpmpp_2m_sde"]  # "encod
 
 
 EVERY_KIND = TWICE_A_STEP + [(sampler, "encoder reused") for sampler in NOISY]
-DAILY = [("heun", "encoder reused"), ("dpm_2", "top level fresh"), ("dpmpp_sde", "encoder reused")]
+DAILY = [("heun", "encoder reused"), ("dpmpp_sde", "encoder reused")]
 
 
 @pytest.mark.parametrize(("sampler", "reuse"), daily(EVERY_KIND, *DAILY, names=2))
@@ -341,6 +348,7 @@ def test_the_list_of_solvers_with_one_evaluation_a_step_is_right(draw, propagate
 
     model = propagate(reuse="one block fresh")
     model.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "test.watch", watch)
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test.model", lambda executor, x, *args, **kwargs: x / 2)
     small = {"samples": torch.zeros(1, 4, 4, 4)}
     for name in sorted(name for name, facts in SOLVERS.items() if facts.on_grid):
         said.clear()
@@ -457,7 +465,7 @@ def conditionings(host, encode):
 MIXED = [(reuse, kind) for kind in ("areas", "several", "long", "late") for reuse in REUSES]
 
 
-@pytest.mark.parametrize(("reuse", "kind"), daily(MIXED, *MIXED[::4], MIXED[2], MIXED[-1], names=2))
+@pytest.mark.parametrize(("reuse", "kind"), daily(MIXED, *MIXED[::4], MIXED[-1], names=2))
 def test_conditions_never_mix(draw, propagate, conditionings, one_by_one, reuse, kind):
     positive, model = conditionings[kind], propagate(reuse=reuse, interval=2)
     stock, ours = draw(positive=positive, steps=14), draw(model, positive=positive, steps=14)
@@ -532,18 +540,18 @@ def with_controlnet(encode, weight=1.0):
 
 
 @pytest.mark.parametrize("reuse", daily(REUSES, "top level fresh", "encoder reused"))
-def test_a_controlnet_is_computed_only_where_it_is_used(draw, propagate, encode, reuse):
+def test_a_controlnet_is_computed_only_where_it_is_used(draw, stock, propagate, encode, reuse):
     from comfy.patcher_extension import WrappersMP
 
     from pack.nodes._host.propagation import KEY
 
     positive, calls = with_controlnet(encode)
-    stock = draw(positive=positive, steps=12)
-    assert len(calls) == 12 and psnr(stock, draw(steps=12)) < 40
+    whole = draw(positive=positive, steps=12)
+    assert len(calls) == 12 and psnr(whole, stock(steps=12)) < 40
     model = propagate(reuse=reuse, interval=2)
     calls.clear()
     ours = draw(model, positive=positive, steps=12)
-    assert len(calls) == 7 and psnr(ours, stock) > 20
+    assert len(calls) == 7 and psnr(ours, whole) > 20
     eager = model.clone()
     eager.remove_wrappers_with_key(WrappersMP.CALC_COND_BATCH, KEY)
     calls.clear()
@@ -582,14 +590,14 @@ def test_where_a_controlnet_ends_there_is_a_key_step(draw, propagate, encode, ca
     assert "2 of 10 steps are key steps (0 5)" in caplog.text
 
 
-def test_a_lora_is_in_the_whole_and_in_the_shorter_steps(demo, draw, propagate):
+def test_a_lora_is_in_the_whole_and_in_the_shorter_steps(demo, draw, stock, propagate):
     patched = demo[0].clone()
     key = "diffusion_model.output_blocks.5.0.in_layers.2.weight"
     weight = patched.model.state_dict()[key]
     patched.add_patches({key: (0.2 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)),)}, 0.5)
-    stock, ours = draw(patched, steps=14), draw(propagate(patched, interval=2), steps=14)
-    assert psnr(stock, draw(steps=14)) < psnr(ours, stock) - 5
-    assert torch.equal(draw(propagate(patched, interval=1), steps=8), draw(patched, steps=8))
+    whole, ours = draw(patched, steps=14), draw(propagate(patched, interval=2), steps=14)
+    assert psnr(whole, stock(steps=14)) < psnr(ours, whole) - 5
+    assert torch.equal(draw(propagate(patched, interval=1), steps=14), whole)
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -652,7 +660,7 @@ TILES = [(reuse, sampler, moving) for reuse in REUSES for sampler in ("euler", "
 
 @pytest.mark.parametrize(
     ("reuse", "sampler", "moving"),
-    daily(TILES, *((REUSES[0], "euler", 1), (REUSES[1], "euler_ancestral", 1), (REUSES[2], "euler", 0)), names=3),
+    daily(TILES, (REUSES[1], "euler_ancestral", 1), (REUSES[2], "euler", 0), names=3),
 )
 def test_tiles_that_move_never_reuse_features_of_another_place(demo, draw, propagate, caplog, reuse, sampler, moving):
     """As SpotDiffusion does it: the network sees the latent rolled and in halves, the answer is rolled back."""
@@ -685,15 +693,15 @@ CACHES = [(other, first) for other in ("EasyCache", "LazyCache") for first in (T
 
 
 @pytest.mark.parametrize(("other", "first"), daily(CACHES, CACHES[0], CACHES[3], names=2))
-def test_another_cache_on_the_same_model_does_no_harm(host, demo, draw, propagate, other, first):
+def test_another_cache_on_the_same_model_does_no_harm(host, demo, draw, stock, propagate, other, first):
     theirs = lambda model: host.call(
         other, model=model, reuse_threshold=0.1, start_percent=0.15, end_percent=0.95, verbose=False
     )[0]
     model = propagate(theirs(demo[0])) if first else theirs(propagate())
-    assert psnr(draw(model, steps=16), draw(steps=16)) > 12
+    assert psnr(draw(model, steps=16), stock(steps=16)) > 12
 
 
-def test_an_attention_patch_that_adds_to_one_condition_sees_the_same_blocks_and_rows(demo, draw, propagate):
+def test_an_attention_patch_that_adds_to_one_condition_sees_the_same_blocks_and_rows(demo, draw, stock, propagate):
     """As IP-Adapter does it: more keys and values for the prompt, none for the negative prompt."""
     from comfy.ldm.modules.attention import optimized_attention
 
@@ -711,14 +719,14 @@ def test_an_attention_patch_that_adds_to_one_condition_sees_the_same_blocks_and_
     model = demo[0].clone()
     for block in [("input", 3), ("input", 5), ("middle", 0), *(("output", i) for i in range(4))]:
         model.set_model_attn2_replace(adapter, *block)
-    stock, blocks = draw(model, steps=14), set(seen)
-    without = psnr(draw(steps=14), stock)
+    whole, blocks = draw(model, steps=14), set(seen)
+    without = psnr(stock(steps=14), whole)
     assert len(blocks) == 7 and without < 28
     for reuse in ("top level fresh", "encoder reused"):
         seen.clear()
-        assert psnr(draw(propagate(model, reuse=reuse, interval=2), steps=14), stock) > without + 5
+        assert psnr(draw(propagate(model, reuse=reuse, interval=2), steps=14), whole) > without + 5
         assert set(seen) == blocks
-    assert torch.equal(draw(propagate(model, interval=1), steps=14), stock)
+    assert torch.equal(draw(propagate(model, interval=1), steps=14), whole)
 
 
 @pytest.fixture(scope="module")
@@ -741,13 +749,13 @@ def boxed(host, demo, encode):
     return positive
 
 
-def test_gligen_works(draw, propagate, boxed):
-    stock = draw(positive=boxed, steps=14)
-    without = psnr(draw(steps=14), stock)
+def test_gligen_works(draw, stock, propagate, boxed):
+    whole = draw(positive=boxed, steps=14)
+    without = psnr(stock(steps=14), whole)
     assert without < 30
     for reuse in ("top level fresh", "encoder reused"):
-        assert psnr(draw(propagate(reuse=reuse, interval=2), positive=boxed, steps=14), stock) > without + 3
-    assert torch.equal(draw(propagate(interval=1), positive=boxed, steps=14), stock)
+        assert psnr(draw(propagate(reuse=reuse, interval=2), positive=boxed, steps=14), whole) > without + 3
+    assert torch.equal(draw(propagate(interval=1), positive=boxed, steps=14), whole)
 
 
 def test_an_inpainting_network_works_and_keeps_no_picture(host, demo, encode, draw, propagate):
@@ -810,14 +818,14 @@ def test_torch_compile_makes_no_more_graphs(host, propagate):
 
     model = build(family)
     stock = compiled(model.clone())  # first: in a process that has compiled other models it makes one more than later
-    assert compiled(propagate(model)) <= stock > 5
+    assert 0 < compiled(propagate(model)) <= stock
 
 
 # --- nothing is left behind ---
 
 
 def test_sizes_and_batches_in_a_row_do_not_disturb_each_other(draw, propagate):
-    shapes = [(1, 16, 16), (1, 9, 13), (3, 16, 16), (1, 24, 16)]
+    shapes = [(1, 16, 16), (1, 9, 13), (3, 16, 16)]
     empty = lambda b, h, w: {"samples": torch.zeros(b, 4, h, w)}
     model = propagate(reuse="top level fresh")
     alone = [draw(propagate(), latent_image=empty(*shape), steps=8) for shape in shapes]
@@ -845,7 +853,7 @@ def test_an_interrupted_run_leaves_nothing(draw, propagate):
 
     model = propagate(reuse="encoder reused", parallel="4")
     want = draw(model, steps=8)
-    for stop in range(8):
+    for stop in (0, 1, 4, 7):  # of a whole step, of one that others wait for; all of them: test_compatibility.py
         calls = []
 
         def interrupt(executor, *args, **kwargs):
@@ -909,7 +917,7 @@ class Reads(TorchDispatchMode):
 def test_no_step_waits_for_the_device(draw, propagate, reuse):
     def per_step(model):
         counts = []
-        for steps in (8, 16):
+        for steps in (8, 12):
             with Reads() as reads:
                 draw(model, steps=steps)
             counts.append(reads.count)
@@ -1003,12 +1011,12 @@ def test_a_calibration_predicts_what_its_settings_give(draw, propagate, fitted, 
     assert torch.isfinite(draw(propagate(mode="calibrated profile", profile=profile), steps=20)).all()
 
 
-def test_calibrated_key_steps_are_better_than_even_ones(draw, propagate, fitted):
-    profile, stock = fitted[0], draw(steps=12)
+def test_calibrated_key_steps_are_better_than_even_ones(draw, stock, propagate, fitted):
+    profile, whole = fitted[0], stock(steps=12)
     point = profile.key_steps.points[-1]
     calibrated = draw(propagate(mode="speed target", speed=point.speed, profile=profile), steps=12)
     even = draw(propagate(mode="speed target", speed=point.speed, keep_last=0), steps=12)
-    assert psnr(calibrated, stock) > psnr(even, stock)
+    assert psnr(calibrated, whole) > psnr(even, whole)
 
 
 def test_a_calibration_survives_its_file(host, fitted, tmp_path):

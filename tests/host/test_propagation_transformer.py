@@ -119,7 +119,7 @@ def test_torch_compile_makes_no_more_graphs_and_the_same_picture(flow, draw, pro
 
     stock, _ = compiled(flow.clone())
     count, ours = compiled(propagate())
-    assert count <= stock > 5  # in a process that has compiled other models the first makes one more
+    assert 0 < count <= stock  # in a process that has compiled other models the first makes one more
     want = draw(propagate(), steps=8, latent_image={"samples": torch.zeros(1, 16, 8, 8)})
     torch.testing.assert_close(ours, want, rtol=1e-3, atol=1e-4)
 
