@@ -51,6 +51,13 @@ def fit(host, model, positive, **more):
     return host.call("AttuneFitNoiseShift", model=model, **options)
 
 
+@pytest.fixture
+def few(host, monkeypatch):
+    """A preset of half the evaluations: five levels and five candidates."""
+    presets = host.module("nodes.noise_shift").SHIFT_PRESETS
+    monkeypatch.setitem(presets, "quick", type(presets["quick"])(8, 5, 5, 2))
+
+
 @pytest.fixture(scope="module")
 def kit(host):
     """Dataclasses as the host loaded them."""
@@ -175,7 +182,7 @@ def test_shift_nodes_and_aligned_timesteps_compose_in_both_orders(host, flow, en
         assert not torch.equal(one, draw(host, other(flow[0]), positive, negative, side=64)["samples"])
 
 
-def test_images_are_encoded_at_every_size_and_a_stopped_run_is_continued(host, demo, prompts, monkeypatch):
+def test_images_are_encoded_at_every_size_and_a_stopped_run_is_continued(host, demo, prompts, few):
     images = torch.rand(8, 72, 80, 3, generator=torch.Generator().manual_seed(0))
     inputs = {"images": images, "vae": demo[2], "sizes": "32x32, 40x32", "save_as": "stopped shift"}
     done, _, _ = fit(host, demo[0], prompts, **inputs | {"sizes": "32x32"})
@@ -197,17 +204,15 @@ def test_images_are_encoded_at_every_size_and_a_stopped_run_is_continued(host, d
     assert file.name == "stopped shift.json"
 
 
-def test_without_pictures_and_prompts_the_model_draws_its_own(host, demo):
+def test_without_pictures_and_prompts_the_model_draws_its_own(host, demo, few):
     small = {"sizes": "16x16", "native_width": 32, "native_height": 32}
     profile, _, report = fit(host, demo[0], None, vae=demo[2], **small)
     assert "draws its own" in report and "the text is zeroed" in report and "on held-out pictures" in report
     assert profile.resolution == (32, 32) and profile.method == "noise shift"
 
 
-def test_the_prompt_of_the_workflow_runs(host, monkeypatch):
+def test_the_prompt_of_the_workflow_runs(host, few):
     """With the least preset and few steps: the page runs the whole of it in the night."""
-    presets = host.module("nodes.noise_shift").SHIFT_PRESETS
-    monkeypatch.setitem(presets, "quick", type(presets["quick"])(8, 5, 5, 2))
     prompt = json.loads((host.root / "tests/prompts/fit_noise_shift.json").read_text("utf-8"))
     for node in prompt.values():
         if node["class_type"] == "KSampler":

@@ -10,6 +10,7 @@ import torch
 
 from graphs import STEPS, Kit
 from methods import METHODS
+from nightly import daily
 
 KEY = "attune.start"  # of a MODEL's options
 STARTS = ["one more step", "signal leak", "golden noise", "re-denoise"]
@@ -60,8 +61,10 @@ def whole_calls(kit: Kit):
         hook.remove()
 
 
-@pytest.mark.parametrize("name", STARTS)
-@pytest.mark.parametrize("latent", ["empty", "masked picture"])
+BEGUN = [(latent, name) for latent in ("empty", "masked picture") for name in STARTS]
+
+
+@pytest.mark.parametrize(("latent", "name"), daily(BEGUN, *BEGUN[:4:2], *BEGUN[5::2], names=2))
 def test_the_noise_is_where_the_patched_model_begins_to_the_bit(kits, name, latent):
     method = METHODS[name]
     kit = kits[method.model]
@@ -137,7 +140,7 @@ def test_another_pack_may_copy_all_options_while_sampling(kits, name):
 IN_FRONT = [name for name in METHODS if name != "top level fresh"]
 
 
-@pytest.mark.parametrize("name", IN_FRONT)
+@pytest.mark.parametrize("name", daily(IN_FRONT, *IN_FRONT[::2]))
 def test_seeds_are_selected_on_the_plain_model_whatever_stands_in_front(kits, name):
     method = METHODS[name]
     kit = kits[method.model]
@@ -154,7 +157,7 @@ def test_seeds_are_selected_on_the_plain_model_whatever_stands_in_front(kits, na
     assert said == wanted_said and torch.equal(noise, wanted) and calls == wanted_calls == 2 * 2 * 4
 
 
-@pytest.mark.parametrize("name", IN_FRONT)
+@pytest.mark.parametrize("name", daily(IN_FRONT, *IN_FRONT[::2], "encoder propagation"))
 def test_a_fit_behind_any_method_is_the_fit_of_the_plain_model(kits, name):
     """Its own solves and its reference: the same path, and as many whole calls of the network."""
     from pack.kernels.space import NoiseSpace
