@@ -36,7 +36,7 @@ def test_the_page_queues_it_and_shows_the_pictures(page, dev, server, name, tmp_
     assert not page.evaluate("() => app.lastNodeErrors && Object.keys(app.lastNodeErrors).length")
 
 
-@pytest.mark.parametrize("name", ["first_picture", "aligned_ksampler", "apply_profile"])
+@pytest.mark.parametrize("name", daily(["first_picture", "aligned_ksampler", "apply_profile"], "aligned_ksampler"))
 def test_the_picture_it_saves_opens_as_the_workflow_that_made_it(page, dev, server, name):
     """The PNG holds the workflow as it was run, with the seed that the page drew."""
     load(page, WORKFLOWS[name])

@@ -35,7 +35,10 @@ def test_every_workflow_runs_and_draws_on_the_background_it_was_asked_for(dev, s
     pictures.check(saved(server, dev.run_prompt(server.url, PROMPTS[name])), PROMPTS[name])
 
 
-@pytest.mark.parametrize(("word", "low", "high"), [("black", 0, 12), ("white", 243, 255), ("gray", 108, 148)])
+GREYS = [("black", 0, 12), ("white", 243, 255), ("gray", 108, 148)]
+
+
+@pytest.mark.parametrize(("word", "low", "high"), daily(GREYS, GREYS[2], names=3))
 def test_brightness_words_are_obeyed(dev, server, word, low, high):
     prompt = json.loads(json.dumps(PROMPTS["first_picture"]))
     prompt["2"]["inputs"]["text"] = f"a strawberry on a {word} background"
@@ -43,9 +46,10 @@ def test_brightness_words_are_obeyed(dev, server, word, low, high):
         assert low <= pictures.background(pictures.load(path)).mean() <= high
 
 
-@pytest.mark.parametrize(
-    ("text", "channel"), [("a red heart on a white background", 0), ("a blue heart on a white background", 2)]
-)
+HEARTS = [("a red heart on a white background", 0), ("a blue heart on a white background", 2)]
+
+
+@pytest.mark.parametrize(("text", "channel"), daily(HEARTS, HEARTS[1], names=2))
 def test_the_object_has_the_colour_of_its_name(dev, server, text, channel):
     prompt = json.loads(json.dumps(PROMPTS["first_picture"]))
     prompt["2"]["inputs"]["text"] = text
