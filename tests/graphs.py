@@ -12,7 +12,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-SIDE, STEPS = 8, 8  # latents of 64 px: the demo models draw nothing of use there, but every line of the host runs
+SIDE = 8  # of latents of 64 px: the demo models draw nothing of use there, but every line of the host runs
+STEPS = 8  # the fewest with which propagation does anything
 CHECKPOINTS = {"unet": "attune_demo.safetensors", "flow": "attune_demo_flow.safetensors"}
 Node = Callable  # MODEL -> MODEL
 
