@@ -50,7 +50,7 @@ SMOKE = {
     "step_kinds": ["--models", "SD1.5", "--pixels", "64"],
     "whole_runs": ["--models", "SD1.5", "--pixels", "64", "--steps", "8", "--only", "DeepCache 2"],
     "one_more_step": ["--settings", "SD's:1:4", "--seeds", "2", "--steps", "4"],
-    "golden_noise": ["--prompts", "4", "--seeds", "3", "--models", "unet", "--steps", "4", "--cfg", "1"],
+    "golden_noise": ["--prompts", "3", "--seeds", "2", "--models", "unet", "--steps", "4", "--cfg", "1"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "5"],
     "long_run": ["--prompts", "12", "--caches", "none", "--control", "0"],

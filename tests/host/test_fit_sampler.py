@@ -121,7 +121,7 @@ def needs_little_memory(host, demo, encode, reference_steps):
             positive=inputs["positive"], negative=inputs["negative"], latent_image=inputs["latent"],
         )  # fmt: skip
     with LiveMemory() as tuning:
-        tuned(host, demo, encode, steps=5)
+        tuned(host, demo, encode, steps=3)
     # x and denoised of the fitted reference, of one at half the steps, and of a held-out one; slopes
     kept = inputs["latent"]["samples"].nbytes * 2 * (reference_steps + reference_steps // 2 + 2 * reference_steps)
     assert 5e5 < sampling.most < tuning.most < sampling.most + kept  # bytes
@@ -226,8 +226,8 @@ def test_with_both_switches_off_there_is_nothing_to_fit(host, demo, encode, coun
 
 def test_what_is_found_is_in_the_loader_at_once(host, demo, encode, tiny, monkeypatch):
     """Once, however often it is found; without room the profile is still handed on."""
-    own = host.call("BasicScheduler", model=demo[0], scheduler="karras", steps=3, denoise=1.0)[0]
-    run = lambda: aligned(host, demo, encode, own)
+    own = host.call("BasicScheduler", model=demo[0], scheduler="karras", steps=2, denoise=1.0)[0]
+    run = lambda: aligned(host, demo, encode, own, latent={"samples": torch.zeros(1, 4, SIDE, SIDE)})
     for _ in range(2):
         profile, _, _, report, _ = run()
         (path,) = host.profiles.iterdir()
