@@ -1,4 +1,4 @@
-"""One browser and one page for this folder; Playwright's event loop must end before host tests need theirs."""
+"""One browser and one page for each file here; Playwright's event loop must end before host tests need theirs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from browsing import FLAGS, open_page
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser():
     from playwright.sync_api import sync_playwright
 
@@ -19,6 +19,6 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def page(browser, server):
     return open_page(browser, server.url)

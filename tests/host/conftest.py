@@ -34,12 +34,12 @@ def loading_watched():
     imported, watching = builtins.__import__, [True]
 
     def note_import(name, globals=None, locals=None, fromlist=(), level=0):
-        if level == 0 and str((globals or {}).get("__name__")).startswith(str(ROOT)):
+        if level == 0 and is_ours(str((globals or {}).get("__name__"))):  # the host names a pack's modules by its path
             IMPORTED.add(name.partition(".")[0])
         return imported(name, globals, locals, fromlist, level)
 
     def note_open(event, args):  # a hook stays for good
-        if event == "open" and watching and str(args[0]).startswith(str(ROOT)):
+        if event == "open" and watching and is_ours(str(args[0])):
             READ.append(Path(args[0]))
 
     sys.addaudithook(note_open)
@@ -49,6 +49,11 @@ def loading_watched():
     finally:
         builtins.__import__ = imported
         watching.clear()
+
+
+def is_ours(path: str) -> bool:
+    """Of the pack, and not of the host that may lie in its .host."""
+    return path.startswith(str(ROOT)) and not path.startswith(str(ROOT / ".host"))
 
 
 def attend_as_on_a_gpu() -> None:

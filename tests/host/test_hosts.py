@@ -60,10 +60,10 @@ def test_a_host_without_the_numbered_api_gives_the_latest(host, monkeypatch):
 
 def test_fields_that_a_host_does_not_know_are_left_out(host):
     api = fresh("pack.nodes._host.api")
-    given = {"node_id": "X", "display_name": "x", "inputs": [], "outputs": []}
-    assert api.schema(**given, only_in_the_future=1).node_id == "X"
+    given = {"inputs": [], "outputs": []}
+    assert api.schema("X", "x", "", "", **given, only_in_the_future=1).node_id == "X"
     api._FIELDS.discard("search_aliases")
-    assert api.schema(**given, search_aliases=["y"]).display_name == "x"
+    assert api.schema("X", "x", "", "", **given, search_aliases=["y"]).display_name == "x"
 
 
 @pytest.mark.parametrize("method", METHODS)
