@@ -32,8 +32,9 @@ class Recorder:
         answer = self._guider(x, sigma, *args, **kwargs)
         if 8 * len(self._levels) * x.numel() <= MOST_RECORDED:
             level, near = float(sigma.reshape(-1)[0]), max(1e-4, torch.finfo(sigma.dtype).eps)  # of a half, rounded
-            i = next((i for i, one in enumerate(self._levels) if abs(level - one) <= near * one), None)
-            if i is not None:
+            close = [i for i, one in enumerate(self._levels) if abs(level - one) <= near * one]
+            if close:  # several that a half cannot tell apart come in turn
+                i = next((i for i in close if i not in self._heard), close[-1])
                 self._heard[i] = x.detach().float().cpu(), answer.detach().float().cpu()
         return answer
 

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from graphs import GRAPHS
+from graphs import GRAPHS, Kit
 from harness import counting
 from nightly import daily
 from pack.kernels.fitted_sampler import fidelity
@@ -427,3 +427,29 @@ def test_what_is_recorded_is_where_the_solver_was_and_not_where_it_tried(host, u
     path = recorder.path(end)
     torch.testing.assert_close(path.states, torch.stack([*been, end]))
     torch.testing.assert_close(path.slopes[0], (x - x / 101) / 10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_levels_that_a_half_cannot_tell_apart_are_recorded_in_turn(host, dtype):
+    """A long run of a shifted flow model begins with levels that all round to 1."""
+    import comfy.k_diffusion.sampling as stock
+
+    from pack.nodes._host.recorder import Recorder
+
+    flow = Kit(host, "flow")
+
+    class Guider:
+        model_patcher = flow.model
+
+        def __call__(self, x, sigma, **_):
+            return x / (1 + sigma.reshape(-1, 1, 1, 1) ** 2)
+
+    even = torch.linspace(1, 0, 51)
+    sigmas, been = 8 * even / (1 + 7 * even), []
+    assert len(sigmas.to(dtype).unique()) < 51 or dtype == torch.float16
+    recorder = Recorder(Guider(), sigmas)
+    x = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    end = stock.sample_euler(recorder, x, sigmas, callback=lambda now: been.append(now["x"].clone()))
+    path = recorder.path(end)
+    assert path is not None
+    torch.testing.assert_close(path.states[:-1], torch.stack(been).float())
