@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
@@ -191,6 +192,55 @@ def test_a_pair_of_streams_is_reused_as_one_is(propagate, draw, caplog):
     kind = kind_of(model)
     assert (kind.way, kind.blocks) == ("host's patch", 8)
     assert asked("Flux", model, kind, propagate, draw, caplog) == STEPS - KEYS
+
+
+# --- a network of which nothing can be reused, and what a run leaves behind ---
+
+
+class Odd(torch.nn.Module):
+    """Asks no patch, and its blocks give a pair for the one tensor that they take."""
+
+    dtype = torch.float32
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(16, 16) for _ in range(4)])
+        for block in self.blocks:
+            block.forward = lambda x, block=block: (torch.nn.functional.linear(x, block.weight, block.bias).tanh(), x)
+
+    def forward(self, x, timestep, context, **_):
+        tokens = x.flatten(2).mT + context.mean() + timestep[:, None, None]
+        for block in self.blocks:
+            moved, came = block(tokens)
+            tokens = came + moved
+        return tokens.mT.reshape(x.shape)
+
+
+def test_a_network_that_shows_nothing_to_reuse_runs_whole_and_the_user_is_told(propagate, draw, caplog):
+    model = tiny_network("Flux")
+    torch.manual_seed(0)
+    model.model.diffusion_model = Odd().requires_grad_(False)
+    stock = draw("Flux", model)
+    assert torch.equal(draw("Flux", propagate(model)), stock)
+    assert "every step ran whole and nothing was saved" in caplog.text
+
+
+@pytest.mark.parametrize("call", [None, 1, 2])
+def test_nothing_stands_in_for_a_block_once_a_run_has_ended(propagate, draw, call):
+    """Ended by itself, or broken in a whole or in a shorter step."""
+    from pack.nodes._host.propagation.transformer import SEATS
+
+    model, calls = propagate(tiny_network("CosmosT2IPredict2")), []
+
+    def broken(*_):
+        calls.append(1)
+        if len(calls) == call:
+            raise ZeroDivisionError
+
+    model.model.diffusion_model.final_layer.register_forward_pre_hook(broken)
+    with pytest.raises(ZeroDivisionError) if call else contextlib.nullcontext():
+        draw("CosmosT2IPredict2", model)
+    assert calls and model.model_options["transformer_options"][SEATS].patches == {}
 
 
 # --- the page ---
