@@ -8,7 +8,7 @@ import math
 from ._host.api import advanced, io, say_on_node, schema, ui
 from ._host.expand import Expansion
 from ._host.folders import installed_files
-from ._host.identity import as_sampled, identify, is_distilled, sampled
+from ._host.identity import as_sampled, identify, is_distilled, network_of, sampled
 from ._host.propagation.transformer import blocks_of
 from ._host.propagation.unet import unet_of
 from ._host.sampling import run_stock_node, scheduler_names
@@ -166,7 +166,7 @@ def _with_speed(inside: Expansion, model, name: str, wish: str, shelf: plan.Shel
 
 def _facts(model, latent: dict) -> plan.Facts:
     latent_format = model.get_model_object("latent_format")
-    blocks = blocks_of(model.get_model_object("diffusion_model"))
+    blocks = blocks_of(network_of(model))
     width = model.model.model_config.unet_config.get("context_dim")
     made, nested = sampled(model, latent), latent["samples"].is_nested
     return plan.Facts(

@@ -12,7 +12,7 @@ import comfy.model_sampling
 import comfy.sample
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 from ...models.calibration import UNPATCHED, ModelIdentity
 from .._plan.makers import Sampled
@@ -72,6 +72,12 @@ def prediction(sampling) -> str:
     return type(sampling).__mro__[-2].__name__.lower()
 
 
+def network_of(model) -> Module:
+    """A MODEL's network, itself where another pack put what torch.compile makes of it in its place."""
+    network = model.get_model_object("diffusion_model")
+    return getattr(network, "_orig_mod", network)
+
+
 def config_hash(unet_config: dict) -> str:
     """Names the architecture: the same at every precision and for every file."""
     plain = (str, int, float, list, tuple, type(None))
@@ -86,8 +92,9 @@ def weights_hash(model) -> str:
     Signs do not change when weights are loaded in half precision; a fine-tune turns some of those near 0. Weights
     packed in another way are others. "" for a network whose weights are packed in a form that is not known.
     """
-    network = model.model.diffusion_model
-    parameters = {name: one for name, one in network.named_parameters() if _is_plain_matrix(one) or _is_packed(one)}
+    parameters = {
+        name: one for name, one in network_of(model).named_parameters() if _is_plain_matrix(one) or _is_packed(one)
+    }
     if not parameters:
         return ""
     matrices, digest = sorted(parameters), hashlib.sha256()

@@ -146,6 +146,21 @@ def test_what_runs_on_every_step_is_in_the_costs(family, runs, host):
     assert share == pytest.approx(size(*always, blocks[0]) / size(*always, *blocks))
 
 
+@pytest.mark.parametrize("family", ["SD15", "Flux", "CosmosT2IPredict2"])
+def test_a_network_that_another_pack_compiled_is_known_as_before(family, host, propagate, draw):
+    """Some put torch.compile's module in the network's place; it passes for the network but by its class."""
+    from pack.nodes._host.identity import identify
+
+    model = tiny_network(family)
+    compiled = model.clone()
+    compiled.add_object_patch("diffusion_model", torch.compile(model.model.diffusion_model, backend="eager"))
+    assert identify(compiled) == identify(model)
+    with torch.compiler.set_stance("force_eager"):
+        ours = draw(family, propagate(compiled))
+        assert not torch.equal(draw(family, compiled), ours)
+    assert torch.equal(ours, draw(family, propagate(model)))
+
+
 # --- a network with two streams, of audio and video, as newer hosts have ---
 
 

@@ -32,6 +32,7 @@ from ....models.calibration import Calibration, KeySteps, Point
 from ..._plan.propagation import CALIBRATED, TARGET, Choice, ReuseSettings, chosen_point, said_of
 from ..calibrating import stands_aside
 from ..clock import Clock, conditioning_changes, noise_space, step_times, why_not
+from ..identity import network_of
 from ..solvers import adds_noise, facts_of, solver_name
 
 LOG = logging.getLogger(__name__)
@@ -422,7 +423,7 @@ def propagation_for(model: Any) -> type[Propagation]:
     for kind in (UNetPropagation, TransformerPropagation):
         if kind.blocks_in(model) > 1:
             return kind
-    network = type(model.get_model_object("diffusion_model")).__name__
+    network = type(network_of(model)).__name__
     raise ValueError(
         f"{WHO} works on a UNet (SD 1.x, SD 2.x, SDXL) and on a transformer (SD3, Flux, …) of at least 2 blocks, but "
         f"this MODEL is a {network}: connect another MODEL, or remove the node."

@@ -19,7 +19,7 @@ from ....models.calibration import Calibration, KeySteps, Point, fitted
 from ..._plan import propagation as plan
 from ..calibrating import calibrating
 from ..clock import noise_space, why_not
-from ..identity import identify, pixels
+from ..identity import identify, network_of, pixels
 from ..sampling import run_stock_node, sample
 from ..solvers import adds_noise, known
 from . import KEY, Propagation, applied, outer_sample, propagation_for, run_of
@@ -202,7 +202,7 @@ def _reuses(model: Any, kind: type[Propagation], name: str, fresh_noise: bool) -
         names = [plan.TOP_LEVEL, plan.TWO, plan.ONE] if name == plan.AUTOMATIC else [part]
         n, top = blocks_a_side(network), top_blocks(network)
         return list(dict.fromkeys(plan.reuse_by_name(one, True, n, top) for one in names))
-    n = len(blocks_of(model.get_model_object("diffusion_model")))
+    n = len(blocks_of(network_of(model)))
     names = [plan.FIRST, plan.ENDS] if name == plan.AUTOMATIC and n > 2 else [part]
     return [plan.block_reuse_by_name(one, True, n) for one in names]
 

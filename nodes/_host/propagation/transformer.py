@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ....kernels.propagation import Costs, Features, Reuse
 from ..._plan.propagation import Choice, choose_blocks, part_of_transformer
+from ..identity import network_of
 from . import RUN, Propagation
 
 # Where the host's transformers keep the blocks that it offers to patches under these names.
@@ -58,7 +59,7 @@ def _asks_patches(network: Any) -> bool:
     """Whether the source of a network looks for patches by the names in BLOCK_KINDS; yes where it cannot be read."""
     try:
         source = "".join(inspect.getsource(one) for one in network.__mro__ if _is_network(one))
-    except OSError:
+    except (OSError, TypeError):
         return True
     return "patches_replace" in source and any(kind in source for kind in BLOCK_KINDS)
 
@@ -145,11 +146,11 @@ class TransformerPropagation(Propagation):
 
     @classmethod
     def blocks_in(cls, model: Any) -> int:
-        return len(blocks_of(model.get_model_object("diffusion_model")))
+        return len(blocks_of(network_of(model)))
 
     @classmethod
     def equip(cls, model: Any) -> None:
-        network = model.get_model_object("diffusion_model")
+        network = network_of(model)
         if (SEATED, 0) not in blocks_of(network):
             return
         seats = model.model_options["transformer_options"][SEATS] = _Seats()
@@ -158,7 +159,7 @@ class TransformerPropagation(Propagation):
             model.add_object_patch(place, seats.of(i, model.get_model_object(place)))
 
     def inspect(self, noise: Tensor) -> None:
-        network = self.model.get_model_object("diffusion_model")
+        network = network_of(self.model)
         self.blocks = blocks_of(network)
         self.costs = costs_of(network, self.blocks.values())
         width = getattr(network, "hidden_size", 0)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ....kernels.propagation import Costs, Features, Reuse
 from ..._plan.propagation import ONE, Choice, choose, part_of_unet, reuse_by_name
+from ..identity import network_of
 from . import RUN, Propagation
 
 ENTRY = "entry"  # the feature that enters the first output block that runs
@@ -33,7 +34,7 @@ INPUT_PATCHES = ("input_block_patch", "input_block_patch_after_skip")
 
 def unet_of(model: Any) -> openaimodel.UNetModel | None:
     """The UNet inside a MODEL, None for every other kind of network."""
-    network = model.get_model_object("diffusion_model")
+    network = network_of(model)
     return network if isinstance(network, openaimodel.UNetModel) else None
 
 
