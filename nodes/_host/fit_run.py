@@ -17,7 +17,8 @@ from .._plan.fit_sampler import Setting
 from .session import Solver, Solves, draw_noises
 from .stock_schedules import known_schedules
 
-RIVALS = ("euler", "dpmpp_2m", "uni_pc")  # beside the user's own sampler, each with the known schedules
+# Beside the user's own sampler, each with the known schedules.
+RIVALS = ("euler", "dpmpp_2m", "uni_pc", "lms", "er_sde without noise")
 SCHEDULES = 4  # known ones, the most promising
 
 

@@ -29,6 +29,8 @@ from .solvers import adds_noise, known, solver_name
 
 LOG = logging.getLogger(__name__)
 REFERENCE = "dpmpp_2m"
+WITHOUT_NOISE = " without noise"
+ODE = {"s_noise": 0.0, "noise_scaler": lambda noise: noise}  # as the host's SamplerER_SDE sets it
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,12 @@ def solver_of(sampler, model) -> Solver:
 
 
 def named_sampler(name: str) -> Any:
-    """A SAMPLER of the table's solver; one that this host lacks gives way to the nearest that it has."""
-    there = name if name in comfy.samplers.KSampler.SAMPLERS else "dpmpp_2m"
-    return comfy.samplers.sampler_object(there)
+    """A SAMPLER of the table's solver, or of er_sde for an ordinary differential equation; one that this host lacks
+    gives way to the nearest that it has."""
+    plain = name.removesuffix(WITHOUT_NOISE)
+    if plain not in comfy.samplers.KSampler.SAMPLERS:
+        return comfy.samplers.sampler_object("dpmpp_2m")
+    return comfy.samplers.ksampler(plain, ODE) if plain != name else comfy.samplers.sampler_object(plain)
 
 
 class Solves:

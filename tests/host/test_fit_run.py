@@ -106,6 +106,23 @@ def test_a_fit_for_a_solver_that_adds_noise_is_for_its_sibling(unet, lenient):
     assert profile.solver == "euler" and "euler_ancestral follows but for the noise" in report
 
 
+def test_the_best_stock_runs_are_among_the_rivals(kit, host):
+    """er_sde without noise is the host's own SamplerERSDE as an ordinary differential equation."""
+    named = host.module("nodes._host.session").named_sampler
+    assert {"lms", "er_sde without noise"} <= {*host.module("nodes._host.fit_run").RIVALS}
+    (ode,) = host.call("SamplerER_SDE", solver_type="ODE", max_stage=3, eta=0.0, s_noise=0.0)
+    ours, theirs = (drawn(kit, one, schedule(kit, 5)) for one in (named("er_sde without noise"), ode))
+    assert torch.equal(ours, theirs) and not torch.equal(ours, drawn(kit, named("er_sde"), schedule(kit, 5)))
+
+
+def test_the_pages_tell_the_cost_of_a_fit(host, root):
+    fit, plan = host.module("nodes._host.fit_run"), host.module("nodes._plan.fit_run")
+    rivals, presets = len(fit.RIVALS) * fit.SCHEDULES, host.module("kernels.tuner").TUNER_PRESETS
+    costs = [f"{plan.evaluations(preset, 30, [8], rivals):,}" for preset in presets.values()]
+    for page in ("docs/fitted_sampler.md", "web/docs/AttuneFitSampler.md"):
+        assert all(one in (root / page).read_text("utf-8") for one in costs), f"{page} lacks one of {costs}"
+
+
 @pytest.mark.nightly
 def test_held_out_pictures_prove_it_against_every_rival(unet):
     large = {"samples": torch.zeros(1, unet.channels, 16, 16)}
