@@ -72,7 +72,8 @@ def machine() -> str:
     """The device that the host computes on; of a processor its name and how many of its threads are used."""
     device = comfy.model_management.get_torch_device()
     if device.type == "cpu":
-        return f"{processor()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        return f"{processor()}, {threads} thread{'s' * (threads > 1)}"
     return comfy.model_management.get_torch_device_name(device)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import comfy.model_base
 import comfy.model_sampling
@@ -155,7 +156,12 @@ def with_choice_per_solve(model):
 
 def options_for_solve(model_options: dict, a_map: ConditioningMap | None, sigmas: Tensor) -> dict:
     """A session's model_options as a solve over `sigmas` must see them: told `a_map`, and none of the MODEL's own."""
-    told = {**model_options.get("transformer_options", {}), CHOSEN: a_map, "sample_sigmas": sigmas}
+    return options_over(model_options, sigmas, **{CHOSEN: a_map})
+
+
+def options_over(model_options: dict, sigmas: Tensor, **more: Any) -> dict:
+    """A run's model_options as a run over other levels must see them, with `more` for the network."""
+    told = {**model_options.get("transformer_options", {}), **more, "sample_sigmas": sigmas}
     return {**model_options, "transformer_options": told}
 
 

@@ -51,6 +51,7 @@ from .api import io, text_on, widget_place
 from .cached_pictures import Ran, recall, remember
 from .calibrating import stands_aside
 from .card import Draw, Shown, card_of, keep_card
+from .conditioning import options_over
 from .folders import (
     find_profile,
     forget_profile,
@@ -72,6 +73,7 @@ LOG = logging.getLogger(__name__)
 KEY = "attune.fitted_sampler"
 FITTED_RUN = "fitted_run"  # option of the sampler function
 STOPPED = (ValueError, RuntimeError, OSError, comfy.model_management.InterruptProcessingException)
+SINCE: dict[str, int] = {}  # short runs of each calibration since its last check, by file
 
 
 @torch.no_grad()
@@ -423,11 +425,3 @@ class _Run:
             return answer
 
         return denoise
-
-
-SINCE: dict[str, int] = {}  # short runs of each calibration since its last check, by file
-
-
-def options_over(options: dict, levels: Tensor) -> dict:
-    """A run's model_options as a run over other levels must see them."""
-    return {**options, "transformer_options": {**options.get("transformer_options", {}), "sample_sigmas": levels}}

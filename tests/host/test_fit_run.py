@@ -260,7 +260,9 @@ def test_the_node_says_what_it_does_and_how_long_that_takes(unet, host, lenient,
 
 def test_the_card_names_the_processor_where_the_host_says_cpu(host, monkeypatch):
     card = host.module("nodes._host.card")
-    assert card.machine() == f"{card.processor()}, {torch.get_num_threads()} threads"
+    for threads, said in ((1, "1 thread"), (4, "4 threads")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert card.machine() == f"{card.processor()}, {said}"
     assert len(card.processor()) > 3
     monkeypatch.setattr(card.platform, "processor", lambda: "")
     for system in {"Darwin", "Windows", "another"} - {card.platform.system()}:  # what is asked there is not here
