@@ -1,9 +1,9 @@
 """A minute of each benchmark: it runs through the host from the command line and writes what the docs quote.
 
-Each day one of a kind is asked: exact (the host from the command line, exact answers), golden_noise (pictures of the demo
-model and the judge), thumbnails (pictures of the workflows), real_size (networks of real size), propagation (in small:
-rows that join a record), a page of the docs, and a day's prompts on the server (long_run, in test_server.py).
-Those of the day but exact run in the host of the tests, which saves the start of another one. The night asks all of them.
+Each day one of a kind is asked: real_size (networks of real size, from the command line), golden_noise (pictures of the
+demo model and the judge), thumbnails (pictures of the workflows), propagation (in small: rows that join a record), a page
+of the docs, and a day's prompts on the server (long_run, in test_server.py). The others of the day run in the host of the
+tests, which saves the start of another one. The night asks all of them.
 """
 
 from __future__ import annotations
@@ -213,6 +213,7 @@ def test_the_distances_are_ranked_by_all_and_by_fewer_pictures(tmp_path):
     assert "how many pictures make the ranking stable?" in printed
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_exact_answers_of_schedules_and_solvers(tmp_path):
     printed = run("exact", tmp_path, *SMOKE["exact"])
@@ -280,8 +281,8 @@ def test_short_runs_are_weighed_against_all_that_costs_as_little(tmp_path):
 
 
 @pytest.mark.host
-def test_parts_of_a_real_size_network(tmp_path, run_here):
-    run_here("real_size", tmp_path, *SMOKE["real_size"])
+def test_parts_of_a_real_size_network(tmp_path):
+    run("real_size", tmp_path, *SMOKE["real_size"])
     result = json.loads((tmp_path / "results" / "real_size.json").read_text())
     flops, times = result["tables"]
     assert flops["rows"][-1][0] == "total" and flops["rows"][-1][1] == pytest.approx(803, rel=2e-3)

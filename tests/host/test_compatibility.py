@@ -4,8 +4,8 @@ off, the result is that of the graph without the node, bit for bit; on, it is an
 and the same through KSampler and SamplerCustomAdvanced; the global random state is where the stock graph leaves it; and
 afterwards the stock graph gives the bits that it gave before.
 
-Each run asks every kind once: each graph with one method of each model and with what a method rightly does otherwise
-there, each method with one other, one failure and each kind of solver. The other combinations are nightly.
+Each run asks every kind once: each graph with one method, most with both models, and with what a method rightly does
+otherwise there, each method with one other, one failure and each kind of solver. The other combinations are nightly.
 
 docs/compatibility.md is what this file has passed:
 `ATTUNE_WRITE=1 python dev.py test --all tests/host/test_compatibility.py` writes it.
@@ -28,6 +28,7 @@ import torch
 from graphs import GRAPHS, STEPS, Kit
 from methods import METHODS
 from nightly import daily
+from pack.kernels.fitted_sampler import fidelity
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/compatibility.md"
@@ -104,16 +105,26 @@ TELLING = {
     "one more step": ("KSampler (Advanced), two stages", "inpaint mask", "batch_index", "areas"),
     "golden noise": ("batch_index", "prompts in turn"),
 }
+SHARED = {  # what the host does for both models alike: each day with the larger one
+    "SamplerCustomAdvanced, BasicGuider", "SamplerCustomAdvanced, DualCFGGuider", "batch_index", "prompts in turn",
+    "LoRA schedule on one prompt", "RescaleCFG", "fp16 weights", "fp8 weights",
+}  # fmt: skip
 BY_ANOTHER = {("aligned timesteps", "torch.compile")}  # the larger network; the noise shift's is compiled each time
-CELLS = [(method, name) for method in METHODS for name in GRAPHS]
+ENTRIES = [(method, name) for method in METHODS for name in GRAPHS]
+LEARNS = "fitted sampler"  # no MODEL -> MODEL node: a SAMPLER that is learned in one run and makes the next
+TEACHES_NOTHING = {"inpaint mask": "A short run may be used there, but none is learned from a run with a mask."}
+ON_FLOW = [name for name in GRAPHS if name not in SHARED]
+CELLS = [*ENTRIES, *((LEARNS, name) for name in GRAPHS)]
+LEARNED = ("inpaint mask", "ControlNet", "LoRA hook on one prompt")
 ASKED = {
-    *(in_turn("unet", GRAPHS) - BY_ANOTHER), *in_turn("flow", GRAPHS),
+    *(in_turn("unet", GRAPHS) - BY_ANOTHER), *in_turn("flow", ON_FLOW),
     *((method, name) for method, chosen in METHODS.items() for name in [*(chosen.where or {}), *(chosen.refused or {})]),
     *((method, name) for method, names in TELLING.items() for name in names),
+    *((LEARNS, name) for name in LEARNED),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("method", "name"), daily(CELLS, *ASKED, names=2))
+@pytest.mark.parametrize(("method", "name"), daily(ENTRIES, *ASKED, names=2))
 def test_the_method_in_the_graph(kits, stock_of, method, name):
     RUN.add((method, name))
     chosen, graph = METHODS[method], GRAPHS[name]
@@ -133,6 +144,32 @@ def test_the_method_in_the_graph(kits, stock_of, method, name):
     assert torch.equal(drawn(graph, kit, chosen.on(kit))[0], ours)
     assert torch.equal(drawn(graph, kit, SAME)[0], stock)
     PASSED.add((method, name))
+
+
+@pytest.mark.parametrize("name", daily(GRAPHS, *LEARNED))
+def test_the_first_run_of_a_graph_is_stocks_and_the_next_is_near_it(kits, host, monkeypatch, name):
+    """Every run's sampler is taken for Attune Fast Sampler's, whatever node of the graph runs it."""
+    import comfy.samplers
+
+    RUN.add((LEARNS, name))
+    fast, plan, said = host.module("nodes._host.fitted_sampler"), host.module("nodes._plan.fitted_sampler"), []
+    draw = lambda: GRAPHS[name](kits["unet"], SAME)
+    stock, same = draw(), comfy.samplers.CFGGuider.sample
+
+    def learning(self, noise, latent_image, sampler, *args, **kwargs):
+        wish = plan.Wish(evaluations=4, fidelity=1.0)
+        return same(self, noise, latent_image, fast.FastSampler(sampler, wish, say=said.append), *args, **kwargs)
+
+    monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", learning)
+    assert torch.equal(draw(), stock) and all(text.startswith("A full run") for text in said)
+    assert any("Learned" in text for text in said) != (name in TEACHES_NOTHING), said
+    runs, second = len(said), draw()
+    if name not in TEACHES_NOTHING:
+        assert all(text.startswith("The short run") for text in said[runs:]), said[runs:]
+        assert fidelity(second, stock) > 15
+    monkeypatch.undo()
+    assert torch.equal(draw(), stock)
+    PASSED.add((LEARNS, name))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -301,7 +338,7 @@ def new_tensors() -> Iterator[Callable[[], int]]:
 
 def table(passed: set[tuple[str, str]]) -> str:
     """docs/compatibility.md: a row per graph, a column per method."""
-    lines = [f"| graph | {' | '.join(METHODS)} |", f"|---{'|---' * len(METHODS)}|"]
+    lines = [f"| graph | {' | '.join([*METHODS, LEARNS])} |", f"|---{'|---' * (len(METHODS) + 1)}|"]
     notes: list[str] = []
     for name in GRAPHS:
         cells = []
@@ -315,6 +352,11 @@ def table(passed: set[tuple[str, str]]) -> str:
                 notes.append(reason)
             said = "refused" if sentence else "same as without"
             cells.append(f"{said} [{notes.index(reason) + 1}]" if reason else "✓")
+        idle = TEACHES_NOTHING.get(name)
+        if idle and idle not in notes:
+            notes.append(idle)
+        mark = f"same as without [{notes.index(idle) + 1}]" if idle else "✓"
+        cells.append(mark if (LEARNS, name) in passed else "✗")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     order = lambda a, b: "any" if METHODS[a].beside(METHODS[b]) else "the later counts"
     pairs = [f"| {a} | {b} | {order(a, b)} |" for a, b in PAIRS]
@@ -324,6 +366,8 @@ def table(passed: set[tuple[str, str]]) -> str:
         "✓ means five exact things, in the real host on a demo model: with the method off the result is that of the graph",
         "without the node, bit for bit; with it on, the result differs, and repeats itself bit for bit; the global random",
         "state is untouched; and afterwards the stock graph gives the same bits as before.", "",
+        f"In the last column, *{LEARNS}*, ✓ means: with Attune Fast Sampler in the sampler's place the first run gives the",
+        "stock bits and is learned, the second is short and near it, and afterwards the stock graph gives its bits.", "",
         *lines, "", *(f"[{i}] {note}" for i, note in enumerate(notes, 1)), *([""] if notes else []),
         "With each stock sampler: off, the stock bits; on, the same bits twice; then the stock bits again. A run that is",
         "interrupted, fails or runs out of memory at any evaluation leaves no tensor and no trace. What happens at the",
@@ -340,5 +384,5 @@ def test_the_page_says_what_is_tested():
         assert set(CELLS) == PASSED, "The page is written by a run of this whole file, with --all."
         PAGE.write_text(table(PASSED), "utf-8")
     assert set(CELLS) >= ASKED and RUN == PASSED
-    assert {method for method, _ in ASKED} == set(METHODS) and {name for _, name in ASKED} == set(GRAPHS)
+    assert {method for method, _ in ASKED} == {*METHODS, LEARNS} and {name for _, name in ASKED} == set(GRAPHS)
     assert PAGE.read_text("utf-8") == table(set(CELLS))

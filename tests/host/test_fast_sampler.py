@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from graphs import GRAPHS, Kit
+from graphs import Kit
 from harness import counting
 from nightly import daily
 from pack.kernels.fitted_sampler import fidelity
@@ -323,34 +323,6 @@ def test_numbers_of_the_conditioning_count_and_words_do_not(unet, host):
     Drawn(unet, positive=guided("a cat on a black background", 3.5))
     assert Drawn(unet, seed=2, positive=guided("two words", 3.5)).calls == SHORT
     assert Drawn(unet, seed=2, positive=guided("a cat on a black background", 2.0)).full
-
-
-TEACHES_NOTHING = {"inpaint mask"}
-
-
-@pytest.mark.parametrize("name", daily(GRAPHS, "inpaint mask", "ControlNet", "LoRA hook on one prompt"))
-def test_in_every_graph_the_first_run_is_stocks_and_the_next_ones_are_near_it(unet, host, monkeypatch, name):
-    """Every run's sampler is taken for the fast one, whatever node of the graph runs it."""
-    import comfy.samplers
-
-    fast, plan, said = host.module("nodes._host.fitted_sampler"), host.module("nodes._plan.fitted_sampler"), []
-    stock, same = GRAPHS[name](unet, lambda model: model), comfy.samplers.CFGGuider.sample
-
-    def learning(self, noise, latent_image, sampler, *args, **kwargs):
-        wish = plan.Wish(evaluations=SHORT, fidelity=1.0)
-        return same(self, noise, latent_image, fast.FastSampler(sampler, wish, say=said.append), *args, **kwargs)
-
-    monkeypatch.setattr(comfy.samplers.CFGGuider, "sample", learning)
-    first = GRAPHS[name](unet, lambda model: model)
-    assert torch.equal(first, stock) and all(text.startswith("A full run") for text in said)
-    assert any("Learned" in text for text in said) or name in TEACHES_NOTHING, said
-    runs = len(said)
-    second = GRAPHS[name](unet, lambda model: model)
-    if name not in TEACHES_NOTHING:
-        assert all(text.startswith("The short run") for text in said[runs:]), said[runs:]
-        assert fidelity(second, stock) > 15
-    monkeypatch.undo()
-    assert torch.equal(GRAPHS[name](unet, lambda model: model), stock)
 
 
 def test_weights_that_have_no_name_are_never_taken_for_others(unet, host, monkeypatch):
