@@ -3,8 +3,8 @@
 python dev.py fit-demo [--models unet flow] [--steps 6 8 10 12 16]
 
 One file for each model in models/profiles/: short runs in the place of 50 steps of Euler on the model's usual schedule,
-fitted to one noise of four prompts and proved on six other noises of each. A file that was made with the same weights,
-prompts and seed stays.
+fitted to two noises of four prompts each and proved on nine other noises of each. A file that was made with the same
+weights, prompts and seed stays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pack.models.store import SHIPPED, SUFFIX, save_profile
 
 SCHEDULES = {"unet": "karras", "flow": "beta"}
 LONG, STEPS = 50, [6, 8, 10, 12, 16]
-PRESET = "mini"
+PRESET = "quick"
 
 
 def fit(host: Host, model: str, steps: list[int]):
