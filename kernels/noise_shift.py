@@ -156,7 +156,7 @@ class Losses:
             for k in range(self.noises):
                 drawn = -noise if k % 2 else torch.randn(self.x0.shape, generator=generator, dtype=torch.float64)
                 noise = drawn.to(self.x0)
-                self._noised.append(signal + sigma * noise)
+                self._noised.append(signal + sigma * self.space.scale * noise)
         return self._noised
 
 

@@ -160,10 +160,11 @@ def step_weights(sigmas: Sequence[float], space: NoiseSpace) -> list[float]:
     """What an error of the denoised latent at each step does to the final one: exact for a unit Gaussian.
 
     An Euler step turns it into (1 - sigma_next / sigma) of itself in x at sigma_next, and from there the flow to
-    sigma = 0 shrinks differences like the spread of x, sqrt(alpha^2 + sigma^2), to that of a unit-variance latent.
+    sigma = 0 shrinks differences like the spread of x, sqrt(alpha^2 + (scale sigma)^2), to that of a latent of unit
+    variance.
     """
     s = torch.tensor(list(sigmas), dtype=torch.float64)
-    spread = (space.alpha(s[1:]) ** 2 + s[1:] ** 2).sqrt()
+    spread = (space.alpha(s[1:]) ** 2 + (space.scale * s[1:]) ** 2).sqrt()
     return ((1 - s[1:] / s[:-1]) / spread).tolist()
 
 
@@ -288,9 +289,10 @@ def forecast_weight(time: float, last: float, before: float) -> float:
 def add_prior_noise_(x: Latent, noise: Latent, sigma: float, strength: float, space: NoiseSpace) -> Latent:
     """z_t <- z_t + strength * z_T (section 3.3), in place: a little of the run's first noise restores fine detail.
 
-    The paper writes it for variance-preserving latents, z = x / sqrt(1 + sigma^2); a flow model's x needs no factor.
+    The paper writes it for variance-preserving latents, z = x / sqrt(1 + sigma^2); a flow model's x needs the scale of
+    its noise alone.
     """
-    scale = math.sqrt(1 + sigma * sigma) if space.kind == "ve" else 1.0
+    scale = math.sqrt(1 + sigma * sigma) if space.kind == "ve" else space.scale
     return x.add_(noise, alpha=strength * scale)
 
 

@@ -37,6 +37,7 @@ class ModelIdentity:
     sigma_min and sigma_max: the model's own noise levels, in that space's units. prediction: what the network predicts,
     "eps", "v", "edm", "flow". config_hash: names its architecture. shift: of a flow model's own schedulers, None where
     it has none; factor: the same as a factor of sigma / (1 - sigma); reshifted: whether a ModelSampling node set it.
+    noise_scale: how strong the noise is that a flow model was trained on, 1 for most.
     weights_hash: names its weights without LoRAs. patches: names the LoRAs and other weight patches on them, UNPATCHED
     without any. network: what its configuration says. All "" or None where unknown.
     """
@@ -52,11 +53,16 @@ class ModelIdentity:
     patches: str = ""
     factor: float | None = None
     reshifted: bool = False
+    noise_scale: float = 1.0
     network: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def family(self) -> str:
         return self.families[0]
+
+    @property
+    def noise_space(self) -> NoiseSpace:
+        return NoiseSpace(self.space, self.noise_scale)
 
 
 @dataclass(frozen=True)
@@ -223,13 +229,14 @@ def fitted(
             f"This MODEL ({identity.family}) does not say what network it has: nothing can be kept for it."
         )
     shift = {} if identity.shift is None else {"shift": round(identity.shift, 6)}
+    scale = {} if identity.noise_scale == 1 else {"noise_scale": round(identity.noise_scale, 6)}
     return Calibration(
         name=f"{identity.family} {name}", method=method, space=identity.space, families=identity.families[:1],
         resolution=resolution, sigmas=tuple(map(float, sigmas)), source="Fitted with ComfyUI-Attune on this model.",
         kind=kind, solver=solver, prediction=identity.prediction, cfg=cfg, config_hash=identity.config_hash,
         weights_hash=identity.weights_hash, patches=identity.patches, alignments=tuple(alignments),
         key_steps=key_steps, runs=tuple(runs), setting=setting, metrics=metrics,
-        provenance={"date": datetime.now(timezone.utc).date().isoformat(), **shift, **provenance},
+        provenance={"date": datetime.now(timezone.utc).date().isoformat(), **shift, **scale, **provenance},
     )  # fmt: skip
 
 
@@ -312,6 +319,10 @@ def _model_misfits(one: Calibration, model: ModelIdentity) -> Iterable[Misfit]:
             "are absolute and do not move with it."
         )
         yield Misfit("shift", f"for a shift of {shift:g}", said)
+    scale = one.provenance.get("noise_scale", 1.0)
+    if one.config_hash and isinstance(scale, int | float) and abs(scale - model.noise_scale) > 0.01 * scale:
+        said = f"'{one.name}' was fitted on noise of scale {scale:g}, this MODEL has {model.noise_scale:g}."
+        yield Misfit("prediction", f"for noise of scale {scale:g}", said)
 
 
 def _run_misfits(one: Calibration, run: Planned) -> Iterable[Misfit]:

@@ -342,10 +342,11 @@ def _plot(tuned: Tuned, known: dict[str, torch.Tensor], setting: Setting):
 def _setting(model, cfg: float, sampler, latent: dict, seed: int):
     """Solver, Setting and an empty latent; everything that can be refused is refused here."""
     solver = solver_of(sampler, model)
-    empty = empty_latent(model, latent)
+    empty = empty_latent(model, latent, "latent")
     about = identify(model, weights=True)
     size = pixels(model, {"samples": empty})
-    assert size is not None  # only nested latents have none
+    if size is None:
+        raise ValueError("'latent' must be a latent of pictures or of one video, but it holds sound.")
     return solver, Setting(about, solver.name, solver.runs, cfg, size, seed), empty
 
 

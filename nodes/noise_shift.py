@@ -10,7 +10,6 @@ from dataclasses import replace
 import torch
 
 from ..kernels.noise_shift import FEWEST, SHIFT_PRESETS, Shift
-from ..kernels.space import NoiseSpace
 from ..models.calibration import ModelIdentity, Size
 from ..models.store import SUFFIX, file_stem
 from ._draw.axes import to_image
@@ -151,7 +150,7 @@ class _Kept:
 
     def __init__(self, save_as: str, about: ModelIdentity, native: Size, how: dict):
         self.save_as, self.about, self.native, self.how = save_as.strip(), about, native, how
-        self.space = NoiseSpace(about.space)
+        self.space = about.noise_space
         self.path = profile_path(file_stem(save_as) + SUFFIX) if self.save_as else None
         self.profile = None if self.path is None else find_profile(self.path.name)
         if self.profile is not None and not continues(self.profile, about, native, **how):

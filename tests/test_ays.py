@@ -159,3 +159,8 @@ def test_subdivision_keeps_the_old_levels_and_moves_only_the_new():
 def test_the_bound_refuses_a_level_of_zero():
     with pytest.raises(ValueError, match="append the final 0 afterwards"):
         next(minimise_klub(lambda x, s: x, torch.zeros(1, 1), torch.tensor([1.0, 0.5, 0.0]), torch.Generator()))
+
+
+def test_noise_of_another_scale_has_the_schedule_of_smaller_data():
+    """HiDream-O1 was trained on noise of scale 8."""
+    torch.testing.assert_close(kl_optimal(8, 1.0, NoiseSpace("flow", 8.0), 4.0), kl_optimal(8, 1.0, FLOW, 0.5))

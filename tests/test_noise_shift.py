@@ -13,6 +13,7 @@ from pack.kernels.noise_shift import (
     SHIFT_PRESETS,
     WIDEST,
     Limits,
+    Losses,
     ShiftPreset,
     calibration_levels,
     fit_joint,
@@ -208,3 +209,13 @@ def test_too_few_pictures_are_refused_before_the_first_call():
     never = lambda *_: pytest.fail("the network was called")
     with pytest.raises(ValueError, match="at least 6 pictures, but there are 3"):
         next(fit_joint(never, torch.zeros(3, 4), ShiftPreset(3, *QUICK), VE, LIMITS["ve"]))
+
+
+def test_pictures_are_noised_at_the_scale_that_the_model_was_trained_on():
+    """8 times the pictures in 8 times the noise, seen by a network that divides by 8: 64 times every loss."""
+    target, limits, sigmas = mixture_latent(FLOW), LIMITS["flow"], torch.tensor([0.3, 0.6], dtype=torch.float64)
+    net, x0 = hears_wrong(target, "flow", 0.262), target.sample(8, torch.Generator().manual_seed(1))
+    plain = Losses(net, x0, sigmas, FLOW, limits, 0, 2)
+    loud = Losses(lambda x, *of: 8 * net(x / 8, *of), 8 * x0, sigmas, NoiseSpace("flow", 8.0), limits, 0, 2)
+    for i, offset in ((0, 0.0), (1, -0.4)):
+        torch.testing.assert_close(loud.losses(i, offset), 64 * plain.losses(i, offset), rtol=1e-5, atol=0)

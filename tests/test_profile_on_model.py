@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pack.kernels.ays import kl_optimal
 from pack.kernels.propagation import Reuse
 from pack.kernels.schedules import check_sigmas, for_denoise
+from pack.kernels.space import NoiseSpace
 from pack.models.calibration import (
     PROPAGATION,
     Calibration,
@@ -17,6 +19,8 @@ from pack.models.calibration import (
     ModelIdentity,
     Point,
     conditioning_map,
+    fitted,
+    misfits,
     refuse_unfit,
 )
 from pack.models.store import shipped_profiles
@@ -226,3 +230,25 @@ def test_a_shift_other_than_the_fits_is_noted_and_moves_no_level():
         applied = apply_profile(fitted, replace(SD3, shift=shift))
         assert ("fitted beside a shift of 3, this MODEL has 5" in said(applied)) == noted
         assert torch.equal(applied.sigmas, apply_profile(FLOW, SD3).sigmas)
+
+
+def test_a_fit_for_noise_of_one_scale_is_told_where_the_model_has_another():
+    loud = replace(SD3, noise_scale=8.0)
+    made = fitted(loud, "schedule", "8 steps", "tuner", (1024, 1024), {}, sigmas=(1.0, 0.5, 0.0))
+    assert made.provenance["noise_scale"] == 8 and not misfits(made, loud)
+    (misfit,) = misfits(made, SD3)
+    assert str(misfit) == "'SD3 8 steps' was fitted on noise of scale 8, this MODEL has 1." and not misfit.fatal
+    (misfit,) = misfits(fitted(SD3, "schedule", "8 steps", "tuner", (1024, 1024), {}, sigmas=(1.0, 0.5, 0.0)), loud)
+    assert "fitted on noise of scale 1, this MODEL has 8" in str(misfit)
+
+
+def test_kl_optimal_levels_know_the_scale_of_the_noise_and_where_no_signal_is_left():
+    loud, said = schedule("KL-optimal", replace(SD3, noise_scale=8.0), 8)
+    assert torch.equal(loud, kl_optimal(8, 1.0, NoiseSpace("flow"), 1 / 8).float())
+    assert said == "KL-optimal from sigma 1, noise of scale 8"
+    _, said = schedule("KL-optimal", SD3, 8)
+    assert said == "KL-optimal from sigma 1"
+    zero, said = schedule("KL-optimal", ModelIdentity(("CogVideoX_T2V",), "ve", 0.03, 4519.0, "v"), 8)
+    assert said == "KL-optimal from sigma 4519, where no signal is left"
+    top, _ = schedule("KL-optimal", ModelIdentity(("X",), "ve", 0.03, 1e9, "v"), 8)
+    torch.testing.assert_close(zero[1:], top[1:], rtol=2e-3, atol=0)  # the first step ends where it would from any such

@@ -154,11 +154,16 @@ def test_the_optimum_equals_brute_force(gaps, always):
             assert found[count][0] == pytest.approx(total) and found[count][1] == set(keys)
 
 
-@pytest.mark.parametrize(("kind", "sigmas"), [("ve", [9.0, 4.0, 1.5, 0.4, 0.0]), ("flow", [1.0, 0.8, 0.5, 0.2, 0.0])])
-def test_a_step_weight_is_the_exact_effect_on_a_unit_gaussian(kind, sigmas):
+FALL = [1.0, 0.8, 0.5, 0.2, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale", "sigmas"), [("ve", 1.0, [9.0, 4.0, 1.5, 0.4, 0.0]), ("flow", 1.0, FALL), ("flow", 8.0, FALL)]
+)
+def test_a_step_weight_is_the_exact_effect_on_a_unit_gaussian(kind, scale, sigmas):
     """An error of the denoised latent in one Euler step, then the exact flow to 0."""
-    space = NoiseSpace(kind)
-    spread = lambda sigma: math.hypot(float(space.alpha(torch.tensor(sigma))), sigma)
+    space = NoiseSpace(kind, scale)
+    spread = lambda sigma: math.hypot(float(space.alpha(torch.tensor(sigma))), scale * sigma)
     for weight, (sigma, after) in zip(step_weights(sigmas, space), itertools.pairwise(sigmas), strict=True):
         end = lambda denoised, x=1.3: (denoised + (x - denoised) * after / sigma) / spread(after)  # noqa: B023
         assert end(0.7 + 0.01) - end(0.7) == pytest.approx(0.01 * weight, rel=1e-6)
@@ -251,6 +256,7 @@ def test_prior_noise_is_the_papers_formula_in_variance_preserving_latents():
     got = add_prior_noise_(x.clone(), noise, sigma, 0.003, NoiseSpace("ve"))
     torch.testing.assert_close(got / math.sqrt(1 + sigma**2), want)
     torch.testing.assert_close(add_prior_noise_(x.clone(), noise, 0.5, 0.01, NoiseSpace("flow")), x + 0.01 * noise)
+    torch.testing.assert_close(add_prior_noise_(x.clone(), noise, 0.5, 0.01, NoiseSpace("flow", 8)), x + 0.08 * noise)
 
 
 # --- the cache: what goes in comes out for the same condition, whatever the batches look like ---

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ...kernels.propagation import ReusePlan
 from ...kernels.space import NoiseSpace
+from .identity import noise_scale
 from .solvers import facts_of, on_grid, solver_name
 
 FEWEST_STEPS = 8
@@ -37,7 +38,8 @@ def step_times(model_sampling: Any, sigmas: Tensor) -> tuple[list[float], float]
 
 
 def noise_space(model_sampling: Any) -> NoiseSpace:
-    return NoiseSpace("flow" if isinstance(model_sampling, comfy.model_sampling.CONST) else "ve")
+    flow = isinstance(model_sampling, comfy.model_sampling.CONST)
+    return NoiseSpace("flow", noise_scale(model_sampling)) if flow else NoiseSpace("ve")
 
 
 def conditioning_changes(model_sampling: Any, conds: dict[str, list[dict]]) -> list[float]:

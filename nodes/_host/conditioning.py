@@ -11,7 +11,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import comfy.model_base
 import comfy.model_sampling
 import torch
 from comfy.patcher_extension import WrappersMP
@@ -26,6 +25,7 @@ from .solvers import solver_name
 LOG = logging.getLogger(__name__)
 KEY = "attune.conditioning"
 CHOSEN = f"{KEY}.chosen"  # of the current run
+UNHEARD = f"{KEY}.unheard"  # whether that run was warned that its MODEL does not ask
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,19 @@ class Remap:
         return self.conditioning, ""
 
 
+class _Once:
+    """Something that is said once in a run; copies of the run's options share it."""
+
+    said = False
+
+    def __deepcopy__(self, memo: dict) -> _Once:
+        return self
+
+    def first(self) -> bool:
+        said, self.said = self.said, True
+        return not said
+
+
 def with_conditioning(model, remap: Remap):
     """A clone of MODEL whose network is told `remap`, on top of the maps it already has; MODEL itself for the identity.
 
@@ -54,10 +67,6 @@ def with_conditioning(model, remap: Remap):
         raise ValueError(
             "This ComfyUI is too old to change what a model is told: update it to 0.3.64 or newer, or set 'strength' "
             "to 0."
-        )
-    if type(model.model)._apply_model is not comfy.model_base.BaseModel._apply_model:
-        LOG.warning(
-            "%s: this MODEL (%s) runs in its own way and may ignore it.", remap.name, type(model.model).__name__
         )
     clone = model.clone()
     options = clone.model_options["transformer_options"]
@@ -103,7 +112,7 @@ def _choose(executor, guider, sigmas, extra_args, *args, **kwargs):
                 "%s: timestep alignment skipped: made for %s, this run uses %s. The schedule still applies.",
                 remap.name, remap.solver, running,
             )  # fmt: skip
-    options[CHOSEN] = compose(fitting) if fitting else None
+    options[CHOSEN], options[UNHEARD] = compose(fitting) if fitting else None, _Once()
     return executor(guider, sigmas, extra_args, *args, **kwargs)
 
 
@@ -122,14 +131,22 @@ def _tell(executor, x, sigma, *args, **kwargs):
     timestep_told = network_timestep(base_model.model_sampling, told)
     shadowed = base_model.__dict__.get("process_timestep")
     process_timestep = base_model.process_timestep
+    asked: list[bool] = []
 
     def process_told(timestep, **more):
+        asked.append(True)
         # Where nothing changes the host's own rounding stays, to the bit.
         return process_timestep(torch.where(told == sigma, timestep, timestep_told.to(timestep)), **more)
 
     base_model.process_timestep = process_told
     try:
-        return executor(x, sigma, *args, **kwargs)
+        answer = executor(x, sigma, *args, **kwargs)
+        if not asked and UNHEARD in options and options[UNHEARD].first():
+            LOG.warning(
+                "This MODEL (%s) runs in its own way: it does not ask for its timestep, so it is not told another one.",
+                type(base_model).__name__,
+            )
+        return answer
     finally:
         if shadowed is None:
             del base_model.process_timestep

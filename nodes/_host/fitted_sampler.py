@@ -299,7 +299,7 @@ class _Run:
             )
         if is_distilled(patcher.get_model_object("model_sampling")):
             return "LCM, Turbo and Lightning models need few steps already."
-        if size is None or getattr(self.noise, "is_nested", False):
+        if size is None:
             return "Only pictures and videos can be learned."
         if any(a <= b for a, b in pairwise(levels)):
             return "The noise levels do not decrease."
@@ -379,7 +379,7 @@ class _Run:
                     keep_update(file, known, fitted_sampler(scene.identity, scene.planned, [seen], known))
                 return f"The short run of '{name}' was checked: {reached:.1f} dB to this picture."
         self.asked = 0.0
-        runs, end = self._learned(path, NoiseSpace(scene.identity.space), seconds / self._calls)
+        runs, end = self._learned(path, scene.identity.noise_space, seconds / self._calls)
         if end is None:
             return "It has no more steps than the short run that is asked for."
         each = self.asked / (2 * sum(one.run.steps for one in runs))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Module, Parameter
 
 from ...models.calibration import UNPATCHED, ModelIdentity
+from .._plan.latents import is_nested
 from .._plan.makers import Sampled
 
 SAMPLED_TENSORS, SAMPLED_NUMBERS = 16, 512  # of the weights, for their hash
@@ -44,6 +45,7 @@ def identify(model, weights: bool = False) -> ModelIdentity:
         shift=getattr(sampling, "shift", None),
         factor=shift_factor(sampling),
         reshifted="model_sampling" in getattr(model, "object_patches", ()),
+        noise_scale=noise_scale(sampling),
         network=model.model.model_config.unet_config,
         weights_hash=weights_hash(model) if weights else "",
         patches=patches_hash(model) if weights else "",
@@ -58,14 +60,25 @@ def shift_factor(sampling) -> float | None:
     return half / (1 - half) if 0 < half < 1 else None
 
 
+def noise_scale(sampling) -> float:
+    """How strong the noise of a flow model is; other models, older hosts, and a model without any noise have 1."""
+    of_flow = isinstance(sampling, comfy.model_sampling.CONST)
+    return float(getattr(sampling, "noise_scale", 1.0)) or 1.0 if of_flow else 1.0
+
+
 def is_distilled(sampling) -> bool:
     """Whether a model_sampling is one for models that were distilled for a few timesteps of their own."""
     return any(one.__name__ in DISTILLED for one in type(sampling).__mro__)
 
 
+def takes_latents_unscaled(sampling) -> bool:
+    """Whether a network takes x / sqrt(1 + sigma^2) as it is, as CogVideoX does: for samplers made for it alone."""
+    return any(one.__name__ == "V_PREDICTION_DDPM" for one in type(sampling).__mro__)
+
+
 def prediction(sampling) -> str:
     """What the network of a model_sampling predicts: "eps", "v", "edm", "x0" or "flow"; else the host's class name."""
-    names = {"CONST": "flow", "X0": "x0", "EDM": "edm", "V_PREDICTION": "v", "EPS": "eps"}
+    names = {"CONST": "flow", "X0": "x0", "EDM": "edm", "V_PREDICTION": "v", "V_PREDICTION_DDPM": "v", "EPS": "eps"}
     for one in type(sampling).__mro__:
         if one.__module__ == comfy.model_sampling.__name__ and one.__name__ in names:
             return names[one.__name__]
@@ -161,7 +174,7 @@ def pixels(model, latent: dict) -> tuple[int, int] | None:
 
 def sampled(model, latent: dict) -> Sampled:
     """What of a LATENT is sampled: an empty one of another ratio is resized by the host first."""
-    if getattr(latent["samples"], "is_nested", False):
+    if is_nested(latent["samples"]):
         return Sampled()
     shape = as_sampled(model, latent).shape
     return Sampled(

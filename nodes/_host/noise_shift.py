@@ -61,7 +61,7 @@ def calibrate(
     `chunk` pictures go through the network at once. The bar moves on from the evaluations `done` before.
     """
     about = identify(model)
-    space, limits = NoiseSpace(about.space), Limits(about.sigma_min, about.sigma_max)
+    space, limits = about.noise_space, Limits(about.sigma_min, about.sigma_max)
     starts = range(0, len(latents), chunk)
 
     @torch.no_grad()

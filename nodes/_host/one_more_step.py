@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...kernels.one_more_step import SignalLeak, clean_of_v, first_state, guided, keyed_noise, noise_for
 from ...models import one_more_step as files
+from .._plan.latents import latent_text, refuse_nested
 from .identity import SPACIAL, TEMPORAL, as_sampled
 from .start import Start, StartingRun, with_start
 from .timeless_unet import TimelessUNet, diffusers_names
@@ -148,6 +149,7 @@ def check_plan(model, plan: FirstState) -> None:
 def fitted_leak(model, examples: dict, frequencies: int) -> SignalLeak:
     """The leak of a LATENT of examples, in the model's scale."""
     check_model(model)
+    refuse_nested(examples["samples"], "examples")
     samples, channels = examples["samples"], model.get_model_object("latent_format").latent_channels
     if samples.ndim == 4 and samples.shape[1] != channels:
         raise ValueError(
@@ -215,8 +217,8 @@ def check_latent(plan: FirstState, noise: Tensor) -> None:
     if noise.ndim != 4 or channels not in (None, noise.shape[1]) or noise.shape[2] * noise.shape[3] < 2:
         kind = f"{channels}-channel latents" if channels else "latents"
         raise ValueError(
-            f"{plan.who} expects {kind} of pictures, of more than one pixel, but got {list(noise.shape)}. Give the "
-            "sampler an empty latent of this model's kind."
+            f"{plan.who} expects {kind} of pictures, of more than one pixel, but got {latent_text(noise.shape)}. Give "
+            "the sampler an empty latent of this model's kind."
         )
 
 
@@ -274,6 +276,7 @@ def _weight(options: dict, noise: Tensor) -> Tensor:
 
 def predicted_latent(model, plan: FirstState, latent: dict, seed: int = 0) -> dict:
     """The prediction alone as a LATENT of the shape of `latent`; it hardly depends on the seed."""
+    refuse_nested(latent["samples"], "latent")
     samples = as_sampled(model, latent)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     check_latent(plan, noise)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
 from .identity import identify
 
@@ -43,6 +42,6 @@ class Recorder:
         if len(self._heard) != len(self._levels):
             return None
         states, answers = zip(*(self._heard[i] for i in range(len(self._levels))), strict=True)
-        space = NoiseSpace(identify(self._guider.model_patcher).space)
+        space = identify(self._guider.model_patcher).noise_space
         scaled = end.float().cpu() * space.alpha(self._sigmas[-1].double().cpu()).float()
         return Trajectory.recorded(self._sigmas.double().cpu(), [*states, scaled], answers)

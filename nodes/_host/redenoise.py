@@ -18,8 +18,10 @@ from torch import Tensor
 from ...kernels import redenoise as kernel
 from ...kernels.golden_noise import mix
 from ...kernels.types import Denoiser
+from .._plan.latents import refuse_nested
 from .._plan.solvers import SOLVERS
 from .clock import noise_space
+from .identity import noise_scale, takes_latents_unscaled
 from .session import Solver, Solves, draw_noises, run_session
 from .start import Start, StartingRun
 
@@ -53,8 +55,13 @@ class Redenoise(Start):
             )
 
     def objection(self, run: StartingRun) -> str | None:
-        windows = run.extra_args["model_options"].get("context_handler") is not None
-        return "context windows know the run's own noise levels only" if windows else None
+        if run.extra_args["model_options"].get("context_handler") is not None:
+            return "context windows know the run's own noise levels only"
+        if takes_latents_unscaled(run.sampling):
+            return "this model's latents are those of its own sampler, which adds the noise in its own way"
+        one = torch.ones(1, device=run.sigmas.device)
+        alike = torch.equal(*(run.sampling.noise_scaling(run.sigmas[0], n, one, run.top) for n in (one, 2 * one)))
+        return "this model starts from a picture, without noise" if alike else None
 
     def begin(self, run: StartingRun) -> tuple[Tensor, str]:
         """Golden noise, float32."""
@@ -72,7 +79,9 @@ class Redenoise(Start):
         one = torch.ones(1, *[1] * (noise.ndim - 1), device=noise.device)
         none = torch.zeros_like(one)
         unit = float((to_state(one, none) - to_state(none, none)).max())
-        turn = kernel.turning_level(run.sigmas, self.depth, unit, float(run.sampling.sigma_min))
+        turn = kernel.turning_level(
+            run.sigmas, self.depth, unit / noise_scale(run.sampling), float(run.sampling.sigma_min)
+        )
         strong, weak = (
             _denoiser(run.guider, run.guider, scale, run.extra_args) for scale in (self.strong_cfg, self.weak_cfg)
         )
@@ -196,6 +205,7 @@ class ChosenNoise:
     noise: Tensor
 
     def generate_noise(self, input_latent: dict) -> Tensor:
+        refuse_nested(input_latent["samples"], "latent_image", "the latent that Attune Select Noise was given")
         wanted, have = tuple(input_latent["samples"].shape), tuple(self.noise.shape)
         if wanted != have:
             raise ValueError(

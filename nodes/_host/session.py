@@ -19,10 +19,11 @@ from ...kernels.conditioning import ConditioningMap
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_aligner import Trajectory
 from ...kernels.types import Denoiser
+from .._plan.latents import refuse_nested
 from .._plan.solvers import SOLVERS, SolverFacts
 from .calibrating import calibrating, inside_run
 from .conditioning import options_for_solve, told_at, with_choice_per_solve
-from .identity import SPACIAL, TEMPORAL, as_sampled, is_distilled
+from .identity import SPACIAL, TEMPORAL, as_sampled, is_distilled, takes_latents_unscaled
 from .recorder import Recorder
 from .setting import setting_of, without_ours
 from .solvers import adds_noise, known, solver_name
@@ -55,8 +56,13 @@ class Solver:
 
 def solver_of(sampler, model) -> Solver:
     """What to run for a SAMPLER; ValueError where nothing can be fitted to it, or to a model like this."""
-    name = solver_name(sampler)
-    if name == "lcm" or is_distilled(model.get_model_object("model_sampling")):
+    name, sampling = solver_name(sampler), model.get_model_object("model_sampling")
+    if takes_latents_unscaled(sampling):
+        raise ValueError(
+            f"This MODEL ({type(model.model).__name__}) is for the sampler that was made for it alone (VOID Sampler), "
+            "and nothing can be fitted to that one. Take its levels from Attune Scheduler."
+        )
+    if name == "lcm" or is_distilled(sampling):
         raise ValueError(
             "LCM, Turbo and Lightning models jump to the picture: there is no path that more steps would follow more "
             "closely, and so nothing to fit. Use the steps and the scheduler that their makers give."
@@ -220,11 +226,11 @@ def run_session(
     return inside_run(guider, torch.zeros_like(latent), latent, sigmas.clone(), seed, solves)
 
 
-def empty_latent(model, latent: dict) -> Tensor:
-    """Empty latents of the size of a LATENT, [b c h w] or with frames; ValueError for pictures with sound."""
+def empty_latent(model, latent: dict, name: str = "latent_image") -> Tensor:
+    """Empty latents of the size of a LATENT, [b c h w] or with frames; ValueError, by its `name`, for pictures with
+    sound."""
     samples = latent["samples"]
-    if getattr(samples, "is_nested", False):
-        raise ValueError("The latent holds a video with its sound: this works on one picture or video only.")
+    refuse_nested(samples, name, "a latent of pictures or of one video")
     ratios = {} if samples.any() else {key: latent.get(key) for key in (SPACIAL, TEMPORAL)}
     return torch.zeros_like(as_sampled(model, {**ratios, "samples": torch.zeros_like(samples).float()}))
 

@@ -17,6 +17,7 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from .._plan.latents import refuse_nested
 from .calibrating import calibrating, stands_aside
 
 LOG = logging.getLogger(__name__)
@@ -187,8 +188,7 @@ class StartNoise:
         noise, samples = self._noise.generate_noise(latent), latent["samples"]
         if not starts_of(self._model) or len(self._sigmas) < 2:
             return noise
-        if getattr(samples, "is_nested", False):
-            raise ValueError("Attune Noise makes noise for pictures, but the latent holds a video with its sound.")
+        refuse_nested(samples, "latent_image", "a latent of pictures for Attune Noise")
         guider, caught = comfy.samplers.CFGGuider(calibrating(self._model, KEY)), _Caught()
         guider.inner_set_conds(self._conds)
         guider.set_cfg(self._cfg)

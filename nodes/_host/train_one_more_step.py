@@ -18,6 +18,7 @@ from ...models.one_more_step import Architecture, read_header, save_module
 from ...models.store import is_finite, load_tensors
 from ...models.train_one_more_step import MODULE_SIZES, ModuleTraining
 from ...models.training import MADE, UNFINISHED, digest, find_place, keep_result, outline, spelled
+from .._plan.latents import refuse_nested
 from .folders import MODULES, find_folder, folder_of
 from .one_more_step import Module, check_model, load_module
 from .timeless_unet import TimelessUNet, diffusers_names, initialise
@@ -41,6 +42,7 @@ class Examples:
 
 def given_examples(latents: dict, captions: str, model) -> list[tuple[Tensor, str]]:
     """A LATENT in the model's scale with one line of `captions` for each of its items, or one for all."""
+    refuse_nested(latents["samples"], "latents")
     samples, lines = latents["samples"], [line.strip() for line in captions.splitlines() if line.strip()] or [""]
     if samples.ndim != 4 or not bool(torch.isfinite(samples).all()):
         raise ValueError(f"'latents' must be finite latents of pictures, but its shape is {list(samples.shape)}.")

@@ -27,7 +27,7 @@ class Setting:
 
     @property
     def space(self) -> NoiseSpace:
-        return NoiseSpace(self.model.space)
+        return self.model.noise_space
 
 
 def affordable(

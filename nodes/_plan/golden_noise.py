@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...kernels.golden_noise import mix, refine_in_windows
 from ...models.npnet import INSTEAD, NPNet, NPNetConfig
+from .latents import latent_text
 
 OTHER_SIZES = ("windows", "refuse")
 LONG_PROMPTS = ("first part", "average")
@@ -30,7 +31,7 @@ def check_size(config: NPNetConfig, shape: tuple[int, ...], other_sizes: str) ->
     """ValueError unless the network can make noise of this shape [b c h w], or [b c 1 h w]."""
     if len(shape) not in (4, 5) or (len(shape) == 5 and shape[2] != 1):
         raise ValueError(
-            f"Attune Golden Noise works on latents of pictures, [b c h w], but got {tuple(shape)}. {INSTEAD}"
+            f"Attune Golden Noise works on latents of pictures, [b c h w], but got {latent_text(shape)}. {INSTEAD}"
         )
     if shape[1] != config.channels:
         raise ValueError(

@@ -16,6 +16,7 @@ from ...models.store import shipped_profiles
 from .makers import BY_DIMENSIONS, Sampled, by_dimensions, makers_schedule, named_makers
 
 AUTO = "auto"
+NO_SIGNAL = 500  # sigma_max of models without signal at their first timestep: CogVideoX, zsnr in ModelSamplingDiscrete
 TUNED = "tuned for "  # and a sampler: the shipped fit for it nearest in steps
 CLOSED_FORMS = {  # name -> the data's standard deviation c, in units of the latent
     "KL-optimal": 1.0,
@@ -66,8 +67,10 @@ def schedule(
     elif name == BY_DIMENSIONS:
         sigmas, said = by_dimensions(model, steps, denoise, sampled)
     elif name in CLOSED_FORMS:
-        space, c = NoiseSpace(model.space), CLOSED_FORMS[name]
+        space, c = model.noise_space, CLOSED_FORMS[name]
         said = f"{name} from sigma {model.sigma_max:.4g}"
+        said += f", noise of scale {space.scale:g}" if space.scale != 1 else ""
+        said += ", where no signal is left" if model.space == "ve" and model.sigma_max > NO_SIGNAL else ""
         sigmas = for_denoise(lambda n: kl_optimal(n, model.sigma_max, space, c), steps, denoise)
     else:
         profile = _profile(name, model, steps, sampled.size)

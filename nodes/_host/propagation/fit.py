@@ -17,6 +17,7 @@ from ....kernels.fitted_sampler import EQUAL, fidelity
 from ....kernels.propagation import FeatureCache, Reuse, optimal_keys, speedup, step_weights
 from ....models.calibration import Calibration, KeySteps, Point, fitted
 from ..._plan import propagation as plan
+from ..._plan.latents import is_nested
 from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, network_of, pixels
@@ -164,7 +165,8 @@ def fit_profile(
     reuses = _reuses(model, kind, reuse, adds_noise(sampler))
 
     def run(patched: Any) -> Tensor:
-        return sample(patched, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"].float()
+        drawn = sample(patched, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"]
+        return (comfy.utils.pack_latents(drawn.unbind())[0] if is_nested(drawn) else drawn).float()
 
     bar = comfy.utils.ProgressBar(1000)
     work = fit(calibrating(model, KEY), run, sampler_name, sigmas, kind, reuses, fastest, longest)
@@ -181,7 +183,7 @@ def fit_profile(
         identify(model, weights=True), kind.profile_kind, f"propagation, {sampler_name} {len(sigmas) - 1} steps",
         "measured errors, dynamic programming", pixels(model, latent_image) or (1, 1), evidence, solver=sampler_name,
         cfg=cfg, sigmas=calibration.sigmas, key_steps=calibration, seed=seed, scheduler=scheduler, longest=longest,
-        pictures=len(latent_image["samples"]),
+        pictures=latent_image["samples"].shape[0],
     )  # fmt: skip
     return profile, calibration, changes
 
