@@ -11,6 +11,7 @@ from .types import Sigma, Sigmas
 
 TRAINED = 1000  # timesteps that a network was trained on
 LCM_TIMESTEPS = 50  # of them, those that consistency models were distilled on
+LOGIT_ENDS = (-7.5, 9.0)  # ln(sigma / (1 - sigma)): the ends of Ideogram's levels
 SD_BETAS = (0.00085, 0.012)  # of Stable Diffusion, the squares of equal steps between their roots
 
 
@@ -51,6 +52,27 @@ def quadratic(steps: int, threshold: float) -> Sigmas:
     slope = threshold / linear - 2 * bend * linear
     done = torch.where(i < linear, i * threshold / linear, bend * i**2 + slope * i + bend * linear**2)
     return torch.cat([1 - done[:-1], torch.zeros(1, dtype=torch.float64)])
+
+
+def logit_normal(steps: int, factor: float, spread: float) -> Sigmas:
+    """Quantiles of a normal distribution of ln(sigma / (1 - sigma)), of that spread around ln(factor), at equal shares.
+
+    How Ideogram runs its model, with the end levels at half log-SNRs of -9 and 7.5 before the 0: float64 [steps+1].
+    """
+    share = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    ratio = math.log(factor) + spread * torch.special.ndtri(share)
+    levels = ratio.clamp(*LOGIT_ENDS).sigmoid()
+    return torch.cat([levels[:-1], torch.zeros(1, dtype=torch.float64)])
+
+
+def karras(steps: int, high: float, low: float, rho: float) -> Sigmas:
+    """`steps` levels from `high` to `low` whose rho-th roots are equally far apart, then 0: float64 [steps+1].
+
+    Karras et al. 2022 (arXiv 2206.00364), equation 5; one step starts at `high`.
+    """
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    levels = (high ** (1 / rho) + ramp * (low ** (1 / rho) - high ** (1 / rho))) ** rho
+    return torch.cat([levels, torch.zeros(1, dtype=torch.float64)])
 
 
 def stretch(sigmas: Sigmas, terminal: float) -> Sigmas:

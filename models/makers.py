@@ -15,8 +15,8 @@ from .calibration import ModelIdentity, Size
 MAKERS = Path(__file__).with_suffix("")
 FORMAT = 1
 TRAILING, LCM = "trailing", "lcm"
-ONCE, TWICE, QUADRATIC = "once", "twice", "quadratic"
-GRIDS = (ONCE, TWICE, QUADRATIC)
+ONCE, TWICE, QUADRATIC, LOGIT_NORMAL = "once", "twice", "quadratic", "logit-normal"
+GRIDS = (ONCE, TWICE, QUADRATIC, LOGIT_NORMAL)
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,15 @@ class Root:
     side: int
 
 
+@dataclass(frozen=True)
+class Karras:
+    """Levels of Karras et al. from `high` to `low`."""
+
+    high: float
+    low: float
+    rho: float
+
+
 MakersShift: TypeAlias = Constant | Linear | StepsToo | BySize | Root
 
 
@@ -81,8 +90,8 @@ class Published:
     families: class names of the host's model configurations; `only`: what a configuration must say besides. auto:
     whether it is the one for such a model; others are for relatives of the same class, chosen by name. size: the
     maker's own, `frames` latent frames of it; token: pixels a side. levels or timesteps: fixed ones, levels before
-    their `shift` if they have one. steps: the counts that a distilled model was made for. switch: the level from which
-    on the second of two experts runs.
+    their `shift` if they have one. karras: levels of a model that is not of flow; spread: of the logit-normal grid.
+    steps: the counts that a distilled model was made for. switch: the level from which the second of two experts runs.
     """
 
     name: str
@@ -100,12 +109,14 @@ class Published:
     terminal: float | None = None
     levels: tuple[float, ...] = ()
     timesteps: tuple[int, ...] | str = ()
+    karras: Karras | None = None
+    spread: float = 0.0
     steps: tuple[int, ...] = ()
     switch: float | None = None
 
     @property
     def space(self) -> Literal["ve", "flow"]:
-        return "ve" if self.timesteps else "flow"
+        return "ve" if self.timesteps or self.karras else "flow"
 
     @property
     def counts(self) -> tuple[int, ...]:
@@ -166,9 +177,11 @@ def _published(given: Any, maker: str, need: Any) -> Published:
     need(all(one["url"].startswith("https://") for one in sources), "a source has an https address", name)
     grid = given.get("grid", ONCE)
     need(grid in GRIDS, f'"grid" is one of {", ".join(GRIDS)}', name)
-    ways = [key for key in ("shift", "levels", "timesteps") if key in given] + [QUADRATIC] * (grid == QUADRATIC)
+    known_ways = ("shift", "levels", "timesteps", "karras")
+    ways = [key for key in known_ways if key in given] + [QUADRATIC] * (grid == QUADRATIC)
     one_way = len(ways) == 1 or ways == ["shift", "levels"]
-    need(one_way, "one of shift, levels, timesteps and the quadratic grid, or levels that a shift moves", name)
+    need(one_way, "one of shift, levels, timesteps, karras and the quadratic grid, or levels that a shift moves", name)
+    need((grid == LOGIT_NORMAL) == (given.get("spread", 0) > 0), "the logit-normal grid, and no other, a spread", name)
     shift = _shift(given["shift"], need, name) if "shift" in given else None
     needs_size = isinstance(shift, Linear | StepsToo | BySize | Root)
     need(not needs_size or _is_size(given.get("size")), "a shift by size needs the maker's own size", name)
@@ -178,6 +191,8 @@ def _published(given: Any, maker: str, need: Any) -> Published:
     need(not levels or (falling and levels[0] <= 1 and levels[-1] == 0), "levels fall from at most 1 to 0", name)
     timesteps = given.get("timesteps", ())
     need(timesteps in (TRAILING, LCM) or all(0 <= one < 1000 for one in timesteps), "timesteps below 1000", name)
+    karras = Karras(**given["karras"]) if "karras" in given else None
+    need(karras is None or karras.high > karras.low > 0 < karras.rho, "karras falls from high to low", name)
     for key in ("terminal", "switch", "threshold"):
         need(key not in given or 0 < given[key] < 1, f'"{key}" is between 0 and 1', name)
     return Published(
@@ -185,8 +200,8 @@ def _published(given: Any, maker: str, need: Any) -> Published:
         {key: tuple(kept) for key, kept in given.get("only", {}).items()},
         tuple(given["size"]) if "size" in given else None, given.get("frames", 0), given.get("token", 0), shift, grid,
         given.get("threshold", 0.0), given.get("terminal"), levels,
-        timesteps if isinstance(timesteps, str) else tuple(timesteps), tuple(given.get("steps", ())),
-        given.get("switch"),
+        timesteps if isinstance(timesteps, str) else tuple(timesteps), karras, given.get("spread", 0.0),
+        tuple(given.get("steps", ())), given.get("switch"),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pack.kernels.makers import lcm_timesteps, stretch, time_shift, trailing_timesteps, twice, uniform
+from pack.kernels.makers import lcm_timesteps, logit_normal, stretch, time_shift, trailing_timesteps, twice, uniform
 from pack.kernels.schedules import check_sigmas
 from pack.models.calibration import ModelIdentity
 from pack.models.makers import (
@@ -39,7 +39,7 @@ def model(name: str, **more) -> ModelIdentity:
     """A MODEL that the schedule is for."""
     one = FOUND[name]
     network = {key: kept[0] for key, kept in one.only.items()}
-    low, high = SD_NOISE if one.space == "ve" else (0.001, 1.0)
+    low, high = (one.karras.low, one.karras.high) if one.karras else SD_NOISE if one.timesteps else (0.001, 1.0)
     return ModelIdentity((one.families[0],), one.space, low, high, network=network, **more)
 
 
@@ -85,6 +85,33 @@ def test_the_lightning_list_of_wan_is_its_shift_of_four_equal_steps():
     sigmas, said = makers_schedule(FOUND["Wan 2.2 Lightning T2V"], model("Wan 2.2 Lightning T2V"), 4)
     torch.testing.assert_close(sigmas, torch.tensor([1, 0.9375, 5 / 6, 0.625, 0], dtype=torch.float64))
     assert "the one for high noise runs 2 of 4 steps, down to sigma 0.875" in said
+
+
+def test_the_levels_of_flux_2_turbo_undo_the_shift_of_the_pipeline_that_they_are_given_to():
+    """So they are levels before the shift: at 1024x1024 theirs are equal steps under a shift of 3, to four digits."""
+    name = "FLUX.2 turbo"
+    sigmas, _ = makers_schedule(FOUND[name], model(name), 8, sampled=sampled(1024, 1024))
+    equal_steps = torch.linspace(1, 0.001, 8, dtype=torch.float64)
+    torch.testing.assert_close(sigmas[:-1], time_shift(equal_steps, 3.0), rtol=0, atol=1e-3)
+    assert "FLUX.2 turbo unshifted" not in FOUND
+
+
+def test_karras_levels_of_cosmos_are_for_its_noise_alone():
+    with pytest.raises(ValueError, match=r"is for noise up to 80, but this MODEL \(CosmosT2V\) has up to 14\.61"):
+        makers_schedule(FOUND["Cosmos Predict1"], replace(model("Cosmos Predict1"), sigma_max=14.61), 8)
+    sigmas = makers_schedule(FOUND["Cosmos Predict2"], model("Cosmos Predict2"), 8)[0]
+    roots = sigmas[:-1] ** (1 / 7)
+    torch.testing.assert_close(roots.diff(), roots.diff().mean().expand(7))
+    assert float(sigmas[0]) == pytest.approx(80) and float(sigmas[-2]) == pytest.approx(0.002)
+
+
+def test_logit_normal_levels_are_quantiles_around_the_shift():
+    sigmas = logit_normal(4, 2.0, 1.5)
+    want = torch.tensor(
+        [9.0, math.log(2) + 1.5 * 0.6744897501960817, math.log(2), math.log(2) - 1.5 * 0.6744897501960817]
+    )
+    torch.testing.assert_close(torch.logit(sigmas[:-1]), want.double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(sigmas[1:-1], time_shift(logit_normal(4, 1.0, 1.5), 2.0)[1:-1])
 
 
 # --- the numbers in the sentence ---
@@ -249,6 +276,8 @@ def test_every_number_has_a_source_and_a_date():
         ({"shift": {"gamma": 1}}, "no shift has gamma"),
         ({"terminal": 2}, '"terminal" is between 0 and 1'),
         ({"grid": "odd"}, '"grid" is one of'),
+        ({"grid": "logit-normal"}, "the logit-normal grid, and no other, a spread"),
+        ({"karras": {"high": 80, "low": 0.002, "rho": 7}}, "one of shift, levels"),
     ],
 )
 def test_a_file_that_is_wrong_says_what_in_which_schedule(changes, said):
@@ -277,9 +306,12 @@ def of_a_shift(one: Published) -> str:
         case _:
             fixed = one.levels or one.timesteps
             said = f"{fixed} timesteps" if isinstance(fixed, str) else " ".join(f"{level:g}" for level in fixed)
+            if one.karras:
+                said = f"Karras from {one.karras.high:g} to {one.karras.low:g}, rho {one.karras.rho:g}"
             said = said or f"half linear to {1 - one.threshold:g}, then quadratic"
     if one.shift and one.levels:
         said = " ".join(f"{level:g}" for level in one.levels) + f", under {said}"
+    said += f", logit-normal of spread {one.spread:g}" if one.spread else ""
     return said + (f"; last level {one.terminal:g}" if one.terminal else "")
 
 

@@ -11,8 +11,10 @@ import torch
 from ...kernels.makers import (
     LCM_TIMESTEPS,
     dimension_factor,
+    karras,
     lcm_timesteps,
     linear_mu,
+    logit_normal,
     quadratic,
     sd_sigmas,
     stretch,
@@ -26,6 +28,7 @@ from ...kernels.space import NoiseSpace
 from ...kernels.types import Sigmas
 from ...models.calibration import Calibration, ModelIdentity, Size, size_text
 from ...models.makers import (
+    LOGIT_NORMAL,
     QUADRATIC,
     TRAILING,
     TWICE,
@@ -40,6 +43,7 @@ from ...models.makers import (
 
 BY_DIMENSIONS = "by latent dimensions"
 BASE_DIMENSIONS = 4096  # of 32 x 32 x 4 latents, where the rule has no shift
+SD_HIGHEST = 14.6146  # the noise of Stable Diffusion's first timestep
 SAME_SHIFT = 0.005  # shifts that differ by less, relative, are the same
 
 
@@ -119,9 +123,11 @@ def refuse_others(one: Published, model: ModelIdentity) -> None:
             f"'{one.name}' is for models of the family {' or '.join(one.families)}, this MODEL is {model.family}. "
             "Choose 'auto' in 'schedule'."
         )
-    if one.space == "ve" and not 0.9 < 14.6146 / model.sigma_max < 1.1:
+    highest = one.karras.high if one.karras else SD_HIGHEST
+    if one.space == "ve" and not 0.9 < highest / model.sigma_max < 1.1:
         raise ValueError(
-            f"'{one.name}' is for noise up to 14.61, but this MODEL ({model.family}) has up to {model.sigma_max:.4g}. "
+            f"'{one.name}' is for noise up to {highest:.4g}, but this MODEL ({model.family}) has up to "
+            f"{model.sigma_max:.4g}. "
             "Take away the ModelSampling node before it, or choose 'auto' in 'schedule'."
         )
 
@@ -206,10 +212,14 @@ def _levels(one: Published, steps: int, sampled: Sampled) -> Sigmas:
         return _resampled(sd_sigmas(pick(min(steps, LCM_TIMESTEPS))), steps, "ve")
     if one.timesteps:
         return _resampled(sd_sigmas(one.timesteps), steps, "ve")
+    if one.karras is not None:
+        return karras(steps, one.karras.high, one.karras.low, one.karras.rho)
     if one.grid == QUADRATIC:
         return quadratic(steps, one.threshold)
-    grid = twice if one.grid == TWICE else uniform
-    sigmas = grid(steps, moved(one, steps, sampled).factor)
+    factor = moved(one, steps, sampled).factor
+    if one.grid == LOGIT_NORMAL:
+        return logit_normal(steps, factor, one.spread)
+    sigmas = twice(steps, factor) if one.grid == TWICE else uniform(steps, factor)
     return sigmas if one.terminal is None else stretch(sigmas, one.terminal)
 
 

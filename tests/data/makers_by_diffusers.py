@@ -13,9 +13,10 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
+from diffusers import EDMEulerScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
 
 STEPS = (1, 4, 20)
@@ -68,6 +69,21 @@ def omnigen2(steps, width, height, _):
     return dynamic(np.sqrt(width // 8 * (height // 8)) / 40, steps, time_shift_type="linear")
 
 
+def karras(low):
+    """Under another configuration of the same noise both makers' levels are these."""
+    edm = lambda steps: run(EDMEulerScheduler(sigma_min=low, sigma_max=80.0), num_inference_steps=steps)
+    return lambda steps, *_: edm(steps) if steps > 1 else [80.0, 0.0]
+
+
+def ideogram4(steps, width, height, _):
+    mu = _resolution_aware_mu(height=height, width=width, base_mu=0.0)
+    return run(FlowMatchEulerDiscreteScheduler(), sigmas=_logit_normal_sigmas(steps, mu, std=1.5).tolist())
+
+
+def self_forcing(*_):
+    return run(FlowMatchEulerDiscreteScheduler(shift=5.0), sigmas=[1.0, 0.75, 0.5, 0.25])
+
+
 def mochi(steps, *_):
     return [*linear_quadratic_schedule(steps, 0.025), 0.0] if steps > 1 else [1.0, 0.0]
 
@@ -93,6 +109,17 @@ ROWS = {  # schedule -> (sizes and latent frames, steps and size -> sigmas)
     "FLUX.1 dev": ((SQUARE, WIDE, (2048, 2048, 1)), by_tokens(FLUX)),
     "FLUX.1 schnell": ((SQUARE,), static(1.0)),
     "FLUX.2": ((SQUARE, WIDE, (2048, 2048, 1)), flux2),
+    "FLUX.2 klein": ((SQUARE, (2048, 2048, 1)), flux2),
+    "Chroma": ((SQUARE, WIDE), by_tokens(FLUX)),
+    "Ideogram 4": ((SQUARE, (2048, 2048, 1)), ideogram4),
+    "HiDream-O1 Full": (((2048, 2048, 1),), static(3.0)),
+    "ACE-Step": ((SQUARE,), static_without_sigmas(3.0)),
+    "Cosmos Predict1": ((P720,), karras(0.0002)),
+    "Cosmos Predict2": ((SQUARE,), karras(0.002)),
+    "HuMo": ((P720,), static(5.0)),
+    "Wan 2.1 Fun": ((P480,), static(3.0)),
+    "Wan 2.1 Fun Camera": ((P720,), static(5.0)),
+    "Wan 2.2 Fun Camera": ((P480,), static(3.0)),
     "Qwen-Image": (((1328, 1328, 1), WIDE, (2048, 2048, 1)), by_tokens(QWEN, shift_terminal=0.02)),
     "Qwen-Image 2.1": ((SQUARE, (2048, 2048, 1)), by_tokens(QWEN, shift_terminal=0.02)),
     "Qwen-Image Lightning": ((SQUARE,), lambda steps, *_: dynamic(np.log(3), steps)),
@@ -148,6 +175,7 @@ def main():
         for steps in STEPS
     ]
     runs += [[name, list(SQUARE), [float(f"{level:.9g}") for level in levels]] for name, levels in FIXED.items()]
+    runs.append(["Self Forcing", list(P480), [float(f"{level:.9g}") for level in self_forcing()]])
     runs += [
         ["FLUX.2 turbo", [side, side, 1], [float(f"{one:.9g}") for one in turbo(side, side)]] for side in (1024, 2048)
     ]

@@ -93,7 +93,8 @@ def test_auto_serves_every_family_of_the_host(host, identity, caplog):
             assert torch.equal(sigmas, theirs) and f"is published for {name}: the stock 'simple'" in caplog.text
     check_page(sorted(served), sorted(stock))
     known = {"Flux", "Flux2", "QwenImage", "ZImage", "WAN21_T2V", "LTXV", "HunyuanVideo", "Lumina2", "GenmoMochi"}
-    assert known <= {*served} and {"Chroma", "CosmosT2V", "WAN21_Camera"} <= {*stock}
+    known |= {"Chroma", "CosmosT2V", "CosmosT2IPredict2", "ACEStep", "WAN21_Camera", "WAN21_HuMo"}
+    assert known <= {*served} and {"AuraFlow", "ChromaRadiance", "PixArtAlpha"} <= {*stock}
 
 
 def test_the_table_names_classes_of_the_host(host):
@@ -101,6 +102,7 @@ def test_the_table_names_classes_of_the_host(host):
     import comfy.supported_models
 
     newer = {"QwenImage21", "LTXAV", "Krea2", "LongCatImage", "Anima", "JoyImage", "Kandinsky5", "Kandinsky5Image"}
+    newer |= {"HiDreamO1", "Ideogram4", "WAN21_CausalAR_T2V"}
     named = {family for one in shipped_makers().values() for family in one.families}
     assert {one for one in named if not hasattr(comfy.supported_models, one)} <= newer
 
