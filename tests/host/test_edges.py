@@ -152,6 +152,8 @@ EVERY = [(name, model) for name in EDGES for model in ("unet", "flow")]
 
 @pytest.mark.parametrize(("name", "model"), daily(EVERY, *(EVERY[2 * i + i % 2] for i in range(len(EDGES))), names=2))
 def test_the_right_result_or_the_right_sentence(kits, plain, name, model):
+    if name == "latents of a video with sound":
+        pytest.importorskip("comfy.nested_tensor", reason="the host knows no latents of two tensors")
     kit, edge = kits[model], EDGES[name]
     methods = {label: method for label, method in METHODS.items() if method.model == model}
     stock = outcome(edge.draw, kit, lambda m: m)

@@ -118,7 +118,8 @@ def test_options_that_clones_share(kits, method, monkeypatch):
     chosen = METHODS[method]
     kit = kits[chosen.model]
     stock, ours = drawn(kit, lambda m: m), drawn(kit, chosen.on(kit))
-    monkeypatch.setattr(comfy.model_patcher, "copy", Copy)
+    if hasattr(comfy.model_patcher, "copy"):  # newer hosts do it themselves
+        monkeypatch.setattr(comfy.model_patcher, "copy", Copy)
     model = chosen.on(kit)(kit.model)
     assert torch.equal(kit.ksampler(model), ours)
     assert torch.equal(kit.ksampler(model.clone().clone()), ours) and torch.equal(kit.ksampler(model), ours)
