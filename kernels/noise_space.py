@@ -100,7 +100,7 @@ class NoiseMaps:
         return self.step(i).unit * self.maps[i].to(like)
 
     def each(self, change: Callable[[Tensor], Tensor]) -> NoiseMaps:
-        """The same change to every state, map, residual and picture; the change sees [... b ...] tensors."""
+        """The same change to states, maps, residual and picture; it sees [n b ...] as well as [b ...]."""
         parts = (self.states, self.maps, self.residual, self.picture)
         states, maps, residual, picture = map(change, parts)
         return replace(self, states=states, maps=maps, residual=residual, picture=picture)
@@ -193,6 +193,16 @@ def sample_replay(
 
 
 # --- edits of the maps ---
+
+
+def repeated(maps: NoiseMaps, count: int) -> NoiseMaps:
+    """The maps of one picture for a batch of `count`; views, so that they take no memory."""
+
+    def batch(part: Tensor) -> Tensor:
+        at = part.ndim - maps.picture.ndim
+        return part.expand(*part.shape[:at], count, *part.shape[at + 1 :])
+
+    return maps.each(batch)
 
 
 def varied(maps: NoiseMaps, amount: float, start: int, draw: FreshNoise) -> NoiseMaps:
@@ -314,9 +324,9 @@ def morphed(
 
     def mixed(weights: Sequence[tuple[float, float]], a: Tensor, b: Tensor) -> Tensor:
         """[... b=1 ...] -> one for each pair of weights; 0 and 1 give one of the two to the bit."""
-        parts = [wa * a.to(pictures[0]) + wb * b.to(pictures[0]) for wa, wb in weights]
-        ends = {0: a.to(pictures[0]), 1: b.to(pictures[0])}
-        return torch.cat([ends.get(f, part) for f, part in zip(factors, parts, strict=True)])
+        a, b = a.to(pictures[0]), b.to(pictures[0])
+        pairs = zip(factors, weights, strict=True)
+        return torch.cat([a if f == 0 else b if f == 1 else wa * a + wb * b for f, (wa, wb) in pairs])
 
     def state(i: int) -> Tensor:
         pair = one.states[i].to(pictures[0]), other.states[i].to(pictures[0])

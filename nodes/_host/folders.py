@@ -15,7 +15,8 @@ OWN = Path(__file__).resolve().parents[2] / "models"
 PROFILES = "attune"  # models/attune, or wherever extra_model_paths.yaml sends it: profiles
 MODULES = "one_more_step"  # likewise: networks of One More Step
 NPNETS = "npnet"  # likewise: networks for golden noise
-CALLED = {MODULES: "One More Step module", NPNETS: "NPNet"}
+NOISE_MAPS = "noise_maps"  # likewise: inverted pictures
+CALLED = {MODULES: "One More Step module", NPNETS: "NPNet", NOISE_MAPS: "file of noise maps"}
 AT = "@"  # between a file's name and the id of what a workflow brought under it
 CARRIED: dict[str, Calibration] = {}  # by name@id: what workflows brought along and models/attune lacks
 READ = ProfileReader()
@@ -30,6 +31,7 @@ def register_folders() -> None:
         (PROFILES, (SUFFIX,), [models / PROFILES]),
         (MODULES, (".safetensors",), [models / MODULES, OWN / MODULES]),
         (NPNETS, (*SAFE, *PICKLED), [models / NPNETS, models / "npnets", OWN / "golden_noise"]),
+        (NOISE_MAPS, (".safetensors",), [models / NOISE_MAPS, OWN / NOISE_MAPS]),
     ):
         configured, known = folder_paths.folder_names_and_paths.get(kind, ([], set()))
         paths = dict.fromkeys([*configured, *map(str, places)])
