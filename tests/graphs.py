@@ -330,3 +330,10 @@ GRAPHS: dict[str, Callable[[Kit, Node], Tensor]] = {
     "fp8 weights": fp8,
     "low VRAM": low_vram,
 }
+
+# Graphs in which a picture is inverted and replayed exactly: those whose KSampler can be replaced by the two.
+REPLAYED = [
+    "KSampler", "img2img", "batch", "batch_index", "areas", "prompts in turn", "LoRA hook on one prompt",
+    "LoRA schedule on one prompt", "ControlNet", "LoRA", "RescaleCFG", "context windows", "torch.compile", "fp16 weights",
+    "fp8 weights", "low VRAM",
+]  # fmt: skip

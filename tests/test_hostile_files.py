@@ -25,10 +25,13 @@ from torch import nn
 import hostile
 import npnets
 from pack.kernels.fitted_sampler import FittedRun, solve
+from pack.kernels.noise_space import NoiseMaps, sample_replay
 from pack.kernels.propagation import Reuse
 from pack.kernels.schedules import check_sigmas
+from pack.kernels.space import NoiseSpace
 from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, ShortRun, conditioning_map
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
+from pack.models.noise_maps import InvertedPicture, describe, load_maps, save_maps
 from pack.models.noise_pairs import Job, Shard, load_shard, read_jobs, rows, save_shard, shard_path
 from pack.models.npnet_files import load_npnet, read_config, save_npnet
 from pack.models.one_more_step import (
@@ -136,6 +139,23 @@ def use_shard(path: Path) -> None:
     )
 
 
+def inverted(again: bool = False) -> InvertedPicture:
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(n, 1, 4, 8, 8, generator=generator).half() for n in (6, 5)]
+    picture, sigmas = torch.randn(1, 4, 8, 8, generator=generator), torch.linspace(9, 0, 7).double()
+    maps = NoiseMaps(sigmas, *parts, 0.1 * picture, picture, 1.0, NoiseSpace("ve"))
+    return InvertedPicture(maps, picture, {"family": "SD15", "cfg": "3.5", "seed": str(int(again))})
+
+
+def use_maps(path: Path) -> None:
+    """Whatever is accepted can be described and replayed."""
+    got = load_maps(path)
+    assert describe(got) and all(isinstance(value, str) for value in got.facts.values())
+    state = got.maps.states[0].to(got.maps.picture)
+    for *_, x in sample_replay(lambda x, sigma: 0.5 * x, got.maps, state):
+        assert x.shape == got.maps.picture.shape
+
+
 RECIPE = Recipe(epochs=1, batch_size=40, size="small", text_mode="flat")
 
 
@@ -232,6 +252,10 @@ def make_shard(folder: Path) -> Path:
     return folder / "good.safetensors"
 
 
+def make_maps(folder: Path) -> Path:
+    return save_maps(folder / "good.safetensors", inverted())
+
+
 def make_unfinished(folder: Path) -> Path:
     torch.manual_seed(0)
     steps = module_training().run(folder / "good.safetensors")
@@ -278,7 +302,8 @@ class Reader:
 
 
 READERS = {
-    "profile": Reader(make_profile, use_profile, hostile_profile, share=0.55),
+    "profile": Reader(make_profile, use_profile, hostile_profile, share=0.5),
+    "noise maps": Reader(make_maps, use_maps),
     "NPNet": Reader(make_npnet, use_npnet),
     "NPNet, .pth": Reader(make_pth, use_npnet, hostile.hostile_pickle),
     "One More Step": Reader(make_module, use_module),
@@ -355,7 +380,11 @@ def saved_state(folder: Path, again: bool) -> Path:
     return folder / "x.safetensors"
 
 
-WRITERS = [saved_profile, saved_npnet, saved_module, saved_pairs, saved_state]
+def saved_maps(folder: Path, again: bool) -> Path:
+    return save_maps(folder / "x.safetensors", inverted(again))
+
+
+WRITERS = [saved_profile, saved_npnet, saved_module, saved_pairs, saved_state, saved_maps]
 
 
 @pytest.mark.parametrize("fails", ["open", "fsync", "replace"])

@@ -179,13 +179,14 @@ def _guider(model: Any) -> Any:
 
 
 def _free(extra_args: dict, guider: Any, sigmas: Tensor) -> Callable[[int], Tensor] | None:
-    """Step of the run -> the noise mask of its LATENT, as a Differential Diffusion on the MODEL wants it there."""
+    """Step of the run -> the noise mask of its LATENT, as a Differential Diffusion on the MODEL wants it there; but
+    what the mask keeps for good stays kept at the lowest level, too."""
     mask = extra_args.get("denoise_mask")
     change = extra_args.get("model_options", {}).get("denoise_mask_function")
     if mask is None or change is None:
         return None if mask is None else lambda i: mask
     options = {"model": guider, "sigmas": sigmas}
-    return lambda i: change(sigmas[i] * sigmas.new_ones(len(mask)), mask, extra_options=options)
+    return lambda i: change(sigmas[i] * sigmas.new_ones(len(mask)), mask, extra_options=options) * (mask > 0)
 
 
 def _check_run(inverted: InvertedPicture, guider: Any, x: Tensor, sigmas: Tensor) -> int:
