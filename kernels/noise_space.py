@@ -125,8 +125,8 @@ def invert(
 ) -> Generator[tuple[int, Latent, Latent], None, NoiseMaps]:  # fmt: skip
     """The maps of a picture; yields (evaluations before, x, denoised) after each evaluation: n, or 2n at eta 0.
 
-    denoise: with the source prompt at its guidance. sigmas end in 0. dtype: of what is kept. The next step goes on from
-    what is kept, so rounding does not add up: the replay from the first level is exact in half precision, too.
+    denoise: with the source prompt at its guidance. sigmas end in 0. dtype: of what is kept. Each step goes on from
+    what is kept, here and in a replay, so that this is exact in half precision, too.
     """
     n, there = len(sigmas) - 1, picture.detach().to("cpu", copy=True)
     kept = torch.empty(2 * n - 1, *picture.shape, dtype=dtype)
@@ -142,11 +142,10 @@ def invert(
             return found.states[i].to(picture)
         return at_level(picture, draw(), found.sigmas[i].to(picture), space)
 
-    x = aim(0).to(dtype)
-    _check_held(x)
-    x = x.to(picture)
+    found.states[0] = aim(0)
+    _check_held(found.states[0])
     for i in range(n):
-        found.states[i] = x
+        x = found.states[i].to(picture)
         denoised = denoise(x, found.sigmas[i].to(picture))
         yield i + n * (eta == 0), x, denoised
         step = found.step(i)
@@ -155,7 +154,7 @@ def invert(
             found.residual.copy_(picture - mean)
         else:
             found.maps[i] = (aim(i + 1) - mean) / step.unit
-            x = mean + step.unit * found.maps[i].to(picture)
+            found.states[i + 1] = mean + step.unit * found.maps[i].to(picture)
     _check_held(found.states, found.maps, found.residual)
     return found
 
@@ -184,10 +183,12 @@ def sample_replay(
     for i in range(start, maps.steps):
         denoised = denoise(x, maps.sigmas[i].to(x))
         x_next = maps.step(i).mean(x, denoised) + maps.added(i, x, detail)
+        last = i + 1 == maps.steps
         if mask is not None:
             free = mask(i)
-            kept = maps.states[i + 1] if i + 1 < maps.steps else maps.picture
-            x_next = x_next * free + kept.to(x) * (1 - free)
+            x_next = x_next * free + (maps.picture if last else maps.states[i + 1]).to(x) * (1 - free)
+        if not last:
+            x_next = x_next.to(maps.states.dtype).to(x)  # as the inversion went on from it
         yield i, x, denoised, x_next
         x = x_next
 

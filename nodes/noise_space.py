@@ -73,8 +73,8 @@ class AttuneInvert(io.ComfyNode):
                     ),
                     io.Combo.Input(
                         "precision", options=list(PRECISIONS), default="half",
-                        tooltip="Of the maps in main memory. half is exact from the first step on; with steps skipped, "
-                        "float32 is.",
+                        tooltip="Of the maps in main memory. Both give the picture back exactly; float32 is for levels "
+                        "that half precision cannot hold.",
                     ),
                 ),
             ],

@@ -50,10 +50,10 @@ def worst(got, want) -> float:
 def test_a_replay_is_the_picture_at_every_guidance(kit, cfg, eta):
     picture, run = kit.picture(2), {"cfg": cfg}
     half = inverted(kit, picture, cfg, eta=eta)
-    assert worst(replayed(kit, half, run=run), picture["samples"]) <= 1e-5
-    assert worst(replayed(kit, half, run=run, skip=0.4), picture["samples"]) <= 2e-2 * float(picture["samples"].std())
     whole = inverted(kit, picture, cfg, eta=eta, precision="float32")
-    assert worst(replayed(kit, whole, run=run, skip=0.4), picture["samples"]) <= 1e-5
+    for maps in (half, whole):
+        for skip in (0.0, 0.4):
+            assert worst(replayed(kit, maps, run=run, skip=skip), picture["samples"]) <= 1e-5
     assert half.maps.bytes < 0.6 * whole.maps.bytes
 
 
@@ -235,7 +235,9 @@ def test_a_variation_differs_by_its_seed_and_in_a_batch_by_picture(kit):
     two = {"samples": picture.repeat(2, 1, 1, 1)}
     batch = replayed(kit, maps, two, variation=0.5, vary_from=0.2, seed=1)
     assert worst(batch[0], batch[1]) > 0.01
-    torch.testing.assert_close(replayed(kit, maps, two), two["samples"], rtol=0, atol=1e-4)
+    # A network rounds otherwise in a batch of another size, and with it the states of half precision.
+    assert worst(replayed(kit, maps, two), two["samples"]) <= 2e-2 * float(picture.std())
+    assert worst(replayed(kit, inverted(kit, precision="float32"), two), two["samples"]) <= 1e-4
 
 
 def test_the_latent_follows_flips_shifts_and_a_second_picture(kit):
@@ -279,7 +281,8 @@ def test_a_morph_begins_and_ends_in_the_pictures(kit, eta):
 
 
 def test_a_morph_from_pure_noise_says_how_to_sample_it(kit):
-    one, two = inverted(kit), inverted(kit, {"samples": kit.picture(2)["samples"][1:]}, seed=1)
+    one = inverted(kit, precision="float32")
+    two = inverted(kit, {"samples": kit.picture(2)["samples"][1:]}, seed=1, precision="float32")
     latent, sampler, sigmas, positive, report = kit.host.call(
         "AttuneMorph", model=kit.model, maps_1=one, maps_2=two, frames=3, skip=0.0, fresh_noise=0.3, seed=4,
         positive_1=kit.positive,
