@@ -20,22 +20,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
 from comfy_process import ROOT, Host
 from demo_model import sheet
 from harness import ANY, BATCH, CACHE, Lab, counting, prompt
-from judge import BACKGROUNDS, OBJECTS, load_judge
+from judge import BACKGROUNDS, OBJECTS, corner_colours, load_judge
 from metrics import jackknife, perceptual_distance
 from results import DOCS, Table, record
 
 GROUPS = 4  # of seeds, for the standard errors
 ASSETS = ROOT / ".host" / "training" / "package" / "assets"
-SKIPS = (0.0, 0.1, 0.2, 0.36, 0.5)
-STRENGTHS = (0.5, 0.6, 0.7, 0.8, 0.9)
-CORNER = 8  # an eighth of the side: where no object is
-FRAMES = 9
+SKIPS = (0.2, 0.36, 0.5, 0.6, 0.7, 0.8)
+STRENGTHS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+CFG = 3.0
+FRAMES, MORPH_SKIP = 9, 0.44
+RF_GAMMA, RF_ETA, RF_SHARE = 0.5, 0.9, 0.25  # as published for edits; the share of the steps that are drawn back
 
 
 @dataclass(frozen=True)
@@ -101,23 +103,30 @@ class Bench:
         sampler, sigmas, latent, _ = self.call("AttuneReplay", noise_maps=maps, **more)
         return self.sample(latent["samples"], texts, cfg, sigmas, sampler)
 
-    def flipped(self, latents: Tensor, texts: list[str], cfg: float) -> Tensor:
-        """Approximate inversion, as people do it: euler over FlipSigmas, up to the highest level."""
-        return self.sample(latents, texts, cfg, self.call("FlipSigmas", sigmas=self.sigmas)[0])
+    def up(self, latents: Tensor, texts: list[str], cfg: float, sampler="euler") -> Tensor:
+        """Approximate inversion, as people do it: a sampler over FlipSigmas; its state at the highest level.
 
-    def rf(
-        self, latents: Tensor, source: list[str], target: list[str], cfg: float, gamma=0.5, eta=0.9, until=0.25
-    ) -> Tensor:
-        """RF inversion: a flow up that is drawn to noise, and one down that is drawn to the picture at its start."""
+        What the host makes of a flow's state at its level 1, where there is no picture in it, is left aside.
+        """
+        (rising,) = self.call("FlipSigmas", sigmas=self.sigmas)
+        kept: dict[str, Tensor] = {}
+        picture = self.model.model.process_latent_in(latents)
+        self.sample(latents, texts, cfg, rising, from_state(sampler, picture, kept))
+        return kept["end"]
+
+    def there_and_back(self, latents: Tensor, source: list[str], target: list[str], up: float, down: float) -> Tensor:
+        return self.sample(latents, target, down, self.sigmas, from_state("euler", self.up(latents, source, up)))
+
+    def rf(self, latents: Tensor, source: list[str], target: list[str], cfg: float) -> Tensor:
+        """RF inversion: a flow up that is drawn to noise, and one down that is at first drawn to the picture."""
         picture = self.model.model.process_latent_in(latents)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(3))
-        rising = self.call("FlipSigmas", sigmas=self.sigmas)[0]
-        up = controlled(lambda x, s: (noise - x) / (1 - s).clamp(min=1e-3), lambda i: gamma)
-        down = controlled(lambda x, s: (x - picture) / s, lambda i: eta if i < until * self.steps else 0.0)
-        # The host's scaling at both ends is undone: x of a flow at its level 0 is the picture, at 1 the noise.
-        state: dict[str, Tensor] = {}
-        self.sample(latents, source, 1.0, rising, kept(up, state, picture))
-        return self.sample(latents, target, cfg, self.sigmas, kept(down, {}, state["end"]))
+        rise = controlled(lambda x, sigma: (noise - x) / (1 - sigma).clamp(min=1e-3), lambda i: RF_GAMMA)
+        fall = controlled(
+            lambda x, sigma: (x - picture) / sigma, lambda i: RF_ETA if i < RF_SHARE * self.steps else 0.0
+        )
+        top = self.up(latents, source, 1.0, rise)
+        return self.sample(latents, target, cfg, self.sigmas, from_state(fall, top))
 
     def pictures(self, latents: Tensor) -> Tensor:
         return self.lab.pictures(self.name, latents)
@@ -133,34 +142,254 @@ class Bench:
         return [prompt(o, ANY if plain else b) for o, b in zip(self.targets(), self.real.backgrounds, strict=True)]
 
 
-def controlled(aim: Callable[[Tensor, Tensor], Tensor], weight: Callable[[int], float]):
-    """Euler's method on a velocity that is drawn to another."""
+def controlled(aim: Callable[[Tensor, Tensor], Tensor], weight: Callable[[int], float]) -> Callable:
+    """Euler's method on a flow's velocity that is drawn to another, dx/dsigma."""
 
     def sample(model, x, sigmas, extra_args=None, callback=None, disable=None):
         for i in range(len(sigmas) - 1):
-            level = sigmas[i].clamp(min=1e-4)
-            v = (x - model(x, level * x.new_ones(len(x)), **extra_args)) / level
-            v = v + weight(i) * (aim(x, level) - v)
+            sigma = sigmas[i].clamp(min=1e-4)
+            v = (x - model(x, sigma * x.new_ones(len(x)), **extra_args)) / sigma
+            v = v + weight(i) * (aim(x, sigma) - v)
             x = x + (sigmas[i + 1] - sigmas[i]) * v
         return x
 
     return sample
 
 
-def kept(sample: Callable, state: dict, begin: Tensor):
-    """A SAMPLER of a function that begins at a state of its own, and keeps the one where it ends."""
+def from_state(sampler, begin: Tensor, kept: dict[str, Tensor] | None = None):
+    """A SAMPLER that begins at a state in the model's scale; where it ends goes into `kept`, if that is given."""
     import comfy.samplers
 
+    function = comfy.samplers.ksampler(sampler).sampler_function if isinstance(sampler, str) else sampler
+
     def run(model, x, sigmas, **more):
-        state["end"] = sample(model, begin.to(x), sigmas, **more)
-        return x  # at a flow's level 1 the host would divide by no signal
+        end = function(model, begin.to(x), sigmas, **more)
+        if kept is None:
+            return end
+        kept["end"] = end
+        return torch.zeros_like(end)
 
-    def go(model, x, sigmas, **more):
-        run(model, x, sigmas, **more)
-        return state["end"] if sigmas[-1] < 1 else x
-
-    return comfy.samplers.KSAMPLER(go)
+    return comfy.samplers.KSAMPLER(run)
 
 
-def in_parts(work: Callable[[slice], Tensor], count: int) -> Tensor:
-    return torch.cat([work(slice(start, start + BATCH)) for start in range(0, count, BATCH)])
+# --- what is measured ---
+
+
+def grouped(values: Tensor) -> str:
+    """Mean and its standard error over the groups of pictures."""
+    mean, error = jackknife(lambda some: float(values[some].double().mean()), len(values), GROUPS)
+    return f"{mean:.3g} ± {error:.2g}"
+
+
+def reconstruction(b: Bench) -> Table:
+    """The source prompt at its cfg: what comes back?"""
+    rows, texts, latents = [], b.source(False), b.real.latents
+    spread = latents.std()
+
+    def row(cfg: float, label: str, calls: int, got: Tensor) -> None:
+        error = (got - latents).abs()
+        rows.append([cfg, label, calls, float(error.max()), grouped(error.flatten(1).mean(1) / spread)])
+        print(b.name, *rows[-1], flush=True)
+
+    n = b.steps
+    for cfg in (1.0, 3.0, 7.5):
+        half = b.invert(latents, texts, cfg)
+        row(cfg, "noise maps, half precision", 2 * n, b.replay(half, texts, cfg, skip=0.0))
+        row(cfg, "the same, 36 % skipped", 2 * n - round(0.36 * n), b.replay(half, texts, cfg, skip=0.36))
+        whole = b.invert(latents, texts, cfg, precision="float32")
+        row(cfg, "noise maps, float32", 2 * n, b.replay(whole, texts, cfg, skip=0.0))
+        row(cfg, "without what the last step misses", 2 * n, b.replay(half, texts, cfg, skip=0.0, detail=0.0))
+        ddim = b.invert(latents, texts, cfg, eta=0.0)
+        row(cfg, "noise maps at eta 0", 3 * n, b.replay(ddim, texts, cfg, skip=0.0))
+        row(cfg, "euler over flipped sigmas, and back", 2 * n, b.there_and_back(latents, texts, texts, cfg, cfg))
+        if b.name == "flow":
+            row(cfg, "RF inversion, gamma 0.5, eta 0.9", 2 * n, b.rf(latents, texts, texts, cfg))
+    columns = ["cfg", "way", "calls", "largest error", "mean error, of the spread"]
+    return Table(f"{b.name}: the picture with its own prompt", columns, rows, NOTE_RECONSTRUCTION)
+
+
+NOTE_RECONSTRUCTION = (
+    "Errors of latents; the spread is their standard deviation. Without what the last step misses is the paper's form "
+    "(z of the last step 0)."
+)
+
+
+def alphas(b: Bench) -> Tensor:
+    """Where neither the object nor what it becomes is, 8 pixels away from both: [n 1 h w] of 0 and 1."""
+    from data import load_objects, place
+
+    generator, n = torch.Generator().manual_seed(1), len(b.real.objects)  # as `compose` drew them
+    fill = torch.empty(n).uniform_(0.74, 0.88, generator=generator)
+    shift = torch.empty(n, 2).uniform_(-0.08, 0.08, generator=generator)
+    drawn = load_objects(ASSETS)
+    covered = [place(drawn[which], fill, shift)[:, 3:] for which in (b.real.objects, b.targets())]
+    return (F.max_pool2d((torch.maximum(*covered) > 0.01).float(), 17, 1, 8) < 0.5).float()
+
+
+def edits(b: Bench) -> tuple[Table, list[Tensor]]:
+    """Another object on the same background, by name: is it there, and what became of the rest?"""
+    latents, source, target = b.real.latents, b.source(False), b.target(False)
+    before, free, wanted = b.pictures(latents), alphas(b), torch.tensor(b.targets())
+    rows, shown = [], [before]
+
+    def row(label: str, got: Tensor, show: bool = False) -> None:
+        pictures = b.pictures(got)
+        right = (b.judge(pictures)[1].argmax(1) == wanted).float()
+        change = 255 * ((pictures - before).abs() * free).sum((1, 2, 3)) / (3 * free.sum((1, 2, 3))).clamp(min=1)
+        distance = perceptual_distance(b.judge, pictures, before)
+        rows.append([label, grouped(100 * right), grouped(change), grouped(distance)])
+        print(b.name, *rows[-1], flush=True)
+        if show:
+            shown.append(pictures)
+
+    for strength in STRENGTHS:
+        row(f"img2img, denoise {strength}", b.sample(latents, target, CFG, b.levels(strength), seed=4), strength == 0.4)
+    for eta in (1.0, 0.0):
+        maps = b.invert(latents, source, CFG, eta=eta)
+        for skip in SKIPS:
+            label = f"noise maps, eta {eta:g}, skip {skip}"
+            row(label, b.replay(maps, target, CFG, skip=skip), skip in (0.36, 0.8))
+    row("euler over flipped sigmas, cfg 1 up", b.there_and_back(latents, source, target, 1.0, CFG), True)
+    if b.name == "flow":
+        row("RF inversion, gamma 0.5, eta 0.9", b.rf(latents, source, target, CFG), True)
+    columns = ["way", "object right, %", "change outside, of 255", "perceptual distance"]
+    return Table(f"{b.name}: another object, cfg {CFG:g}", columns, rows, NOTE_EDITS), shown
+
+
+NOTE_EDITS = (
+    "Outside: 8 pixels and more from where the old object is and the new one would be. The distance is to the picture, "
+    "of the judge's features: an edit has some."
+)
+
+
+def variations(b: Bench) -> Table:
+    """The same prompt, other details: how much do four differ from each other, and is the shape kept?"""
+    count = min(16, len(b.real.latents))
+    latents, texts = b.real.latents[:count], b.source(False)[:count]
+    before, objects = b.pictures(latents), torch.tensor(b.real.objects[:count])
+    maps, rows = b.invert(latents, texts, CFG), []
+
+    def row(label: str, draw: Callable[[int], Tensor]) -> None:
+        drawn = [b.pictures(draw(seed)) for seed in range(3)]
+        right = torch.stack([(b.judge(p)[1].argmax(1) == objects).float() for p in drawn]).mean(0)
+        pairs = [perceptual_distance(b.judge, drawn[i], drawn[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+        kept = torch.stack([shape_kept(p, before) for p in drawn]).mean(0)
+        rows.append([label, grouped(100 * right), grouped(torch.stack(pairs).mean(0)), grouped(kept)])
+        print(b.name, *rows[-1], flush=True)
+
+    for amount, start in ((0.3, 0.0), (0.6, 0.0), (1.0, 0.0), (1.0, 0.3), (1.0, 0.5)):
+        given = {"skip": 0.0, "variation": amount, "vary_from": start}
+        row(f"variation {amount}, from {start:.0%}", lambda seed, g=given: b.replay(maps, texts, CFG, seed=seed, **g))
+    for strength in (0.4, 0.6, 0.8):
+        levels = b.levels(strength)
+        row(f"img2img, denoise {strength}", lambda seed, at=levels: b.sample(latents, texts, CFG, at, seed=seed))
+    columns = ["way", "object right, %", "variety", "shape kept"]
+    return Table(f"{b.name}: variations, cfg {CFG:g}", columns, rows, NOTE_VARIATIONS)
+
+
+NOTE_VARIATIONS = (
+    "Variety: mean perceptual distance of three seeds' pictures to each other. Shape kept: overlap (intersection over "
+    "union) of what differs from the background with what does in the picture."
+)
+
+
+def shape_kept(pictures: Tensor, before: Tensor) -> Tensor:
+    """Overlap of the foregrounds of two sets of pictures, [n]."""
+    masks = [
+        ((p - corner_colours(p)[:, :, None, None]).abs().amax(1) > 0.12).float().flatten(1) for p in (pictures, before)
+    ]
+    return (masks[0] * masks[1]).sum(1) / torch.maximum(*masks).sum(1).clamp(min=1)
+
+
+# --- morphs ---
+
+
+def sharpness(pictures: Tensor) -> Tensor:
+    """Mean size of the differences of neighbouring pixels, [n]."""
+    down, right = pictures.diff(dim=-2).abs().flatten(1).mean(1), pictures.diff(dim=-1).abs().flatten(1).mean(1)
+    return down + right
+
+
+def chroma(pictures: Tensor) -> Tensor:
+    """Mean distance of a pixel's largest and smallest channel, [n]."""
+    return (pictures.amax(1) - pictures.amin(1)).flatten(1).mean(1)
+
+
+def morphs(b: Bench) -> tuple[Table, list[Tensor]]:
+    """From each picture to the next, in nine frames: how large is the largest jump, and what becomes of the middle?"""
+    ways = {name: [] for name in MORPHS}
+    for i in range(0, len(b.real.latents) - 1, 2):
+        for name, frames in morph(b, i).items():
+            ways[name].append(b.pictures(frames))
+    rows, jumps = [], {name: torch.stack([largest_jump(b, p) for p in all_]) for name, all_ in ways.items()}
+    for name, all_ in ways.items():
+        middle, ends = (torch.stack([p[at] for p in all_]) for at in (slice(4, 5), slice(0, 9, 8)))
+        share = lambda of, m=middle, e=ends: torch.stack(
+            [of(x).mean() / of(y).mean() for x, y in zip(m, e, strict=True)]
+        )
+        contrast = lambda p: p.flatten(1).std(1)
+        kept = [share(of) for of in (contrast, sharpness, chroma)]
+        missed = torch.stack(
+            [(p[[0, 8]] - b.pictures(b.real.latents[2 * i : 2 * i + 2])).abs().mean() for i, p in enumerate(all_)]
+        )
+        row = [
+            name,
+            grouped(jumps[name]),
+            grouped(jumps[name] / jumps[MORPHS[1]]),
+            *map(grouped, kept),
+            grouped(255 * missed),
+        ]
+        rows.append(row)
+        print(b.name, *row, flush=True)
+    columns = ["way", "largest jump", "of slerp's", "contrast", "sharpness", "chroma", "ends, of 255"]
+    return Table(f"{b.name}: morphs of {FRAMES} frames, cfg 1", columns, rows, NOTE_MORPHS), [
+        all_[0] for all_ in ways.values()
+    ]
+
+
+MORPHS = (
+    "latents on a line", "slerp of inverted noise", "NoiseDiffusion's state, euler", "Attune Morph, eta 0",
+    "Attune Morph, eta 1",
+)  # fmt: skip
+NOTE_MORPHS = (
+    "The largest perceptual distance of neighbouring frames; contrast, sharpness and chroma of the middle frame, in parts "
+    "of the ends'; how far the ends are from the pictures. Slerp is between the flipped-sigmas noises at the highest "
+    "level; all prompts go from one to the other along with the frames."
+)
+
+
+def largest_jump(b: Bench, frames: Tensor) -> Tensor:
+    return perceptual_distance(b.judge, frames[1:], frames[:-1]).max()
+
+
+def slerp(one: Tensor, other: Tensor, factor: float) -> Tensor:
+    """Along the arc that two noises span."""
+    angle = torch.acos((one / one.norm() * other / other.norm()).sum().clamp(-1, 1))
+    return (((1 - factor) * angle).sin() * one + (factor * angle).sin() * other) / angle.sin()
+
+
+def morph(b: Bench, i: int) -> dict[str, Tensor]:
+    """Latents of the frames between picture i and the next, by each way."""
+    texts, pair = b.source(False)[i : i + 2], [b.real.latents[i + j : i + j + 1] for j in range(2)]
+    factors = [j / (FRAMES - 1) for j in range(FRAMES)]
+    given = {
+        "model": b.model,
+        "frames": FRAMES,
+        **{f"positive_{j + 1}": b.lab.conditioning([texts[j]]) for j in range(2)},
+    }
+    found = {MORPHS[0]: torch.cat([torch.lerp(*pair, f) for f in factors])}
+    for eta in (0.0, 1.0):
+        maps = {f"maps_{j + 1}": b.invert(pair[j], [texts[j]], 1.0, eta=eta, seed=j) for j in range(2)}
+        latent, sampler, sigmas, positive, _ = b.call("AttuneMorph", **maps, **given, skip=MORPH_SKIP)
+        run = lambda latent, sampler, sigmas, positive=positive: b.call(
+            "SamplerCustom", model=b.model, add_noise=False, noise_seed=0, cfg=1.0, positive=positive,
+            negative=b.lab.conditioning([""]), sampler=sampler, sigmas=sigmas, latent_image=latent,
+        )[0]["samples"]  # fmt: skip
+        if eta == 0:
+            (euler,) = b.call("KSamplerSelect", sampler_name="euler")
+            tops = [b.up(pair[j], [texts[j]], 1.0) for j in range(2)]
+            noise = torch.cat([slerp(*tops, f) for f in factors])
+            found[MORPHS[1]] = run({"samples": torch.zeros_like(noise)}, from_state("euler", noise), b.sigmas)
+            found[MORPHS[2]] = run(latent, euler, sigmas)
+        found[f"Attune Morph, eta {eta:g}"] = run(latent, sampler, sigmas)
+    return {name: found[name] for name in MORPHS}

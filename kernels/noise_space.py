@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import TypeAlias
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .redenoise import euler
@@ -99,6 +100,12 @@ class NoiseMaps:
             return detail * self.residual.to(like)
         return self.step(i).unit * self.maps[i].to(like)
 
+    def denoised(self, i: int, like: Latent) -> Latent:
+        """What the model said in step i of the inversion: the one thing that its states and maps leave open."""
+        step, last = self.step(i), i == self.steps - 1
+        after = (self.picture if last else self.states[i + 1]).to(like)
+        return (after - self.added(i, like) - step.keep * self.states[i].to(like)) / step.pull
+
     def each(self, change: Callable[[Tensor], Tensor]) -> NoiseMaps:
         """The same change to states, maps, residual and picture; it sees [n b ...] as well as [b ...]."""
         parts = (self.states, self.maps, self.residual, self.picture)
@@ -173,24 +180,38 @@ def _check_held(*parts: Tensor) -> None:
 
 def sample_replay(
     denoise: Denoiser, maps: NoiseMaps, x: Latent, start: int = 0, detail: float = 1.0,
-    mask: Callable[[int], Tensor] | None = None,
+    mask: Callable[[int, Latent], Tensor] | None = None,
 ) -> Iterator[tuple[int, Latent, Latent, Latent]]:  # fmt: skip
     """The maps' sampler from step `start` on, where x is its state; yields (step, x, denoised, x after the step).
 
-    detail: the weight of the last residual; 1 gives the picture back, 0 is the paper's. mask: step -> 1 where the
-    picture may become another, 0 where the states of the inversion stay, and with them the picture.
+    detail: the weight of the last residual; 1 gives the picture back, 0 is the paper's. mask: step, denoised -> 1 where
+    the picture may become another, 0 where the states of the inversion stay, and with them the picture.
     """
     for i in range(start, maps.steps):
         denoised = denoise(x, maps.sigmas[i].to(x))
         x_next = maps.step(i).mean(x, denoised) + maps.added(i, x, detail)
         last = i + 1 == maps.steps
         if mask is not None:
-            free = mask(i)
+            free = mask(i, denoised)
             x_next = x_next * free + (maps.picture if last else maps.states[i + 1]).to(x) * (1 - free)
         if not last:
             x_next = x_next.to(maps.states.dtype).to(x)  # as the inversion went on from it
         yield i, x, denoised, x_next
         x = x_next
+
+
+def focus_mask(denoised: Latent, before: Latent, focus: float) -> Tensor:
+    """1 where a prompt wants another picture than before, 0 where it wants about the same, [b 1 ...]; free of calls.
+
+    From the size of the difference over the channels, a little smoothed, in parts of its largest value: 0 below half of
+    `focus`, 1 above it. As DiffEdit finds its mask (Couairon et al. 2022, arXiv 2210.11427), but anew in every step.
+    """
+    size = (denoised - before).square().sum(1, keepdim=True).sqrt()
+    if size.ndim >= 4:
+        flat = size.reshape(-1, 1, *size.shape[-2:])
+        size = F.avg_pool2d(flat, 3, 1, 1, count_include_pad=False).reshape(size.shape)
+    most = size.flatten(1).amax(1).reshape(-1, *[1] * (size.ndim - 1)).clamp(min=1e-12)
+    return (2 * size / (focus * most) - 1).clamp(0, 1)
 
 
 # --- edits of the maps ---

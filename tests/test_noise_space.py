@@ -17,6 +17,7 @@ from pack.kernels.noise_space import (
     at_level,
     blended,
     check_alike,
+    focus_mask,
     invert,
     morph_state,
     morphed,
@@ -174,9 +175,37 @@ def test_what_half_precision_cannot_hold_is_said_before_the_first_call():
 def test_a_mask_keeps_the_picture_exactly_and_lets_the_rest_go(space):
     picture, free = a_picture(2, 6), torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     maps = inverted(at(0.2), picture, space)
-    out = replayed(at(1.0), maps, 1, mask=lambda i: free)
+    out = replayed(at(1.0), maps, 1, mask=lambda i, denoised: free)
     torch.testing.assert_close(out[:, :3], picture[:, :3] + 0.8)
     assert torch.equal(out[:, 3:], picture[:, 3:])
+
+
+@both_spaces
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float16, 0.05)])
+def test_what_the_model_said_is_in_the_maps(space, dtype, tolerance):
+    """Which is what an automatic mask compares with, without another call."""
+    denoise, picture = a_mixture(space), a_picture(50, 1)
+    maps = inverted(denoise, picture, space, dtype=dtype)
+    for i, sigma in enumerate(maps.sigmas[:-1]):
+        want = denoise(maps.states[i].to(picture), sigma)
+        torch.testing.assert_close(maps.denoised(i, picture), want, rtol=0, atol=tolerance)
+
+
+@both_spaces
+def test_the_focus_keeps_the_picture_where_the_prompts_agree(space):
+    """The other prompt wants 0.8 more on the left, and 0.08 more on the right: a tenth of its largest change."""
+    picture = a_picture(2, 3, 8, 8)
+    more = torch.full((8,), 0.08, dtype=torch.float64)
+    more[:4] = 0.8
+    maps, other = inverted(at(0.2), picture, space), lambda x, sigma: 0.2 + more.expand_as(x)
+
+    def focused(share: float) -> Tensor:
+        return replayed(other, maps, 1, mask=lambda i, denoised: focus_mask(denoised, maps.denoised(i, picture), share))
+
+    out = focused(0.5)
+    assert torch.equal(out[..., 5:], picture[..., 5:])
+    torch.testing.assert_close(out[..., :3], picture[..., :3] + 0.8)
+    torch.testing.assert_close(focused(0.05), picture + more)
 
 
 @both_spaces

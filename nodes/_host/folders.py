@@ -22,6 +22,11 @@ CARRIED: dict[str, Calibration] = {}  # by name@id: what workflows brought along
 READ = ProfileReader()
 
 
+def own_pictures() -> dict[str, Path]:
+    """The pack's hand-drawn pictures by name."""
+    return {path.stem: path for path in sorted((OWN / "pictures").glob("*.png"))}
+
+
 def register_folders() -> None:
     """List the demo's files in the stock loaders, after the user's own folders; models/attune and models/npnet."""
     for kind, own in (("checkpoints", "weights"), ("controlnet", "controlnet"), ("loras", "loras")):

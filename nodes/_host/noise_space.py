@@ -13,7 +13,7 @@ import torch
 from comfy.k_diffusion.sampling import trange
 from torch import Tensor
 
-from ...kernels.noise_space import FreshNoise, NoiseMaps, invert, repeated, sample_replay, varied
+from ...kernels.noise_space import FreshNoise, NoiseMaps, focus_mask, invert, repeated, sample_replay, varied
 from ...kernels.schedules import check_sigmas
 from ...models.noise_maps import InvertedPicture
 from .api import io
@@ -117,10 +117,12 @@ def whose(model) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ReplayPlan:
-    """What a replay does: maps as edited, the first step, the last residual's weight, fresh noise from a step on."""
+    """What a replay does: maps as edited, the last residual's weight, from which share of the largest change on the
+    prompt counts, and fresh noise from a step on."""
 
     inverted: InvertedPicture
     detail: float = 1.0
+    focus: float = 0.0
     variation: float = 0.0
     varied_from: int = 0
     seed: int = 0
@@ -130,13 +132,12 @@ class ReplayPlan:
         maps = self.inverted.maps
         varied(maps, self.variation, maps.steps, fresh_noise(maps.picture, self.seed))
 
-    def maps_for(self, x: Tensor) -> NoiseMaps:
-        """The maps for a batch of the size of x."""
+    def maps_for(self, x: Tensor) -> tuple[NoiseMaps, NoiseMaps]:
+        """The maps for a batch of the size of x: as they were inverted, and with fresh noise."""
         maps = self.inverted.maps
         if len(maps.picture) != len(x):
             maps = repeated(maps, len(x))
-        like = torch.zeros_like(maps.picture)
-        return varied(maps, self.variation, self.varied_from, fresh_noise(like, self.seed))
+        return maps, varied(maps, self.variation, self.varied_from, fresh_noise(maps.picture, self.seed))
 
 
 @torch.no_grad()
@@ -148,16 +149,20 @@ def sample_attune_replay(
     extra_args = dict(extra_args or {})
     guider = _guider(model)
     start = _check_run(plan.inverted, guider, x, sigmas)
-    maps = plan.maps_for(x)
+    found, maps = plan.maps_for(x)
     free = _free(extra_args, guider, sigmas)
     each = x.new_ones(len(x))
 
     def denoise(state: Tensor, sigma: Tensor) -> Tensor:
         return model(state, sigma * each, **{**extra_args, "denoise_mask": None})
 
+    def mask(i: int, denoised: Tensor) -> Tensor:
+        allowed = x.new_ones(1) if free is None else free(i - start)
+        return allowed * focus_mask(denoised, found.denoised(i, x), plan.focus) if plan.focus else allowed
+
     state = maps.states[start].to(x)
-    mask = None if free is None else lambda i: free(i - start)
-    steps = sample_replay(denoise, maps, state, start, plan.detail, mask)
+    masked = mask if plan.focus or free is not None else None
+    steps = sample_replay(denoise, maps, state, start, plan.detail, masked)
     for _ in trange(maps.steps - start, disable=disable):
         i, state, denoised, x = next(steps)
         if callback is not None:

@@ -25,6 +25,11 @@ IDS = [
     "AttuneRedenoise",
     "AttuneSelectNoise",
     "AttuneTrainNPNet",
+    "AttuneInvert",
+    "AttuneReplay",
+    "AttuneMorph",
+    "AttuneSaveNoiseMaps",
+    "AttuneLoadNoiseMaps",
     "AttuneLoadProfile",
     "AttuneSaveProfile",
     "AttuneApplyProfile",
@@ -36,6 +41,7 @@ IDS = [
     "AttuneSignalLeak",
     "AttuneTrainOneMoreStep",
     "AttuneCompare",
+    "AttuneDemoPicture",
 ]
 WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 

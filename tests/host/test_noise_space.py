@@ -53,7 +53,7 @@ def test_a_replay_is_the_picture_at_every_guidance(kit, cfg, eta):
     whole = inverted(kit, picture, cfg, eta=eta, precision="float32")
     for maps in (half, whole):
         for skip in (0.0, 0.4):
-            assert worst(replayed(kit, maps, run=run, skip=skip), picture["samples"]) <= 1e-5
+            assert worst(replayed(kit, maps, run=run, skip=skip, focus=skip), picture["samples"]) <= 1e-5
     assert half.maps.bytes < 0.6 * whole.maps.bytes
 
 
@@ -224,6 +224,17 @@ def test_another_prompt_edits_and_a_mask_keeps_the_rest_exactly(kit):
     assert (
         worst(replayed(kit, maps, masked, {**other, "model": soft})[..., :kept], picture["samples"][..., :kept]) <= 1e-5
     )
+
+
+def test_the_focus_changes_less_of_the_picture_and_off_nothing(kit):
+    picture, run = kit.picture()["samples"], {"positive": kit.encode("a red heart on a white background")}
+    maps = inverted(kit)
+    free, off, some, most = (
+        replayed(kit, maps, run=run, **one) for one in ({}, {"focus": 0.0}, {"focus": 0.3}, {"focus": 1.0})
+    )
+    assert torch.equal(free, off)
+    changes = [float((one - picture).abs().mean()) for one in (free, some, most)]
+    assert changes[0] > changes[1] > changes[2] > 0
 
 
 def test_a_variation_differs_by_its_seed_and_in_a_batch_by_picture(kit):
