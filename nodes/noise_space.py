@@ -119,8 +119,8 @@ class AttuneReplay(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "focus", default=0.0, min=0.0, max=1.0, step=0.05,
-                    tooltip="Keeps the picture where the new prompt asks for less than this share of its largest change. "
-                    "0: off; 0.15 to 0.5 are good.",
+                    tooltip="Keeps the picture where the new prompt asks for less than this share of its largest "
+                    "change. 0: off; 0.15 to 0.5 are good.",
                 ),
                 io.Float.Input(
                     "variation", default=0.0, min=0.0, max=1.0, step=0.05,
