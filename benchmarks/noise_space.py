@@ -1,18 +1,18 @@
 """Are real pictures kept, and edited, better through noise maps than by what people use? Reconstruction, edits, morphs.
 
-python dev.py bench noise_space [--models unet flow] [--pictures 48] [--steps 20]
+python dev.py bench noise_space [--models unet flow] [--pictures 24] [--steps 20]
 
-The real pictures are the demo models' training pictures, composed anew (`dev.py train-demo` fetches them); the judge, who
-names objects, never saw a generated one. Everything runs through the host's own SamplerCustom: ours by Attune Invert,
-Replay and Morph; img2img by BasicScheduler's denoise; approximate inversion by FlipSigmas and euler; RF inversion (Rout
-et al. 2024, arXiv 2410.10792) by its published update. Writes docs/results/noise_space.json, docs/results.md and
-docs/noise_space.jpg.
+The real pictures are the demo models' training pictures, composed anew (`dev.py train-demo` fetches them); the judge
+that names objects never saw a generated one. Everything runs through the host's own SamplerCustom: ours by Attune
+Invert, Replay and Morph; img2img by BasicScheduler's denoise; approximate inversion by FlipSigmas and euler; RF
+inversion (Rout et al. 2024, arXiv 2410.10792) by its published update. Writes docs/results/noise_space.json,
+docs/results.md and docs/noise_space.jpg.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,20 +21,20 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from demo_model import sheet
+from PIL import Image
 from torch import Tensor
 
 from comfy_process import ROOT, Host
-from demo_model import sheet
-from harness import ANY, BATCH, CACHE, Lab, counting, prompt
+from harness import ANY, BATCH, CACHE, Lab, prompt
 from judge import BACKGROUNDS, OBJECTS, corner_colours, load_judge
 from metrics import jackknife, perceptual_distance
 from results import DOCS, Table, record
 
 GROUPS = 4  # of seeds, for the standard errors
 ASSETS = ROOT / ".host" / "training" / "package" / "assets"
-SKIPS = (0.2, 0.36, 0.5, 0.6, 0.7, 0.8)
-STRENGTHS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+SKIPS, FOCUS = (0.1, 0.36, 0.6), (0.0, 0.3)
+STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
 CFG = 3.0
 FRAMES, MORPH_SKIP = 9, 0.44
 RF_GAMMA, RF_ETA, RF_SHARE = 0.5, 0.9, 0.25  # as published for edits; the share of the steps that are drawn back
@@ -60,8 +60,6 @@ class Bench:
         self.real = self._real(count)
 
     def _real(self, count: int) -> Real:
-        import sys
-
         sys.path.insert(0, str(ROOT / "training"))
         from data import background_colours, compose, load_objects
 
@@ -91,8 +89,8 @@ class Bench:
         if isinstance(sampler, str):
             (sampler,) = self.call("KSamplerSelect", sampler_name=sampler)
         return self.call(
-            "SamplerCustom", model=self.model, add_noise=seed is not None, noise_seed=seed or 0, cfg=cfg, sampler=sampler,
-            sigmas=sigmas, latent_image={"samples": latents}, **self.conds(texts),
+            "SamplerCustom", model=self.model, add_noise=seed is not None, noise_seed=seed or 0, cfg=cfg,
+            sampler=sampler, sigmas=sigmas, latent_image={"samples": latents}, **self.conds(texts),
         )[0]["samples"]  # fmt: skip
 
     def invert(self, latents: Tensor, texts: list[str], cfg: float, **more):
@@ -244,11 +242,12 @@ def edits(b: Bench) -> tuple[Table, list[Tensor]]:
 
     for strength in STRENGTHS:
         row(f"img2img, denoise {strength}", b.sample(latents, target, CFG, b.levels(strength), seed=4), strength == 0.4)
-    for eta in (1.0, 0.0):
+    for eta, skips in ((1.0, SKIPS), (0.0, SKIPS[1:2])):
         maps = b.invert(latents, source, CFG, eta=eta)
-        for skip in SKIPS:
-            label = f"noise maps, eta {eta:g}, skip {skip}"
-            row(label, b.replay(maps, target, CFG, skip=skip), skip in (0.36, 0.8))
+        for skip in skips:
+            for focus in FOCUS:
+                label = f"noise maps, eta {eta:g}, skip {skip}, focus {focus:g}"
+                row(label, b.replay(maps, target, CFG, skip=skip, focus=focus), eta == 1 and skip == 0.36)
     row("euler over flipped sigmas, cfg 1 up", b.there_and_back(latents, source, target, 1.0, CFG), True)
     if b.name == "flow":
         row("RF inversion, gamma 0.5, eta 0.9", b.rf(latents, source, target, CFG), True)
@@ -304,62 +303,55 @@ def shape_kept(pictures: Tensor, before: Tensor) -> Tensor:
 # --- morphs ---
 
 
-def sharpness(pictures: Tensor) -> Tensor:
-    """Mean size of the differences of neighbouring pixels, [n]."""
-    down, right = pictures.diff(dim=-2).abs().flatten(1).mean(1), pictures.diff(dim=-1).abs().flatten(1).mean(1)
-    return down + right
-
-
-def chroma(pictures: Tensor) -> Tensor:
-    """Mean distance of a pixel's largest and smallest channel, [n]."""
-    return (pictures.amax(1) - pictures.amin(1)).flatten(1).mean(1)
-
-
 def morphs(b: Bench) -> tuple[Table, list[Tensor]]:
     """From each picture to the next, in nine frames: how large is the largest jump, and what becomes of the middle?"""
-    ways = {name: [] for name in MORPHS}
-    for i in range(0, len(b.real.latents) - 1, 2):
+    ways: dict[str, list[Tensor]] = {name: [] for name in MORPHS}
+    firsts = range(0, len(b.real.latents) - 1, 2)
+    for i in firsts:
         for name, frames in morph(b, i).items():
             ways[name].append(b.pictures(frames))
-    rows, jumps = [], {name: torch.stack([largest_jump(b, p) for p in all_]) for name, all_ in ways.items()}
-    for name, all_ in ways.items():
-        middle, ends = (torch.stack([p[at] for p in all_]) for at in (slice(4, 5), slice(0, 9, 8)))
-        share = lambda of, m=middle, e=ends: torch.stack(
-            [of(x).mean() / of(y).mean() for x, y in zip(m, e, strict=True)]
-        )
-        contrast = lambda p: p.flatten(1).std(1)
-        kept = [share(of) for of in (contrast, sharpness, chroma)]
-        missed = torch.stack(
-            [(p[[0, 8]] - b.pictures(b.real.latents[2 * i : 2 * i + 2])).abs().mean() for i, p in enumerate(all_)]
-        )
-        row = [
-            name,
-            grouped(jumps[name]),
-            grouped(jumps[name] / jumps[MORPHS[1]]),
-            *map(grouped, kept),
-            grouped(255 * missed),
-        ]
-        rows.append(row)
-        print(b.name, *row, flush=True)
+    pictures = b.pictures(b.real.latents)
+    truth = torch.stack([pictures[i : i + 2] for i in firsts])
+    jumps = {name: torch.stack([largest_jump(b, p) for p in frames]) for name, frames in ways.items()}
+    rows = []
+    for name, frames in ways.items():
+        ends, middle = torch.stack(frames)[:, [0, FRAMES - 1]], torch.stack(frames)[:, FRAMES // 2]
+        share = [of(middle) / (of(truth[:, 0]) + of(truth[:, 1])) * 2 for of in (contrast, sharpness, chroma)]
+        missed = 255 * (ends - truth).abs().flatten(1).mean(1)
+        rows.append([name, *map(grouped, (jumps[name], jumps[name] / jumps[SLERP], *share, missed))])
+        print(b.name, *rows[-1], flush=True)
     columns = ["way", "largest jump", "of slerp's", "contrast", "sharpness", "chroma", "ends, of 255"]
-    return Table(f"{b.name}: morphs of {FRAMES} frames, cfg 1", columns, rows, NOTE_MORPHS), [
-        all_[0] for all_ in ways.values()
-    ]
+    table = Table(f"{b.name}: morphs of {FRAMES} frames, cfg 1", columns, rows, NOTE_MORPHS)
+    return table, [frames[0] for frames in ways.values()]
 
 
+SLERP = "slerp of inverted noise"
 MORPHS = (
-    "latents on a line", "slerp of inverted noise", "NoiseDiffusion's state, euler", "Attune Morph, eta 0",
-    "Attune Morph, eta 1",
+    "latents on a line", SLERP, "NoiseDiffusion's state, euler", "Attune Morph, eta 0", "Attune Morph, eta 1",
 )  # fmt: skip
 NOTE_MORPHS = (
-    "The largest perceptual distance of neighbouring frames; contrast, sharpness and chroma of the middle frame, in parts "
-    "of the ends'; how far the ends are from the pictures. Slerp is between the flipped-sigmas noises at the highest "
-    "level; all prompts go from one to the other along with the frames."
+    "The largest perceptual distance of neighbouring frames; contrast, sharpness and chroma of the middle frame, in "
+    "parts of the pictures'; how far the ends are from the pictures. Slerp goes between the flipped-sigmas noises at "
+    "the highest level; prompts go from one to the other along with the frames, in every way but the first."
 )
 
 
 def largest_jump(b: Bench, frames: Tensor) -> Tensor:
     return perceptual_distance(b.judge, frames[1:], frames[:-1]).max()
+
+
+def contrast(pictures: Tensor) -> Tensor:
+    return pictures.flatten(1).std(1)
+
+
+def sharpness(pictures: Tensor) -> Tensor:
+    """Mean size of the differences of neighbouring pixels, [n]."""
+    return pictures.diff(dim=-2).abs().flatten(1).mean(1) + pictures.diff(dim=-1).abs().flatten(1).mean(1)
+
+
+def chroma(pictures: Tensor) -> Tensor:
+    """Mean distance of a pixel's largest and smallest channel, [n]."""
+    return (pictures.amax(1) - pictures.amin(1)).flatten(1).mean(1).clamp(min=0.02)
 
 
 def slerp(one: Tensor, other: Tensor, factor: float) -> Tensor:
@@ -368,28 +360,72 @@ def slerp(one: Tensor, other: Tensor, factor: float) -> Tensor:
     return (((1 - factor) * angle).sin() * one + (factor * angle).sin() * other) / angle.sin()
 
 
-def morph(b: Bench, i: int) -> dict[str, Tensor]:
+def morph(b: Bench, i: int, skip: float = MORPH_SKIP) -> dict[str, Tensor]:
     """Latents of the frames between picture i and the next, by each way."""
     texts, pair = b.source(False)[i : i + 2], [b.real.latents[i + j : i + j + 1] for j in range(2)]
     factors = [j / (FRAMES - 1) for j in range(FRAMES)]
-    given = {
-        "model": b.model,
-        "frames": FRAMES,
-        **{f"positive_{j + 1}": b.lab.conditioning([texts[j]]) for j in range(2)},
-    }
+    prompts = {f"positive_{j + 1}": b.lab.conditioning([texts[j]]) for j in range(2)}
     found = {MORPHS[0]: torch.cat([torch.lerp(*pair, f) for f in factors])}
-    for eta in (0.0, 1.0):
-        maps = {f"maps_{j + 1}": b.invert(pair[j], [texts[j]], 1.0, eta=eta, seed=j) for j in range(2)}
-        latent, sampler, sigmas, positive, _ = b.call("AttuneMorph", **maps, **given, skip=MORPH_SKIP)
-        run = lambda latent, sampler, sigmas, positive=positive: b.call(
+
+    def run(latent: dict, sampler, sigmas: Tensor, positive: list) -> Tensor:
+        return b.call(
             "SamplerCustom", model=b.model, add_noise=False, noise_seed=0, cfg=1.0, positive=positive,
             negative=b.lab.conditioning([""]), sampler=sampler, sigmas=sigmas, latent_image=latent,
         )[0]["samples"]  # fmt: skip
+
+    for eta in (0.0, 1.0):
+        maps = {f"maps_{j + 1}": b.invert(pair[j], [texts[j]], 1.0, eta=eta, seed=j) for j in range(2)}
+        latent, sampler, sigmas, positive, _ = b.call(
+            "AttuneMorph", model=b.model, frames=FRAMES, skip=skip, **maps, **prompts
+        )
         if eta == 0:
-            (euler,) = b.call("KSamplerSelect", sampler_name="euler")
             tops = [b.up(pair[j], [texts[j]], 1.0) for j in range(2)]
             noise = torch.cat([slerp(*tops, f) for f in factors])
-            found[MORPHS[1]] = run({"samples": torch.zeros_like(noise)}, from_state("euler", noise), b.sigmas)
-            found[MORPHS[2]] = run(latent, euler, sigmas)
-        found[f"Attune Morph, eta {eta:g}"] = run(latent, sampler, sigmas)
+            found[SLERP] = run({"samples": torch.zeros_like(noise)}, from_state("euler", noise), b.sigmas, positive)
+            found[MORPHS[2]] = run(latent, b.call("KSamplerSelect", sampler_name="euler")[0], sigmas, positive)
+        found[f"Attune Morph, eta {eta:g}"] = run(latent, sampler, sigmas, positive)
     return {name: found[name] for name in MORPHS}
+
+
+# --- the page ---
+
+
+def grid(sets: list[Tensor], columns: int) -> Image.Image:
+    return sheet(torch.cat([one[:columns] for one in sets]), columns, 96)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=["unet", "flow"], default=["unet", "flow"])
+    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--out", type=Path, default=DOCS)
+    args = parser.parse_args()
+    began, tables, sheets = time.perf_counter(), [], []
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        lab = Lab(Host(Path(folder)), args.cache)
+        for model in args.models:
+            b = Bench(lab, model, args.pictures, args.steps)
+            edited, shown = edits(b)
+            between, frames = morphs(b)
+            tables += [reconstruction(b), edited, variations(b), between]
+            sheets += [grid(shown, FRAMES), grid(frames, FRAMES)]
+    high = sum(one.height for one in sheets)
+    page = Image.new("RGB", (sheets[0].width, high + 8 * (len(sheets) - 1)), "white")
+    at = 0
+    for one in sheets:
+        page.paste(one, (0, at))
+        at += one.height + 8
+    page.save(args.out / "noise_space.jpg", quality=85)
+    record("noise_space", "Editing real pictures in noise space", tables, began, ["noise_space.jpg"], NOTES, args.out)
+
+
+NOTES = [
+    "Training pictures of the demo models, composed anew and encoded; standard errors over four groups of pictures. In "
+    "the sheet, for each model: the pictures, img2img at 0.4, noise maps with focus 0 and 0.3, approximate inversion; "
+    "then one morph by each way, in the order of the table."
+]
+
+if __name__ == "__main__":
+    main()

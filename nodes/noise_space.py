@@ -118,9 +118,9 @@ class AttuneReplay(io.ComfyNode):
                     tooltip="How much of what the last step misses is put back: 1 is exact, 0 smoother, as published.",
                 ),
                 io.Float.Input(
-                    "focus", default=0.0, min=0.0, max=1.0, step=0.05,
+                    "focus", default=0.3, min=0.0, max=1.0, step=0.05,
                     tooltip="Keeps the picture where the new prompt asks for less than this share of its largest "
-                    "change. 0: off; 0.15 to 0.5 are good.",
+                    "change; 0: off. A variation takes no part in it.",
                 ),
                 io.Float.Input(
                     "variation", default=0.0, min=0.0, max=1.0, step=0.05,
@@ -164,13 +164,14 @@ class AttuneReplay(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, noise_maps, skip=0.36, detail=1.0, focus=0.0, variation=0.0, vary_from=0.5, seed=0, flip="none",
+        cls, noise_maps, skip=0.36, detail=1.0, focus=0.3, variation=0.0, vary_from=0.5, seed=0, flip="none",
         shift_right=0.0, shift_down=0.0, other_maps=None, mask=None,
     ) -> io.NodeOutput:  # fmt: skip
         check_choices(cls, flip=flip)
         edited = arranged(with_other(noise_maps, other_maps, mask), flip, shift_right, shift_down)
         maps = edited.maps
         start, vary = step_of(maps, skip, "skip"), round(vary_from * maps.steps)
+        focus = 0.0 if variation else focus  # fresh noise changes what both prompts agree about
         plan = ReplayPlan(edited, detail, focus, variation, vary, seed)
         if variation:
             plan.check_variation()

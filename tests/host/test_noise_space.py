@@ -35,7 +35,7 @@ def sampled(kit: Kit, sampler, sigmas, latent: dict, cfg: float = 3.0, model=Non
 
 def replayed(kit: Kit, maps, latent: dict | None = None, run: dict | None = None, **more):
     """What Attune Replay with the settings `more` makes of a run."""
-    sampler, sigmas, picture, _ = kit.host.call("AttuneReplay", noise_maps=maps, **{"skip": 0.0, **more})
+    sampler, sigmas, picture, _ = kit.host.call("AttuneReplay", noise_maps=maps, **{"skip": 0.0, "focus": 0.0, **more})
     return sampled(kit, sampler, sigmas, latent or picture, **(run or {}))
 
 
