@@ -52,9 +52,12 @@ class AttunePropagation(io.ComfyNode):
                     tooltip="What the steps in between compute. automatic: 'top level fresh' of a UNet, 'first block "
                     "fresh' of a transformer. encoder reused, first two thirds reused: as in the paper.",
                 ),
-                io.Boolean.Input(
-                    "forecast", default=True,
-                    tooltip="Extrapolate the features from the last two key steps instead of holding the last ones.",
+                *advanced(
+                    io.Boolean.Input(
+                        "forecast", default=True,
+                        tooltip="Extrapolate the features from the last two key steps instead of holding the last "
+                        "ones.",
+                    ),
                 ),
                 io.Int.Input(
                     "keep_last", default=4, min=0, max=20,
@@ -74,6 +77,11 @@ class AttunePropagation(io.ComfyNode):
                         tooltip="A little of the first noise, added again in the second half; the paper uses 0.003.",
                     ),
                     *_keeping(),
+                ),
+                io.Combo.Input(
+                    "guidance", options=plan.GUIDANCES, default=plan.EVERY_STEP, optional=True,
+                    tooltip="How often the negative is asked. every second step: in between its answer is predicted, "
+                    "up to a quarter of the computing less. With 'interval' at 1 it works alone, on every network.",
                 ),
                 Profile.Input(
                     "profile", optional=True,

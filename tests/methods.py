@@ -61,6 +61,7 @@ def examples(kit: Kit) -> dict:
     return {"examples": {"samples": 0.3 + 0.2 * kit.picture(32)["samples"]}}
 
 
+NO_NEGATIVE = "The guider does not ask one positive and one negative: every step asks what the guider asks."
 FROM_A_PICTURE = "The run begins from a picture, not from noise: the method stands aside."
 APPLY = {
     "steps": 0,
@@ -92,6 +93,11 @@ METHODS = {
     ),
     "block propagation": Method(
         "flow", "AttunePropagation", {**REUSE, "reuse": "first block fresh"}, {"interval": 1}
+    ),
+    "one-sided steps": Method(
+        "flow", "AttunePropagation",
+        {**REUSE, "reuse": "automatic", "interval": 1, "guidance": "every second step"}, {"guidance": "every step"},
+        where={"SamplerCustomAdvanced, BasicGuider": NO_NEGATIVE, "SamplerCustomAdvanced, DualCFGGuider": NO_NEGATIVE},
     ),
     "noise shift": Method(
         "flow", "AttuneApplyProfile",

@@ -19,6 +19,8 @@ from ...models.calibration import KeySteps, Point
 
 UNIFORM, TARGET, CALIBRATED, PUBLISHED_KEYS = "uniform", "speed target", "calibrated profile", "published keys"
 MODES = [UNIFORM, TARGET, CALIBRATED, PUBLISHED_KEYS]
+EVERY_STEP, EVERY_SECOND = "every step", "every second step"
+GUIDANCES = [EVERY_STEP, EVERY_SECOND]
 AUTOMATIC = "automatic"
 TOP_LEVEL, TWO, ONE, ENCODER_REUSED = "top level fresh", "two blocks fresh", "one block fresh", "encoder reused"
 FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "first two thirds reused"
@@ -50,7 +52,13 @@ class ReuseSettings:
     cache_dtype: str = "as computed"
     cache_device: str = "as computed"
     memory_limit: int = 0
+    guidance: str = EVERY_STEP
     calibration: KeySteps | None = None
+
+
+def reuses_features(settings: ReuseSettings) -> bool:
+    """Whether any step of a run can be other than whole."""
+    return settings.mode != UNIFORM or settings.interval > 1
 
 
 @dataclass(frozen=True)

@@ -26,14 +26,23 @@ from ....kernels.propagation import (
     fine_detail,
     make_plan,
     resemblance,
-    speedup,
 )
 from ....models.calibration import Calibration, KeySteps, Point
-from ..._plan.propagation import CALIBRATED, TARGET, Choice, ReuseSettings, chosen_point, said_of
+from ..._plan.propagation import (
+    CALIBRATED,
+    EVERY_SECOND,
+    TARGET,
+    Choice,
+    ReuseSettings,
+    chosen_point,
+    reuses_features,
+    said_of,
+)
 from ..calibrating import stands_aside
 from ..clock import Clock, conditioning_changes, noise_space, step_times, why_not
 from ..identity import network_of
 from ..solvers import adds_noise, facts_of, solver_name
+from .guidance import OneSided, why_not_one_sided
 
 LOG = logging.getLogger(__name__)
 WHO = "Attune Propagation"
@@ -68,12 +77,13 @@ class Propagation:
         choice = self.choose(levels, shares, adds_noise(sampler))
         self.reuse, self.cache_dtype, cache_device, squeezed = self.within_limit(choice.reuse)
         self.said = choice.said + squeezed
+        active = level_at(settings.start_percent), level_at(settings.end_percent)
+        changes = boundary_keys(levels, conditioning_changes(sampling, guider.conds))
         self.plan = make_plan(
             levels, times, choice.keys,
-            forecast=self.reuse.forecast, last=choice.keep_last,
-            always=boundary_keys(levels, conditioning_changes(sampling, guider.conds)),
-            active=(level_at(settings.start_percent), level_at(settings.end_percent)),
+            forecast=self.reuse.forecast, last=choice.keep_last, always=changes, active=active,
         )  # fmt: skip
+        self.one_sided = self.sides(guider, changes, active)
         self.clock = Clock(self.plan, sampler)
         self.cache = FeatureCache(2 if self.reuse.forecast else 1, self.cache_dtype, cache_device)
         injects = settings.prior_noise > 0 and bool(noise.any())
@@ -125,6 +135,18 @@ class Propagation:
 
     # --- before and after the run ---
 
+    def sides(self, guider: Any, changes: frozenset[int], active: tuple[float, float]) -> OneSided | None:
+        """Which steps ask the positive alone, None where every step asks both prompts."""
+        if self.settings.guidance != EVERY_SECOND:
+            return None
+        reason = why_not_one_sided(guider)
+        if reason is not None:
+            LOG.info("%s: every step asks both prompts, for %s.", WHO, reason)
+            return None
+        inside = range(self.plan.steps)
+        within = [i for i in inside if active[1] <= self.plan.sigmas[i] <= active[0]]
+        return OneSided(self.plan, self.space, changes, self.settings.keep_last, within)
+
     def within_limit(self, reuse: Reuse) -> tuple[Reuse, torch.dtype | None, torch.device | None, str]:
         """The reuse, dtype and device that keep the features under the user's limit: half precision, less, the CPU."""
         s = self.settings
@@ -148,8 +170,19 @@ class Propagation:
             "%s: %s; %d of %d steps are key steps (%s), the others cost %.0f %%: %.2f times less computing; "
             "features take up to %.1f MB.",
             WHO, self.said, len(keys), self.plan.steps, " ".join(map(str, keys)), 100 * share,
-            speedup(self.plan.steps, len(keys), share), self.bytes_of(self.reuse, self.cache_dtype) / 1024**2,
+            self.speed(share), self.bytes_of(self.reuse, self.cache_dtype) / 1024**2,
         )  # fmt: skip
+        if self.one_sided is not None:
+            LOG.info(
+                "%s: %d of %d steps ask the positive alone (%s); what the negative would answer is predicted.",
+                WHO, len(self.one_sided.steps), self.plan.steps, " ".join(map(str, sorted(self.one_sided.steps))),
+            )  # fmt: skip
+
+    def speed(self, share: float) -> float:
+        """How many times less computing the run needs, where a step that is not a key step costs `share`."""
+        whole, halved = self.plan.keys, self.one_sided.steps if self.one_sided is not None else frozenset()
+        spent = sum((1 if i in whole else share) / (1 + (i in halved)) for i in range(self.plan.steps))
+        return self.plan.steps / spent
 
     def report(self) -> None:
         c = self.counts
@@ -165,9 +198,17 @@ class Propagation:
             )  # fmt: skip
         if c["moved"]:
             LOG.info("%s: tiles moved, so %d calls of the network ran whole.", WHO, c["moved"])
+        if self.one_sided is not None:
+            LOG.info(
+                "%s: the positive was asked alone %d times; %d times both were asked in its place, because nothing "
+                "near enough was known or the last prediction was poor.", WHO, self.one_sided.saved,
+                self.one_sided.missing,
+            )  # fmt: skip
 
     def close(self) -> None:
         self.cache.clear()
+        if self.one_sided is not None:
+            self.one_sided.close()
         self.deferred.clear()
         self.details.clear()
         self.noise = None  # type: ignore[assignment]
@@ -178,6 +219,8 @@ class Propagation:
         """An evaluation of the guided model begins."""
         self.clock.begin(sigma)
         self.seen.clear()
+        if self.one_sided is not None:
+            self.one_sided.begin(self.clock.step)
 
     @property
     def step(self) -> int:
@@ -385,11 +428,15 @@ def _predict_noise(executor, x, sigma, model_options, *args, **kwargs):
 
 
 def _calc_cond_batch(executor, model, conds, x, sigma, model_options, *args, **kwargs):
-    """CALC_COND_BATCH: on a shorter step no ControlNet is computed until the network asks for it."""
+    """CALC_COND_BATCH: on a shorter step no ControlNet is computed until the network asks for it, and on a one-sided
+    step the negative is not asked."""
     run = run_of(model_options)
     if run is not None and run.shorter:
         conds = [side and [run.deferring(cond) for cond in side] for side in conds]
-    return executor(model, conds, x, sigma, model_options, *args, **kwargs)
+    ask = lambda conds: executor(model, conds, x, sigma, model_options, *args, **kwargs)
+    if run is None or run.one_sided is None:
+        return ask(conds)
+    return run.one_sided.answers(ask, conds, x, model_options, run.clock)
 
 
 def applied(
@@ -415,14 +462,35 @@ def applied(
 # --- which network ---
 
 
-def propagation_for(model: Any) -> type[Propagation]:
-    """The run's class for a MODEL's network; ValueError for one of which nothing can be reused."""
+class WholeSteps(Propagation):
+    """The run's object where no features are reused: for every network."""
+
+    network = "any network"
+    profile_kind = ""
+    inner: dict[str, Callable] = {}
+    part = staticmethod(lambda name: name)
+
+    def inspect(self, noise: Tensor) -> None:
+        self.costs = Costs((1.0,), 0.0, (1.0,))
+
+    def choose(self, sigmas: list[float], shares: list[float], fresh_noise: bool) -> Choice:
+        return Choice(frozenset(range(len(sigmas) - 1)), Reuse(1, 0), 0, "every step whole")
+
+    def bytes_of(self, reuse: Reuse, dtype: torch.dtype | None) -> int:
+        return 0
+
+
+def propagation_for(model: Any, settings: ReuseSettings | None = None) -> type[Propagation]:
+    """The run's class for a MODEL's network; ValueError for one of which nothing can be reused, unless the settings
+    reuse nothing."""
     from .transformer import TransformerPropagation  # these build on this file
     from .unet import UNetPropagation
 
     for kind in (UNetPropagation, TransformerPropagation):
         if kind.blocks_in(model) > 1:
             return kind
+    if settings is not None and not reuses_features(settings):
+        return WholeSteps
     network = type(network_of(model)).__name__
     raise ValueError(
         f"{WHO} works on a UNet (SD 1.x, SD 2.x, SDXL) and on a transformer (SD3, Flux, …) of at least 2 blocks, but "
@@ -432,7 +500,7 @@ def propagation_for(model: Any) -> type[Propagation]:
 
 def add_propagation(model: Any, settings: ReuseSettings) -> Any:
     """A clone of a MODEL that samples with propagation; ValueError for a part that its network has not."""
-    kind = propagation_for(model)
+    kind = propagation_for(model, settings)
     kind.part(settings.reuse)
     return applied(model, kind, settings)
 
