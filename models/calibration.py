@@ -19,9 +19,9 @@ Size: TypeAlias = tuple[int, int]  # width and height in pixels
 
 FORMAT = 1  # of the JSON object that stands for a calibration
 SCHEDULE, NOISE_SHIFT, ENCODER, BLOCKS = "schedule", "noise_shift", "encoder_propagation", "block_propagation"
-SAMPLER = "fitted_sampler"
-KINDS = (SCHEDULE, NOISE_SHIFT, ENCODER, BLOCKS, SAMPLER)
-PROPAGATION = (ENCODER, BLOCKS)
+SAMPLER, FORECAST = "fitted_sampler", "step_forecast"
+KINDS = (SCHEDULE, NOISE_SHIFT, ENCODER, BLOCKS, SAMPLER, FORECAST)
+PROPAGATION = (ENCODER, BLOCKS, FORECAST)
 NEAR_STEPS, NEAR_CFG = 1.3, 2.0  # a fit holds for runs whose steps and guidance differ by no more than these factors
 MOST_CFG = 1.2  # a fitted sampler, for guidance up to this factor: beyond it is worse than plain steps
 SAME_LEVEL = 1e-3  # noise levels that differ by less, relative, are the same
@@ -80,12 +80,20 @@ class Planned:
 
 @dataclass(frozen=True)
 class Point:
-    """One calibrated setting: its key steps, what the other steps reuse, and what it gave."""
+    """One calibrated setting: its key steps, what the other steps reuse, and what it gave.
+
+    psnr: dB of the final latents to the whole run's. Of a forecast, whose other steps ask nothing: one_sided, the key
+    steps that ask the positive alone; weights, for each step those of its forecast, () where there is none; errors, for
+    each step what a forecast misses on a key step, in units of what happened since the last answer, 0 elsewhere.
+    """
 
     reuse: Reuse
     keys: tuple[int, ...]
     speed: float
-    psnr: float  # dB of the final latents to the uncached run's
+    psnr: float
+    one_sided: tuple[int, ...] = ()
+    weights: tuple[tuple[float, ...], ...] = ()
+    errors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -185,11 +193,14 @@ class Calibration:
         """The JSON object of the calibration without its id; what it does not have is left out."""
         said = {"format": FORMAT, "kind": self.kind, **_spelled(self)}
         fit, runs = said.pop("key_steps") or {"blocks": None, "points": []}, said.pop("runs")
-        said["blocks"], said["points"] = fit["blocks"], [{**one.pop("reuse"), **one} for one in fit["points"]]
+        said["blocks"], said["points"] = (
+            fit["blocks"],
+            [_without_empty({**one.pop("reuse"), **one}) for one in fit["points"]],
+        )
         said["runs"] = [{**one.pop("run"), **one} for one in runs]
         for last in ("setting", "metrics", "provenance"):
             said[last] = said.pop(last)
-        return {key: value for key, value in said.items() if value not in ("", None, [], {})}
+        return _without_empty(said)
 
     def describe(self) -> str:
         """What the calibration is, was made for and was measured to do, a few lines."""
@@ -204,6 +215,10 @@ class Calibration:
     def with_facts(self, metrics: Mapping[str, Any] | None = None, **provenance: Any) -> Calibration:
         """The same calibration with more `metrics` and more provenance."""
         return replace(self, metrics={**self.metrics, **(metrics or {})}, provenance={**self.provenance, **provenance})
+
+
+def _without_empty(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value not in ("", None, [], {})}
 
 
 def _spelled(value: Any) -> Any:
@@ -326,7 +341,7 @@ def _model_misfits(one: Calibration, model: ModelIdentity) -> Iterable[Misfit]:
 
 
 def _run_misfits(one: Calibration, run: Planned) -> Iterable[Misfit]:
-    long = one.kind == SAMPLER  # a fitted sampler stands in for one long run alone
+    long = one.kind in (SAMPLER, FORECAST)  # what stands in for one long run alone
     if one.solver and run.solver and one.solver != run.solver:
         said = f"'{one.name}' was fitted with {one.solver}, the run has {run.solver}."
         yield Misfit("solver", f"for {one.solver}", said)

@@ -9,9 +9,11 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 from ..kernels.fitted_sampler import FittedRun
+from ..kernels.forecast import MOST_ANSWERS
 from ..kernels.propagation import Reuse
 from .calibration import (
     ENCODER,
+    FORECAST,
     FORMAT,
     KINDS,
     NOISE_SHIFT,
@@ -28,6 +30,7 @@ from .calibration import (
 MOST_LEVELS = 10_001
 MOST_ENTRIES, DEEPEST = 2_000, 6  # of the free-form metrics and provenance
 MOST_RUNS, MOST_STEPS, MOST_HISTORY, LARGEST_NUMBER = 20, 100, 4, 16.0  # of a fitted sampler
+LARGEST_WEIGHT = 1e4  # of a forecast
 
 
 def parse_profile(label: str, content: bytes) -> Calibration:
@@ -156,9 +159,44 @@ def _key_steps(fields: dict[str, Any], need: Any) -> KeySteps:
         )
         need(_is_level(one.get("speed")) and one["speed"] >= 1, f'{where} "speed" must be at least 1')
         need(_is_level(one.get("psnr")), f'{where} "psnr" must be a number of dB')
-        reuse = Reuse(fresh, cut, one["forecast"])
-        found.append(Point(reuse, tuple(keys), float(one["speed"]), float(one["psnr"])))
+        reuse, gave = Reuse(fresh, cut, one["forecast"]), (float(one["speed"]), float(one["psnr"]))
+        said = _forecasts(one, keys, steps, where, need) if fields["kind"] == FORECAST else ((), (), ())
+        found.append(Point(reuse, tuple(keys), *gave, *said))
     return KeySteps(blocks, fields.get("solver", ""), _levels(fields["sigmas"]), tuple(found))
+
+
+def _forecasts(one: dict[str, Any], keys: list[int], steps: int, where: str, need: Any) -> tuple:
+    """one_sided, weights and errors of a setting whose other steps ask nothing."""
+    alone: Any = one.get("one_sided", [])
+    rows: Any = one.get("weights")
+    errors: Any = one.get("errors")
+    need(
+        isinstance(alone, list)
+        and all(type(k) is int for k in alone)
+        and set(alone) <= set(keys[1:])
+        and all(a < b for a, b in pairwise(alone)),
+        f'{where} "one_sided" must list ascending steps of "keys" behind the first',
+    )
+    need(
+        isinstance(rows, list)
+        and len(rows) == steps
+        and all(_is_forecast(row, sum(k < i for k in keys)) for i, row in enumerate(rows))
+        and all(rows[i] for i in range(steps) if i not in keys),
+        f'{where} "weights" must hold a row for each step, of at most {MOST_ANSWERS + 1} numbers up to '
+        f"{LARGEST_WEIGHT:g}",
+    )
+    need(
+        isinstance(errors, list) and len(errors) == steps and all(map(_is_level, errors)),
+        f'{where} "errors" must hold a number for each step',
+    )
+    return tuple(alone), tuple(map(_levels, rows)), _levels(errors)
+
+
+def _is_forecast(row: Any, asked: int) -> bool:
+    """Whether a row is empty, or has a number for the state and for each of the last answers, of `asked` before it."""
+    if not isinstance(row, list) or len(row) not in (0, min(asked, MOST_ANSWERS) + 1):
+        return False
+    return all(type(n) in (int, float) and abs(n) <= LARGEST_WEIGHT for n in row)
 
 
 def _runs(fields: dict[str, Any], need: Any) -> tuple[ShortRun, ...]:

@@ -102,11 +102,11 @@ class AttuneAuto(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         width = positive[0][0].shape[-1] if positive and positive[0][0] is not None else None
         stock = scheduler if sigmas is None else "sigmas"
-        run = plan.Run(steps, sampler_name.removesuffix("_gpu"), cfg, denoise, width, stock)
         wishes = plan.Wishes(schedule, one_more_step, noise_shift, golden_noise, speed)
         inside = Expansion(cls, {"model": model, "latent": latent, "positive": positive})
         if sigmas is None:
             (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=denoise)
+        run = plan.Run(steps, sampler_name.removesuffix("_gpu"), cfg, denoise, width, stock, tuple(sigmas.tolist()))
         facts = _facts(model, latent)
         shelf, unread = installed(modules=one_more_step != plan.OFF, npnets=golden_noise == plan.ALWAYS)
         decisions = plan.decide(facts, run, wishes, shelf, float(sigmas[0]) if len(sigmas) else None)

@@ -137,8 +137,11 @@ class AttuneFitPropagation(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneFitPropagation", "Attune Fit Propagation", CATEGORY,
-            "Measure on your model which steps can reuse features, and what each speed costs in fidelity.",
-            search_aliases=["calibrate", "faster diffusion", "deepcache", "block propagation", "encoder propagation"],
+            "Measure on your model which steps need the network, and what each speed costs in fidelity.",
+            search_aliases=[
+                "calibrate", "faster diffusion", "deepcache", "block propagation", "encoder propagation", "spectrum",
+                "taylorseer", "forecast",
+            ],
             inputs=[
                 io.Model.Input("model", tooltip="The model to calibrate, UNet or transformer, as loaded."),
                 io.Conditioning.Input("positive", tooltip="A typical prompt: the calibration holds for others, too."),
@@ -164,12 +167,13 @@ class AttuneFitPropagation(io.ComfyNode):
                     "scheduler", options=scheduler_names(), default="normal", tooltip="The schedule of that run.",
                 ),
                 io.Combo.Input(
-                    "reuse", options=plan.PARTS, default=plan.AUTOMATIC,
-                    tooltip="What to measure. automatic: the parts that cost little; 'encoder reused' takes longest.",
+                    "reuse", options=plan.FITTED_PARTS, default=plan.AUTOMATIC,
+                    tooltip="What the steps in between compute. automatic: nothing asked, forecast from what was, on "
+                    "every network. Else features of a UNet or a transformer; 'encoder reused' takes longest.",
                 ),
                 io.Float.Input(
-                    "fastest", default=2.5, min=1.25, max=6.0, step=0.25,
-                    tooltip="Settings up to this speed are tried, one run for every 0.25.",
+                    "fastest", default=8.0, min=1.25, max=10.0, step=0.25,
+                    tooltip="Settings up to this speed are tried, a short run or two for each.",
                 ),
                 *advanced(
                     io.Int.Input(
@@ -201,9 +205,8 @@ def report_of(name: str, fit: KeySteps, chosen: Point, too_few: bool = False) ->
     """One line per setting, the recommended one marked; too_few: what was measured holds for one picture only."""
     lines = [f"{name}: {fit.solver}, {len(fit.sigmas) - 1} steps. Fidelity is to the run without reuse."]
     for point in fit.points:
-        part = f"computes blocks before {point.reuse.fresh} and from {point.reuse.cut}"
         mark = " <- calibrated profile" if point is chosen else ""
-        lines.append(f"{point.speed:.2f}x: {point.psnr:.1f} dB, {len(point.keys)} key steps, {part}{mark}")
+        lines.append(f"{point.speed:.2f}x: {point.psnr:.1f} dB, {plan.kinds_of(point)}{mark}")
     if chosen.psnr < plan.FIDELITY:
         least = f"{plan.FIDELITY:g} dB"
         lines.append(f"No setting stays within {least}: prefer fewer steps, or a better solver, for this run.")

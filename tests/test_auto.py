@@ -25,6 +25,7 @@ from pack.nodes._plan.auto import (
     OFF,
     SCHEDULE,
     SHIFT,
+    SHOWN,
     SPEED,
     START,
     TOLD,
@@ -299,6 +300,21 @@ def test_a_calibration_of_this_network_comes_first_and_both_speeds_mean_its_poin
     faithful, fast = (decide(SD15, EULER, Wishes(speed=wish), with_fits(mine=mine))[5] for wish in (FAITHFUL, FAST))
     assert faithful.pick == fast.pick == "mine"
     assert "1.50x at 50.0 dB" in faithful.why and "2.50x at 38.0 dB" in fast.why
+
+
+def test_forecasts_are_taken_for_their_own_levels_alone_and_serve_every_network():
+    levels = (14.6, 4.0, 1.0, 0.4, 0.1, 0.0)
+    points = (Point(Reuse(0, 1), (0, 1, 4), 5 / 3, 50.0, (), ((), (), (0.1, 0.1, 0.1), (0.1,) * 3, ()), (0.0,) * 5),)
+    mine = replace(fit(), kind="step_forecast", sigmas=levels, key_steps=KeySteps(1, "euler", levels, points))
+    picked = lambda facts, run, schedule: decide(
+        facts, run, Wishes(speed=FAITHFUL, schedule=schedule), with_fits(mine=mine)
+    )[5].pick
+    here = replace(EULER, steps=5, levels=levels)
+    assert picked(SD15, here, OFF) == "mine"
+    assert picked(replace(SD15, network=""), here, OFF) == "mine"
+    assert picked(SD15, replace(here, levels=(*levels[:3], 0.5, *levels[4:])), OFF) != "mine"
+    assert picked(SD15, replace(here, levels=()), OFF) != "mine"
+    assert decide(SD15, here, Wishes(), with_fits(mine=mine))[0].pick and picked(SD15, here, SHOWN) != "mine"
 
 
 # --- the report and the page ---

@@ -67,6 +67,9 @@ def kinds() -> list[Calibration]:
         provenance={"seed": 3},
     )  # fmt: skip
     reuse = lambda fresh, cut: KeySteps(12, "euler", levels, (Point(Reuse(fresh, cut, True), (0, 2), 1.4, 30.0),))
+    rows = ((), (), (0.1, -0.2, 0.3))
+    point = Point(Reuse(0, 1), (0, 1), 2.0, 40.0, (1,), rows, (0.0, 0.2, 0.0))
+    forecasts = KeySteps(1, "euler", levels, (point,))
     flow = tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768))
     numbers = ((-0.1, 0.2), (0.1, 0.1, 0.4))
     short = ShortRun(FittedRun((levels[0], levels[1], levels[-1]), numbers, (0.1, 0.2)), 44.0, 2)
@@ -75,6 +78,7 @@ def kinds() -> list[Calibration]:
         replace(made, kind="noise_shift", space="flow", families=("SD3",), sigmas=(), alignments=flow),
         replace(made, kind="encoder_propagation", key_steps=reuse(2, 3)),
         replace(made, kind="block_propagation", key_steps=reuse(1, 3)),
+        replace(made, kind="step_forecast", alignments=(), key_steps=forecasts),
         replace(made, kind="fitted_sampler", alignments=(), setting="0" * 16, runs=(short,)),
     ]
 
@@ -87,6 +91,8 @@ def use_profile(path: Path) -> None:
         again.unlink()
     if got.sigmas:
         check_sigmas(torch.tensor(got.sigmas, dtype=torch.float64))
+    for point in got.key_steps.points if got.kind == "step_forecast" else ():
+        assert len(point.weights) == len(point.errors) == got.steps and set(point.one_sided) <= set(point.keys)
     for one in got.runs:
         x = solve(lambda x, sigma: 0.5 * x, torch.ones(1, 1, 2, 2, dtype=torch.float64), one.run)
         assert x.isfinite().all() and one.run.history <= 4

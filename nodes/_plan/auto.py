@@ -6,14 +6,16 @@ help" means a table of docs/results.md on the demo model of that kind, or a publ
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ...models.calibration import (
     ASPECTS,
     BLOCKS,
     ENCODER,
+    FORECAST,
     NOISE_SHIFT,
     OF_THE_MODEL,
     SCHEDULE,
@@ -97,7 +99,8 @@ class Facts:
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be sampled. prompt_width: of the prompt connected for One More Step, None without one."""
+    """What is to be sampled. prompt_width: of the prompt connected for One More Step, None without one. levels: of the
+    stock schedule, () where they are not known."""
 
     steps: int
     solver: str
@@ -105,6 +108,7 @@ class Run:
     denoise: float = 1.0
     prompt_width: int | None = None
     stock: str = "stock"  # the schedule that runs where none is chosen
+    levels: tuple[float, ...] = ()
 
 
 def looks_distilled(facts: Facts, run: Run) -> bool:
@@ -160,7 +164,7 @@ def decide(facts: Facts, run: Run, wishes: Wishes, shelf: Shelf, start: float | 
         decide_shift(facts, run, wishes.noise_shift, shelf),
         decide_start(facts, run, wishes.one_more_step, shelf, start),
         decide_noise(facts, run, wishes.golden_noise, shelf),
-        decide_speed(facts, run, wishes.speed, shelf),
+        decide_speed(facts, replace(run, levels=()) if schedule.pick else run, wishes.speed, shelf),
     ]
 
 
@@ -233,7 +237,7 @@ def _closed_form(facts: Facts, run: Run, wish: str, near: str) -> Decision:
 def blocking(one: Calibration, facts: Facts, run: Run, wish: str) -> list[Misfit]:
     """The misfits that keep Auto from using a calibration: all but what LoRAs and a shift make uncertain, and other
     weights of the same network where the user wants it wherever it fits."""
-    planned = Planned(table_name(run.solver), run.steps, run.cfg, facts.size or (0, 0))
+    planned = Planned(table_name(run.solver), run.steps, run.cfg, facts.size or (0, 0), run.levels)
     allowed = {"patches", "shift", *(["weights"] if wish == ALWAYS else [])}
     return [misfit for misfit in misfits(one, facts.model, planned) if misfit.aspect not in allowed]
 
@@ -344,19 +348,20 @@ def _reads(config: NPNetConfig, space: str, facts: Facts) -> bool:
 
 
 def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
-    """Propagation: calibrated for this network, else as far as the demo model of its kind allows."""
+    """Propagation: calibrated for this network, else as far as the demo model of its kind allows. Forecasts are for the
+    stock schedule's own levels, and serve every network."""
     if wish == OFF:
         return Decision(SPEED, "", "Switched off.", f"set 'speed' to '{FAITHFUL}' or '{FAST}'")
-    if not facts.network:
-        return Decision(SPEED, "", "Neither a UNet nor a transformer that the pack knows.")
-    kind = ENCODER if facts.network == "unet" else BLOCKS
+    kinds = [*([FORECAST] if run.levels else []), {"unet": ENCODER, "transformer": BLOCKS}.get(facts.network, "")]
     nearest = sorted(shelf.profiles.items(), key=lambda item: len(misfits(item[1], facts.model)))
-    for name, one in nearest:
+    for kind, (name, one) in itertools.product(kinds, nearest):
         if one.kind == kind and one.key_steps is not None and not blocking(one, facts, run, wish):
             point = calibrated_point(one.key_steps)
             if wish == FAST:
                 point = max(one.key_steps.points, key=lambda point: point.speed)
             return Decision(SPEED, name, f"Calibrated on this network: {point.speed:.2f}x at {point.psnr:.1f} dB.")
+    if not facts.network:
+        return Decision(SPEED, "", "Neither a UNet nor a transformer that the pack knows.")
     enable = "Attune Fit Propagation measures this model, and keeps its profile"
     if facts.network == "transformer" and facts.blocks < FEWEST_BLOCKS:
         return Decision(SPEED, "", f"With {facts.blocks} blocks fewer steps are better.", enable)

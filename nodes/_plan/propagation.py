@@ -15,7 +15,7 @@ from ...kernels.propagation import (
     transfer_keys,
     uniform_keys,
 )
-from ...models.calibration import KeySteps, Point
+from ...models.calibration import SAME_LEVEL, KeySteps, Point
 
 UNIFORM, TARGET, CALIBRATED, PUBLISHED_KEYS = "uniform", "speed target", "calibrated profile", "published keys"
 MODES = [UNIFORM, TARGET, CALIBRATED, PUBLISHED_KEYS]
@@ -27,6 +27,8 @@ FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "fi
 UNET_PARTS = [TOP_LEVEL, TWO, ONE, ENCODER_REUSED]  # "automatic" takes the first
 TRANSFORMER_PARTS = [FIRST, ENDS, BEGINNING]
 PARTS = [AUTOMATIC, *UNET_PARTS, *TRANSFORMER_PARTS]
+NOTHING = "nothing asked"  # of a fit: the steps in between are forecast
+FITTED_PARTS = [AUTOMATIC, NOTHING, *UNET_PARTS, *TRANSFORMER_PARTS]
 PUBLISHED_SHARE = 18 / 28  # the blocks of DiT-XL/2 that the paper takes for its encoder
 NEEDS_PROFILE = (
     f"The mode '{CALIBRATED}' needs a profile: connect one from 'Attune Fit Propagation' or 'Attune Load Profile', or "
@@ -59,6 +61,21 @@ class ReuseSettings:
 def reuses_features(settings: ReuseSettings) -> bool:
     """Whether any step of a run can be other than whole."""
     return settings.mode != UNIFORM or settings.interval > 1
+
+
+def forecasts_answers(settings: ReuseSettings) -> bool:
+    """Whether the settings take steps from a profile whose other steps ask nothing."""
+    fit = settings.calibration
+    return settings.mode in (TARGET, CALIBRATED) and fit is not None and any(point.weights for point in fit.points)
+
+
+def place_in(fitted: Sequence[float], sigmas: Sequence[float]) -> int | None:
+    """From which step of `fitted` on a run over `sigmas` is a part of it; None where its levels are others."""
+    near = lambda a, b: abs(a - b) <= SAME_LEVEL * max(a, b)
+    for start in range(len(fitted) - len(sigmas) + 1):
+        if all(map(near, fitted[start:], sigmas)):
+            return start
+    return None
 
 
 @dataclass(frozen=True)
@@ -164,6 +181,13 @@ def uncalibrated_target(settings: ReuseSettings, steps: int, costs: Costs, named
         f"This model cannot run {settings.speed:g} times faster over {steps} steps with 'reuse' at '{settings.reuse}': "
         f"the limit is {limit:.2f}. Lower 'speed' or 'keep_last', or reuse more."
     )
+
+
+def kinds_of(point: Point) -> str:
+    """Which kinds of steps a setting has."""
+    if point.weights:
+        return f"{len(point.keys)} steps asked, {len(point.one_sided)} of them the positive alone"
+    return f"{len(point.keys)} key steps, computes blocks before {point.reuse.fresh} and from {point.reuse.cut}"
 
 
 def said_of(point: Point, fit: KeySteps) -> str:

@@ -982,7 +982,7 @@ def fitted(host, demo, encode):
     return host.call(
         "AttuneFitPropagation", model=demo[0], positive=encode("a cat on a black background"),
         negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=12, cfg=3.0,
-        sampler_name="euler", scheduler="normal", reuse="automatic", fastest=1.75, longest=3,
+        sampler_name="euler", scheduler="normal", reuse="one block fresh", fastest=1.75, longest=3,
     )  # fmt: skip
 
 
@@ -1070,7 +1070,7 @@ def test_a_fit_behind_the_node_measures_whole_runs(host, demo, encode, propagate
     behind = host.call(
         "AttuneFitPropagation", model=propagate(interval=4), positive=encode("a cat on a black background"),
         negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=12, cfg=3.0,
-        sampler_name="euler", scheduler="normal", reuse="automatic", fastest=1.75, longest=3,
+        sampler_name="euler", scheduler="normal", reuse="one block fresh", fastest=1.75, longest=3,
     )  # fmt: skip
     assert behind[0].key_steps == fitted[0].key_steps
     session, space = host.module("nodes._host.session"), host.module("kernels.space").NoiseSpace("ve")

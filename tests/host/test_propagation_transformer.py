@@ -169,7 +169,7 @@ def test_a_profile_of_a_transformer_is_measured_and_used(host, flow, draw, encod
     profile, plot, report = host.call(
         "AttuneFitPropagation", model=flow, positive=encode("a cat on a black background"), negative=encode(""),
         latent_image={"samples": torch.zeros(1, 16, 16, 16)}, seed=0, steps=10, cfg=3.0, sampler_name="euler",
-        scheduler="simple", reuse="automatic", fastest=1.75, longest=3,
+        scheduler="simple", reuse="first block fresh", fastest=1.75, longest=3,
     )  # fmt: skip
     assert profile.kind == "block_propagation" and profile.key_steps.blocks == 3 and "dB" in report
     assert plot.ndim == 4 and plot.shape[-1] == 3

@@ -27,7 +27,7 @@ from ....kernels.propagation import (
     make_plan,
     resemblance,
 )
-from ....models.calibration import Calibration, KeySteps, Point
+from ....models.calibration import FORECAST, Calibration, KeySteps, Point
 from ..._plan.propagation import (
     CALIBRATED,
     EVERY_SECOND,
@@ -35,6 +35,7 @@ from ..._plan.propagation import (
     Choice,
     ReuseSettings,
     chosen_point,
+    forecasts_answers,
     reuses_features,
     said_of,
 )
@@ -42,7 +43,8 @@ from ..calibrating import stands_aside
 from ..clock import Clock, conditioning_changes, noise_space, step_times, why_not
 from ..identity import network_of
 from ..solvers import adds_noise, facts_of, solver_name
-from .guidance import OneSided, why_not_one_sided
+from .forecast import Forecasts, forecasts_of
+from .guidance import OneSided, alternating, why_not_one_sided
 
 LOG = logging.getLogger(__name__)
 WHO = "Attune Propagation"
@@ -65,7 +67,7 @@ class Propagation:
     costs: Costs
 
     def __init__(self, guider: Any, settings: ReuseSettings, noise: Tensor, sampler: Any, sigmas: Tensor):
-        self.model, self.settings, self.noise = guider.model_patcher, settings, noise
+        self.model, self.settings, self.noise, self.sampler = guider.model_patcher, settings, noise, sampler
         sampling = self.model.get_model_object("model_sampling")
         self.space = noise_space(sampling)
         self.rows = noise.shape[0] * sum(len(side) for side in guider.conds.values())
@@ -143,9 +145,9 @@ class Propagation:
         if reason is not None:
             LOG.info("%s: every step asks both prompts, for %s.", WHO, reason)
             return None
-        inside = range(self.plan.steps)
-        within = [i for i in inside if active[1] <= self.plan.sigmas[i] <= active[0]]
-        return OneSided(self.plan, self.space, changes, self.settings.keep_last, within)
+        within = [i for i in range(self.plan.steps) if active[1] <= self.plan.sigmas[i] <= active[0]]
+        steps = alternating(self.plan, changes, self.settings.keep_last, within)
+        return OneSided(steps, self.plan.keys, changes, self.space)
 
     def within_limit(self, reuse: Reuse) -> tuple[Reuse, torch.dtype | None, torch.device | None, str]:
         """The reuse, dtype and device that keep the features under the user's limit: half precision, less, the CPU."""
@@ -221,6 +223,10 @@ class Propagation:
         self.seen.clear()
         if self.one_sided is not None:
             self.one_sided.begin(self.clock.step)
+
+    def answer(self, ask: Callable[[], Tensor], x: Tensor) -> Tensor:
+        """What the guided model says at x; `ask()` asks it."""
+        return ask()
 
     @property
     def step(self) -> int:
@@ -420,11 +426,13 @@ def run_of(model_options: dict) -> Any:
 
 
 def _predict_noise(executor, x, sigma, model_options, *args, **kwargs):
-    """PREDICT_NOISE: tells the run's object that an evaluation begins."""
+    """PREDICT_NOISE: tells the run's object that an evaluation begins, and asks it for the answer."""
     run = run_of(model_options)
-    if run is not None:
-        run.begin(sigma)
-    return executor(x, sigma, model_options, *args, **kwargs)
+    ask = lambda: executor(x, sigma, model_options, *args, **kwargs)
+    if run is None:
+        return ask()
+    run.begin(sigma)
+    return run.answer(ask, x)
 
 
 def _calc_cond_batch(executor, model, conds, x, sigma, model_options, *args, **kwargs):
@@ -463,12 +471,17 @@ def applied(
 
 
 class WholeSteps(Propagation):
-    """The run's object where no features are reused: for every network."""
+    """The run's object where no features are reused: for every network. What is not asked is forecast."""
 
     network = "any network"
-    profile_kind = ""
+    profile_kind = FORECAST
     inner: dict[str, Callable] = {}
     part = staticmethod(lambda name: name)
+    forecasts: Forecasts | None = None
+
+    @classmethod
+    def blocks_in(cls, model: Any) -> int:
+        return 1
 
     def inspect(self, noise: Tensor) -> None:
         self.costs = Costs((1.0,), 0.0, (1.0,))
@@ -478,6 +491,38 @@ class WholeSteps(Propagation):
 
     def bytes_of(self, reuse: Reuse, dtype: torch.dtype | None) -> int:
         return 0
+
+    def sides(self, guider: Any, changes: frozenset[int], active: tuple[float, float]) -> OneSided | None:
+        if not forecasts_answers(self.settings):
+            return super().sides(guider, changes, active)
+        found = forecasts_of(self.settings, self.sampler, self.plan.sigmas, changes)
+        if isinstance(found, str):
+            LOG.warning("%s: every step is asked, for %s.", WHO, found)
+            return None
+        self.forecasts = found
+        if not found.one_sided or why_not_one_sided(guider) is not None:
+            return None
+        return OneSided(found.one_sided, found.keys, changes, self.space)
+
+    def answer(self, ask: Callable[[], Tensor], x: Tensor) -> Tensor:
+        return ask() if self.forecasts is None else self.forecasts.answer(ask, x, self.clock)
+
+    def announce(self) -> None:
+        if self.forecasts is None:
+            super().announce()
+        else:
+            LOG.info("%s: %s.", WHO, self.forecasts.said())
+
+    def report(self) -> None:
+        if self.forecasts is None:
+            super().report()
+        else:
+            LOG.info("%s: %s.", WHO, self.forecasts.done())
+
+    def close(self) -> None:
+        super().close()
+        if self.forecasts is not None:
+            self.forecasts.close()
 
 
 def propagation_for(model: Any, settings: ReuseSettings | None = None) -> type[Propagation]:
@@ -500,15 +545,17 @@ def propagation_for(model: Any, settings: ReuseSettings | None = None) -> type[P
 
 def add_propagation(model: Any, settings: ReuseSettings) -> Any:
     """A clone of a MODEL that samples with propagation; ValueError for a part that its network has not."""
-    kind = propagation_for(model, settings)
+    kind = WholeSteps if forecasts_answers(settings) else propagation_for(model, settings)
     kind.part(settings.reuse)
     return applied(model, kind, settings)
 
 
 def key_steps_for(model: Any, profile: Calibration) -> KeySteps:
     """What a profile says of a MODEL's key steps; ValueError unless it is one for its kind of network and its size."""
-    kind = propagation_for(model)
     fit = profile.key_steps
+    if profile.kind == FORECAST and fit is not None:
+        return fit
+    kind = propagation_for(model)
     if profile.kind != kind.profile_kind or fit is None:
         raise ValueError(
             f"The profile '{profile.name}' holds no key steps for {kind.network}: it is a "

@@ -22,8 +22,9 @@ from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, network_of, pixels
 from ..sampling import run_stock_node, sample
-from ..solvers import adds_noise, known
-from . import KEY, Propagation, applied, outer_sample, propagation_for, run_of
+from ..solvers import adds_noise, known, on_grid
+from . import KEY, Propagation, WholeSteps, applied, outer_sample, propagation_for, run_of
+from .forecast_fit import beats, fit_forecasts
 from .transformer import blocks_of
 from .unet import blocks_a_side, top_blocks, unet_of
 
@@ -146,7 +147,7 @@ def fit(
         trial = Point(reuse, tuple(sorted(keys)), speed, EQUAL)
         settings = plan.ReuseSettings(plan.CALIBRATED, calibration=replace(found, points=(trial,)))
         points.append(replace(trial, psnr=fidelity(run(applied(model, kind, settings)), reference)))
-    kept = sorted((p for p in points if not any(_beats(q, p) for q in points)), key=lambda p: p.speed)
+    kept = sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: p.speed)
     return replace(found, points=tuple(kept)), changes
 
 
@@ -161,15 +162,25 @@ def fit_profile(
     reason = why_not(sampler, sigmas)
     if reason is not None:
         raise ValueError(f"There is nothing to calibrate: {reason}. Change 'sampler_name' or 'steps'.")
-    kind = propagation_for(model)
-    reuses = _reuses(model, kind, reuse, adds_noise(sampler))
+    if reuse == plan.NOTHING and not on_grid(sampler):
+        raise ValueError(
+            f"The sampler '{sampler_name}' does not ask the model once a step, at the step's own level, so nothing can "
+            "be forecast for it: set 'reuse' to 'automatic', or 'sampler_name' to one such as 'euler' or 'dpmpp_2m'."
+        )
+    asks_nothing = reuse == plan.NOTHING or (reuse == plan.AUTOMATIC and on_grid(sampler))
+    kind = WholeSteps if asks_nothing else propagation_for(model)
 
-    def run(patched: Any) -> Tensor:
-        drawn = sample(patched, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"]
+    def run(patched: Any, noise: int = seed) -> Tensor:
+        noise %= 2**64
+        drawn = sample(patched, noise, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"]
         return (comfy.utils.pack_latents(drawn.unbind())[0] if is_nested(drawn) else drawn).float()
 
     bar = comfy.utils.ProgressBar(1000)
-    work = fit(calibrating(model, KEY), run, sampler_name, sigmas, kind, reuses, fastest, longest)
+    if kind is WholeSteps:
+        work = fit_forecasts(calibrating(model, KEY), run, sampler_name, sigmas, fastest, seed)
+    else:
+        part = _reuses(model, kind, reuse, adds_noise(sampler))
+        work = fit(calibrating(model, KEY), run, sampler_name, sigmas, kind, part, fastest, longest)
     while True:
         try:
             said, done = next(work)
@@ -179,9 +190,10 @@ def fit_profile(
             calibration, changes = finished.value
             break
     evidence = {name: [getattr(point, name) for point in calibration.points] for name in ("psnr", "speed")}
+    what, how = ("forecasts", "recorded run") if kind is WholeSteps else ("propagation", "measured errors")
     profile = fitted(
-        identify(model, weights=True), kind.profile_kind, f"propagation, {sampler_name} {len(sigmas) - 1} steps",
-        "measured errors, dynamic programming", pixels(model, latent_image) or (1, 1), evidence, solver=sampler_name,
+        identify(model, weights=True), kind.profile_kind, f"{what}, {sampler_name} {len(sigmas) - 1} steps",
+        f"{how}, dynamic programming", pixels(model, latent_image) or (1, 1), evidence, solver=sampler_name,
         cfg=cfg, sigmas=calibration.sigmas, key_steps=calibration, seed=seed, scheduler=scheduler, longest=longest,
         pictures=latent_image["samples"].shape[0],
     )  # fmt: skip
@@ -207,7 +219,3 @@ def _reuses(model: Any, kind: type[Propagation], name: str, fresh_noise: bool) -
     n = len(blocks_of(network_of(model)))
     names = [plan.FIRST, plan.ENDS] if name == plan.AUTOMATIC and n > 2 else [part]
     return [plan.block_reuse_by_name(one, True, n) for one in names]
-
-
-def _beats(a: Point, b: Point) -> bool:
-    return a.speed >= b.speed and a.psnr >= b.psnr and (a.speed, a.psnr) != (b.speed, b.psnr)

@@ -28,15 +28,19 @@ def why_not_one_sided(guider: Any) -> str | None:
     return None
 
 
-class OneSided:
-    """Of one run. steps: those that ask the positive alone. counts: calls that did, and that could not."""
+def alternating(plan: ReusePlan, changes: Container[int], last: int, active: Container[int]) -> frozenset[int]:
+    """The steps of a run that ask the positive alone without a fit. changes: where the conditioning does."""
+    inactive = (i for i in range(plan.steps) if i not in active)
+    barred = {*plan.captured, *(i for i in range(plan.steps) if i in changes), *inactive}
+    return one_sided_steps(plan.steps, barred, plan.keys, max(last, LAST_WHOLE) if plan.sigmas[-1] == 0 else 0)
 
-    def __init__(self, plan: ReusePlan, space: NoiseSpace, changes: Container[int], last: int, active: Container[int]):
-        ends = plan.sigmas[-1] == 0
-        inactive = (i for i in range(plan.steps) if i not in active)
-        barred = {*plan.captured, *(i for i in range(plan.steps) if i in changes), *inactive}
-        self.steps = one_sided_steps(plan.steps, barred, plan.keys, max(last, LAST_WHOLE) if ends else 0)
-        self.two_sided = sorted(plan.keys - self.steps)  # whose differences are kept
+
+class OneSided:
+    """Of one run. steps: those that ask the positive alone; asked: those that are asked at all, and whose differences
+    are kept where they ask both. saved, missing: calls that asked the positive alone, and that could not."""
+
+    def __init__(self, steps: frozenset[int], asked: frozenset[int], changes: Container[int], space: NoiseSpace):
+        self.steps, self.two_sided = steps, sorted(asked - steps)
         self.saved = self.missing = 0
         self._changes = changes
         self._past = Differences(space)
@@ -66,7 +70,7 @@ class OneSided:
         step, sigma = clock.step, clock.sigma
         sides = tuple(_active(side, sigma) for side in conds)
         if step in self.steps:
-            since = max(i for i in self.two_sided if i < step)
+            since = max((i for i in self.two_sided if i < step), default=step)
             e = self._past.predict(window, since, sigma, sides, x)
             if e is not None:
                 self.saved += 1

@@ -1,0 +1,207 @@
+"""Fit forecasts on a model: one recorded run tells which steps to ask, a short one what the others say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from typing import Any
+
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ....kernels.fitted_sampler import EQUAL, fidelity
+from ....kernels.forecast import (
+    MOST_ANSWERS,
+    Asked,
+    Kinds,
+    aim,
+    fit_weights,
+    forecast,
+    forecast_errors,
+    mean_products,
+    missed,
+    one_sided_errors,
+    optimal_kinds,
+)
+from ....kernels.propagation import Reuse, step_weights
+from ....models.calibration import KeySteps, Point
+from ..._plan.propagation import CALIBRATED, ReuseSettings
+from . import OneSided, WholeSteps, applied, outer_sample
+from .guidance import why_not_one_sided
+
+TRIED_SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0)
+FURTHEST_ASKED = 12  # steps from one asked step to the next, at most, or a quarter of a long run
+NO_FEATURES = Reuse(0, 1)  # of features: the steps in between compute none
+
+
+class _Overheard(OneSided):
+    """Asks both sides on every step and keeps their difference, in units of the noise, in main memory."""
+
+    def __init__(self) -> None:
+        self.e: dict[int, Tensor] = {}
+
+    def begin(self, step):
+        pass
+
+    close = lambda self: None
+
+    def answers(self, ask, conds, x, options, clock):
+        answers = ask(conds)
+        if len(conds) == 2 and all(conds) and clock.on_grid and clock.step not in self.e:
+            self.e[clock.step] = ((answers[0] - answers[1]) / clock.sigma).float().cpu()
+        return answers
+
+
+def listening() -> tuple[type[WholeSteps], list[Any]]:
+    """A run's class that asks every step and keeps what passes by, and the list that its runs are added to."""
+    runs: list[Any] = []
+
+    class Recorded(WholeSteps):
+        def __init__(self, *args):
+            self.heard: dict[int, Asked] = {}
+            self.overheard: _Overheard | None = None
+            super().__init__(*args)
+            runs.append(self)
+
+        def sides(self, guider, changes, active):
+            windowed = guider.model_options.get("context_handler") is not None  # each window has its own difference
+            self.cfg = getattr(guider, "cfg", 1.0)
+            if why_not_one_sided(guider) is None and not windowed:
+                self.overheard = _Overheard()
+            self.changes = changes
+            return self.overheard
+
+        def answer(self, ask, x):
+            answer = ask()
+            if self.clock.on_grid:
+                self.heard[self.step] = Asked(x.detach().float().cpu(), answer.detach().float().cpu())
+            return answer
+
+        def announce(self):
+            pass
+
+        report = announce
+
+    return Recorded, runs
+
+
+def fitting(kinds: Kinds, recorded: dict[int, Asked]) -> tuple[type[WholeSteps], list[Any]]:
+    """A run's class that asks the steps of `kinds` and fits the forecasts of the others as it goes; its runs.
+
+    weights, errors: as a `Point` holds them.
+    """
+    runs: list[Any] = []
+
+    class Fitting(WholeSteps):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.past: list[Asked] = []
+            self.weights: list[tuple[float, ...]] = [()] * self.plan.steps
+            self.errors = [0.0] * self.plan.steps
+            runs.append(self)
+
+        def sides(self, guider, changes, active):
+            if why_not_one_sided(guider) is not None:
+                return None
+            return OneSided(frozenset(kinds.one_sided), frozenset(kinds.keys), changes, self.space)
+
+        def answer(self, ask, x):
+            step, asked = self.step, self.step in kinds.keys
+            goal = ask() if asked else self.goal(step, x)
+            if self.past:
+                self.weights[step] = fit_weights(goal, x, self.past)
+                said = forecast(self.weights[step], x, self.past)
+                if not asked:
+                    return said
+                self.errors[step] = float(missed(said, goal, self.past[-1].answer).nan_to_num(1.0, 1.0))
+            self.past = [*self.past, Asked(x.clone(), goal.clone())][-MOST_ANSWERS:]
+            return goal
+
+        def goal(self, step, x):
+            there = recorded[step]
+            like = Asked(there.x.to(x), there.answer.to(x))
+            return aim(x, like, self.plan.sigmas[step], self.plan.sigmas[step + 1])
+
+        def close(self):
+            super().close()
+            self.past.clear()
+
+        def announce(self):
+            pass
+
+        report = announce
+
+    return Fitting, runs
+
+
+def plans_of(run: Any, fastest: float) -> tuple[list[Kinds], list[float]]:
+    """From a recorded run the best steps to ask for each speed, without and with one-sided ones, and how much its
+    answer changes from step to step."""
+    steps = run.plan.steps
+    heard = [run.heard[i] for i in range(steps)]
+    products = mean_products([*(one.x for one in heard), *(one.answer for one in heard)])
+    reach = max(min(FURTHEST_ASKED, steps - 2), steps // 4)
+    errors = forecast_errors(products, reach, reach - 1)
+    sided = None
+    if run.overheard is not None and len(run.overheard.e) == steps:
+        differences = mean_products([run.overheard.e[i] for i in range(steps)])
+        sided = one_sided_errors(differences, run.plan.sigmas, run.cfg, run.space, errors)
+    weights = step_weights(run.plan.sigmas, run.space)
+    found: list[Kinds] = []
+    for halved in (None, sided)[: 1 + (sided is not None)]:  # the sums rank plans of one family better than of both
+        best = optimal_kinds(errors, halved, weights, run.changes).values()
+        for speed in (one for one in TRIED_SPEEDS if one <= fastest):
+            fast = [kinds for kinds in best if steps / kinds.cost() >= speed]
+            found += [min(fast, key=lambda kinds: kinds.error)] if fast else []
+    answers = products[steps:, steps:]
+    moved = [answers[i, i] + answers[i - 1, i - 1] - 2 * answers[i, i - 1] for i in range(1, steps)]
+    return [*dict.fromkeys(found)], [
+        float((m.clamp(min=0) / answers[i, i]).sqrt()) for i, m in enumerate(moved, start=1)
+    ]
+
+
+def fit_forecasts(
+    model: Any, run: Callable[[Any, int], Tensor], solver: str, levels: Tensor, fastest: float, seed: int
+) -> Generator[tuple[str, float], None, tuple[KeySteps, dict[str, list[float]]]]:  # fmt: skip
+    """Record, plan, fit each plan's forecasts, try them on another noise; yields what it does and how far.
+
+    run: a MODEL and a seed to the latents that it samples over `levels`. Returns the calibration (settings that no
+    other beats in speed and fidelity) and how much the answer changes. ValueError where a run passes levels by.
+    """
+    sigmas, steps = levels.tolist(), len(levels) - 1
+    yield "recording a whole run", 0.0
+    kind, runs = listening()
+    run(_with(model, kind), seed)
+    (recorded,) = runs
+    if len(recorded.heard) != steps:
+        raise ValueError(
+            f"The sampler '{solver}' does not ask the model once at every level: set 'reuse' to another part, or "
+            "choose 'euler' or 'dpmpp_2m' in 'sampler_name'."
+        )
+    plans, changed = plans_of(recorded, fastest)
+    if not plans:
+        raise ValueError(f"No setting of so few steps is {TRIED_SPEEDS[0]:g} times faster: raise 'steps' or 'fastest'.")
+    yield "drawing another noise whole, to try them on", 0.1
+    whole = run(model, seed + 1)
+    found, points = KeySteps(1, solver, tuple(sigmas), ()), []
+    for number, kinds in enumerate(plans):
+        yield f"fitting {number + 1} of {len(plans)} settings", 0.2 + 0.8 * number / len(plans)
+        kind, runs = fitting(kinds, recorded.heard)
+        run(_with(model, kind), seed)
+        fitted = runs[0]
+        trial = Point(
+            NO_FEATURES, kinds.keys, steps / kinds.cost(), EQUAL, kinds.one_sided, tuple(fitted.weights),
+            tuple(round(error, 4) for error in fitted.errors),
+        )  # fmt: skip
+        settings = ReuseSettings(CALIBRATED, calibration=replace(found, points=(trial,)))
+        points.append(replace(trial, psnr=fidelity(run(applied(model, WholeSteps, settings), seed + 1), whole)))
+    kept = sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: p.speed)
+    return replace(found, points=tuple(kept)), {"answer": changed}
+
+
+def beats(a: Point, b: Point) -> bool:
+    return a.speed >= b.speed and a.psnr >= b.psnr and (a.speed, a.psnr) != (b.speed, b.psnr)
+
+
+def _with(model: Any, kind: type[WholeSteps]) -> Any:
+    return applied(model, kind, ReuseSettings(), {WrappersMP.OUTER_SAMPLE: outer_sample(kind)})

@@ -1,0 +1,176 @@
+"""Forecasts inside the host: what is fitted is what runs, and where a profile does not fit nothing changes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from graphs import Kit
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def kit(host) -> Kit:
+    return Kit(host, "flow")
+
+
+def draw(kit, model, **changed):
+    given = {"steps": STEPS, "seed": 5, "latent_image": {"samples": torch.zeros(1, kit.channels, 8, 8)}, **changed}
+    return kit.ksampler(model, **given)
+
+
+@pytest.fixture(scope="module")
+def fitted(kit, host):
+    return host.call(
+        "AttuneFitPropagation", model=kit.model, positive=kit.positive, negative=kit.negative, seed=4, steps=STEPS,
+        latent_image={"samples": torch.zeros(1, kit.channels, 8, 8)}, cfg=3.0, sampler_name="euler",
+        scheduler="normal", reuse="automatic", fastest=2.0, longest=4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def propagate(host, fitted):
+    def apply(model, profile=fitted[0], **changed):
+        given = {"mode": "calibrated profile", "interval": 3, "speed": 1.5, "reuse": "automatic", **changed}
+        return host.call("AttunePropagation", model=model, profile=profile, **given)[0]
+
+    return apply
+
+
+def asked_steps(model) -> tuple:
+    """A clone, and the sides that each call of the network asks."""
+    from comfy.patcher_extension import WrappersMP
+
+    calls: list[list[int]] = []
+
+    def watch(executor, x, t, *args, **kwargs):
+        calls.append([*(kwargs.get("transformer_options") or args[3])["cond_or_uncond"]])
+        return executor(x, t, *args, **kwargs)
+
+    model = model.clone()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "test.watch", watch)
+    return model, calls
+
+
+def fidelity(ours, whole):
+    from pack.kernels.fitted_sampler import fidelity
+
+    return fidelity(ours.float(), whole.float())
+
+
+def test_each_setting_asks_what_it_says_and_gives_what_was_measured(kit, fitted, propagate):
+    profile, _, report = fitted
+    points = profile.key_steps.points
+    assert profile.kind == "step_forecast" and [p.speed for p in points] == sorted(p.speed for p in points)
+    assert points[-1].speed >= 2 and "steps asked" in report
+    whole = draw(kit, kit.model)
+    for point in (points[0], points[-1]):
+        model, calls = asked_steps(propagate(kit.model, mode="speed target", speed=point.speed))
+        ours = draw(kit, model)
+        assert fidelity(ours, whole) == pytest.approx(point.psnr, abs=0.05)
+        both, alone = sum(0 in c and 1 in c for c in calls), sum(c == [0] for c in calls)
+        doubted = len(calls) - len(point.keys)
+        assert alone == len(point.one_sided) and both == len(point.keys) - alone + doubted and 0 <= doubted <= 3
+        assert point.speed == pytest.approx(STEPS / (len(point.keys) - alone / 2))
+
+
+def test_they_are_better_than_as_many_plain_steps_on_other_prompts(kit, fitted, propagate):
+    point = fitted[0].key_steps.points[-1]
+    other = {"positive": kit.encode("a red apple on a light blue background"), "seed": 11}
+    whole = draw(kit, kit.model, **other)
+    ours = draw(kit, propagate(kit.model, mode="speed target", speed=point.speed), **other)
+    fewer = draw(kit, kit.model, **other, steps=len(point.keys))
+    assert fidelity(ours, whole) > fidelity(fewer, whole) + 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"steps": 11}, "fitted to 12 steps of its own schedule, and the run has 11 of another"),
+        ({"scheduler": "simple"}, "of its own schedule"),
+        ({"sampler": "dpmpp_2m"}, "fitted to euler, and the run has dpmpp_2m"),
+        ({"sampler": "heun"}, "fitted to euler, and the run has heun"),
+    ],
+)
+def test_another_run_is_asked_whole_and_it_is_said(kit, propagate, caplog, changed, said):
+    stock = draw(kit, kit.model, **changed)
+    with caplog.at_level("INFO"):
+        assert torch.equal(draw(kit, propagate(kit.model), **changed), stock)
+    assert said in caplog.text
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 9), (3, 12)])
+def test_a_part_of_the_run_is_a_part_of_the_plan(kit, host, fitted, propagate, start, end):
+    """What a forecast is made of and this part never asked is asked in its place."""
+    point = fitted[0].key_steps.points[-1]
+    inside = [key for key in point.keys if start <= key < end]
+    model, calls = asked_steps(propagate(kit.model, mode="speed target", speed=point.speed))
+    host.call(
+        "KSamplerAdvanced", model=model, add_noise="enable", noise_seed=5, steps=STEPS, cfg=3.0, sampler_name="euler",
+        scheduler="normal", positive=kit.positive, negative=kit.negative, start_at_step=start, end_at_step=end,
+        latent_image=kit.picture(), return_with_leftover_noise="enable",
+    )  # fmt: skip
+    assert len(inside) <= len(calls) < end - start + (start > 0)
+
+
+def test_a_poor_forecast_makes_the_next_step_a_whole_one(host, fitted):
+    """The run's own key steps tell; the error that the fit expected is made tiny here, and the answers leap."""
+    from types import SimpleNamespace
+
+    forecasts = host.module("nodes._host.propagation.forecast")
+    fit, point = fitted[0].key_steps, fitted[0].key_steps.points[-1]
+    generator = torch.Generator().manual_seed(1)
+    answers = [torch.randn(1, 4, 8, 8, generator=generator) for _ in range(STEPS)]
+    run = forecasts.Forecasts(fit, replace(point, errors=(0.0,) * STEPS), 0, STEPS, ())
+    asked: list[int] = []
+    for step in range(STEPS):
+        ask = lambda step=step: (asked.append(step), answers[step])[1]
+        run.answer(ask, answers[step], SimpleNamespace(step=step))
+    expected = {key + 1 for key in point.keys[1:] if key + 1 < STEPS and key + 1 not in point.keys}
+    assert set(asked) == {*point.keys, *expected} and run.doubted == len(expected) > 0
+    assert run.saved == STEPS - len(asked) and run.missing == 0
+
+
+def test_without_guidance_nothing_is_one_sided(kit, propagate, fitted):
+    model, calls = asked_steps(propagate(kit.model))
+    assert draw(kit, model, cfg=1.0).isfinite().all() and all(call == [0] for call in calls)
+    assert len(calls) < STEPS
+
+
+def test_the_profile_survives_its_file_and_serves_other_networks_nodes(kit, host, fitted, propagate, tmp_path):
+    load_profile = host.module("models.store").load_profile
+
+    profile = fitted[0]
+    saved = load_profile(host.module("models.store").save_profile(profile, tmp_path))
+    for one, other in zip(saved.key_steps.points, profile.key_steps.points, strict=True):
+        assert vars(one) == vars(other)
+    assert saved.key_steps == profile.key_steps and saved.id == profile.id
+    applied, _, sigmas, report = host.call("AttuneApplyProfile", model=kit.model, profile=saved)
+    assert "calibrated with euler over 12 steps" in report and tuple(sigmas.tolist()) == profile.sigmas
+    assert torch.equal(draw(kit, applied), draw(kit, propagate(kit.model)))
+    stale = replace(profile, key_steps=replace(profile.key_steps, solver="dpmpp_2m"))
+    assert torch.equal(draw(kit, propagate(kit.model, profile=stale)), draw(kit, kit.model))
+
+
+def test_auto_takes_it_for_the_stock_schedule_alone(kit, host, fitted):
+    host.module("nodes._host.folders").keep_fit(fitted[0])
+    given = {
+        "model": kit.model, "latent": {"samples": torch.zeros(1, kit.channels, 8, 8)}, "steps": STEPS,
+        "sampler_name": "euler", "cfg": 3.0, "denoise": 1.0, "one_more_step": "off", "noise_shift": "off",
+        "golden_noise": "off", "schedule": "off", "speed": "faithful",
+    }  # fmt: skip
+    here, there = (host.call("AttuneAuto", **given, scheduler=name)[-1] for name in ("normal", "simple"))
+    assert f"propagation: {fitted[0].name}" in here and fitted[0].name not in there
+
+
+def test_a_solver_that_asks_twice_a_step_is_fitted_with_features_or_refused(kit, host):
+    given = {
+        "model": kit.model, "positive": kit.positive, "negative": kit.negative, "seed": 4, "steps": 8,
+        "latent_image": {"samples": torch.zeros(1, kit.channels, 8, 8)}, "cfg": 3.0, "sampler_name": "heun",
+        "scheduler": "normal", "fastest": 1.25, "longest": 2,
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="'heun' does not ask the model once a step"):
+        host.call("AttuneFitPropagation", **given, reuse="nothing asked")
