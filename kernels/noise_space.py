@@ -57,12 +57,12 @@ def ancestral_step(sigma: float, sigma_next: float, eta: float, space: NoiseSpac
     down = sigma_next * (1 + (ratio - 1) * eta)
     scale = (1 - sigma_next) / (1 - down)
     up = math.sqrt(max(sigma_next**2 - (down * scale) ** 2, 0.0))
-    return AncestralStep(scale * down / sigma, scale * (1 - down / sigma), up or 1.0)
+    return AncestralStep(scale * down / sigma, scale * (1 - down / sigma), space.scale * up or 1.0)
 
 
 def at_level(picture: Latent, noise: Latent, sigma: Sigma, space: NoiseSpace) -> Latent:
-    """The picture with unit noise at a level: alpha(sigma) * picture + sigma * noise."""
-    return space.alpha(sigma) * picture + sigma * noise
+    """The picture with unit noise at a level, of the model's scale: alpha(sigma) * picture + sigma * scale * noise."""
+    return space.alpha(sigma) * picture + sigma * space.scale * noise
 
 
 @dataclass(frozen=True)
@@ -305,10 +305,10 @@ def morph_state(
 ) -> Latent:  # fmt: skip
     """A state between two at a level by NoiseDiffusion's rule (Zheng et al. 2024, arXiv 2403.08840, equation 7).
 
-    In units of the state's expected size n (VE sqrt(1 + sigma^2), flow sqrt((1 - sigma)^2 + sigma^2)), both states are
-    clipped at `clip`, which removes what no noise would hold, and mixed like noise; the missing signal of the pictures
-    comes back by `boost`, and `amount` of the noise is fresh. The ends are the states themselves, which the authors'
-    arithmetic neither reaches (it divides by zero) nor keeps (the boost).
+    In units of the state's expected size n (VE sqrt(1 + sigma^2), flow sqrt((1 - sigma)^2 + (scale sigma)^2)), both
+    states are clipped at `clip`, which removes what no noise would hold, and mixed like noise; the missing signal of the
+    pictures comes back by `boost`, and `amount` of the noise is fresh. The ends are the states themselves, which the
+    authors' arithmetic neither reaches (it divides by zero) nor keeps (the boost).
     """
     if factor <= 0 or factor >= 1:
         return states[0] if factor <= 0 else states[1]
@@ -317,11 +317,11 @@ def morph_state(
     a, b = left * math.cos(angle), left * math.sin(angle)
     mu, nu = boost * a / (a + b), boost * b / (a + b)
     alpha = space.alpha(sigma)
-    size = (alpha**2 + sigma**2).sqrt()
+    size = (alpha**2 + (space.scale * sigma) ** 2).sqrt()
     y = a * (states[0] / size).clamp(-clip, clip) + b * (states[1] / size).clamp(-clip, clip)
     y = y + alpha / size * ((mu - a) * pictures[0] + (nu - b) * pictures[1])
     if fresh is not None:
-        y = y + amount * sigma / size * fresh
+        y = y + amount * space.scale * sigma / size * fresh
     return y.clamp(-clip, clip) * size
 
 

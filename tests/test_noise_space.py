@@ -70,6 +70,19 @@ def a_mixture(space: NoiseSpace):
     return oracles.mixture_1d(space).denoise
 
 
+def test_noise_of_another_scale_makes_the_same_maps_of_states_that_are_as_much_farther():
+    """HiDream-O1 is trained on noise of scale 8. A known picture: what is left beside it is noise alone."""
+    loud, picture = NoiseSpace("flow", 8.0), torch.full((1, 2, 4, 4), 0.3, dtype=torch.float64)
+    plain, other = (inverted(at(0.3), picture, space) for space in (FLOW, loud))
+    torch.testing.assert_close(other.maps, plain.maps)
+    left = [maps.states - (1 - SIGMAS["flow"][:-1])[:, None, None, None, None] * picture for maps in (plain, other)]
+    torch.testing.assert_close(left[1], 8 * left[0])
+    ends = [morph_state((one.states[2], one.states[2]), (picture, picture), 0.5, one.sigmas[2], one.space, clip=math.inf)
+            for one in (plain, other)]  # fmt: skip
+    sizes = [((1 - 0.8) ** 2 + (0.8 * space.scale) ** 2) ** 0.5 for space in (FLOW, loud)]
+    assert float(ends[1].std()) / sizes[1] == pytest.approx(float(ends[0].std()) / sizes[0], rel=0.05)
+
+
 # --- the step ---
 
 

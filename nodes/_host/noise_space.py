@@ -16,6 +16,7 @@ from torch import Tensor
 from ...kernels.noise_space import FreshNoise, NoiseMaps, focus_mask, invert, repeated, sample_replay, varied
 from ...kernels.schedules import check_sigmas
 from ...models.noise_maps import InvertedPicture
+from .._plan.latents import refuse_nested
 from .api import io
 from .calibrating import inside_run
 from .clock import noise_space
@@ -72,8 +73,7 @@ def _watched(steps, shown: Callable, total: int):
 def _picture(model, latent: dict) -> Tensor:
     """The samples of a LATENT to invert, float32 on the CPU."""
     samples, mask = latent["samples"], latent.get("noise_mask")
-    if getattr(samples, "is_nested", False):
-        raise ValueError("The latent holds a video with its sound: Attune Invert works on one picture or video only.")
+    refuse_nested(samples, "latent", "a latent of pictures or of one video")
     if mask is not None and not bool((mask == 1).all()):
         raise ValueError(
             "The latent has a noise mask, but Attune Invert inverts whole pictures. Connect the latent from before Set "
