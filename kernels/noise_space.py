@@ -306,7 +306,7 @@ def morph_state(
     """A state between two at a level by NoiseDiffusion's rule (Zheng et al. 2024, arXiv 2403.08840, equation 7).
 
     In units of the state's expected size n (VE sqrt(1 + sigma^2), flow sqrt((1 - sigma)^2 + (scale sigma)^2)), both
-    states are clipped at `clip`, which removes what no noise would hold, and mixed like noise; the missing signal of the
+    states are clipped at `clip`, which removes what no noise holds, and mixed like noise; the missing signal of the
     pictures comes back by `boost`, and `amount` of the noise is fresh. The ends are the states themselves, which the
     authors' arithmetic neither reaches (it divides by zero) nor keeps (the boost).
     """
