@@ -37,6 +37,7 @@ T = TypeVar("T")
 
 HISTORY = 2  # earlier answers in a step
 RIDGE = 0.1  # on columns of norm 1
+FOLDS = 4  # parts of the pictures that say in turn whether a polish by the others helps them
 NUDGE = 0.01  # of a number, to see how the end moves with it
 WIDEST_SEARCH, FINEST_SEARCH = 0.5, 0.02  # of the gap to the neighbouring level
 PAPER_GAIN = 1e-3  # relative gain at which the search on paper takes a move
@@ -437,9 +438,9 @@ def polish(denoise: Denoiser, run: FittedRun, path: Trajectory) -> Generator[Non
     differences. Yields now and then; at most `polish_cost` evaluations.
 
     `fit_steps` brings each state near, and a state may be as far as it likes where the end comes nearer by it. How the
-    end moves with a number is found by another run from that step on. The move is made on all pictures if what every
-    second one moves brings the others nearer, in the mean of both halves: under strong guidance it often does not, for
-    paths that bend much are far from linear. One picture alone is left as it is.
+    end moves with a number is found by another run from that step on. The move is made on all pictures if what three of
+    four ask for brings the fourth nearer, in the mean over all: under strong guidance it often does not, for paths that
+    bend much are far from linear. One picture alone is left as it is.
     """
     if path.states.shape[1] < 2:
         return run
@@ -466,9 +467,10 @@ def polish(denoise: Denoiser, run: FittedRun, path: Trajectory) -> Generator[Non
         probes = [probe(x, known[0]) for x, known in zip(states, [*answers, answers[-1]], strict=True)]
         return _with_shares(other, probes), after
 
-    unseen = before.clone()
-    for seen, rest in ((every[::2], every[1::2]), (every[1::2], every[::2])):
-        _, after = yield from moved(seen)
+    unseen, folds = before.clone(), min(len(every), FOLDS)
+    for fold in range(folds):
+        rest = every % folds == fold
+        _, after = yield from moved(every[~rest])
         unseen[rest] = after[rest]
     if not unseen.mean() < before.mean():
         return run
@@ -490,7 +492,7 @@ def _made(
 
 def polish_cost(steps: int, history: int = HISTORY) -> int:
     """Evaluations of `polish` at most, for each of two or more pictures."""
-    return 10 * steps + sum((2 + min(i, history)) * (steps - 1 - i) for i in range(steps))
+    return (4 + 3 * FOLDS) * steps + sum((2 + min(i, history)) * (steps - 1 - i) for i in range(steps))
 
 
 def _errors(ends: Sequence[Latent], paths: Sequence[Trajectory]) -> Tensor:
