@@ -2,7 +2,7 @@
 """Try, serve, test, measure and retrain ComfyUI-Attune. Standard library only; Python 3.10 or newer.
 
   python dev.py demo          set everything up, run the shipped workflows in a real ComfyUI, save the pictures
-  python dev.py serve         the same ComfyUI in your browser, with the pack loaded
+  python dev.py serve [PORT]  the same ComfyUI in your browser, with the pack loaded; --frontend VERSION: on that page
   python dev.py check         lint, types and the tests that need no ComfyUI, in a minute
   python dev.py test [...]    set up and test; further words go to pytest; --all asks also what each night asks
   python dev.py bench NAME    run benchmarks/NAME.py
@@ -21,6 +21,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -280,10 +281,25 @@ def server_command(host: Host, port: int, run: Path, *flags: str) -> list[str]:
         command += ["--extra-model-paths-config", str(link_pack())]
     if host.own:
         command += ["--disable-api-nodes", "--database-url", "sqlite:///:memory:"]
+    if version := os.environ.get("ATTUNE_FRONTEND"):
+        command += ["--front-end-root", str(frontend(host, version))]
     for kind in ("output", "temp", "input", "user"):
         (run / kind).mkdir(parents=True, exist_ok=True)
         command += [f"--{kind}-directory", str(run / kind)]
     return command if host.has_gpu() else [*command, "--cpu"]
+
+
+def frontend(host: Host, version: str) -> Path:
+    """The page of another version of comfyui-frontend-package, downloaded once; ComfyUI keeps its own."""
+    if not re.fullmatch(r"\d+(\.\d+)*", version):
+        stop(f"There is no version {version!r} of ComfyUI's frontend: name one such as 1.58.1.")
+    place, fresh = HOST / "frontends" / version, HOST / "frontends" / f"{version}.new"
+    if not place.is_dir():
+        shutil.rmtree(fresh, ignore_errors=True)
+        package = f"comfyui-frontend-package=={version}"
+        install(host.python, ["--no-deps", "--target", str(fresh), package], f"the frontend {version}")
+        fresh.rename(place)
+    return place / "comfyui_frontend_package" / "static"
 
 
 def free_port() -> int:
@@ -379,7 +395,12 @@ def demo(host: Host, _: list[str]) -> int:
 
 def serve(host: Host, words: list[str]) -> int:
     set_up(host)
-    command = server_command(host, 8188 if not words else int(words[0]), HOST / "serve")
+    parser = argparse.ArgumentParser(prog="dev.py serve")
+    parser.add_argument("port", nargs="?", type=int, default=8188)
+    parser.add_argument("--frontend", metavar="VERSION", default=os.environ.get("ATTUNE_FRONTEND", ""))
+    asked = parser.parse_args(words)
+    os.environ["ATTUNE_FRONTEND"] = asked.frontend
+    command = server_command(host, asked.port, HOST / "serve")
     say(f"Open http://127.0.0.1:{command[command.index('--port') + 1]} when ComfyUI says so; Ctrl+C ends it.")
     try:
         return subprocess.run(command, cwd=host.folder, env=host.environment()).returncode

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import inspect
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -74,6 +76,13 @@ class Host:
         """A module of the pack as the host loaded it: "nodes.train_npnet"."""
         return sys.modules[f"{ROOT}.{name}"]
 
+    def executor(self, server: Any) -> Any:
+        """The host's own, with its plain cache."""
+        kind, plain = self.execution.PromptExecutor, {"cache_type": self.execution.CacheType.CLASSIC}
+        if "cache_args" in inspect.signature(kind).parameters:  # 0.3.64 has none
+            plain["cache_args"] = {"lru": 0, "ram": 0, "ram_inactive": 0}
+        return kind(server, **plain)
+
     def run(self, prompt: dict) -> dict:
         """Validate and execute an API-format prompt; the history's outputs, or an AssertionError with its messages."""
         messages = []
@@ -84,9 +93,7 @@ class Host:
             def send_sync(self, event, data, sid=None):
                 messages.append((event, data))
 
-        executor = self.execution.PromptExecutor(
-            Server(), cache_type=self.execution.CacheType.CLASSIC, cache_args={"lru": 0, "ram": 0, "ram_inactive": 0}
-        )
+        executor = self.executor(Server())
         prompt = copy.deepcopy(prompt)
         valid, error, outputs, node_errors = self.loop.run_until_complete(
             self.execution.validate_prompt("test", prompt, None)

@@ -62,11 +62,22 @@ def missing_nodes(page) -> list[str]:
 
 
 def overlaps(page) -> list[list[str]]:
-    """Pairs of nodes that lie on each other, at the sizes that the page gives them; titles are above a position."""
+    """Pairs of nodes that lie on each other, at the sizes that the page gives them; titles are above a position.
+
+    Where the page draws nodes in Vue, their boxes are those of the document, higher and at times wider.
+    """
+    if page.evaluate("() => !!document.querySelector('[data-node-id]')"):
+        page.wait_for_function("() => app.graph._nodes.every(n => document.querySelector(`[data-node-id='${n.id}']`))")
+        page.wait_for_timeout(300)
     return page.evaluate(
-        """() => { const boxes = app.graph._nodes.filter(n => !n.flags.collapsed).map(n => ({name: n.title,
-                left: n.pos[0], right: n.pos[0] + n.size[0],
-                top: n.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, bottom: n.pos[1] + n.size[1]}))
+        """() => { const box = node => {
+                const drawn = document.querySelector(`[data-node-id='${node.id}']`)?.getBoundingClientRect()
+                if (!drawn?.width) return {left: node.pos[0], right: node.pos[0] + node.size[0],
+                    top: node.pos[1] - LiteGraph.NODE_TITLE_HEIGHT, bottom: node.pos[1] + node.size[1]}
+                const at = 1 / app.canvas.ds.scale
+                return {left: drawn.left * at, right: drawn.right * at, top: drawn.top * at, bottom: drawn.bottom * at}
+            }
+            const boxes = app.graph._nodes.filter(n => !n.flags.collapsed).map(n => ({name: n.title, ...box(n)}))
             return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b => a.left < b.right && b.left < a.right &&
                 a.top < b.bottom && b.top < a.bottom).map(b => [a.name, b.name])) }"""
     )
@@ -78,8 +89,11 @@ def alerts(page) -> list[str]:
 
 
 def prompt(page) -> dict:
-    """What the page would queue (API format), without the titles."""
+    """What the page would queue (API format), without the titles, and the text that older pages add to PreviewAny."""
     nodes = page.evaluate("async () => (await app.graphToPrompt()).output")
+    for node in nodes.values():
+        if node["class_type"] == "PreviewAny":
+            node["inputs"].pop("preview", None)
     return {key: {k: v for k, v in node.items() if k != "_meta"} for key, node in nodes.items()}
 
 

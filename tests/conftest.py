@@ -19,6 +19,7 @@ SETTINGS = {  # of the page, so that its screenshots show whole graphs with read
     "Comfy.TutorialCompleted": True,  # else a first visit opens the templates over the canvas
     "Comfy.Minimap.Visible": False,
     "LiteGraph.Canvas.MinFontSizeForLOD": 0,
+    "Comfy.VueNodes.Enabled": bool(os.environ.get("ATTUNE_VUE_NODES")),
 }
 
 pack = types.ModuleType("pack")

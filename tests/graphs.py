@@ -242,9 +242,11 @@ def rescale_cfg(kit: Kit, node: Node) -> Tensor:
 
 def context_windows(kit: Kit, node: Node) -> Tensor:
     """Windows over the height. (Over a batch, the host of 0.3.75 compares a level per picture with the schedule.)"""
+    asked = kit.host.nodes.NODE_CLASS_MAPPINGS["ContextWindowsManual"].GET_SCHEMA().inputs
+    newer = {"freenoise": False} if any(one.id == "freenoise" for one in asked) else {}
     (model,) = kit.host.call(
         "ContextWindowsManual", model=node(kit.model), context_length=4, context_overlap=2,
-        context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2,
+        context_schedule="standard_static", context_stride=1, closed_loop=False, fuse_method="pyramid", dim=2, **newer,
     )  # fmt: skip
     return kit.ksampler(model)
 

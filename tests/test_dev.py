@@ -55,6 +55,19 @@ def test_a_folder_without_comfyui_is_named(dev, tmp_path):
         dev.Host(str(tmp_path))
 
 
+def test_another_page_is_downloaded_once_and_only_by_a_version(dev, failing):
+    host = SimpleNamespace(python="python")
+    with pytest.raises(SystemExit, match=r"could not install the frontend 1\.58\.1"):
+        dev.frontend(host, "1.58.1")
+    assert failing[0][-4:-1] == ["--no-deps", "--target", str(dev.HOST / "frontends/1.58.1.new")]
+    assert failing[0][-1] == "comfyui-frontend-package==1.58.1"
+    (dev.HOST / "frontends/1.58.1").mkdir(parents=True)
+    assert dev.frontend(host, "1.58.1").name == "static" and len(failing) == 1
+    for odd in ("latest", "../1.58.1", "1.58.1; x"):
+        with pytest.raises(SystemExit, match="no version"):
+            dev.frontend(host, odd)
+
+
 @pytest.mark.parametrize("folder", ["venv", ".venv"])
 def test_the_users_own_python_is_found(dev, tmp_path, folder):
     python = tmp_path / dev.venv_python(type(tmp_path)(folder))

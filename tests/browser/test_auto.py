@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from browsing import load, queue, shipped
+from browsing import load, prompt, queue, shipped
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ def test_bypassed_it_hands_the_loaders_model_and_the_graphs_own_schedule_through
 def test_the_report_stands_on_the_node_and_in_no_saved_value_that_counts(page, dev, server):
     load(page, shipped("few_step"))
     queue(page, dev, server.url)
-    said = "() => app.graph._nodes.find(n => n.type === 'AttuneAuto').widgets.find(w => w.name.startsWith('$$'))?.value"
+    said = "() => app.graph._nodes.find(n => n.type === 'AttuneAuto').widgets.find(w => w.name.startsWith('$$') && w.value)?.value"
     page.wait_for_function(said, timeout=30_000)
     assert page.evaluate(said).startswith("SD3, flow; 128x128; 5 steps of dpmpp_2m")
     again = """async () => {
@@ -42,6 +42,27 @@ def test_the_report_stands_on_the_node_and_in_no_saved_value_that_counts(page, d
     }"""
     prompt = {key: {k: v for k, v in node.items() if k != "_meta"} for key, node in page.evaluate(again).items()}
     assert prompt == json.loads((ROOT / "tests/prompts/few_step.json").read_text("utf-8"))
+
+
+def test_a_page_that_takes_what_nodes_said_away_has_it_back(page, dev, server):
+    """As 1.58 does when a run ends: what is left is ours, and no value that a workflow keeps."""
+    load(page, shipped("few_step"))
+    auto = "app.graph._nodes.find(n => n.type === 'AttuneAuto')"
+    page.evaluate(
+        """() => app.api.addEventListener('execution_success', () => { for (const node of app.graph._nodes)
+            node.widgets = node.widgets?.filter(widget => widget.name !== '$$node-text-preview') })"""
+    )
+    for steps in (6, 7):  # what is said anew takes the place of what was said before
+        page.evaluate(f"() => {{ {auto}.widgets.find(w => w.name === 'steps').value = {steps} }}")
+        queue(page, dev, server.url)
+        kept = f"{auto}.widgets.filter(w => w.name === '$$attune-said').map(w => w.element.textContent)"
+        page.wait_for_function(f"() => {kept}.some(said => said.includes('128x128; {steps} steps'))", timeout=30_000)
+        assert len(page.evaluate(f"() => {kept}")) == 1
+    assert "128x128; 7 steps" not in json.dumps(page.evaluate("() => app.graph.serialize()"))
+    want = json.loads((ROOT / "tests/prompts/few_step.json").read_text("utf-8"))
+    assert {key: node["inputs"].keys() for key, node in prompt(page).items()} == {
+        key: node["inputs"].keys() for key, node in want.items()
+    }
 
 
 def test_the_blueprint_is_found_by_search_and_takes_a_ksamplers_place(page, dev, server):

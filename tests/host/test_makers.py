@@ -30,9 +30,19 @@ def identity(host):
     return identity
 
 
+class Models(dict):
+    """Those that the host has; a test of another is skipped."""
+
+    def __missing__(self, name: str):
+        pytest.skip(f"the host has no {name}")
+
+
 @pytest.fixture(scope="module")
 def models(host):
-    return {name: comfy_stub.family_model(name) for name in comfy_stub.NETWORKS}
+    import comfy.supported_models
+
+    there = [name for name in comfy_stub.NETWORKS if hasattr(comfy.supported_models, name)]
+    return Models({name: comfy_stub.family_model(name) for name in there})
 
 
 def levels(host, model, steps=8, schedule="auto", **more):
@@ -77,6 +87,8 @@ def check_page(served: list[str], stock: list[str]):
 
 def test_auto_serves_every_family_of_the_host(host, identity, caplog):
     """What its maker publishes, else the schedule of a new stock KSampler, to the bit; the page lists the classes."""
+    import comfy.supported_models
+
     served, stock, found = [], [], families(host)
     for name, model in found.items():
         about = identity.identify(model)
@@ -94,6 +106,7 @@ def test_auto_serves_every_family_of_the_host(host, identity, caplog):
     check_page(sorted(served), sorted(stock))
     known = {"Flux", "Flux2", "QwenImage", "ZImage", "WAN21_T2V", "LTXV", "HunyuanVideo", "Lumina2", "GenmoMochi"}
     known |= {"Chroma", "CosmosT2V", "CosmosT2IPredict2", "ACEStep", "WAN21_Camera", "WAN21_HuMo"}
+    known = {name for name in known if hasattr(comfy.supported_models, name)}
     assert known <= {*served} and {"AuraFlow", "ChromaRadiance", "PixArtAlpha"} <= {*stock}
 
 
@@ -103,6 +116,7 @@ def test_the_table_names_classes_of_the_host(host):
 
     newer = {"QwenImage21", "LTXAV", "Krea2", "LongCatImage", "Anima", "JoyImage", "Kandinsky5", "Kandinsky5Image"}
     newer |= {"HiDreamO1", "Ideogram4", "WAN21_CausalAR_T2V"}
+    newer |= {"Flux2", "HunyuanVideo15", "HunyuanVideo15_SR_Distilled", "ZImage"}  # than 0.3.64
     named = {family for one in shipped_makers().values() for family in one.families}
     assert {one for one in named if not hasattr(comfy.supported_models, one)} <= newer
 
@@ -129,9 +143,10 @@ def test_a_latent_tells_the_size(host, models, family, channels, side, pixels_of
 
 
 def test_the_levels_for_flux_2_are_those_of_its_stock_scheduler_with_the_size_typed(host, models):
+    flux2 = models["Flux2"]
     for side in (1024, 2048):
         (theirs,) = host.call("Flux2Scheduler", steps=8, width=side, height=side)
-        ours = levels(host, models["Flux2"], latent={"samples": torch.zeros(1, 128, side // 16, side // 16)})
+        ours = levels(host, flux2, latent={"samples": torch.zeros(1, 128, side // 16, side // 16)})
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
@@ -198,6 +213,8 @@ def test_the_lists_for_sdxl_are_levels_of_the_model_itself(host):
 def test_a_latent_pixel_has_as_many_pixels_as_its_format(host, identity, name):
     import comfy.latent_formats
 
+    if not hasattr(comfy.latent_formats, name):
+        pytest.skip(f"the host has no latents of {name}")
     latent_format = getattr(comfy.latent_formats, name)()
     assert identity.pixels_a_side(latent_format) == SIZES[name]
     assert identity.pixels_of(latent_format, (1, 4, 10, 20)) == (20 * SIZES[name], 10 * SIZES[name])
@@ -217,6 +234,8 @@ def newer_host(host, monkeypatch):
     import comfy.sample
     import comfy.utils
 
+    if not hasattr(formats, "Flux2"):
+        pytest.skip("the host has no Flux2")
     monkeypatch.setattr(formats.LatentFormat, "spacial_downscale_ratio", 8, raising=False)
     monkeypatch.setattr(formats.Flux2, "spacial_downscale_ratio", 16, raising=False)
     own = comfy.sample.fix_empty_latent_channels

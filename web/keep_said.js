@@ -1,0 +1,65 @@
+// What a node of ours said stays on it. Newer pages (1.58) take the text of a run away when the run ends.
+
+import { api } from "../../scripts/api.js"
+import { app } from "../../scripts/app.js"
+
+const OURS = "$$attune-said"
+const OF_THE_PAGE = "$$node-text-preview"
+const ENDS = ["execution_success", "execution_error", "execution_interrupted"]
+const AFTER_THE_PAGE = 500 // ms
+
+const said = new Map() // execution id of a node -> the text as the server sent it, for the run in progress
+
+function nodeOf(id) {
+    const path = String(id).split(":")
+    let graph = app.graph
+    for (const key of path.slice(0, -1)) graph = graph?.getNodeById(key)?.subgraph
+    return graph?.getNodeById(path.at(-1))
+}
+
+const isOurs = (node) => (node?.comfyClass ?? node?.type ?? "").startsWith("Attune")
+const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name)
+const plain = (text) => new DOMParser().parseFromString(text, "text/html").body.textContent
+
+function forget(node) {
+    const widget = widgetOf(node, OURS)
+    if (!widget) return
+    widget.onRemove?.()
+    node.widgets.splice(node.widgets.indexOf(widget), 1)
+}
+
+function show(node, text) {
+    const element = document.createElement("div")
+    element.textContent = text
+    element.style.cssText = "overflow: auto; white-space: pre-wrap; user-select: text; font-size: 10px; padding: 4px;"
+    const widget = node.addDOMWidget(OURS, "text", element, {
+        serialize: false,
+        hideOnZoom: false,
+        getMinHeight: () => 100,
+        getValue: () => text,
+        setValue: () => {},
+    })
+    widget.serialize = false
+    node.setDirtyCanvas?.(true, true)
+}
+
+function keep() {
+    for (const [id, text] of said) {
+        const node = nodeOf(id)
+        if (isOurs(node) && text && !widgetOf(node, OF_THE_PAGE)) show(node, plain(text))
+    }
+    said.clear()
+}
+
+app.registerExtension({
+    name: "Attune.KeepSaid",
+    setup() {
+        api.addEventListener("progress_text", ({ detail }) => {
+            const node = nodeOf(detail.nodeId)
+            if (!isOurs(node)) return
+            forget(node)
+            said.set(String(detail.nodeId), detail.text)
+        })
+        for (const end of ENDS) api.addEventListener(end, () => setTimeout(keep, AFTER_THE_PAGE))
+    },
+})
