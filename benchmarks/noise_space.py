@@ -1,6 +1,6 @@
 """Are real pictures kept, and edited, better through noise maps than by what people use? Reconstruction, edits, morphs.
 
-python dev.py bench noise_space [--models unet flow] [--pictures 24] [--steps 20]
+python dev.py bench noise_space [--models unet flow] [--pictures 12] [--pairs 4] [--steps 20]
 
 The real pictures are the demo models' training pictures, composed anew (`dev.py train-demo` fetches them); the judge
 that names objects never saw a generated one. Everything runs through the host's own SamplerCustom: ours by Attune
@@ -33,10 +33,10 @@ from results import DOCS, Table, record
 
 GROUPS = 4  # of seeds, for the standard errors
 ASSETS = ROOT / ".host" / "training" / "package" / "assets"
-SKIPS, FOCUS = (0.1, 0.36, 0.6), (0.0, 0.3)
-STRENGTHS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+SKIPS, FOCUS = (0.1, 0.36), (0.0, 0.3)
+STRENGTHS = (0.1, 0.2, 0.4, 0.6, 0.8)
 CFG = 3.0
-FRAMES, MORPH_SKIP = 9, 0.44
+FRAMES, PUBLISHED = 9, {"skip": 0.44, "boost": 1.2}  # of NoiseDiffusion: step 140 of 250
 RF_GAMMA, RF_ETA, RF_SHARE = 0.5, 0.9, 0.25  # as published for edits; the share of the steps that are drawn back
 
 
@@ -60,6 +60,11 @@ class Bench:
         self.real = self._real(count)
 
     def _real(self, count: int) -> Real:
+        objects = [37 * i % len(OBJECTS) for i in range(count)]
+        return self.composed(objects, [(7 * i + 3) % len(BACKGROUNDS) for i in range(count)], seed=1)
+
+    def composed(self, objects: list[int], backgrounds: list[int], seed: int) -> Real:
+        """Training pictures, drawn and encoded."""
         sys.path.insert(0, str(ROOT / "training"))
         from data import background_colours, compose, load_objects
 
@@ -67,9 +72,7 @@ class Bench:
             raise SystemExit(
                 f"No training pictures in {ASSETS}: `python dev.py train-demo` fetches them; stop it then."
             )
-        objects = [37 * i % len(OBJECTS) for i in range(count)]
-        backgrounds = [(7 * i + 3) % len(BACKGROUNDS) for i in range(count)]
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(seed)
         pictures = compose(load_objects(ASSETS)[objects], background_colours()[backgrounds], generator)
         parts = [
             self.call("VAEEncode", pixels=part.permute(0, 2, 3, 1), vae=self.lab.vaes[self.name])[0]["samples"]
@@ -262,24 +265,24 @@ NOTE_EDITS = (
 
 
 def variations(b: Bench) -> Table:
-    """The same prompt, other details: how much do four differ from each other, and is the shape kept?"""
+    """The same prompt, other details: how much do two differ, and is the shape kept?"""
     count = min(16, len(b.real.latents))
     latents, texts = b.real.latents[:count], b.source(False)[:count]
     before, objects = b.pictures(latents), torch.tensor(b.real.objects[:count])
     maps, rows = b.invert(latents, texts, CFG), []
 
     def row(label: str, draw: Callable[[int], Tensor]) -> None:
-        drawn = [b.pictures(draw(seed)) for seed in range(3)]
+        drawn = [b.pictures(draw(seed)) for seed in range(2)]
         right = torch.stack([(b.judge(p)[1].argmax(1) == objects).float() for p in drawn]).mean(0)
-        pairs = [perceptual_distance(b.judge, drawn[i], drawn[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+        variety = perceptual_distance(b.judge, *drawn)
         kept = torch.stack([shape_kept(p, before) for p in drawn]).mean(0)
-        rows.append([label, grouped(100 * right), grouped(torch.stack(pairs).mean(0)), grouped(kept)])
+        rows.append([label, grouped(100 * right), grouped(variety), grouped(kept)])
         print(b.name, *rows[-1], flush=True)
 
-    for amount, start in ((0.3, 0.0), (0.6, 0.0), (1.0, 0.0), (1.0, 0.3), (1.0, 0.5)):
+    for amount, start in ((0.3, 0.0), (0.6, 0.0), (1.0, 0.2), (1.0, 0.4)):
         given = {"skip": 0.0, "variation": amount, "vary_from": start}
         row(f"variation {amount}, from {start:.0%}", lambda seed, g=given: b.replay(maps, texts, CFG, seed=seed, **g))
-    for strength in (0.4, 0.6, 0.8):
+    for strength in (0.5, 0.8):
         levels = b.levels(strength)
         row(f"img2img, denoise {strength}", lambda seed, at=levels: b.sample(latents, texts, CFG, at, seed=seed))
     columns = ["way", "object right, %", "variety", "shape kept"]
@@ -287,7 +290,7 @@ def variations(b: Bench) -> Table:
 
 
 NOTE_VARIATIONS = (
-    "Variety: mean perceptual distance of three seeds' pictures to each other. Shape kept: overlap (intersection over "
+    "Variety: perceptual distance of two seeds' pictures. Shape kept: overlap (intersection over "
     "union) of what differs from the background with what does in the picture."
 )
 
@@ -303,15 +306,15 @@ def shape_kept(pictures: Tensor, before: Tensor) -> Tensor:
 # --- morphs ---
 
 
-def morphs(b: Bench) -> tuple[Table, list[Tensor]]:
-    """From each picture to the next, in nine frames: how large is the largest jump, and what becomes of the middle?"""
+def morphs(b: Bench, count: int) -> tuple[Table, list[Tensor]]:
+    """From an object to another on the same background, in nine frames: the largest jump, and how the middle looks."""
+    objects = [o for i in range(count) for o in (37 * i % len(OBJECTS), (37 * i + 61) % len(OBJECTS))]
+    real = b.composed(objects, [(7 * (i // 2) + 3) % len(BACKGROUNDS) for i in range(2 * count)], seed=2)
     ways: dict[str, list[Tensor]] = {name: [] for name in MORPHS}
-    firsts = range(0, len(b.real.latents) - 1, 2)
-    for i in firsts:
-        for name, frames in morph(b, i).items():
+    for i in range(0, 2 * count, 2):
+        for name, frames in morph(b, real, i).items():
             ways[name].append(b.pictures(frames))
-    pictures = b.pictures(b.real.latents)
-    truth = torch.stack([pictures[i : i + 2] for i in firsts])
+    truth = b.pictures(real.latents).unflatten(0, (count, 2))
     jumps = {name: torch.stack([largest_jump(b, p) for p in frames]) for name, frames in ways.items()}
     rows = []
     for name, frames in ways.items():
@@ -327,7 +330,7 @@ def morphs(b: Bench) -> tuple[Table, list[Tensor]]:
 
 SLERP = "slerp of inverted noise"
 MORPHS = (
-    "latents on a line", SLERP, "NoiseDiffusion's state, euler", "Attune Morph, eta 0", "Attune Morph, eta 1",
+    "latents on a line", SLERP, "NoiseDiffusion as published, euler", "Attune Morph, eta 0", "Attune Morph, eta 1",
 )  # fmt: skip
 NOTE_MORPHS = (
     "The largest perceptual distance of neighbouring frames; contrast, sharpness and chroma of the middle frame, in "
@@ -360,9 +363,10 @@ def slerp(one: Tensor, other: Tensor, factor: float) -> Tensor:
     return (((1 - factor) * angle).sin() * one + (factor * angle).sin() * other) / angle.sin()
 
 
-def morph(b: Bench, i: int, skip: float = MORPH_SKIP) -> dict[str, Tensor]:
+def morph(b: Bench, real: Real, i: int) -> dict[str, Tensor]:
     """Latents of the frames between picture i and the next, by each way."""
-    texts, pair = b.source(False)[i : i + 2], [b.real.latents[i + j : i + j + 1] for j in range(2)]
+    texts = [prompt(o, g) for o, g in zip(real.objects[i : i + 2], real.backgrounds[i : i + 2], strict=True)]
+    pair = [real.latents[i + j : i + j + 1] for j in range(2)]
     factors = [j / (FRAMES - 1) for j in range(FRAMES)]
     prompts = {f"positive_{j + 1}": b.lab.conditioning([texts[j]]) for j in range(2)}
     found = {MORPHS[0]: torch.cat([torch.lerp(*pair, f) for f in factors])}
@@ -375,14 +379,14 @@ def morph(b: Bench, i: int, skip: float = MORPH_SKIP) -> dict[str, Tensor]:
 
     for eta in (0.0, 1.0):
         maps = {f"maps_{j + 1}": b.invert(pair[j], [texts[j]], 1.0, eta=eta, seed=j) for j in range(2)}
-        latent, sampler, sigmas, positive, _ = b.call(
-            "AttuneMorph", model=b.model, frames=FRAMES, skip=skip, **maps, **prompts
-        )
+        given = {"model": b.model, "frames": FRAMES, **maps, **prompts}
+        latent, sampler, sigmas, positive, _ = b.call("AttuneMorph", **given)
         if eta == 0:
             tops = [b.up(pair[j], [texts[j]], 1.0) for j in range(2)]
             noise = torch.cat([slerp(*tops, f) for f in factors])
             found[SLERP] = run({"samples": torch.zeros_like(noise)}, from_state("euler", noise), b.sigmas, positive)
-            found[MORPHS[2]] = run(latent, b.call("KSamplerSelect", sampler_name="euler")[0], sigmas, positive)
+            state, _, levels, *_ = b.call("AttuneMorph", **given, **PUBLISHED)
+            found[MORPHS[2]] = run(state, b.call("KSamplerSelect", sampler_name="euler")[0], levels, positive)
         found[f"Attune Morph, eta {eta:g}"] = run(latent, sampler, sigmas, positive)
     return {name: found[name] for name in MORPHS}
 
@@ -397,7 +401,8 @@ def grid(sets: list[Tensor], columns: int) -> Image.Image:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["unet", "flow"], default=["unet", "flow"])
-    parser.add_argument("--pictures", type=int, default=24)
+    parser.add_argument("--pictures", type=int, default=12)
+    parser.add_argument("--pairs", type=int, default=4, help="of pictures to morph")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=DOCS)
@@ -408,19 +413,23 @@ def main() -> None:
         for model in args.models:
             b = Bench(lab, model, args.pictures, args.steps)
             edited, shown = edits(b)
-            between, frames = morphs(b)
+            between, frames = morphs(b, args.pairs)
             tables += [reconstruction(b), edited, variations(b), between]
             sheets += [grid(shown, FRAMES), grid(frames, FRAMES)]
-    high = sum(one.height for one in sheets)
-    page = Image.new("RGB", (sheets[0].width, high + 8 * (len(sheets) - 1)), "white")
+            below_each_other(sheets).save(args.out / "noise_space.jpg", quality=85)
+            record("noise_space", "Editing real pictures in noise space", tables, began, PICTURES, NOTES, args.out)
+
+
+def below_each_other(sheets: list[Image.Image]) -> Image.Image:
+    page = Image.new("RGB", (sheets[0].width, sum(one.height + 8 for one in sheets) - 8), "white")
     at = 0
     for one in sheets:
         page.paste(one, (0, at))
         at += one.height + 8
-    page.save(args.out / "noise_space.jpg", quality=85)
-    record("noise_space", "Editing real pictures in noise space", tables, began, ["noise_space.jpg"], NOTES, args.out)
+    return page
 
 
+PICTURES = ["noise_space.jpg"]
 NOTES = [
     "Training pictures of the demo models, composed anew and encoded; standard errors over four groups of pictures. In "
     "the sheet, for each model: the pictures, img2img at 0.4, noise maps with focus 0 and 0.3, approximate inversion; "

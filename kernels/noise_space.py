@@ -301,7 +301,7 @@ def check_alike(one: NoiseMaps, other: NoiseMaps) -> None:
 
 def morph_state(
     states: tuple[Latent, Latent], pictures: tuple[Latent, Latent], factor: float, sigma: Sigma, space: NoiseSpace,
-    boost: float = 1.2, fresh: Latent | None = None, amount: float = 0.0, clip: float = 2.0,
+    boost: float = 1.4, fresh: Latent | None = None, amount: float = 0.0, clip: float = 2.0,
 ) -> Latent:  # fmt: skip
     """A state between two at a level by NoiseDiffusion's rule (Zheng et al. 2024, arXiv 2403.08840, equation 7).
 
@@ -326,7 +326,7 @@ def morph_state(
 
 
 def morphed(
-    one: NoiseMaps, other: NoiseMaps, factors: Sequence[float], start: int = 0, boost: float = 1.2,
+    one: NoiseMaps, other: NoiseMaps, factors: Sequence[float], start: int = 0, boost: float = 1.4,
     amount: float = 0.0, fresh: Latent | None = None,
 ) -> NoiseMaps:  # fmt: skip
     """The maps of the pictures between two, one for each factor, from step `start` on; the ends are the two's own.

@@ -87,7 +87,7 @@ def cat() -> None:
 
 
 def heart() -> None:
-    pen = Pen("#f5f2e8")
+    pen = Pen("#96cdf5")
     turns = [2 * math.pi * i / 200 for i in range(200)]
     around = [
         (

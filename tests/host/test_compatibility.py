@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graphs import GRAPHS, STEPS, Kit
+from graphs import GRAPHS, REPLAYED, STEPS, Kit
 from methods import METHODS
 from nightly import daily
 from pack.kernels.fitted_sampler import fidelity
@@ -375,6 +375,14 @@ def table(passed: set[tuple[str, str]]) -> str:
         "", "## Two methods on one model", "",
         "In both orders: an idle one changes nothing beside the other, and the order of two matters only where said.",
         "", "| | | order |", "|---|---|---|", *pairs, "",
+        "## Attune Invert and Attune Replay", "",
+        "✓: in that graph, on both demo models, a picture that is inverted and replayed comes back within 1e-5, and the stock",
+        "graph gives the same bits as before (`tests/host/test_noise_space.py`).", "",
+        "| graph | the picture comes back |", "|---|---|", *(f"| {name} | ✓ |" for name in REPLAYED),
+        "| inpaint mask | ✓ outside of the mask; inside, the prompt counts. Refused by Attune Invert: “… has a noise mask …” |",
+        "| video latents (5-D), sound | ✓ |",
+        *(f"| behind {name} | ✓ |" for name in METHODS),
+        "| another size, schedule or checkpoint | refused before the first step |", "",
     ])  # fmt: skip
 
 
