@@ -228,9 +228,11 @@ def repeated(maps: NoiseMaps, count: int) -> NoiseMaps:
 
 
 def varied(maps: NoiseMaps, amount: float, start: int, draw: FreshNoise) -> NoiseMaps:
-    """The maps from step `start` on mixed with fresh noise of their own size, z' = sqrt(1 - p^2) z + p std(z) eps.
+    """The maps from step `start` on mixed with fresh noise, z' = sqrt(1 - p^2) z + p eps: other details, the more the
+    earlier it starts.
 
-    Other details on the same structure, the more the earlier it starts. ValueError at eta 0, whose maps are no noise.
+    The fresh noise is of the sampler's own size, and not of the maps', which is larger because two neighbours share a
+    draw and cancel: at amount 1 the rest is a plain ancestral run. ValueError at eta 0, whose maps are no noise.
     """
     if amount == 0:
         return maps
@@ -240,9 +242,7 @@ def varied(maps: NoiseMaps, amount: float, start: int, draw: FreshNoise) -> Nois
         )
     mixed = maps.maps.clone()
     for i in range(start, len(mixed)):
-        z = mixed[i].to(maps.picture)
-        size = z.std(dim=tuple(range(1, z.ndim)), keepdim=True)
-        mixed[i] = math.sqrt(1 - amount**2) * z + amount * size * draw().to(z)
+        mixed[i] = math.sqrt(1 - amount**2) * mixed[i].to(maps.picture) + amount * draw()
     return replace(maps, maps=mixed)
 
 

@@ -20,7 +20,7 @@ from .store import is_finite, save_tensors, shortened
 LARGEST_MAPS = 32 << 30  # bytes; 50 steps of a picture of SDXL take 13 MB, of a long video some GB
 MOST_LEVELS = 10_001
 FORMAT = "1"  # of the metadata
-FACTS = ("family", "config_hash", "weights", "patches", "cfg", "seed", "prompts")  # what was inverted with what
+FACTS = ("family", "config_hash", "weights", "patches", "cfg", "seed")  # what was inverted with what
 KEPT = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
@@ -75,7 +75,7 @@ def describe(inverted: InvertedPicture) -> str:
         f"{len(maps.picture)} of {shape} latents, {maps.steps} steps from sigma {float(maps.sigmas[0]):.4g}, eta "
         f"{maps.eta:g}, {str(maps.maps.dtype).removeprefix('torch.')}, {maps.bytes / 1e6:.3g} MB"
     ]
-    lines += [f"{key}: {shortened(facts[key], 300)}" for key in ("family", "cfg", "seed", "prompts") if facts.get(key)]
+    lines += [f"{key}: {shortened(facts[key], 300)}" for key in ("family", "cfg", "seed") if facts.get(key)]
     return "\n".join(lines)
 
 
