@@ -59,6 +59,7 @@ PUBLISHED = {
     "unet": {"SD1.5 512": ("SD1.5", 64), "SDXL 1024": ("SDXL", 128)},
     "flow": {"SD3 medium": ("SD3-medium", 128)},
 }
+COSTS_OF = {"unet": "SD1.5 512", "flow": "SD3 medium"}  # the first of them
 # Method -> how its settings' labels begin, and its line in the plot.
 METHODS = {
     "fewer steps": ("plain, ", "k.--"), "EasyCache": ("EasyCache", "C0o-"), "LazyCache": ("LazyCache", "C1s-"),

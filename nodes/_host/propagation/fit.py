@@ -31,6 +31,7 @@ from .unet import blocks_a_side, top_blocks, unet_of
 LOG = logging.getLogger(__name__)
 WHO = "Attune Fit Propagation"
 SPEED_STEP = 0.25
+FEWEST_PICTURES = 2  # that forecasts are fitted to, and tried on
 
 
 def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> tuple[type[Propagation], list]:
@@ -170,6 +171,9 @@ def fit_profile(
     asks_nothing = reuse == plan.NOTHING or (reuse == plan.AUTOMATIC and on_grid(sampler))
     kind = WholeSteps if asks_nothing else propagation_for(model)
 
+    if kind is WholeSteps:
+        latent_image = _enough(latent_image)
+
     def run(patched: Any, noise: int = seed) -> Tensor:
         noise %= 2**64
         drawn = sample(patched, noise, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"]
@@ -198,6 +202,14 @@ def fit_profile(
         pictures=latent_image["samples"].shape[0],
     )  # fmt: skip
     return profile, calibration, changes
+
+
+def _enough(latent_image: dict) -> dict:
+    """A LATENT of FEWEST_PICTURES at least: the one picture again, with noises of their own."""
+    samples = latent_image["samples"]
+    if samples.is_nested or len(samples) >= FEWEST_PICTURES:
+        return latent_image
+    return {**latent_image, "samples": torch.cat([samples] * FEWEST_PICTURES)[:FEWEST_PICTURES]}
 
 
 def measures_too_few(sampler_name: str, latent_image: dict) -> bool:

@@ -28,6 +28,7 @@ class Forecasts:
         self.saved = self.missing = self.doubted = 0
         self._past: list[tuple[int, Asked]] = []
         self._wrong: tuple[Tensor, float] | None = None
+        self.errors: dict[int, Tensor] = {}  # of the fitted run's key steps, as this run has seen them
 
     def said(self) -> str:
         """What the run is about to do, for the log."""
@@ -60,7 +61,8 @@ class Forecasts:
         if clock.step in self.keys:
             answer = ask()
             if said is not None:
-                self._wrong = missed(said, answer, self._past[-1][1].answer), self._point.errors[step]
+                self.errors[step] = missed(said, answer, self._past[-1][1].answer)
+                self._wrong = self.errors[step], self._point.errors[step]
             self._past = [*self._past, (step, Asked(x.clone(), answer.clone()))][-MOST_ANSWERS:]
             return answer
         if said is None or clock.step in self._changes:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
@@ -19,7 +21,6 @@ from ....kernels.forecast import (
     forecast,
     forecast_errors,
     mean_products,
-    missed,
     one_sided_errors,
     optimal_kinds,
 )
@@ -88,7 +89,7 @@ def listening() -> tuple[type[WholeSteps], list[Any]]:
 def fitting(kinds: Kinds, recorded: dict[int, Asked]) -> tuple[type[WholeSteps], list[Any]]:
     """A run's class that asks the steps of `kinds` and fits the forecasts of the others as it goes; its runs.
 
-    weights, errors: as a `Point` holds them.
+    weights: as a `Point` holds them.
     """
     runs: list[Any] = []
 
@@ -97,7 +98,6 @@ def fitting(kinds: Kinds, recorded: dict[int, Asked]) -> tuple[type[WholeSteps],
             super().__init__(*args)
             self.past: list[Asked] = []
             self.weights: list[tuple[float, ...]] = [()] * self.plan.steps
-            self.errors = [0.0] * self.plan.steps
             runs.append(self)
 
         def sides(self, guider, changes, active):
@@ -110,10 +110,8 @@ def fitting(kinds: Kinds, recorded: dict[int, Asked]) -> tuple[type[WholeSteps],
             goal = ask() if asked else self.goal(step, x)
             if self.past:
                 self.weights[step] = fit_weights(goal, x, self.past)
-                said = forecast(self.weights[step], x, self.past)
                 if not asked:
-                    return said
-                self.errors[step] = float(missed(said, goal, self.past[-1].answer).nan_to_num(1.0, 1.0))
+                    return forecast(self.weights[step], x, self.past)
             self.past = [*self.past, Asked(x.clone(), goal.clone())][-MOST_ANSWERS:]
             return goal
 
@@ -132,6 +130,24 @@ def fitting(kinds: Kinds, recorded: dict[int, Asked]) -> tuple[type[WholeSteps],
         report = announce
 
     return Fitting, runs
+
+
+def trying() -> tuple[type[WholeSteps], list[dict[int, Tensor]]]:
+    """A run's class as users run it, and how wrong the forecasts of its key steps were, run by run."""
+    seen: list[dict[int, Tensor]] = []
+
+    class Trying(WholeSteps):
+        def close(self):
+            if self.forecasts is not None:
+                seen.append(self.forecasts.errors)
+            super().close()
+
+        def announce(self):
+            pass
+
+        report = announce
+
+    return Trying, seen
 
 
 def plans_of(run: Any, fastest: float) -> tuple[list[Kinds], list[float]]:
@@ -188,13 +204,15 @@ def fit_forecasts(
         yield f"fitting {number + 1} of {len(plans)} settings", 0.2 + 0.8 * number / len(plans)
         kind, runs = fitting(kinds, recorded.heard)
         run(_with(model, kind), seed)
-        fitted = runs[0]
         trial = Point(
-            NO_FEATURES, kinds.keys, steps / kinds.cost(), EQUAL, kinds.one_sided, tuple(fitted.weights),
-            tuple(round(error, 4) for error in fitted.errors),
+            NO_FEATURES, kinds.keys, steps / kinds.cost(), EQUAL, kinds.one_sided, tuple(runs[0].weights),
+            (math.inf,) * steps,
         )  # fmt: skip
+        trying_kind, seen = trying()
         settings = ReuseSettings(CALIBRATED, calibration=replace(found, points=(trial,)))
-        points.append(replace(trial, psnr=fidelity(run(applied(model, WholeSteps, settings), seed + 1), whole)))
+        psnr = fidelity(run(_with(model, trying_kind, settings), seed + 1), whole)
+        errors = [float(seen[0].get(i, torch.zeros(())).nan_to_num(1.0, 1.0)) for i in range(steps)]
+        points.append(replace(trial, psnr=psnr, errors=tuple(round(error, 4) for error in errors)))
     kept = sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: p.speed)
     return replace(found, points=tuple(kept)), {"answer": changed}
 
@@ -203,5 +221,5 @@ def beats(a: Point, b: Point) -> bool:
     return a.speed >= b.speed and a.psnr >= b.psnr and (a.speed, a.psnr) != (b.speed, b.psnr)
 
 
-def _with(model: Any, kind: type[WholeSteps]) -> Any:
-    return applied(model, kind, ReuseSettings(), {WrappersMP.OUTER_SAMPLE: outer_sample(kind)})
+def _with(model: Any, kind: type[WholeSteps], settings: ReuseSettings | None = None) -> Any:
+    return applied(model, kind, settings or ReuseSettings(), {WrappersMP.OUTER_SAMPLE: outer_sample(kind)})

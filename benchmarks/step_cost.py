@@ -1,0 +1,321 @@
+"""What does asking less cost? Forecasts, one-sided steps and reused features beside what others published.
+
+python dev.py bench step_cost [--runs unet:euler:50:3 flow:euler:50:3 unet:dpmpp_2m:20:3] [--tasks 16] [--only WORD ...]
+
+Every setting draws the same prompts and noises as the plain run of as many steps, through the host. Speed is counted:
+the rows that enter the network's first layer and its middle, of both prompts, a shorter step by the costs of a
+published network's blocks (SD1.5 at 512, SD3 medium). Ours, forecasts: fitted by the node on one picture of another
+prompt and seed. PSNR (dB, pixels) and perceptual distance are to the plain run, with the standard error over groups of
+seeds. The rivals are `rivals.py`'s, core's caches core's. MagCache's ratios and SeaCache's thresholds are measured on
+a run of another prompt. Writes docs/results/step_cost.json, docs/results.md and a plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from peers import cache_node
+from propagation import COSTS_OF, ONE, REUSES, networks, node, pack
+
+from comfy_process import Host
+from harness import CACHE, Cell, Drawn, Lab, Task, code_digest, prompt, tasks
+from looks import look, summary
+from results import DOCS, Table, markdown, record
+from rivals import Rival, sea_filtered, with_rival
+from schedules import number, progress
+
+FORECASTS = "ours, forecasts"
+FITTED_TASK = Task(100, 3, 987654321)  # no task that is drawn
+SHARES = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)
+MOST_POINTS = 7
+UNITS = 10_000  # of an evaluation, in which a lab keeps what a run costs
+
+
+@dataclass(frozen=True)
+class Run:
+    model: str
+    sampler: str
+    steps: int
+    cfg: float
+
+    def __str__(self) -> str:
+        return f"{self.model}, {self.sampler}, {self.steps} steps, cfg {self.cfg:g}"
+
+
+@dataclass
+class Row:
+    run: str
+    label: str
+    speed: float
+    summary: dict[str, tuple[float, float]]
+
+
+class RivalLab(Lab):
+    """A lab that knows rivals, whose profiles are named by file, and whose runs tell their cost in evaluations."""
+
+    def given(self, name: str, value, part=()):
+        if name == "profile" and isinstance(value, str):
+            return pack("models.store").load_profile(self.cache / value)
+        return super().given(name, value, part)
+
+    def patched(self, model: str, nodes, part=()):
+        rivals = [inputs for name, inputs in nodes if name == "rival"]
+        found = super().patched(model, tuple(one for one in nodes if one[0] != "rival"), part)
+        for name, numbers, sigmas in rivals:
+            found = with_rival(found, Rival(name, numbers), sigmas)
+        return found
+
+    def _draw(self, cell: Cell, part: list[Task]) -> Drawn:
+        share = networks(self, cell.model)[COSTS_OF[cell.model]].share
+        reuse = next((dict(inputs).get("reuse") for name, inputs in cell.nodes if name.startswith("Attune")), "")
+        with rows(self.models[cell.model]) as counted:
+            drawn = super()._draw(cell, part)
+        whole, all_ = counted["middle"], counted["first"]
+        part_cost = share(reuse) if reuse in REUSES[cell.model] else 1.0
+        evaluations = (whole + (all_ - whole) * part_cost) / (2 * len(part))
+        return Drawn(drawn.latents, round(UNITS * evaluations))
+
+
+@contextlib.contextmanager
+def rows(model: Any) -> Iterator[dict[str, int]]:
+    """How many rows enter the first layer, and a block that every reuse passes over."""
+    network, counts = model.model.diffusion_model, {"first": 0, "middle": 0}
+    unet = hasattr(network, "input_blocks")
+    watched = {
+        "first": network.input_blocks[0][0] if unet else network.x_embedder,
+        "middle": network.middle_block[0] if unet else network.joint_blocks[1],
+    }
+
+    def see(name: str):
+        def hook(_, args, kwargs) -> None:
+            counts[name] += next(one for one in (*args, *kwargs.values()) if isinstance(one, torch.Tensor)).shape[0]
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(see(name), with_kwargs=True) for name, layer in watched.items()]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- what is compared ---
+
+
+def settings(lab: RivalLab, run: Run) -> dict[str, Cell]:
+    """By label, the plain run first."""
+    levels = lab.sigmas(run.model, "normal", run.steps)
+    plain = Cell(run.model, run.sampler, levels, run.cfg)
+    found = {"plain": plain}
+    noisy = "ancestral" in run.sampler
+    for share in SHARES if not noisy else ():
+        steps = round(share * run.steps)
+        found[f"fewer steps, {steps}"] = replace(plain, sigmas=lab.sigmas(run.model, "normal", steps))
+    found |= {f"EasyCache {t}": replace(plain, nodes=cache_node("EasyCache", t)) for t in (0.02, 0.1, 0.2)
+              if run.model == "unet"}  # fmt: skip
+    found |= {f"LazyCache {t}": replace(plain, nodes=cache_node("LazyCache", t)) for t in (0.02, 0.1)}
+    cheapest = REUSES[run.model][-1]
+    if run.model == "unet":
+        deep = node(reuse=ONE, forecast=False, keep_last=0, interval=3)
+        found["DeepCache 3"] = replace(plain, nodes=deep)
+    for label, name, numbers in rivals(lab, run, levels):
+        found[label] = replace(plain, nodes=(("rival", (name, numbers, levels)),))
+    alone = node(interval=1, reuse=cheapest, keep_last=3, guidance="every second step")
+    found["ours, one-sided steps alone"] = replace(plain, nodes=alone)
+    for n in (2, 3, 5):
+        reused = {"reuse": cheapest, "interval": n, "keep_last": 4}
+        found[f"ours, features, every {n}"] = replace(plain, nodes=node(**reused))
+        found[f"ours, features, every {n}, one-sided"] = replace(
+            plain, nodes=node(**reused, guidance="every second step")
+        )
+    profile = fitted(lab, run)
+    points = pack("models.store").load_profile(profile).key_steps.points
+    for point in points[:: -(-len(points) // MOST_POINTS)]:
+        nodes = node(mode="speed target", reuse="automatic", speed=point.speed, profile=profile.name)
+        found[f"{FORECASTS}, {len(point.keys)} asked, {len(point.one_sided)} one-sided"] = replace(plain, nodes=nodes)
+    return found
+
+
+def rivals(lab: RivalLab, run: Run, levels: tuple[float, ...]) -> list[tuple[str, str, tuple]]:
+    """(label, name, settings) of what is published."""
+    found: list[tuple[str, str, tuple]] = []
+    found += [(f"Spectrum {a:g}, w {w:g}", "Spectrum", (a, w)) for a, w in ((0.75, 0.5), (0.75, 1.0), (3.0, 0.5))]
+    found += [(f"TaylorSeer N{n} O{o}", "TaylorSeer", (n, o)) for n in (2, 3, 5) for o in (1, 2)]
+    found += [(f"FSampler h{o}/s{n}", "FSampler", (o, n)) for o, n in ((2, 2), (3, 3))]
+    found += [(f"Adaptive Guidance {g:g}", "Adaptive Guidance", (g,)) for g in (0.991, 0.997)]
+    states, slopes = recorded(lab, run, levels)
+    sizes = [float(one.norm()) for one in slopes]
+    ratios = (1.0, *(round(b / a, 6) for a, b in pairwise(sizes)))
+    found += [(f"MagCache E{e:g} K{k}", "MagCache", (ratios, e, k)) for e, k in ((0.03, 2), (0.12, 4))]
+    for share in (0.6, 0.4):
+        delta = sea_threshold(states, levels, run.model == "flow", share)
+        found.append((f"SeaCache {share:g}", "SeaCache", (delta, run.model == "flow")))
+    return found
+
+
+def recorded(lab: RivalLab, run: Run, levels: tuple[float, ...]) -> tuple[list, list]:
+    """States and slopes of a plain run of another prompt."""
+    from comfy.patcher_extension import WrappersMP
+
+    states: list[torch.Tensor] = []
+    slopes: list[torch.Tensor] = []
+
+    def hear(executor, x, sigma, *args, **kwargs):
+        answer = executor(x, sigma, *args, **kwargs)
+        states.append(x.clone())
+        slopes.append((x - answer) / float(sigma[0]))
+        return answer
+
+    stock = lab.models[run.model]
+    lab.models[run.model] = stock.clone()
+    lab.models[run.model].add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "bench.hear", hear)
+    try:
+        Lab._draw(lab, Cell(run.model, run.sampler, levels, run.cfg), [FITTED_TASK])
+    finally:
+        lab.models[run.model] = stock
+    return states, slopes
+
+
+def sea_threshold(states: list, levels: tuple[float, ...], flow: bool, share: float) -> float:
+    """The delta with which this share of the recorded run's steps would be asked, by bisection."""
+    scale = lambda s: 1.0 if flow else (1 + s * s) ** -0.5
+    seen = [
+        sea_filtered(x * scale(s), 1 - s if flow else scale(s), s if flow else s * scale(s))
+        for x, s in zip(states, levels, strict=False)
+    ]
+    moves = [float((b - a).abs().mean() / a.abs().mean()) for a, b in pairwise(seen)]
+
+    def asked(delta: float) -> float:
+        count, total = 1, 0.0
+        for move in moves:
+            total += move
+            if total >= delta:
+                count, total = count + 1, 0.0
+        return count / (len(moves) + 1)
+
+    low, high = 0.0, sum(moves)
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if asked(middle) > share else (low, middle)
+    return round(high, 6)
+
+
+def fitted(lab: RivalLab, run: Run) -> Path:
+    """The node's own forecasts, on one picture of another prompt and seed; of four where the solver adds noise."""
+    facts = f"{run} {lab.digests[run.model]} {code_digest()}"
+    stem = f"step-cost-{hashlib.sha256(facts.encode()).hexdigest()[:24]}"
+    path = next(lab.cache.glob(f"{stem}.*"), None)
+    if path is not None:
+        return path
+    model, pictures = lab.models[run.model], 4 if "ancestral" in run.sampler else 1
+    channels = model.get_model_object("latent_format").latent_channels
+    profile, *_ = lab.host.call(
+        "AttuneFitPropagation", model=model, positive=lab.conditioning([prompt(FITTED_TASK.obj, 3)]),
+        negative=lab.conditioning([""]), latent_image={"samples": torch.zeros(pictures, channels, 16, 16)},
+        seed=FITTED_TASK.seed, steps=run.steps, cfg=run.cfg, sampler_name=run.sampler, scheduler="normal",
+        reuse="nothing asked", fastest=8.0, longest=4,
+    )  # fmt: skip
+    return pack("models.store").save_profile(profile, lab.cache, stem)
+
+
+# --- figures ---
+
+
+def measure(lab: RivalLab, run: Run, work: list[Task], only: list[str]) -> list[Row]:
+    labelled = {
+        label: cell for label, cell in settings(lab, run).items()
+        if label == "plain" or not only or label.startswith(tuple(only))
+    }  # fmt: skip
+    goal, found = labelled["plain"], []
+    for label, cell in labelled.items():
+        seen = look(lab, cell, work, progress(f"{run} {label}"), goal)
+        speed = lab.run(goal, work).calls / lab.run(cell, work).calls
+        found.append(Row(str(run), label, speed, summary(seen, work)))
+        shown = number(found[-1].summary["psnr"])
+        print(f"\r{run}: {label}: {speed:.2f} times less computing, {shown} dB", flush=True)
+    return found
+
+
+def table(found: list[Row]) -> Table:
+    body = [[r.label, f"{r.speed:.2f}", *(None if r.label == "plain" else number(r.summary[k])
+             for k in ("psnr", "perceptual"))] for r in sorted(found, key=lambda r: r.speed)]  # fmt: skip
+    return Table(found[0].run, ["setting", "times less computing", "PSNR dB", "perceptual"], body)
+
+
+def front(found: list[Row]) -> list[str]:
+    """The labels that no other beats in speed and in fidelity."""
+    better = lambda a, b: a.speed >= b.speed and a.summary["psnr"][0] > b.summary["psnr"][0]
+    return [r.label for r in found if not any(better(other, r) for other in found)]
+
+
+def fronts_table(blocks: list[list[Row]]) -> Table:
+    body = [[found[0].run, ", ".join(label for label in front(found) if label != "plain")] for found in blocks]
+    return Table("What nothing beats in both speed and fidelity", ["run", "settings"], body)
+
+
+def plot(blocks: list[list[Row]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, len(blocks), figsize=(4.6 * len(blocks), 4), layout="constrained", squeeze=False)
+    for axis, found in zip(axes[0], blocks, strict=True):
+        lines: dict[str, list[Row]] = {}
+        for row in found[1:]:
+            family = FORECASTS if row.label.startswith(FORECASTS) else row.label.split(",")[0].split(" ")[0]
+            family = "ours, features" if row.label.startswith("ours, features") else family
+            family = "ours, one-sided" if row.label.startswith("ours, one-sided") else family
+            lines.setdefault(family, []).append(row)
+        for n, (family, many) in enumerate(lines.items()):
+            x, y, error = zip(*sorted((r.speed, *r.summary["psnr"]) for r in many), strict=True)
+            width = 2.2 if family.startswith("ours") else 0.9
+            axis.errorbar(x, y, error, fmt="o-", ms=3, lw=width, color=f"C{n % 10}", label=family, alpha=0.9)
+        axis.set(title=found[0].run, xlabel="times less computing", ylabel="PSNR to plain, dB", xscale="log")
+        axis.set_xticks([1, 1.5, 2, 3, 4, 6, 8], ["1", "1.5", "2", "3", "4", "6", "8"])
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=6)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--runs", nargs="+", metavar="MODEL:SAMPLER:STEPS:CFG",
+        default=["unet:euler:50:3", "flow:euler:50:3", "unet:euler:50:7", "unet:dpmpp_2m:20:3", "flow:dpmpp_2m:20:3",
+                 "unet:euler_ancestral:25:3"],
+    )  # fmt: skip
+    parser.add_argument("--tasks", type=int, default=16)
+    parser.add_argument("--only", nargs="*", default=[], help="settings whose names begin with one of these")
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--out", type=Path, default=DOCS)
+    args = parser.parse_args()
+    began = time.perf_counter()
+    parts = [one.split(":") for one in args.runs]
+    runs = [Run(model, sampler, int(steps), float(cfg)) for model, sampler, steps, cfg in parts]
+    with tempfile.TemporaryDirectory() as folder:
+        lab, work = RivalLab(Host(Path(folder)), args.cache), tasks(args.tasks)
+        blocks = [measure(lab, run, work, args.only) for run in runs]
+    args.out.mkdir(parents=True, exist_ok=True)
+    plot(blocks, args.out / "step_cost.png")
+    notes = [" ".join(__doc__.split("\n\n")[2].split()), f"{args.tasks} pictures; schedule normal."]
+    data = [{**vars(row), "summary": {k: list(v) for k, v in row.summary.items()}} for rows_ in blocks for row in rows_]
+    tables = [fronts_table(blocks), *map(table, blocks)]
+    record("step_cost", "Asking less", tables, began, ["step_cost.png"], notes, args.out, data)
+    print("\r" + "\n".join(map(markdown, tables)))
+
+
+if __name__ == "__main__":
+    main()
