@@ -182,6 +182,10 @@ class AttuneFitPropagation(io.ComfyNode):
                         "square.",
                     ),
                 ),
+                io.Conditioning.Input(
+                    "positive_2", optional=True,
+                    tooltip="Another typical prompt, for forecasts: what is fitted to two holds for others better.",
+                ),
             ],
             outputs=[
                 Profile.Output(display_name="profile", tooltip="The calibration, for Attune Apply Profile."),

@@ -27,7 +27,7 @@ def fitted(kit, host):
     return host.call(
         "AttuneFitPropagation", model=kit.model, positive=kit.positive, negative=kit.negative, seed=4, steps=STEPS,
         latent_image={"samples": torch.zeros(1, kit.channels, 8, 8)}, cfg=3.0, sampler_name="euler",
-        scheduler="normal", reuse="automatic", fastest=2.0, longest=4,
+        scheduler="normal", reuse="automatic", fastest=2.0, longest=4, positive_2=kit.encode("a cat"),
     )  # fmt: skip
 
 
@@ -61,13 +61,17 @@ def fidelity(ours, whole):
     return fidelity(ours.float(), whole.float())
 
 
-def test_each_setting_asks_what_it_says_and_gives_what_was_measured(kit, fitted, propagate):
+def test_each_setting_asks_what_it_says_and_gives_what_was_measured(kit, host, fitted, propagate):
     profile, _, report = fitted
     points = profile.key_steps.points
     assert profile.kind == "step_forecast" and [p.speed for p in points] == sorted(p.speed for p in points)
     assert points[-1].speed >= 2 and "steps asked" in report
     two = {"latent_image": {"samples": torch.zeros(2, kit.channels, 8, 8)}}  # what the fit makes of one picture
+    both = host.module("nodes._host.propagation.fit")._in_turn(kit.positive, kit.encode("a cat"))
+    two["positive"] = both
     whole = draw(kit, kit.model, **two)
+    parts = draw(kit, kit.model), draw(kit, kit.model, **{**two, "positive": kit.encode("a cat")})[1:]
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(whole.split(1), parts, strict=True))
     for point in (points[0], points[-1]):
         model, calls = asked_steps(propagate(kit.model, mode="speed target", speed=point.speed))
         ours = draw(kit, model, **two)
@@ -174,3 +178,14 @@ def test_a_solver_that_asks_twice_a_step_is_fitted_with_features_or_refused(kit,
     }  # fmt: skip
     with pytest.raises(ValueError, match="'heun' does not ask the model once a step"):
         host.call("AttuneFitPropagation", **given, reuse="nothing asked")
+
+
+def test_two_prompts_that_cannot_share_a_batch_are_refused(kit, host):
+    given = {
+        "model": kit.model, "positive": kit.positive, "negative": kit.negative, "seed": 4, "steps": 8,
+        "latent_image": {"samples": torch.zeros(1, kit.channels, 8, 8)}, "cfg": 3.0, "sampler_name": "euler",
+        "scheduler": "normal", "fastest": 1.25, "longest": 2, "reuse": "automatic",
+    }  # fmt: skip
+    for other in ([*kit.positive, *kit.negative], [[kit.positive[0][0][..., :8], kit.positive[0][1]]]):
+        with pytest.raises(ValueError, match="one plain prompt each"):
+            host.call("AttuneFitPropagation", **given, positive_2=other)

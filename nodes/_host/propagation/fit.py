@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
@@ -154,9 +155,12 @@ def fit(
 
 def fit_profile(
     model: Any, positive, negative, latent_image: dict, seed: int, steps: int, cfg: float, sampler_name: str,
-    scheduler: str, reuse: str = plan.AUTOMATIC, fastest: float = 2.5, longest: int = 4,
+    scheduler: str, reuse: str = plan.AUTOMATIC, fastest: float = 2.5, longest: int = 4, positive_2=None,
 ) -> tuple[Calibration, KeySteps, dict[str, list[float]]]:  # fmt: skip
-    """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes."""
+    """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes.
+
+    positive_2: of forecasts, another prompt for every second picture.
+    """
     sampler = comfy.samplers.sampler_object(sampler_name)
     known(sampler, WHO)
     (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=1.0)
@@ -172,7 +176,7 @@ def fit_profile(
     kind = WholeSteps if asks_nothing else propagation_for(model)
 
     if kind is WholeSteps:
-        latent_image = _enough(latent_image)
+        latent_image, positive = _enough(latent_image, positive_2), _in_turn(positive, positive_2)
 
     def run(patched: Any, noise: int = seed) -> Tensor:
         noise %= 2**64
@@ -204,12 +208,34 @@ def fit_profile(
     return profile, calibration, changes
 
 
-def _enough(latent_image: dict) -> dict:
-    """A LATENT of FEWEST_PICTURES at least: the one picture again, with noises of their own."""
+def _enough(latent_image: dict, positive_2: list | None) -> dict:
+    """A LATENT of FEWEST_PICTURES at least, and of as many for every prompt: noises of their own come by themselves."""
     samples = latent_image["samples"]
-    if samples.is_nested or len(samples) >= FEWEST_PICTURES:
+    if samples.is_nested or (positive_2 is None and len(samples) >= FEWEST_PICTURES):
         return latent_image
-    return {**latent_image, "samples": torch.cat([samples] * FEWEST_PICTURES)[:FEWEST_PICTURES]}
+    return {**latent_image, "samples": torch.cat([samples] * FEWEST_PICTURES)}
+
+
+def _in_turn(positive: list, other: list | None) -> list:
+    """Two prompts as one CONDITIONING whose pictures have them in turn; ValueError for what cannot be put so."""
+    if other is None:
+        return positive
+    (one, facts), *more = positive
+    (two, facts_2), *more_2 = other
+    if more or more_2 or one.shape[2:] != two.shape[2:] or (facts.keys() ^ facts_2.keys()) - {"attention_mask"}:
+        raise ValueError(
+            f"{WHO} needs in 'positive' and 'positive_2' one plain prompt each, of the same text encoder and without "
+            "areas: connect 'CLIP Text Encode' directly, or leave 'positive_2' out."
+        )
+    tokens = math.lcm(one.shape[1], two.shape[1])  # the host repeats tokens in this way, too, which no attention feels
+    both = torch.cat([part.repeat(1, tokens // part.shape[1], 1) for part in (one, two)])
+    kept = {key: value for key, value in facts.items() if key != "attention_mask"}
+    joined = {
+        key: torch.cat([value, facts_2[key]])
+        for key, value in kept.items()
+        if isinstance(value, Tensor) and value.shape == facts_2[key].shape
+    }
+    return [[both, {**kept, **joined}]]
 
 
 def measures_too_few(sampler_name: str, latent_image: dict) -> bool:
