@@ -108,7 +108,12 @@ def test_an_error_of_ours_is_shown_as_a_sentence(page, tmp_path):
     node["widgets_values"] = ["AYS SVD" if value == "auto" else value for value in node["widgets_values"]]
     load(page, graph)
     page.evaluate("() => app.queuePrompt(0, 1)")
-    page.wait_for_function("() => document.body.innerText.includes('starts at sigma 700')", timeout=60_000)
+    details = "button:has-text('View details'), button:has-text('See Errors')"  # newer pages: one click away
+    said = "document.body.innerText.includes('starts at sigma 700')"
+    page.wait_for_function(f"() => {said} || document.body.innerText.includes('View details')", timeout=60_000)
+    if not page.evaluate(f"() => {said}"):
+        page.locator(details).first.click()
+        page.wait_for_function(f"() => {said}", timeout=10_000)
     screenshot(page, "error", tmp_path)
     page.keyboard.press("Escape")
 

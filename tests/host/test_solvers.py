@@ -28,7 +28,8 @@ class Answers:
         sampling = comfy.model_base.model_sampling(config, comfy.model_base.ModelType.EPS)
         self.answer, self.levels = answer, []
         self.inner_model = SimpleNamespace(model_sampling=sampling)
-        self.model_patcher = SimpleNamespace(get_model_object=lambda _: sampling)
+        self.model_patcher = SimpleNamespace(get_model_object=lambda _: sampling, model=self)
+        self.cfg = 1.0  # newer hosts put it into their log
 
     def __call__(self, x, sigma, model_options=None, seed=None):
         self.levels.append(float(sigma[0]))
