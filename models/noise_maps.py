@@ -18,10 +18,10 @@ from ..kernels.space import NoiseSpace
 from .store import is_finite, save_tensors, shortened
 
 LARGEST_MAPS = 32 << 30  # bytes; 50 steps of a picture of SDXL take 13 MB, of a long video some GB
-MOST_LEVELS = 10_001
+LONGEST_SCHEDULE = 10_001
 FORMAT = "1"  # of the metadata
 FACTS = ("family", "config_hash", "weights", "patches", "cfg", "seed")  # what was inverted with what
-KEPT = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+NUMBERS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def load_maps(path: Path) -> InvertedPicture:
     return _checked(path.name, read, eta, kind, facts)
 
 
-def describe(inverted: InvertedPicture) -> str:
+def maps_in_words(inverted: InvertedPicture) -> str:
     """What is in it, a line each."""
     maps, facts = inverted.maps, inverted.facts
     shape = " x ".join(map(str, maps.picture.shape[1:]))
@@ -102,12 +102,12 @@ def _check_shapes(shapes: Mapping[str, tuple[int, ...]], types: Mapping[str, str
         3 <= len(picture) <= 6
         and all(picture)
         and math.prod(picture) * max(n, 1) < 1 << 40
-        and 1 <= n < MOST_LEVELS
+        and 1 <= n < LONGEST_SCHEDULE
         and shapes["sigmas"] == (n + 1,)
         and shapes["states"] == (n, *picture)
         and shapes["maps"] == (n - 1, *picture)
         and shapes["residual"] == shapes["latent"] == picture
-        and all(kind in KEPT for kind in types.values())
+        and all(kind in NUMBERS for kind in types.values())
     )
     if not fits:
         raise ValueError(f"its tensors are {shortened(dict(sorted(shapes.items())), 400)}")

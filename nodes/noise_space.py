@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from ..kernels.noise_space import morphed
-from ..models.noise_maps import describe, load_maps, save_maps
+from ..models.noise_maps import load_maps, maps_in_words, save_maps
 from ..models.training import keep_result
 from ._host.api import ExecutionBlocker, advanced, check_choices, io, say_on_node, schema, ui
 from ._host.folders import NOISE_MAPS, file_names, file_path, folder_of, state_of
@@ -17,7 +17,7 @@ from ._host.noise_space import (
     NoiseMapsType,
     ReplayPlan,
     at_wire,
-    check_model,
+    check_same_model,
     fresh_noise,
     invert_picture,
     prompts_between,
@@ -237,8 +237,8 @@ class AttuneMorph(io.ComfyNode):
         cls, model, maps_1, maps_2, frames=8, factor=0.5, skip=0.7, boost=1.4, fresh_noise=0.0, seed=0,
         positive_1=None, positive_2=None,
     ) -> io.NodeOutput:  # fmt: skip
-        check_model(maps_1, model, "Attune Morph")
-        check_model(maps_2, model, "Attune Morph")
+        check_same_model(maps_1, model, "Attune Morph")
+        check_same_model(maps_2, model, "Attune Morph")
         factors = morph_factors(frames, factor)
         start = step_of(maps_1.maps, skip, "skip")
         maps = morphed(maps_1.maps, maps_2.maps, factors, start, boost, fresh_noise, _noise(maps_1, fresh_noise, seed))
@@ -320,7 +320,7 @@ class AttuneLoadNoiseMaps(io.ComfyNode):
     @classmethod
     def execute(cls, maps_name) -> io.NodeOutput:
         inverted = load_maps(file_path(NOISE_MAPS, maps_name))
-        info = describe(inverted)
+        info = maps_in_words(inverted)
         return io.NodeOutput(inverted, {"samples": inverted.latent.clone()}, info, ui=ui.PreviewText(info))
 
 

@@ -31,7 +31,7 @@ from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
 from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, ShortRun, conditioning_map
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
-from pack.models.noise_maps import InvertedPicture, describe, load_maps, save_maps
+from pack.models.noise_maps import InvertedPicture, load_maps, maps_in_words, save_maps
 from pack.models.noise_pairs import Job, Shard, load_shard, read_jobs, rows, save_shard, shard_path
 from pack.models.npnet_files import load_npnet, read_config, save_npnet
 from pack.models.one_more_step import (
@@ -156,7 +156,7 @@ def inverted(again: bool = False) -> InvertedPicture:
 def use_maps(path: Path) -> None:
     """Whatever is accepted can be described and replayed."""
     got = load_maps(path)
-    assert describe(got) and all(isinstance(value, str) for value in got.facts.values())
+    assert maps_in_words(got) and all(isinstance(value, str) for value in got.facts.values())
     state = got.maps.states[0].to(got.maps.picture)
     for *_, x in sample_replay(lambda x, sigma: 0.5 * x, got.maps, state):
         assert x.shape == got.maps.picture.shape

@@ -198,7 +198,7 @@ def _check_run(inverted: InvertedPicture, guider: Any, x: Tensor, sigmas: Tensor
     """The step of the maps at which a run begins; ValueError for a run of another model, size or levels."""
     maps = inverted.maps
     if guider is not None:
-        check_model(inverted, guider.model_patcher)
+        check_same_model(inverted, guider.model_patcher)
     count, shape = len(maps.picture), list(maps.picture.shape[1:])
     if list(x.shape[1:]) != shape or count not in (1, len(x)):
         raise ValueError(
@@ -216,7 +216,7 @@ def _check_run(inverted: InvertedPicture, guider: Any, x: Tensor, sigmas: Tensor
     return start
 
 
-def check_model(inverted: InvertedPicture, model: Any, who: str = WHO) -> None:
+def check_same_model(inverted: InvertedPicture, model: Any, who: str = WHO) -> None:
     """ValueError where a MODEL is another one than that of the maps; other LoRAs are an edit, and the log says so."""
     mine, theirs = whose(model), inverted.facts
     for key in ("config_hash", "weights"):
