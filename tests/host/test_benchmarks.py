@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,6 +52,7 @@ SMOKE = {
     "whole_runs": ["--models", "SD1.5", "--pixels", "64", "--steps", "8", "--only", "DeepCache 2"],
     "one_more_step": ["--settings", "SD's:1:4", "--seeds", "2", "--steps", "4"],
     "golden_noise": ["--prompts", "3", "--seeds", "2", "--models", "unet", "--steps", "4", "--cfg", "1"],
+    "noise_space": ["--models", "flow", "--pictures", "4", "--pairs", "1", "--steps", "3"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "5"],
     "long_run": ["--prompts", "12", "--caches", "none", "--control", "0"],
@@ -191,6 +193,34 @@ def test_the_caches_save_evaluations_and_the_mends_do_not(tmp_path):
     for model, label in (("unet", "EasyCache 0.2"), ("unet", "LazyCache 0.2")):
         assert rows[model, label]["calls"] < 10 and rows[model, label]["summary"]["psnr"][0] < 100
     assert min(Image.open(tmp_path / "peers.png").size) > 100
+
+
+@pytest.mark.nightly
+@pytest.mark.host
+def test_noise_space_gives_drawn_pictures_back(tmp_path, run_here, monkeypatch):
+    """With the pack's own pictures in the place of the training pictures, which only a training fetches."""
+    import noise_space
+
+    def drawn(self, objects, backgrounds, seed):
+        images = [
+            self.call("AttuneDemoPicture", picture=("apple", "cat", "heart")[i % 3])[0] for i in range(len(objects))
+        ]
+        latents = [self.call("VAEEncode", pixels=one, vae=self.lab.vaes[self.name])[0]["samples"] for one in images]
+        return noise_space.Real(torch.cat(images).permute(0, 3, 1, 2), torch.cat(latents), objects, backgrounds)
+
+    monkeypatch.setattr(noise_space.Bench, "composed", drawn)
+    monkeypatch.setattr(noise_space, "alphas", lambda b: torch.ones(len(b.real.objects), 1, 128, 128))
+    run_here("noise_space", tmp_path, *SMOKE["noise_space"])
+    kept, edited, varied, between = json.loads((tmp_path / "results" / "noise_space.json").read_text())["tables"]
+    errors = {(row[0], row[1]): row[3] for row in kept["rows"]}
+    assert all(
+        errors[cfg, f"noise maps, {kind}"] <= 1e-5 for cfg in (1, 3, 7.5) for kind in ("half precision", "float32")
+    )
+    assert all(errors[cfg, "euler over flipped sigmas, and back"] > 1e-2 for cfg in (1, 3, 7.5))
+    assert {"RF inversion, gamma 0.5, eta 0.9"} < {row[0] for row in edited["rows"]} and varied["rows"]
+    ends = {row[0]: float(row[-1].split()[0]) for row in between["rows"]}
+    assert ends["Attune Morph, eta 0"] < 0.01 < ends["slerp of inverted noise"]
+    assert min(Image.open(tmp_path / "noise_space.jpg").size) > 100
 
 
 @pytest.mark.host
