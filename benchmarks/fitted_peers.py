@@ -159,7 +159,7 @@ def calibrated(lab: FitLab, scene: Scene, schedule: str, steps: int) -> list[tup
         profile, *_ = lab.host.call(
             "AttuneFitPropagation", model=lab.model(scene), positive=lab.conditioning([prompt(100, 3)]),
             negative=lab.conditioning([""]), latent_image=latent, seed=987654321, steps=steps, cfg=scene.cfg,
-            sampler_name="euler", scheduler=schedule, reuse="automatic", fastest=4.0, longest=5,
+            sampler_name="euler", scheduler=schedule, reuse=REUSES[scene.model][-1], fastest=4.0, longest=5,
         )  # fmt: skip
         path = store.save_profile(profile, lab.cache, stem)
     parts = networks(lab, scene.model)["demo"].reuses

@@ -160,7 +160,7 @@ def fit(lab: Lab, model: str, sampler: str, steps: int, stem: str) -> Path:
     profile, _, _ = lab.host.call(
         "AttuneFitPropagation", model=lab.models[model], positive=lab.conditioning([prompt(100, 3)]),
         negative=lab.conditioning([""]), latent_image=latent, seed=987654321, steps=steps, cfg=3.0,
-        sampler_name=sampler, scheduler="normal", reuse="automatic", fastest=3.0, longest=5,
+        sampler_name=sampler, scheduler="normal", reuse=REUSES[model][-1], fastest=3.0, longest=5,
     )  # fmt: skip
     return pack("models.store").save_profile(profile, lab.cache, stem)
 

@@ -48,6 +48,7 @@ SMOKE = {
         "20",
     ],
     "propagation": ["--runs", "unet:euler:10:6", "flow:euler:10:6", "--only", *REUSES],
+    "step_cost": ["--runs", "flow:euler:10:3", "--tasks", "6", "--only", "fewer steps, 8", "TaylorSeer N2", "ours"],
     "step_kinds": ["--models", "SD1.5", "--pixels", "64"],
     "whole_runs": ["--models", "SD1.5", "--pixels", "64", "--steps", "8", "--only", "DeepCache 2"],
     "one_more_step": ["--settings", "SD's:1:4", "--seeds", "2", "--steps", "4"],
@@ -181,6 +182,18 @@ def test_fitted_schedules_are_weighed_against_the_free_ones(tmp_path):
     assert page.endswith(" after") and " old " not in page and "flow: what tuning gains" in page
     for picture in ("tuned_deviation.png", "tuned_pictures.jpg"):
         assert min(Image.open(tmp_path / picture).size) > 100
+
+
+@pytest.mark.nightly
+@pytest.mark.host
+def test_asking_less_is_counted_in_answers(tmp_path):
+    run("step_cost", tmp_path, *SMOKE["step_cost"])
+    rows = {r["label"]: r for r in json.loads((tmp_path / "results" / "step_cost.json").read_text())["data"]}
+    assert rows["plain"]["speed"] == 1 and rows["fewer steps, 8"]["speed"] == 1.25
+    assert rows["ours, one-sided steps alone"]["speed"] == pytest.approx(10 / 9)  # steps 3 and 5 of 10
+    forecasts = [row for label, row in rows.items() if label.startswith("ours, forecasts")]
+    assert forecasts and all(row["speed"] > 1 and 10 < row["summary"]["psnr"][0] <= 100 for row in forecasts)
+    assert min(Image.open(tmp_path / "step_cost.png").size) > 100
 
 
 @pytest.mark.nightly
