@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from graphs import Kit
-from pack.models.calibration import Calibration, CondLevels
+from graphs import STEPS, Kit
+from pack.kernels.propagation import Reuse
+from pack.models.calibration import Calibration, CondLevels, KeySteps, Point
 from pack.models.store import shipped_profiles
 
 
@@ -22,6 +23,7 @@ class Method:
     where: dict | None = None  # graph -> why the method rightly changes nothing there
     refused: dict | None = None  # graph -> part of the sentence with which the method refuses it
     place: str = ""  # what a MODEL has one of: of two methods in one place the later counts
+    asks: int = STEPS  # calls of the network in a run of KSampler, the first ones of a method with more
 
     def beside(self, other: Method) -> bool:
         """Whether both can be on one MODEL."""
@@ -61,7 +63,27 @@ def examples(kit: Kit) -> dict:
     return {"examples": {"samples": 0.3 + 0.2 * kit.picture(32)["samples"]}}
 
 
+def forecasts(kit: Kit) -> dict:
+    """A profile for the graphs' own run, whose steps 2, 3 and 5 hold the last answer and go a little on."""
+    (levels,) = kit.host.call("BasicScheduler", model=kit.model, scheduler="normal", steps=STEPS, denoise=1.0)
+    keys = (0, 1, 4, 6, 7)
+    rows = tuple(
+        (0.0, *[0.2] * min(sum(k < i for k in keys) - 1, 2), 0.0) if i in (2, 3, 5) else () for i in range(STEPS)
+    )
+    point = Point(Reuse(0, 1), keys, STEPS / 4.5, 40.0, (4,), rows, (0.0,) * STEPS)
+    sigmas = tuple(levels.tolist())
+    family = {"unet": "AttuneDemo", "flow": "SD3"}[kit.name]
+    space = {"unet": "ve", "flow": "flow"}[kit.name]
+    return {
+        "profile": Calibration(
+            "test", "by hand", space, (family,), (64, 64), sigmas, "a test", kind="step_forecast", solver="euler",
+            key_steps=KeySteps(1, "euler", sigmas, (point,)),
+        )
+    }  # fmt: skip
+
+
 NO_NEGATIVE = "The guider does not ask one positive and one negative: every step asks what the guider asks."
+OTHER_LEVELS = "The run has other noise levels than the forecasts were fitted to: every step is asked."
 FROM_A_PICTURE = "The run begins from a picture, not from noise: the method stands aside."
 APPLY = {
     "steps": 0,
@@ -98,6 +120,11 @@ METHODS = {
         "flow", "AttunePropagation",
         {**REUSE, "reuse": "automatic", "interval": 1, "guidance": "every second step"}, {"guidance": "every step"},
         where={"SamplerCustomAdvanced, BasicGuider": NO_NEGATIVE, "SamplerCustomAdvanced, DualCFGGuider": NO_NEGATIVE},
+    ),
+    "forecasts": Method(
+        "unet", "AttunePropagation", {**REUSE, "mode": "calibrated profile", "reuse": "automatic"},
+        {"mode": "uniform", "interval": 1}, forecasts,
+        {"KSampler (Advanced), two stages": OTHER_LEVELS, "img2img": OTHER_LEVELS}, asks=5,
     ),
     "noise shift": Method(
         "flow", "AttuneApplyProfile",

@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graphs import GRAPHS, REPLAYED, STEPS, Kit
+from graphs import GRAPHS, REPLAYED, Kit
 from methods import METHODS
 from nightly import daily
 from pack.kernels.fitted_sampler import fidelity
@@ -269,7 +269,7 @@ def test_a_run_that_ends_at_any_evaluation_leaves_nothing(kits, stock_of, alone,
         "out of memory": management.OOM_EXCEPTION,
     }[failure]  # fmt: skip
     with new_tensors() as count:
-        for stop in range(STEPS):
+        for stop in range(chosen.asks):
             calls: list[int] = []
 
             def fail(executor, *args, calls=calls, stop=stop, **kwargs):

@@ -459,8 +459,9 @@ def applied(
         **(replaced or {}),
     }
     patched = model.clone()
-    for kind, wrapper in wrappers.items():
+    for kind in (*wrappers, WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):  # of an earlier node's kind of network
         patched.remove_wrappers_with_key(kind, KEY)
+    for kind, wrapper in wrappers.items():
         patched.add_wrapper_with_key(kind, KEY, wrapper)
     patched.model_options["transformer_options"][KEY] = settings
     propagation.equip(patched)
