@@ -122,7 +122,9 @@ def test_the_pages_tell_the_cost_of_a_fit(host, root):
     for page in ("docs/fitted_sampler.md", "web/docs/AttuneFitSampler.md"):
         assert all(one in (root / page).read_text("utf-8") for one in costs), f"{page} lacks one of {costs}"
     about = [round(plan.evaluations(preset, 30, [8], rivals), -1) for preset in presets.values()]
-    (tip,) = (one.tooltip for one in host.module("nodes.fit_sampler").NODES[0].define_schema().inputs if one.id == "preset")
+    (tip,) = (
+        one.tooltip for one in host.module("nodes.fit_sampler").NODES[0].define_schema().inputs if one.id == "preset"
+    )
     assert f"about {about[0]}, {about[1]} or {about[2]}" in tip
 
 
