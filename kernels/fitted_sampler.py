@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 HISTORY = 2  # earlier answers in a step
 RIDGE = 0.1  # on columns of norm 1
-FOLDS = 4  # parts of the pictures that say in turn whether a polish by the others helps them
+POLISH_PARTS = 4  # parts of the pictures that say in turn whether a polish by the others helps them
 NUDGE = 0.01  # of a number, to see how the end moves with it
 WIDEST_SEARCH, FINEST_SEARCH = 0.5, 0.02  # of the gap to the neighbouring level
 PAPER_GAIN = 1e-3  # relative gain at which the search on paper takes a move
@@ -467,7 +467,7 @@ def polish(denoise: Denoiser, run: FittedRun, path: Trajectory) -> Generator[Non
         probes = [probe(x, known[0]) for x, known in zip(states, [*answers, answers[-1]], strict=True)]
         return _with_shares(other, probes), after
 
-    unseen, folds = before.clone(), min(len(every), FOLDS)
+    unseen, folds = before.clone(), min(len(every), POLISH_PARTS)
     for fold in range(folds):
         rest = every % folds == fold
         _, after = yield from moved(every[~rest])
@@ -492,7 +492,7 @@ def _made(
 
 def polish_cost(steps: int, history: int = HISTORY) -> int:
     """Evaluations of `polish` at most, for each of two or more pictures."""
-    return (4 + 3 * FOLDS) * steps + sum((2 + min(i, history)) * (steps - 1 - i) for i in range(steps))
+    return (4 + 3 * POLISH_PARTS) * steps + sum((2 + min(i, history)) * (steps - 1 - i) for i in range(steps))
 
 
 def _errors(ends: Sequence[Latent], paths: Sequence[Trajectory]) -> Tensor:
