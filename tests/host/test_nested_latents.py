@@ -113,7 +113,8 @@ def test_propagation_passes_over_the_blocks_of_both_streams(host, av):
 def test_propagation_is_fitted_on_both_streams(host, av):
     wanted = {key: one for key, one in inputs(av).items() if key != "denoise"}
     profile, *_ = host.call(
-        "AttuneFitPropagation", **complete(host, "AttuneFitPropagation", {**wanted, "scheduler": "simple"})
+        "AttuneFitPropagation",
+        **complete(host, "AttuneFitPropagation", {**wanted, "scheduler": "simple", "reuse": "first block fresh"}),
     )
     assert profile.key_steps.blocks == BLOCKS and profile.resolution == (1, 1)
 
