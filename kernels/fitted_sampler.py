@@ -439,9 +439,8 @@ def polish(denoise: Denoiser, run: FittedRun, path: Trajectory) -> Generator[Non
 
     `fit_steps` brings each state near, and a state may be as far as it likes where the end comes nearer by it. How the
     end moves with a number is found by another run from that step on. The move is made on all pictures if what three of
-    four ask for brings the fourth nearer, in the geometric mean over all, for in the plain one a single picture may decide:
-    under strong guidance it often does not, for paths that bend much are far from linear. One picture alone is left as
-    it is.
+    four ask for brings the fourth nearer, in the geometric mean over all (one picture may decide the plain one): under
+    strong guidance it often does not, for paths that bend much are far from linear. One picture alone is left as it is.
     """
     if path.states.shape[1] < 2:
         return run
