@@ -101,5 +101,6 @@ def server(dev, tmp_path_factory):
     settings.write_text(json.dumps(SETTINGS))
     (run / "custom_nodes").mkdir()
     shutil.copy(ROOT / "benchmarks/count_objects.py", run / "custom_nodes")
-    with dev.server(dev.Host(os.environ["COMFYUI_PATH"]), run, "--base-directory", str(run)) as url:
+    flags = ("--base-directory", str(run), "--cache-classic")  # newer hosts keep what fits into memory
+    with dev.server(dev.Host(os.environ["COMFYUI_PATH"]), run, *flags) as url:
         yield Server(url, run)

@@ -5,6 +5,7 @@ import { app } from "../../scripts/app.js"
 
 const OURS = "$$attune-said"
 const OF_THE_PAGE = "$$node-text-preview"
+const TYPE = "progressText" // by which the page draws its own in Vue nodes
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"]
 const AFTER_THE_PAGE = 500 // ms
 
@@ -19,7 +20,6 @@ function nodeOf(id) {
 
 const isOurs = (node) => (node?.comfyClass ?? node?.type ?? "").startsWith("Attune")
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name)
-const plain = (text) => new DOMParser().parseFromString(text, "text/html").body.textContent
 
 function forget(node) {
     const widget = widgetOf(node, OURS)
@@ -30,9 +30,9 @@ function forget(node) {
 
 function show(node, text) {
     const element = document.createElement("div")
-    element.textContent = text
+    element.textContent = new DOMParser().parseFromString(text, "text/html").body.textContent
     element.style.cssText = "overflow: auto; white-space: pre-wrap; user-select: text; font-size: 10px; padding: 4px;"
-    const widget = node.addDOMWidget(OURS, "text", element, {
+    const widget = node.addDOMWidget(OURS, TYPE, element, {
         serialize: false,
         hideOnZoom: false,
         getMinHeight: () => 100,
@@ -46,7 +46,7 @@ function show(node, text) {
 function keep() {
     for (const [id, text] of said) {
         const node = nodeOf(id)
-        if (isOurs(node) && text && !widgetOf(node, OF_THE_PAGE)) show(node, plain(text))
+        if (isOurs(node) && text && !widgetOf(node, OF_THE_PAGE)) show(node, text)
     }
     said.clear()
 }
