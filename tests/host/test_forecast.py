@@ -170,13 +170,14 @@ def test_auto_takes_it_for_the_stock_schedule_alone(kit, host, fitted):
     assert f"propagation: {fitted[0].name}" in here and fitted[0].name not in there
 
 
-def test_a_solver_that_asks_twice_a_step_is_fitted_with_features_or_refused(kit, host):
+@pytest.mark.parametrize("sampler", ["heun", "euler_cfg_pp"])
+def test_a_solver_that_asks_more_than_one_guided_answer_a_step_is_refused(kit, host, sampler):
     given = {
         "model": kit.model, "positive": kit.positive, "negative": kit.negative, "seed": 4, "steps": 8,
-        "latent_image": {"samples": torch.zeros(1, kit.channels, 8, 8)}, "cfg": 3.0, "sampler_name": "heun",
+        "latent_image": {"samples": torch.zeros(1, kit.channels, 8, 8)}, "cfg": 3.0, "sampler_name": sampler,
         "scheduler": "normal", "fastest": 1.25, "longest": 2,
     }  # fmt: skip
-    with pytest.raises(ValueError, match="'heun' does not ask the model once a step"):
+    with pytest.raises(ValueError, match=f"'{sampler}' does not ask the model once a step"):
         host.call("AttuneFitPropagation", **given, reuse="nothing asked")
 
 

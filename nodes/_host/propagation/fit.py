@@ -23,8 +23,9 @@ from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, network_of, pixels
 from ..sampling import run_stock_node, sample
-from ..solvers import adds_noise, known, on_grid
+from ..solvers import adds_noise, known
 from . import KEY, Propagation, WholeSteps, applied, outer_sample, propagation_for, run_of
+from .forecast import can_forecast
 from .forecast_fit import beats, fit_forecasts
 from .transformer import blocks_of
 from .unet import blocks_a_side, top_blocks, unet_of
@@ -167,12 +168,12 @@ def fit_profile(
     reason = why_not(sampler, sigmas)
     if reason is not None:
         raise ValueError(f"There is nothing to calibrate: {reason}. Change 'sampler_name' or 'steps'.")
-    if reuse == plan.NOTHING and not on_grid(sampler):
+    if reuse == plan.NOTHING and not can_forecast(sampler):
         raise ValueError(
-            f"The sampler '{sampler_name}' does not ask the model once a step, at the step's own level, so nothing can "
-            "be forecast for it: set 'reuse' to 'automatic', or 'sampler_name' to one such as 'euler' or 'dpmpp_2m'."
+            f"The sampler '{sampler_name}' does not ask the model once a step for its guided answer alone, so nothing "
+            "can be forecast for it: set 'reuse' to 'automatic', or 'sampler_name' to one such as 'dpmpp_2m'."
         )
-    asks_nothing = reuse == plan.NOTHING or (reuse == plan.AUTOMATIC and on_grid(sampler))
+    asks_nothing = reuse == plan.NOTHING or (reuse == plan.AUTOMATIC and can_forecast(sampler))
     kind = WholeSteps if asks_nothing else propagation_for(model)
 
     if kind is WholeSteps:

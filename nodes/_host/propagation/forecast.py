@@ -90,6 +90,11 @@ class Forecasts:
         return float(wrong) > DOUBTED * max(expected, LEAST_ERROR)
 
 
+def can_forecast(sampler: Any) -> bool:
+    """Whether a SAMPLER asks once a step, and nothing beside the guided answer: CFG++ overhears the negative's, too."""
+    return on_grid(sampler) and not solver_name(sampler).endswith("cfg_pp")
+
+
 def forecasts_of(
     settings: ReuseSettings, sampler: Any, sigmas: Sequence[float], changes: Container[int]
 ) -> Forecasts | str:
@@ -97,7 +102,7 @@ def forecasts_of(
     fit = settings.calibration
     assert fit is not None
     name = solver_name(sampler)
-    if not on_grid(sampler) or name != table_name(fit.solver):
+    if not can_forecast(sampler) or name != table_name(fit.solver):
         return f"the profile's forecasts are fitted to {fit.solver}, and the run has {name}"
     start = place_in(fit.sigmas, sigmas)
     if start is None:
