@@ -6,12 +6,14 @@ The real pictures are the demo models' training pictures, composed anew (`dev.py
 that names objects never saw a generated one. Everything runs through the host's own SamplerCustom: ours by Attune
 Invert, Replay and Morph; img2img by BasicScheduler's denoise; approximate inversion by FlipSigmas and euler; RF
 inversion (Rout et al. 2024, arXiv 2410.10792) by its published update. Writes docs/results/noise_space.json,
-docs/results.md and docs/noise_space.jpg.
+docs/results.md, docs/noise_space.jpg and
+docs/noise_space_flow.jpg; in parts with --models.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -211,7 +213,9 @@ def reconstruction(b: Bench) -> Table:
         if b.name == "flow":
             row(cfg, "RF inversion, gamma 0.5, eta 0.9", 2 * n, b.rf(latents, texts, texts, cfg))
     columns = ["cfg", "way", "calls", "largest error", "mean error, of the spread"]
-    return Table(f"{b.name}: the picture with its own prompt", columns, rows, NOTE_RECONSTRUCTION)
+    return Table(
+        f"{b.name}: the picture with its own prompt, {len(latents)} pictures", columns, rows, NOTE_RECONSTRUCTION
+    )
 
 
 NOTE_RECONSTRUCTION = (
@@ -259,7 +263,9 @@ def edits(b: Bench) -> tuple[Table, list[Tensor]]:
     if b.name == "flow":
         row("RF inversion, gamma 0.5, eta 0.9", b.rf(latents, source, target, CFG), True)
     columns = ["way", "object right, %", "change outside, of 255", "perceptual distance"]
-    return Table(f"{b.name}: another object, cfg {CFG:g} where not said", columns, rows, NOTE_EDITS), shown
+    return Table(
+        f"{b.name}: another object, cfg {CFG:g} where not said, {len(latents)} pictures", columns, rows, NOTE_EDITS
+    ), shown
 
 
 NOTE_EDITS = (
@@ -290,7 +296,7 @@ def variations(b: Bench) -> Table:
         levels = b.levels(strength)
         row(f"img2img, denoise {strength}", lambda seed, at=levels: b.sample(latents, texts, CFG, at, seed=seed))
     columns = ["way", "object right, %", "variety", "shape kept"]
-    return Table(f"{b.name}: variations, cfg {CFG:g}", columns, rows, NOTE_VARIATIONS)
+    return Table(f"{b.name}: variations, cfg {CFG:g}, {count} pictures", columns, rows, NOTE_VARIATIONS)
 
 
 NOTE_VARIATIONS = (
@@ -328,7 +334,7 @@ def morphs(b: Bench, count: int) -> tuple[Table, list[Tensor]]:
         rows.append([name, *map(grouped, (jumps[name], jumps[name] / jumps[SLERP], *share, missed))])
         print(b.name, *rows[-1], flush=True)
     columns = ["way", "largest jump", "of slerp's", "contrast", "sharpness", "chroma", "ends, of 255"]
-    table = Table(f"{b.name}: morphs of {FRAMES} frames, cfg 1", columns, rows, NOTE_MORPHS)
+    table = Table(f"{b.name}: morphs of {FRAMES} frames, cfg 1, {count} pairs", columns, rows, NOTE_MORPHS)
     return table, [frames[0] for frames in ways.values()]
 
 
@@ -411,7 +417,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=DOCS)
     args = parser.parse_args()
-    began, tables, sheets = time.perf_counter(), [], []
+    began, tables = time.perf_counter(), earlier(args.out, args.models)
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         lab = Lab(Host(Path(folder)), args.cache)
         for model in args.models:
@@ -419,9 +425,16 @@ def main() -> None:
             edited, shown = edits(b)
             between, frames = morphs(b, args.pairs)
             tables += [reconstruction(b), edited, variations(b), between]
-            sheets += [grid(shown, FRAMES), grid(frames, FRAMES)]
-            below_each_other(sheets).save(args.out / "noise_space.jpg", quality=85)
-            record("noise_space", "Editing real pictures in noise space", tables, began, PICTURES, NOTES, args.out)
+            below_each_other([grid(shown, FRAMES), grid(frames, FRAMES)]).save(args.out / SHEETS[model], quality=85)
+            pictures = [SHEETS[one] for one in SHEETS if any(table.title.startswith(one) for table in tables)]
+            record("noise_space", "Editing real pictures in noise space", tables, began, pictures, NOTES, args.out)
+
+
+def earlier(out: Path, models: list[str]) -> list[Table]:
+    """The recorded tables of the models that are not asked for: a run may be made in parts."""
+    path = out / "results" / "noise_space.json"
+    recorded = json.loads(path.read_text("utf-8"))["tables"] if path.exists() else []
+    return [Table(**one) for one in recorded if not one["title"].startswith(tuple(models))]
 
 
 def below_each_other(sheets: list[Image.Image]) -> Image.Image:
@@ -433,7 +446,7 @@ def below_each_other(sheets: list[Image.Image]) -> Image.Image:
     return page
 
 
-PICTURES = ["noise_space.jpg"]
+SHEETS = {"unet": "noise_space.jpg", "flow": "noise_space_flow.jpg"}
 NOTES = [
     "Training pictures of the demo models, composed anew and encoded; standard errors over four groups of pictures. In "
     "the sheet, for each model: the pictures, img2img at 0.4, noise maps (cfg 3 to 3 with focus 0 and 0.3, 1 to "

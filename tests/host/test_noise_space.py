@@ -401,3 +401,20 @@ def test_a_fit_refuses_the_replay(kit):
     given = {"model": kit.model, "positive": kit.positive, "negative": kit.negative, "cfg": 3.0, "steps": 4}
     with pytest.raises(ValueError, match="does not know the sampler 'attune_replay'"):
         kit.host.call("AttuneFitSampler", sampler=sampler, latent=kit.empty(), **given)
+
+
+def test_the_drawings_are_pictures_of_the_side_that_is_asked(host):
+    drawn = {name: host.call("AttuneDemoPicture", picture=name, side=64)[0] for name in ("apple", "cat", "heart")}
+    for image in drawn.values():
+        assert image.shape == (1, 64, 64, 3) and 0 <= float(image.min()) < float(image.max()) <= 1
+    red = drawn["apple"][0, 36, 32]
+    assert float(red[0]) > 2 * float(red[1:].max())
+    with pytest.raises(ValueError, match=r"'picture' is 'dog'\. Choose one of: apple, cat, heart"):
+        host.call("AttuneDemoPicture", picture="dog")
+
+
+def test_the_maps_that_come_with_the_pack_are_the_demo_models(host, unet):
+    maps, latent, info = host.call("AttuneLoadNoiseMaps", maps_name="attune_demo_apple.safetensors")
+    assert "20 steps" in info and "AttuneDemo" in info
+    out = replayed(unet, maps, run={"cfg": 1.0, "positive": unet.encode("a red apple on a light blue background")})
+    assert worst(out, latent["samples"]) <= 2e-2 * float(latent["samples"].std())
