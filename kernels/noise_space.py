@@ -24,6 +24,7 @@ from .space import NoiseSpace
 from .types import Denoiser, Latent, Sigma, Sigmas
 
 CLEAN_LEVEL = 1e-4  # the level at which DDIM inversion asks about the clean picture
+GRID = 2.0**14
 NEAREST_END = 1e-4  # to both pictures that a morph's factor comes, for the division by its sine
 FreshNoise: TypeAlias = Callable[[], Latent]  # fresh unit noise of the picture's shape
 
@@ -63,6 +64,14 @@ def ancestral_step(sigma: float, sigma_next: float, eta: float, space: NoiseSpac
 def at_level(picture: Latent, noise: Latent, sigma: Sigma, space: NoiseSpace) -> Latent:
     """The picture with unit noise at a level, of the model's scale: alpha(sigma) * picture + sigma * scale * noise."""
     return space.alpha(sigma) * picture + sigma * space.scale * noise
+
+
+def as_kept(x: Latent, dtype: torch.dtype) -> Tensor:
+    """A state as it is kept and gone on from: in half precision, or in float32 on a grid of 2^-14.
+
+    Coarser than the last bits of what a network says, which differ between runs and grow where guidance is strong.
+    """
+    return (x * GRID).round().div(GRID).to(dtype) if dtype == torch.float32 else x.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -149,10 +158,10 @@ def invert(
             return found.states[i].to(picture)
         return at_level(picture, draw(), found.sigmas[i].to(picture), space)
 
-    found.states[0] = aim(0)
+    found.states[0] = as_kept(aim(0), dtype)
     _check_held(found.states[0])
     for i in range(n):
-        x = found.states[i].to(picture)
+        x = found.states[i].to(picture, copy=True)
         denoised = denoise(x, found.sigmas[i].to(picture))
         yield i + n * (eta == 0), x, denoised
         step = found.step(i)
@@ -161,7 +170,7 @@ def invert(
             found.residual.copy_(picture - mean)
         else:
             found.maps[i] = (aim(i + 1) - mean) / step.unit
-            found.states[i + 1] = mean + step.unit * found.maps[i].to(picture)
+            found.states[i + 1] = as_kept(mean + step.unit * found.maps[i].to(picture), dtype)
     _check_held(found.states, found.maps, found.residual)
     return found
 
@@ -195,7 +204,7 @@ def sample_replay(
             free = mask(i, denoised)
             x_next = x_next * free + (maps.picture if last else maps.states[i + 1]).to(x) * (1 - free)
         if not last:
-            x_next = x_next.to(maps.states.dtype).to(x)  # as the inversion went on from it
+            x_next = as_kept(x_next, maps.states.dtype).to(x)  # as the inversion went on from it
         yield i, x, denoised, x_next
         x = x_next
 

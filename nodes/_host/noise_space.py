@@ -160,7 +160,7 @@ def sample_attune_replay(
         allowed = x.new_ones(1) if free is None else free(i - start)
         return allowed * focus_mask(denoised, found.denoised(i, x), plan.focus) if plan.focus else allowed
 
-    state = maps.states[start].to(x)
+    state = maps.states[start].to(x, copy=True)
     masked = mask if plan.focus or free is not None else None
     steps = sample_replay(denoise, maps, state, start, plan.detail, masked)
     for _ in trange(maps.steps - start, disable=disable):
