@@ -72,7 +72,7 @@ def test_the_stock_ancestral_sampler_given_our_maps_ends_in_the_picture(kit, ski
 
     got = sampled(kit, comfy.samplers.KSAMPLER(begin), maps.sigmas[start:].float(), kit.picture())
     missed = kit.model.model.process_latent_out(maps.picture - maps.residual)
-    torch.testing.assert_close(got, missed, rtol=0, atol=2e-5)
+    torch.testing.assert_close(got, missed, rtol=0, atol=2e-3)  # which knows no grid
 
 
 class RoundTrip(Kit):
