@@ -37,7 +37,6 @@ T = TypeVar("T")
 
 HISTORY = 2  # earlier answers in a step
 RIDGE = 0.1  # on columns of norm 1
-POLISH_PARTS = 4  # parts of the pictures that say in turn whether a polish by the others helps them
 NUDGE = 0.01  # of a number, to see how the end moves with it
 WIDEST_SEARCH, FINEST_SEARCH = 0.5, 0.02  # of the gap to the neighbouring level
 PAPER_GAIN = 1e-3  # relative gain at which the search on paper takes a move
@@ -438,9 +437,9 @@ def polish(denoise: Denoiser, run: FittedRun, path: Trajectory) -> Generator[Non
     differences. Yields now and then; at most `polish_cost` evaluations.
 
     `fit_steps` brings each state near, and a state may be as far as it likes where the end comes nearer by it. How the
-    end moves with a number is found by another run from that step on. The move is made on all pictures if what three of
-    four ask for brings the fourth nearer, in the geometric mean over all (one picture may decide the plain one): under
-    strong guidance it often does not, for paths that bend much are far from linear. One picture alone is left as it is.
+    end moves with a number is found by another run from that step on. The move is made on all pictures but the last and
+    kept, then made on all, if the last one's end comes nearer by it: under strong guidance it often does not, for paths
+    that bend much are far from linear. One picture alone is left as it is.
     """
     if path.states.shape[1] < 2:
         return run
@@ -451,31 +450,21 @@ def polish(denoise: Denoiser, run: FittedRun, path: Trajectory) -> Generator[Non
             aside, _ = _made(denoise, run, states[i + 1] + NUDGE * column, i + 1, answers[i])
             moves.append(((aside[-1] - end) / NUDGE).cpu())
             yield
-    before, every = picture_errors(end, path.end), torch.arange(len(end))
-
-    def moved(seen: Tensor) -> Generator[None, None, tuple[FittedRun, Tensor]]:
-        """The run as the pictures `seen` move it, as far as these gain by it, and the errors of all."""
+    found, before = run, picture_errors(end, path.end)
+    for seen in (slice(None, -1), slice(None)):
         by = least_squares([one[seen] for one in moves], (path.end - end)[seen].cpu()).tolist()
         for share in (1.0, 0.5, 0.25):
             left = iter(by)
-            other = replace(run, numbers=tuple(tuple(one + share * next(left) for one in row) for row in run.numbers))
-            states, answers = _made(denoise, other, path.states[0])
+            moved = replace(run, numbers=tuple(tuple(one + share * next(left) for one in row) for row in run.numbers))
+            states, answers = _made(denoise, moved, path.states[0])
             yield
             after = picture_errors(states[-1], path.end)
             if after[seen].mean() < before[seen].mean():
                 break
-        probes = [probe(x, known[0]) for x, known in zip(states, [*answers, answers[-1]], strict=True)]
-        return _with_shares(other, probes), after
-
-    unseen, folds = before.clone(), min(len(every), POLISH_PARTS)
-    for fold in range(folds):
-        rest = every % folds == fold
-        _, after = yield from moved(every[~rest])
-        unseen[rest] = after[rest]
-    if not unseen.clamp(min=1e-12).log().sum() < before.clamp(min=1e-12).log().sum():
-        return run
-    found, after = yield from moved(every)
-    return found if after.mean() < before.mean() else run
+        if not (after.mean() < before.mean() and after[-1] < before[-1]):
+            return found
+        found = _with_shares(moved, [probe(x, a[0]) for x, a in zip(states, [*answers, answers[-1]], strict=True)])
+    return found
 
 
 def _made(
@@ -492,7 +481,7 @@ def _made(
 
 def polish_cost(steps: int, history: int = HISTORY) -> int:
     """Evaluations of `polish` at most, for each of two or more pictures."""
-    return (4 + 3 * POLISH_PARTS) * steps + sum((2 + min(i, history)) * (steps - 1 - i) for i in range(steps))
+    return 7 * steps + sum((2 + min(i, history)) * (steps - 1 - i) for i in range(steps))
 
 
 def _errors(ends: Sequence[Latent], paths: Sequence[Trajectory]) -> Tensor:

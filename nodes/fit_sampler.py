@@ -79,8 +79,8 @@ class AttuneFitSampler(io.ComfyNode):
                 io.Combo.Input(
                     "preset", options=list(TUNER_PRESETS), default="mini",
                     tooltip="How thorough: at 8 steps at most about 800, 1700 or 3400 evaluations of the model. "
-                    "'coefficients' are fitted to 1, 2 or 4 noises and proved on 6, 9 or 12 others: about 480, 1270 or "
-                    "2260 for a long run of 30 steps. The time is measured before it starts.",
+                    "'coefficients' are fitted to 1, 2 or 4 noises and proved on 6, 9 or 12 others: about 480, 1120 or "
+                    "1970 for a long run of 30 steps. The time is measured before it starts.",
                 ),
                 io.Boolean.Input(
                     "levels", default=True,
