@@ -21,7 +21,9 @@ from nightly import daily
 Draw = Callable[[Kit, Callable], Tensor]
 FROM_NOISE = ("one more step", "signal leak", "golden noise", "re-denoise")  # they change the noise of a run
 REUSE = ("encoder propagation", "top level fresh", "block propagation")  # they need some steps
+ASKED_LESS = ("one-sided steps", "forecasts")  # they need some steps between others, on levels that they know
 TOLD = ("aligned timesteps", "aligned timesteps, flow", "noise shift")  # they tell the network another noise level
+ONE_SIDED = ("one-sided steps",)  # asks both where it cannot tell what the negative would say
 ALL = tuple(METHODS)
 
 
@@ -78,45 +80,45 @@ def two_parts(kit: Kit) -> dict:
 SHORT = ("aligned timesteps, flow", "noise shift")  # a run of one step has no level between their knots
 NO_PICTURES = dict.fromkeys(("one more step", "signal leak"), "latents of pictures")
 TOO_SMALL = dict.fromkeys(("one more step", "signal leak"), "has no 3 frequencies: use larger latents")
-NO_TEXT = {"golden noise": "needs a text conditioning"}
+NO_TEXT = {"golden noise": "reads the prompt of the run, but there is none"}
 NO_NEGATIVE = {"re-denoise": "no negative conditioning"}
 EDGES = {
-    "1 step": Edge(ksampler(steps=1), (*REUSE, *SHORT)),
+    "1 step": Edge(ksampler(steps=1), (*REUSE, *ASKED_LESS, *SHORT)),
     "denoise 0": Edge(ksampler(denoise=0.0, latent_image=Kit.picture), ALL),
     "denoise 0.001": Edge(
         ksampler(steps=1, denoise=1e-3, latent_image=Kit.picture),
-        (*REUSE, *FROM_NOISE, "aligned timesteps", "aligned timesteps, flow"),
+        (*REUSE, *ASKED_LESS, *FROM_NOISE, "aligned timesteps", "aligned timesteps, flow"),
     ),
     "no noise level": Edge(levels(), ALL),
     "one noise level": Edge(levels(1.0), ALL),
     "sigma 0 alone": Edge(levels(0.0), ALL),
     "sigma 0 to 0": Edge(levels(0.0, 0.0), ALL),
-    "a level twice": Edge(levels(1.0, 1.0, 0.0), (*REUSE, *SHORT)),
-    "rising levels": Edge(levels(0.5, 1.0, 0.0), (*REUSE, "noise shift")),
-    "above the model's levels": Edge(levels(2.0, 1.0, 0.5, 0.0), (*REUSE, "noise shift")),
-    "ends before 0": Edge(levels(1.0, 0.5), (*REUSE, *SHORT)),
-    "1 x 1 latent pixels": Edge(ksampler(latent_image=empty(1, 1)), refused=NO_PICTURES),
+    "a level twice": Edge(levels(1.0, 1.0, 0.0), (*REUSE, *ASKED_LESS, *SHORT)),
+    "rising levels": Edge(levels(0.5, 1.0, 0.0), (*REUSE, *ASKED_LESS, "noise shift")),
+    "above the model's levels": Edge(levels(2.0, 1.0, 0.5, 0.0), (*REUSE, *ASKED_LESS, "noise shift")),
+    "ends before 0": Edge(levels(1.0, 0.5), (*REUSE, *ASKED_LESS, *SHORT)),
+    "1 x 1 latent pixels": Edge(ksampler(latent_image=empty(1, 1)), ONE_SIDED, NO_PICTURES),
     "1 x 8 latent pixels": Edge(ksampler(latent_image=empty(1, 8)), refused=TOO_SMALL),
     "5 x 7 latent pixels": Edge(ksampler(latent_image=empty(5, 7))),
     "latents of a video": Edge(ksampler(latent_image=empty(1, SIDE, SIDE)), refused=NO_PICTURES),
     "latents of a video with sound": Edge(
-        ksampler(latent_image=two_parts), refused={**NO_PICTURES, "golden noise": "for image latents only"}
+        ksampler(latent_image=two_parts), refused={**NO_PICTURES, "golden noise": "but got a video with its sound"}
     ),
     "latents of another model": Edge(
         ksampler(latent_image=lambda kit: {"samples": torch.ones(1, 3, SIDE, SIDE)}),
         refused={**NO_PICTURES, "golden noise": "this model's latent has 3"},
     ),
-    "no positive prompt": Edge(ksampler(positive=[]), refused=NO_TEXT),
-    "no negative prompt": Edge(ksampler(negative=[]), refused=NO_NEGATIVE),
-    "no prompt": Edge(ksampler(positive=[], negative=[]), (*TOLD, *REUSE), {**NO_TEXT, **NO_NEGATIVE}),
+    "no positive prompt": Edge(ksampler(positive=[]), ONE_SIDED, NO_TEXT),
+    "no negative prompt": Edge(ksampler(negative=[]), ONE_SIDED, NO_NEGATIVE),
+    "no prompt": Edge(ksampler(positive=[], negative=[]), (*TOLD, *REUSE, *ASKED_LESS), {**NO_TEXT, **NO_NEGATIVE}),
     "batch of 0": Edge(ksampler(latent_image=empty(SIDE, SIDE, batch=0))),
-    "batch of 64": Edge(ksampler(latent_image=empty(4, 4, batch=64)), like=(ksampler(latent_image=empty(4, 4)), 1e-3)),
+    "batch of 64": Edge(ksampler(latent_image=empty(4, 4, batch=64)), like=(ksampler(latent_image=empty(4, 4)), 5e-3)),
     "float16": Edge(ksampler(latent_image=empty(SIDE, SIDE, dtype=torch.float16)), like=(ksampler(), 0.3)),
     "bfloat16": Edge(ksampler(latent_image=empty(SIDE, SIDE, dtype=torch.bfloat16)), like=(ksampler(), 0.3)),
-    "float16 picture": Edge(ksampler(latent_image=picture(Tensor.half), denoise=0.5), FROM_NOISE),
+    "float16 picture": Edge(ksampler(latent_image=picture(Tensor.half), denoise=0.5), (*FROM_NOISE, "forecasts")),
     "cfg 0": Edge(ksampler(cfg=0.0)),
-    "cfg -5": Edge(ksampler(cfg=-5.0)),
-    "cfg 100": Edge(ksampler(cfg=100.0)),
+    "cfg -5": Edge(ksampler(cfg=-5.0), ONE_SIDED),
+    "cfg 100": Edge(ksampler(cfg=100.0), ONE_SIDED),
     "cfg 1e30": Edge(ksampler(cfg=1e30), ALL),
     "a latent of NaN": Edge(ksampler(latent_image=picture(lambda x: x * math.nan), denoise=0.5), ALL),
 }

@@ -141,7 +141,7 @@ class Propagation:
         """Which steps ask the positive alone, None where every step asks both prompts."""
         if self.settings.guidance != EVERY_SECOND:
             return None
-        reason = why_not_one_sided(guider)
+        reason = why_not_one_sided(guider, self.noise)
         if reason is not None:
             LOG.info("%s: every step asks both prompts, for %s.", WHO, reason)
             return None
@@ -501,7 +501,7 @@ class WholeSteps(Propagation):
             LOG.warning("%s: every step is asked, for %s.", WHO, found)
             return None
         self.forecasts = found
-        if not found.one_sided or why_not_one_sided(guider) is not None:
+        if not found.one_sided or why_not_one_sided(guider, self.noise) is not None:
             return None
         return OneSided(found.one_sided, found.keys, changes, self.space)
 

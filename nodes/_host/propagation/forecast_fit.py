@@ -67,7 +67,7 @@ def listening() -> tuple[type[WholeSteps], list[Any]]:
         def sides(self, guider, changes, active):
             windowed = guider.model_options.get("context_handler") is not None  # each window has its own difference
             self.cfg = getattr(guider, "cfg", 1.0)
-            if why_not_one_sided(guider) is None and not windowed:
+            if why_not_one_sided(guider, self.noise) is None and not windowed:
                 self.overheard = _Overheard()
             self.changes = changes
             return self.overheard
@@ -101,7 +101,7 @@ def fitting(kinds: Kinds, recorded: dict[int, Asked]) -> tuple[type[WholeSteps],
             runs.append(self)
 
         def sides(self, guider, changes, active):
-            if why_not_one_sided(guider) is not None:
+            if why_not_one_sided(guider, self.noise) is not None:
                 return None
             return OneSided(frozenset(kinds.one_sided), frozenset(kinds.keys), changes, self.space)
 

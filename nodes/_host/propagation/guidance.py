@@ -17,8 +17,10 @@ from ..clock import Clock
 OTHERS_FUNCTION = "sampler_calc_cond_batch_function"
 
 
-def why_not_one_sided(guider: Any) -> str | None:
+def why_not_one_sided(guider: Any, noise: Tensor) -> str | None:
     """Why the negative of a run cannot be predicted, in the user's words; None when it can."""
+    if noise.shape[2:].numel() < 2:
+        return "a latent of one pixel cannot be asked about alone"  # the norms of a UNet need two numbers
     if type(guider).predict_noise is not comfy.samplers.CFGGuider.predict_noise:
         return f"the guider {type(guider).__name__} does not ask one positive and one negative"
     if math.isclose(guider.cfg, 1.0) or not guider.conds.get("negative"):
