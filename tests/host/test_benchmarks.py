@@ -190,7 +190,8 @@ def test_asking_less_is_counted_in_answers(tmp_path):
     run("step_cost", tmp_path, *SMOKE["step_cost"])
     rows = {r["label"]: r for r in json.loads((tmp_path / "results" / "step_cost.json").read_text())["data"]}
     assert rows["plain"]["speed"] == 1 and rows["fewer steps, 8"]["speed"] == 1.25
-    assert rows["ours, one-sided steps alone"]["speed"] == pytest.approx(10 / 9)  # steps 3 and 5 of 10
+    one_sided = rows["ours, one-sided steps alone"]["speed"]  # of 10 steps 3 and 5; 3 alone where it foretells badly
+    assert any(one_sided == pytest.approx(10 / asked) for asked in (9, 9.5))
     forecasts = [row for label, row in rows.items() if label.startswith("ours, forecasts")]
     assert forecasts and all(row["speed"] > 1 and 10 < row["summary"]["psnr"][0] <= 100 for row in forecasts)
     assert min(Image.open(tmp_path / "step_cost.png").size) > 100
@@ -233,7 +234,7 @@ def test_noise_space_gives_drawn_pictures_back(tmp_path, run_here, monkeypatch):
     assert {"RF inversion, gamma 0.5, eta 0.9"} < {row[0] for row in edited["rows"]} and varied["rows"]
     ends = {row[0]: float(row[-1].split()[0]) for row in between["rows"]}
     assert ends["Attune Morph, eta 0"] < 0.01 < ends["slerp of inverted noise"]
-    assert min(Image.open(tmp_path / "noise_space.jpg").size) > 100
+    assert min(Image.open(tmp_path / "noise_space_flow.jpg").size) > 100
 
 
 @pytest.mark.host
