@@ -179,7 +179,7 @@ def step_columns(x: Latent, answers: Sequence[Latent]) -> list[Latent]:
 def least_squares(columns: Sequence[Tensor], target: Tensor) -> Tensor:
     """The float64 numbers [k] with the least |sum_k n_k column_k - target|^2 and a ridge on columns of norm 1."""
     flat = torch.stack([one.reshape(-1) for one in (*columns, target)]).cpu()
-    return solve_normal(inner_products(flat))
+    return solve_normal(inner_products(flat), RIDGE)
 
 
 def inner_products(rows: Tensor) -> Tensor:
@@ -191,11 +191,12 @@ def inner_products(rows: Tensor) -> Tensor:
     return total
 
 
-def solve_normal(products: Tensor) -> Tensor:
-    """The least-squares numbers [k] from the inner products [k+1 k+1] of k columns and, last, the target."""
+def solve_normal(products: Tensor, ridge: float) -> Tensor:
+    """The least-squares numbers [k] from the inner products [k+1 k+1] of k columns and, last, the target; `ridge`: on
+    columns of norm 1."""
     gram, right = products[:-1, :-1], products[:-1, -1]
     norm = gram.diagonal().clamp(min=1e-30).sqrt()
-    ridged = gram / norm / norm[:, None] + RIDGE * torch.eye(len(gram), dtype=gram.dtype)
+    ridged = gram / norm / norm[:, None] + ridge * torch.eye(len(gram), dtype=gram.dtype)
     return torch.linalg.solve(ridged, right / norm) / norm
 
 
@@ -246,7 +247,7 @@ class OnPaper:
             answers = [self.answer(sigma), *answers[:history]]
             plain, goal = plain_step(x, answers[0], sigma, sigma_next), self.state(sigma_next)
             columns = torch.stack([*step_columns(x, answers), goal - plain])
-            x = plain + solve_normal(columns @ self._products @ columns.T) @ columns[:-1]
+            x = plain + solve_normal(columns @ self._products @ columns.T, RIDGE) @ columns[:-1]
             total += max(float((x - goal) @ self._products @ (x - goal)), 0.0) / (sigma_next + EARLY)
         return total
 

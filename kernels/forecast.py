@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .fitted_sampler import solve_normal
 from .one_sided import FIRST_WHOLE, line_weight
 from .space import NoiseSpace
 from .types import Latent
@@ -211,11 +212,7 @@ def aim(x: Latent, recorded: Asked, sigma: float, sigma_next: float) -> Latent:
 def fit_weights(target: Latent, x: Latent, past: Sequence[Asked]) -> tuple[float, ...]:
     """Least squares in float64 with LEAST_SQUARES_RIDGE, by inner products alone."""
     *rows, wanted = [*parts(x, past), target - past[-1].answer]
-    products = mean_products([*rows, wanted])
-    sizes = products.diagonal()[:-1].clamp(min=1e-30).sqrt()
-    left = products[:-1, :-1] / sizes[:, None] / sizes[None]
-    left = left + LEAST_SQUARES_RIDGE * torch.eye(len(sizes), dtype=torch.float64)
-    return tuple((torch.linalg.solve(left, products[:-1, -1] / sizes) / sizes).tolist())
+    return tuple(solve_normal(mean_products([*rows, wanted]), LEAST_SQUARES_RIDGE).tolist())
 
 
 def missed(said: Latent, answer: Latent, last: Latent) -> Tensor:
