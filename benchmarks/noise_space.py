@@ -42,7 +42,8 @@ REPLAYS = {  # eta, source cfg, target cfg -> skip, focus of the edits
 }
 STRENGTHS = (0.1, 0.2, 0.4, 0.6)
 CFG = 3.0
-FRAMES, PUBLISHED = 9, {"skip": 0.44, "boost": 1.2}  # of NoiseDiffusion: step 140 of 250
+FRAMES = 9
+SKIP, BOOST, CLIP = 0.44, 1.2, 2.0  # of NoiseDiffusion as published: step 140 of 250
 RF_GAMMA, RF_ETA, RF_SHARE = 0.5, 0.9, 0.25  # as published for edits; the share of the steps that are drawn back
 
 
@@ -373,6 +374,28 @@ def slerp(one: Tensor, other: Tensor, factor: float) -> Tensor:
     return (((1 - factor) * angle).sin() * one + (factor * angle).sin() * other) / angle.sin()
 
 
+def noise_diffusion(one, other, factors: list[float]) -> tuple[Tensor, Tensor]:
+    """States between two inverted pictures by NoiseDiffusion as published, but for its ends, where it divides by zero;
+    and the levels from there on."""
+    at = round(SKIP * one.steps)
+    sigma, alpha = one.sigmas[at].float(), one.space.alpha(one.sigmas[at].float())
+    size = (alpha**2 + (one.space.scale * sigma) ** 2).sqrt()
+    ends = [(maps.states[at].float(), maps.picture) for maps in (one, other)]
+    states = []
+    for factor in factors:
+        if factor in (0, 1):
+            states.append(ends[int(factor)][0])
+            continue
+        weights = torch.tensor([1 - factor, factor]).mul(torch.pi / 2).sin()
+        shares = BOOST * weights / weights.sum()
+        parts = [
+            w * (state / size).clamp(-CLIP, CLIP) + (share - w) * alpha / size * picture
+            for w, share, (state, picture) in zip(weights, shares, ends, strict=True)
+        ]
+        states.append(sum(parts).clamp(-CLIP, CLIP) * size)
+    return torch.cat(states), one.sigmas[at:].float()
+
+
 def morph(b: Bench, real: Real, i: int) -> dict[str, Tensor]:
     """Latents of the frames between picture i and the next, by each way."""
     texts = [prompt(o, g) for o, g in zip(real.objects[i : i + 2], real.backgrounds[i : i + 2], strict=True)]
@@ -395,8 +418,8 @@ def morph(b: Bench, real: Real, i: int) -> dict[str, Tensor]:
             tops = [b.up(pair[j], [texts[j]], 1.0) for j in range(2)]
             noise = torch.cat([slerp(*tops, f) for f in factors])
             found[SLERP] = run({"samples": torch.zeros_like(noise)}, from_state("euler", noise), b.sigmas, positive)
-            state, _, levels, *_ = b.call("AttuneMorph", **given, **PUBLISHED)
-            found[MORPHS[2]] = run(state, b.call("KSamplerSelect", sampler_name="euler")[0], levels, positive)
+            states, levels = noise_diffusion(*(one.maps for one in maps.values()), factors)
+            found[MORPHS[2]] = run({"samples": torch.zeros_like(noise)}, from_state("euler", states), levels, positive)
         found[f"Attune Morph, eta {eta:g}"] = run(latent, sampler, sigmas, positive)
     return {name: found[name] for name in MORPHS}
 

@@ -316,19 +316,22 @@ def morph_state(
 
     In units of the state's expected size n (VE sqrt(1 + sigma^2), flow sqrt((1 - sigma)^2 + (scale sigma)^2)), both
     states are clipped at `clip`, which removes what no noise holds, and mixed like noise; the missing signal of the
-    pictures comes back by `boost`, and `amount` of the noise is fresh. The ends are the states themselves, which the
-    authors' arithmetic neither reaches (it divides by zero) nor keeps (the boost).
+    pictures comes back by `boost`, and `amount` of the noise is fresh. Two guards of ours: the ends are the states
+    themselves, which the authors' arithmetic neither reaches (it divides by zero) nor keeps (the boost); and the boost
+    is of what differs from the means of the channels, so that it raises contrast and not brightness.
     """
     if factor <= 0 or factor >= 1:
         return states[0] if factor <= 0 else states[1]
     angle = min(max(factor, NEAREST_END), 1 - NEAREST_END) * math.pi / 2
     left = math.sqrt(1 - amount**2)
     a, b = left * math.cos(angle), left * math.sin(angle)
-    mu, nu = boost * a / (a + b), boost * b / (a + b)
+    mu, nu = a / (a + b), b / (a + b)
     alpha = space.alpha(sigma)
     size = (alpha**2 + (space.scale * sigma) ** 2).sqrt()
     y = a * (states[0] / size).clamp(-clip, clip) + b * (states[1] / size).clamp(-clip, clip)
-    y = y + alpha / size * ((mu - a) * pictures[0] + (nu - b) * pictures[1])
+    picture = mu * pictures[0] + nu * pictures[1]
+    mean = picture.mean(tuple(range(min(2, picture.ndim - 1), picture.ndim)), keepdim=True)
+    y = y + alpha / size * (torch.lerp(mean, picture, boost) - a * pictures[0] - b * pictures[1])
     if fresh is not None:
         y = y + amount * space.scale * sigma / size * fresh
     return y.clamp(-clip, clip) * size

@@ -200,14 +200,15 @@ class AttuneMorph(io.ComfyNode):
                     tooltip="For one frame: 0 is the first picture, 1 the second.",
                 ),
                 io.Float.Input(
-                    "skip", default=0.7, min=0.0, max=0.95, step=0.01,
+                    "skip", default=0.8, min=0.0, max=0.95, step=0.01,
                     tooltip="The share of the steps before the level at which the two are mixed. More is smoother, "
                     "less invents more in between; 0.44 as published.",
                 ),
                 *advanced(
                     io.Float.Input(
                         "boost", default=1.4, min=0.0, max=3.0, step=0.05,
-                        tooltip="How much of the pictures' own signal is put into the mix; 1.2 as published.",
+                        tooltip="How much contrast the pictures have in the mix: 1 is their own, 1.2 as published. "
+                        "Their brightness stays.",
                     ),
                     io.Float.Input(
                         "fresh_noise", default=0.0, min=0.0, max=0.95, step=0.05,
@@ -234,7 +235,7 @@ class AttuneMorph(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, maps_1, maps_2, frames=8, factor=0.5, skip=0.7, boost=1.4, fresh_noise=0.0, seed=0,
+        cls, model, maps_1, maps_2, frames=8, factor=0.5, skip=0.8, boost=1.4, fresh_noise=0.0, seed=0,
         positive_1=None, positive_2=None,
     ) -> io.NodeOutput:  # fmt: skip
         check_same_model(maps_1, model, "Attune Morph")

@@ -284,12 +284,13 @@ def published_morph(l1, l2, x1, x2, f, g, boost, k, m, eps, c=2.0):
     b = math.sqrt((1 - g**2) / (ratio**2 + 1))
     mu, nu = boost * a / (a + b), boost * b / (a + b)
     y = a * l1.clamp(-c, c) + b * l2.clamp(-c, c) + (mu - a) * k * x1 + (nu - b) * k * x2 + g * m * eps
-    return y.clamp(-c, c)
+    brightness = (boost - 1) / boost * (mu * x1 + nu * x2).mean(-1, keepdim=True)  # ours: it is not boosted
+    return (y - k * brightness).clamp(-c, c)
 
 
 @both_spaces
 @pytest.mark.parametrize(("f", "g"), [(0.25, 0.0), (0.5, 0.4), (0.9, 0.2)])
-def test_a_morph_is_the_published_arithmetic(space, f, g):
+def test_a_morph_is_the_published_arithmetic_but_for_the_brightness(space, f, g):
     sigma = torch.tensor(0.8 if space.kind == "flow" else 3.0, dtype=torch.float64)
     x1, x2, e1, e2, eps = (a_picture(2, 50, seed=seed) for seed in range(5))
     states = at_level(x1, e1, sigma, space), at_level(x2, e2, sigma, space)
@@ -297,6 +298,15 @@ def test_a_morph_is_the_published_arithmetic(space, f, g):
     k, m = float(space.alpha(sigma)) / n, float(sigma) / n
     want = n * published_morph(states[0] / n, states[1] / n, x1, x2, f, g, 1.2, k, m, eps)
     torch.testing.assert_close(morph_state(states, (x1, x2), f, sigma, space, 1.2, eps, g), want)
+
+
+def test_the_boost_of_a_morph_raises_contrast_and_no_brightness():
+    x1, x2 = (a_picture(1, 3, 400, seed=seed) / 4 + shift for seed, shift in ((1, 0.2), (2, 0.4)))
+    sigma = torch.tensor(1e-3, dtype=torch.float64)
+    plain, boosted = (morph_state((x1, x2), (x1, x2), 0.5, sigma, VE, boost) for boost in (1.0, 1.4))
+    torch.testing.assert_close(plain, (x1 + x2) / 2, rtol=0, atol=1e-5)
+    torch.testing.assert_close(boosted.mean(-1), plain.mean(-1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(boosted.std(-1), 1.4 * plain.std(-1), rtol=1e-4, atol=0)
 
 
 @both_spaces
