@@ -238,6 +238,7 @@ def test_noise_space_gives_drawn_pictures_back(tmp_path, run_here, monkeypatch):
 
 
 @pytest.mark.host
+@pytest.mark.nightly
 def test_golden_noise_stands_beside_plain_runs_of_equal_cost(tmp_path, run_here):
     run_here("golden_noise", tmp_path, *SMOKE["golden_noise"])
     rows = {r["label"]: r for r in json.loads((tmp_path / "results" / "golden_noise.json").read_text())["data"]}
@@ -325,6 +326,7 @@ def test_short_runs_are_weighed_against_all_that_costs_as_little(tmp_path):
 
 
 @pytest.mark.host
+@pytest.mark.nightly
 def test_parts_of_a_real_size_network(tmp_path):
     run("real_size", tmp_path, *SMOKE["real_size"])
     result = json.loads((tmp_path / "results" / "real_size.json").read_text())

@@ -43,7 +43,7 @@ def lenient(kit, monkeypatch):
 @pytest.fixture
 def tiny(kit, monkeypatch, lenient):
     """A preset for tests: a few dozen evaluations."""
-    monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 12, 3, 2))
+    monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 12, 2, 1))
 
 
 @pytest.fixture

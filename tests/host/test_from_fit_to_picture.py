@@ -89,7 +89,7 @@ def test_levels_and_timesteps_from_fit_to_picture(host, monkeypatch):
     for name, value in (("FEWEST", 1), ("students_t", lambda *_: 0.0), ("sign_count", lambda *_: 0)):
         monkeypatch.setattr(gate, name, value)
     monkeypatch.setattr(tuner, "judge", lambda before, after, *_, **__: gate.judge(before, after, least=0.0))
-    monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 20, 1, 4))
+    monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 16, 1, 2))
     graph = {**loaded("unet"), "9": N("BasicScheduler", model=["1", 0], scheduler="karras", steps=4, denoise=1.0)}
     fit = N("AttuneFitSampler", **of_run(sampler=["6", 0], latent=["5", 0], sigmas=["9", 0], steps=4, preset="mini", levels=True, coefficients=False,
                                          timesteps=True, budget_minutes=0.0, seed=0))  # fmt: skip
@@ -149,30 +149,24 @@ def ahead(host, model, what: str):
 @pytest.mark.parametrize("what", daily(["propagation", "timesteps", "noise shift"], "timesteps"))
 def test_a_fit_behind_our_own_nodes_finds_what_it_finds_without_them(host, demo, encode, what, monkeypatch):
     kit = host.module("nodes.fit_sampler")
-    monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 8, 2, 2))
+    monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 8, 1, 1))
     shifts = host.module("nodes.noise_shift").SHIFT_PRESETS
-    monkeypatch.setitem(shifts, "quick", type(shifts["quick"])(8, 5, 5, 2))
+    monkeypatch.setitem(shifts, "quick", type(shifts["quick"])(4, 3, 3, 1))
     behind = ahead(host, demo[0], what)
     assert behind is not demo[0]
     positive, negative = encode("a cat on a black background"), encode("")
     run = {"positive": positive, "negative": negative, "cfg": 3.0, "seed": 3}
     latent = {"samples": torch.zeros(1, 4, 8, 8)}
     (euler,) = host.call("KSamplerSelect", sampler_name="euler")
-    tune = {
-        "sampler": euler,
-        "latent": latent,
-        "steps": 4,
-        "preset": "mini",
-        "budget_minutes": 0.0,
-        "coefficients": False,
-    }
+    tune = {"sampler": euler, "latent": latent, "steps": 3, "preset": "mini", "budget_minutes": 0.0,
+            "coefficients": False}  # fmt: skip
     found = [host.call("AttuneFitSampler", model=model, **run, **tune)[0] for model in (demo[0], behind)]
     assert found[0].id == found[1].id and found[0].metrics == found[1].metrics
     reuse = {"latent_image": latent, "steps": 8, "sampler_name": "euler", "scheduler": "simple",
              "reuse": "one block fresh", "fastest": 1.5, "longest": 2}  # fmt: skip
     found = [host.call("AttuneFitPropagation", model=model, **run, **reuse)[0] for model in (demo[0], behind)]
     assert found[0].key_steps == found[1].key_steps
-    pictures = {"samples": torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))}
+    pictures = {"samples": torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))}
     fit = {"sizes": "", "native_width": 128, "native_height": 128, "preset": "quick", "positive": positive}
     found = [host.call("AttuneFitNoiseShift", model=model, latent=pictures, **fit)[0] for model in (demo[0], behind)]
     assert found[0].alignments == found[1].alignments and found[0].metrics == found[1].metrics

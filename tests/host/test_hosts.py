@@ -6,7 +6,7 @@ import copy
 import importlib
 import importlib.util
 import sys
-from collections.abc import Callable
+from functools import lru_cache
 
 import pytest
 import torch
@@ -20,8 +20,15 @@ def kits(host):
     return {name: Kit(host, name) for name in ("unet", "flow")}
 
 
-def drawn(kit: Kit, node: Callable) -> torch.Tensor:
-    return kit.ksampler(node(kit.model))
+@pytest.fixture(scope="module")
+def drawn(kits):
+    """What a method draws with KSampler on this host, once for all tests; without a name, what the stock model does."""
+
+    def run(model: str, method: str = "") -> torch.Tensor:
+        kit = kits[model]
+        return kit.ksampler(METHODS[method].on(kit)(kit.model) if method else kit.model)
+
+    return lru_cache(maxsize=None)(run)
 
 
 @pytest.mark.parametrize("old", ["0.3.63", "0.3.52", "0.2.9", "0.3"])
@@ -67,13 +74,13 @@ def test_fields_that_a_host_does_not_know_are_left_out(host):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_arguments_that_a_newer_host_adds_are_passed_on(kits, method):
+def test_arguments_that_a_newer_host_adds_are_passed_on(kits, drawn, method):
     """Every wrapper of ours stands between one that adds an argument and one that looks for it."""
     from comfy.patcher_extension import WrappersMP
 
     chosen = METHODS[method]
     kit = kits[chosen.model]
-    ours = drawn(kit, chosen.on(kit))
+    ours = drawn(chosen.model, method)
     kinds = [kind for kind, keyed in chosen.on(kit)(kit.model).wrappers.items() if keyed]
     options = chosen.on(kit)(kit.model).model_options["transformer_options"].get("wrappers", {})
     kinds += [kind for kind, keyed in options.items() if keyed and kind not in kinds]
@@ -109,7 +116,7 @@ def containers(value):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_options_that_clones_share(kits, method, monkeypatch):
+def test_options_that_clones_share(kits, drawn, method, monkeypatch):
     import comfy.model_patcher
 
     class Copy:
@@ -117,13 +124,13 @@ def test_options_that_clones_share(kits, method, monkeypatch):
 
     chosen = METHODS[method]
     kit = kits[chosen.model]
-    stock, ours = drawn(kit, lambda m: m), drawn(kit, chosen.on(kit))
+    stock, ours = drawn(chosen.model), drawn(chosen.model, method)
     if hasattr(comfy.model_patcher, "copy"):  # newer hosts do it themselves
         monkeypatch.setattr(comfy.model_patcher, "copy", Copy)
     model = chosen.on(kit)(kit.model)
     assert torch.equal(kit.ksampler(model), ours)
     assert torch.equal(kit.ksampler(model.clone().clone()), ours) and torch.equal(kit.ksampler(model), ours)
-    assert torch.equal(drawn(kit, lambda m: m), stock)
+    assert torch.equal(kit.ksampler(kit.model), stock)
 
 
 def test_a_network_without_the_hosts_hook_for_timesteps_is_refused(kits, monkeypatch):

@@ -53,9 +53,9 @@ def fit(host, model, positive, **more):
 
 @pytest.fixture
 def few(host, monkeypatch):
-    """A preset of half the evaluations: five levels and five candidates."""
+    """A preset of fewer evaluations: five levels, five candidates, one noise for each."""
     presets = host.module("nodes.noise_shift").SHIFT_PRESETS
-    monkeypatch.setitem(presets, "quick", type(presets["quick"])(8, 5, 5, 2))
+    monkeypatch.setitem(presets, "quick", type(presets["quick"])(8, 5, 5, 1))
 
 
 @pytest.fixture(scope="module")

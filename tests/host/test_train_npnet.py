@@ -21,7 +21,7 @@ PROMPTS = "\n".join(f"a {word} on a {colour} background" for word in ("cat", "st
 
 @pytest.fixture(scope="module")
 def given(demo, encode):
-    latent = {"samples": torch.zeros(1, 4, 16, 16)}
+    latent = {"samples": torch.zeros(1, 4, 8, 8)}
     return {
         "model": demo[0], "clip": demo[1], "prompts": PROMPTS, "negative": encode(""), "latent_image": latent, "seed": 100,
         "seeds_per_prompt": 2, "strong_cfg": 4.0, "shard_size": 20,
@@ -68,11 +68,11 @@ def test_a_pair_is_what_the_redenoise_node_starts_from(host, demo, encode, made)
     assert job.seed == 125 and job.prompt == PROMPTS.splitlines()[12]
     host.call(
         "KSampler", model=model, seed=job.seed, steps=1, cfg=4.0, sampler_name="euler", scheduler="simple",
-        positive=encode(job.prompt), negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)}, denoise=1.0,
+        positive=encode(job.prompt), negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 8, 8)}, denoise=1.0,
     )  # fmt: skip
     torch.testing.assert_close(shard.golden[5:6], seen[0], rtol=0, atol=4e-3)  # float16
     (noise,) = host.call("RandomNoise", noise_seed=job.seed)
-    drawn = noise.generate_noise({"samples": torch.zeros(1, 4, 16, 16)})
+    drawn = noise.generate_noise({"samples": torch.zeros(1, 4, 8, 8)})
     torch.testing.assert_close(shard.noise[5:6], drawn, rtol=0, atol=2e-3)
 
 
@@ -83,7 +83,7 @@ def test_a_trained_network_is_used_at_once_and_listed(host, demo, encode, made):
     (loaded, info) = host.call("AttuneLoadNPNet", npnet_name="test.safetensors")
     assert info == said
     (noise,) = host.call("RandomNoise", noise_seed=1)
-    latent, positive = {"samples": torch.zeros(1, 4, 16, 16)}, encode("a cat on a black background")
+    latent, positive = {"samples": torch.zeros(1, 4, 8, 8)}, encode("a cat on a black background")
     patched = [host.call("AttuneGoldenNoiseModel", model=demo[0], npnet=n)[0] for n in (npnet, loaded)]
     starts = [
         host.call("AttuneNoise", noise=noise, model=m, sigmas=torch.tensor([14.6, 0.0]), positive=positive)[0]

@@ -15,13 +15,12 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from nightly import daily
-
 ROOT = Path(__file__).resolve().parents[2]
 COLOURS = {"black": [0, 0, 0], "white": [255, 255, 255], "red": [200, 30, 35]}
 
 
-@pytest.mark.parametrize("runs", daily([1, 2], 1))
+@pytest.mark.nightly  # five processes that each import everything
+@pytest.mark.parametrize("runs", [1, 2])
 def test_pictures_become_checkpoints_and_modules(host, tmp_path, runs):
     """In one test, so that two workers do not both train."""
     printed = trained(tmp_path, runs)
