@@ -1,4 +1,4 @@
-"""Does golden noise help the demo models? Re-denoising, zigzags, selection and the trained network against plain runs.
+"""Does golden noise help the demo models? Re-denoising, zigzags and the trained network against plain runs.
 
 python dev.py bench golden_noise [--models unet flow] [--steps 5 10] [--cfg 1 3] [--prompts 128] [--seeds 4] [--cost]
 
@@ -35,7 +35,7 @@ STRONG = 3.0  # guidance on the way down, the same whatever the run's own
 NPNET = "attune_demo_npnet.safetensors"
 TRAINED = 160  # the first prompts are those of training/train_npnet.py
 FIRST_SEED = 5000  # and this is far from its seeds
-ROWS = ["NPNet", "re-denoise", "best of 2", "zigzag"]
+ROWS = ["NPNet", "re-denoise", "zigzag"]
 COLUMNS = {
     "object": "object %", "background": "background %", "frechet": "Fréchet", "agreement": "log p(object)",
     "preferred": "preferred to plain %", "fair": "to as many calls %", "nearer": "nearer the data %",
@@ -60,8 +60,7 @@ def cells(lab: Lab, model: str, steps: int, cfg: float, wanted: list[str]) -> di
     def node(name: str, **inputs: object) -> Cell:
         return replace(plain(steps), nodes=((name, tuple(inputs.items())),))
 
-    zigzags, downs = max(1, steps // 5), 1
-    select = ("AttuneSelectNoise", (("candidates", 2), ("steps", downs)))
+    zigzags = max(1, steps // 5)
     found = {
         "plain": (plain(steps), steps),
         "re-denoise": (node("AttuneRedenoise", strong_cfg=STRONG), steps + 2),
@@ -69,7 +68,6 @@ def cells(lab: Lab, model: str, steps: int, cfg: float, wanted: list[str]) -> di
             replace(plain(steps), sampler=("AttuneRedenoise", (("zigzag_steps", zigzags),))),
             steps + 2 * zigzags,
         ),
-        "best of 2 by inversion": (replace(plain(steps), noise=select), steps + 4 * downs),
     }
     if model == "unet":
         found["NPNet"] = (node("AttuneGoldenNoiseModel", npnet=NPNET), steps)

@@ -75,8 +75,7 @@ class Cell:
 
     A node is (node id, its inputs as (name, value) pairs without the MODEL): (("RescaleCFG", (("multiplier", 0.7),)),).
     An input "profile" or "npnet" is given by the name under which it can be loaded. A sampler that is no name of the
-    stock list is such a pair, too, and so is `noise`: a node that finds a NOISE for one picture, by MODEL, prompts,
-    latent and seed.
+    stock list is such a pair, too.
     """
 
     model: str  # "unet" or "flow"
@@ -85,7 +84,6 @@ class Cell:
     cfg: float = 3.0
     nodes: tuple[tuple[str, tuple], ...] = ()
     side: int = 128  # of the pictures, in pixels
-    noise: tuple[str, tuple] | None = None
 
 
 @dataclass
@@ -105,17 +103,6 @@ class Noise:
     def generate_noise(self, latent: dict) -> Tensor:
         shape = latent["samples"].shape[1:]
         return torch.cat([torch.randn(1, *shape, generator=torch.manual_seed(seed)) for seed in self.seeds])
-
-
-class _Found:
-    """A NOISE made of one NOISE per item of the batch."""
-
-    def __init__(self, noises: list):
-        self.noises, self.seed = noises, noises[0].seed
-
-    def generate_noise(self, latent: dict) -> Tensor:
-        one = {"samples": latent["samples"][:1]}
-        return torch.cat([noise.generate_noise(one) for noise in self.noises])
 
 
 class Lab:
@@ -179,9 +166,7 @@ class Lab:
             facts.append(cell.side)
         if cell.nodes:
             facts.append(cell.nodes)
-        if cell.noise:
-            facts.append(["noise", cell.noise])
-        names = [node for node, _ in (*cell.nodes, cell.noise or ("", ()))]
+        names = [node for node, _ in cell.nodes]
         names += [] if isinstance(cell.sampler, str) else [cell.sampler[0]]
         if any(names):
             facts.append(code_digest() if any(name.startswith("Attune") for name in names) else "")
@@ -217,27 +202,11 @@ class Lab:
             cfg=cell.cfg,
         )
         latent = {"samples": torch.zeros(len(part), channels, cell.side // 8, cell.side // 8)}
-        noise, sigmas, found = Noise([t.seed for t in part]), torch.tensor(cell.sigmas), [0]
-        if cell.noise:
-            with counting(model) as found:
-                noise = _Found([self._find_noise(cell, model, t) for t in part])
+        noise, sigmas = Noise([t.seed for t in part]), torch.tensor(cell.sigmas)
         given = {"noise": noise, "guider": guider, "sampler": solver, "sigmas": sigmas, "latent_image": latent}
         with counting(model) as calls:
             out, _ = call("SamplerCustomAdvanced", **given)
-        return Drawn(out["samples"], calls[0] + found[0] // len(part))
-
-    def _find_noise(self, cell: Cell, model, task: Task):
-        """The NOISE that the cell's noise node finds for one picture."""
-        channels = model.get_model_object("latent_format").latent_channels
-        return self.host.call(
-            cell.noise[0],
-            model=model,
-            positive=self.conditioning([prompt(task.obj, task.background)]),
-            negative=self.conditioning([""]),
-            latent_image={"samples": torch.zeros(1, channels, cell.side // 8, cell.side // 8)},
-            seed=task.seed,
-            **dict(cell.noise[1]),
-        )[0]
+        return Drawn(out["samples"], calls[0])
 
     def pictures(self, model: str, latents: Tensor) -> Tensor:
         """[n 3 side side] in 0..1, through the stock VAEDecode."""

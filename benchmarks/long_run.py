@@ -36,7 +36,7 @@ WARM_UP = 0.2  # of the prompts: what grows there are caches of the host and of 
 WORKFLOWS = [
     "first_picture", "flow_model", "aligned_ksampler", "aligned_schedule", "apply_profile", "propagation",
     "propagation_transformer", "noise_shift", "one_more_step", "golden_noise", "golden_noise_advanced", "redenoise",
-    "zigzag", "select_noise", "signal_leak", "one_more_step_colour", "img2img", "few_step", "everything_at_once",
+    "zigzag", "signal_leak", "one_more_step_colour", "img2img", "few_step", "everything_at_once",
 ]  # fmt: skip
 STOCK = ["first_picture", "flow_model"]
 MEASURED = ["memory, MB", "objects", "tensors", "objects of Attune", "model patchers"]

@@ -61,7 +61,7 @@ def look(lab: Lab, cell: Cell, work: list[Task], say=lambda _: None, goal: Cell 
         path = lab.cache / f"look-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if not path.exists():
             latents, (goals, goal_pictures) = drawn.latents[start : start + BATCH], _goal(lab, goal, tuple(part))
-            seen = _look(lab.pictures(cell.model, latents), goal_pictures)
+            seen = measured(lab.pictures(cell.model, latents), goal_pictures)
             seen["errors"] = (latents - goals).square().flatten(1).mean(1)
             temporary = path.with_suffix(f".{os.getpid()}.tmp")
             save_file({name: value.float().contiguous() for name, value in seen.items()}, temporary)
@@ -76,7 +76,7 @@ def _goal(lab: Lab, goal: Cell, part: tuple[Task, ...]) -> tuple[Tensor, Tensor]
     return latents, lab.pictures(goal.model, latents)
 
 
-def _look(pictures: Tensor, goals: Tensor) -> dict[str, Tensor]:
+def measured(pictures: Tensor, goals: Tensor) -> dict[str, Tensor]:
     judge = load_judge()
     features, logits = judge(pictures)
     return {

@@ -1,8 +1,8 @@
 """Thumbnails of the workflow templates, from real runs: `python dev.py bench thumbnails few_step img2img`.
 
 A workflow that compares shows a labelled row for each of its batches, another one the pictures that it saves; one whose
-sampler learns is queued twice, for a row each; one that saves a card shows that. Writes workflows/NAME.jpg, and its
-copy for the help pages.
+sampler learns is queued twice, for a row each; one that drafts seeds shows the drafts above the pick; one that saves a
+card shows that. Writes workflows/NAME.jpg, and its copy for the help pages.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ def rows_of(prompt: dict) -> list[tuple[str, list]]:
     compared = next((node["inputs"] for node in nodes if node["class_type"] == "AttuneCompare"), None)
     saves = [node["inputs"] for node in nodes if node["class_type"] == "SaveImage"]
     saved = [one["images"] for one in saves if one["filename_prefix"] == CARD] or [one["images"] for one in saves]
+    drafts = next((name for name, node in prompt.items() if node["class_type"] == "AttuneDraftSeeds"), None)
+    if drafts is not None:
+        return [("drafts", [drafts, 1]), ("pick, whole", saved[0])]
     if learns(prompt):
         return [("first run", saved[0]), ("second run", saved[0])]
     if compared is None:

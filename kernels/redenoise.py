@@ -11,9 +11,6 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from .types import Denoiser, Latent, Sigma, Sigmas
 
 Mode = Literal["two-step", "direct"]
@@ -96,16 +93,3 @@ def sample_zigzag(
         x_next = euler(x, denoised, sigma, sigma_next)
         yield i, x, denoised, x_next
         x = x_next
-
-
-def inversion_stability(denoise: Denoiser, x: Latent, sigmas: Sigmas) -> Tensor:
-    """How well each sample survives the way down and back: cos(x, inversion of its denoised state), [b].
-
-    Noise that does makes better pictures, say Qi et al. 2024 (arXiv 2407.14041). `sigmas` [n+1] are positive; 2n
-    evaluations, Euler down and DDIM inversion up.
-    """
-    end = x
-    for levels in (sigmas, sigmas.flip(0)):
-        for sigma, sigma_next in pairwise(levels):
-            end = euler(end, denoise(end, sigma), sigma, sigma_next)
-    return torch.cosine_similarity(x.flatten(1), end.flatten(1), dim=1)

@@ -273,5 +273,5 @@ def _size(shape: tuple[int, ...]) -> str:
 def _refuse(name: str, missing: list[str]) -> NoReturn:
     raise ValueError(
         f"{name} is not an NPNet: missing {_some(missing)}. Expected the official .pth or its safetensors conversion. "
-        "Without one, Attune Redenoise makes golden noise for every model and Attune Select Noise picks a seed."
+        "Without one, Attune Redenoise makes golden noise for every model; Attune Draft Seeds helps to choose a seed."
     )

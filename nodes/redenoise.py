@@ -1,15 +1,11 @@
-"""Golden noise without weights: re-denoise the noise, once or while sampling, or pick the most stable of some draws."""
+"""Golden noise without weights: re-denoise the noise, once or while sampling."""
 
 from __future__ import annotations
 
-import logging
-
 from ._host.api import advanced, check_choices, io, schema
-from ._host.redenoise import Redenoise, select_noise, zigzag_sampler
-from ._host.session import empty_latent
+from ._host.redenoise import Redenoise, zigzag_sampler
 from ._host.start import with_start
 
-LOG = logging.getLogger(__name__)
 CATEGORY = "attune/noise"
 
 
@@ -94,53 +90,4 @@ class AttuneRedenoise(io.ComfyNode):
         return io.NodeOutput(model, zigzag_sampler(zigzag_steps, strong_cfg, weak_cfg, rounds))
 
 
-class AttuneSelectNoise(io.ComfyNode):
-    @classmethod
-    def define_schema(cls):
-        return schema(
-            "AttuneSelectNoise", "Attune Select Noise", CATEGORY,
-            "Of some draws of noise, for each picture the one that best survives the way down and back.",
-            search_aliases=["best of n", "seed selection", "golden noise", "inversion stability"],
-            is_experimental=True,
-            inputs=[
-                io.Model.Input("model", tooltip="The model that will be sampled."),
-                io.Conditioning.Input("positive", tooltip="What the picture should show."),
-                io.Conditioning.Input("negative", tooltip="What the picture should not show."),
-                io.Latent.Input("latent_image", tooltip="The latent that the sampler gets; its size and batch count."),
-                io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
-                    tooltip="Of the first draw, the noise of RandomNoise; the others are the next seeds.",
-                ),
-                io.Int.Input(
-                    "candidates", default=4, min=1, max=64, tooltip="How many draws. 1 is the noise of the seed itself."
-                ),
-                io.Float.Input(
-                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1,
-                    tooltip="Guidance of the test. 1 is cheapest; with more, few steps do not come back.",
-                ),
-                io.Int.Input(
-                    "steps", default=4, min=1, max=100,
-                    tooltip="Steps down, and as many back; each draw costs 2 x steps calls of the model.",
-                ),
-            ],
-            outputs=[
-                io.Noise.Output(display_name="noise", tooltip="For SamplerCustomAdvanced."),
-                io.String.Output(display_name="scores", tooltip="Cosine of each draw and what came back, by seed."),
-            ],
-        )  # fmt: skip
-
-    @classmethod
-    def execute(cls, model, positive, negative, latent_image, seed, candidates=4, cfg=1.0, steps=4) -> io.NodeOutput:
-        latent = empty_latent(model, latent_image)
-        noise, scores = select_noise(model, positive, negative, cfg, latent, seed, candidates, steps)
-        best = scores.argmax(dim=0)
-        lines = [
-            f"picture {i + 1}: seed {seed + int(best[i])} of "
-            + ", ".join(f"{seed + j} ({float(score):.4f})" for j, score in enumerate(scores[:, i]))
-            for i in range(len(best))
-        ]
-        LOG.info("Attune Select Noise: %d x %d calls of the model; %s", candidates, 2 * steps, "; ".join(lines))
-        return io.NodeOutput(noise, "\n".join(lines))
-
-
-NODES = [AttuneRedenoise, AttuneSelectNoise]
+NODES = [AttuneRedenoise]

@@ -12,7 +12,6 @@ import oracles
 from analytic import Gaussian
 from pack.kernels.redenoise import (
     direct,
-    inversion_stability,
     keep_norm,
     redenoise,
     sample_zigzag,
@@ -186,20 +185,3 @@ def test_zigzags_with_stronger_guidance_end_nearer_to_the_prompt():
         list(sample_zigzag(strong, both.denoise, x, sigmas, steps)) for steps in (0, 19)
     )
     assert float((zig - 1.5).abs().mean()) < 0.85 * float((plain - 1.5).abs().mean())
-
-
-@pytest.mark.parametrize("space", SPACES, ids=["ve", "flow"])
-def test_the_stability_of_a_gaussian_is_a_closed_form(space):
-    std = torch.tensor([0.2, 1.0, 3.0], dtype=torch.float64)
-    target, x = Gaussian(torch.zeros(3).double(), std, space), states(6)
-    sigmas = torch.tensor([0.9, 0.5, 0.2], dtype=torch.float64)
-
-    def factor(s, s_next):
-        alpha = space.alpha(s)
-        return 1 + (s_next - s) * (1 - alpha * std**2 / (alpha**2 * std**2 + s**2)) / s
-
-    whole = torch.ones(3).double()
-    for s, s_next in ((0.9, 0.5), (0.5, 0.2), (0.2, 0.5), (0.5, 0.9)):
-        whole = whole * factor(level(s), level(s_next))
-    want = torch.cosine_similarity(x, whole * x)
-    torch.testing.assert_close(inversion_stability(target.denoise, x, sigmas), want)

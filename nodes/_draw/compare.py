@@ -70,10 +70,10 @@ def draw_comparison(batches: Sequence[Batch], gain: float, with_histogram: bool,
     for i, (label, facts, images) in enumerate(columns):
         x = GAP + i * (side + GAP)
         colour = COLOURS[i % len(COLOURS)] if with_histogram and i < len(batches) else INK
-        draw.text((x, 8), _fit(draw, label, side, 17), colour, font(17))
-        draw.text((x, 30), _fit(draw, facts, side, 13), INK, font(13))
+        draw.text((x, 8), fit_text(draw, label, side, 17), colour, font(17))
+        draw.text((x, 30), fit_text(draw, facts, side, 13), INK, font(13))
         for j in range(min(rows, len(images))):
-            picture.paste(_scaled(images[j], side, height), (x, HEAD + j * (height + GAP)))
+            picture.paste(scaled(images[j], side, height), (x, HEAD + j * (height + GAP)))
     if with_histogram:
         _draw_histogram(draw, batches, HEAD + rows * (height + GAP), size[0])
     return picture
@@ -101,13 +101,13 @@ def _difference_column(batch: Batch, first: Batch, gain: float) -> tuple[str, st
     return label, f"to {first.label}, x {gain:g}", difference(batch.images, first.images, gain)
 
 
-def _scaled(image: Tensor, width: int, height: int) -> Image.Image:
+def scaled(image: Tensor, width: int, height: int) -> Image.Image:
     pixels = (255 * image[..., :3].float().clamp(0, 1)).round().byte().cpu().numpy()
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _fit(draw: ImageDraw.ImageDraw, text: str, width: int, size: int) -> str:
+def fit_text(draw: ImageDraw.ImageDraw, text: str, width: int, size: int) -> str:
     """The text, shortened to fit into `width` pixels."""
     while len(text) > 1 and draw.textlength(text, font(size)) > width:
         text = text[:-2] + "…"

@@ -1,4 +1,4 @@
-"""Strong and weak guidance of a running guider: re-denoised noise as a start, the zigzag sampler, selected noise."""
+"""Strong and weak guidance of a running guider: re-denoised noise as a start, the zigzag sampler."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ from torch import Tensor
 from ...kernels import redenoise as kernel
 from ...kernels.golden_noise import mix
 from ...kernels.types import Denoiser
-from .._plan.latents import refuse_nested
-from .._plan.solvers import SOLVERS
 from .clock import noise_space
 from .identity import noise_scale, takes_latents_unscaled
-from .session import Solver, Solves, draw_noises, run_session
 from .start import Start, StartingRun
 
 LOG = logging.getLogger(__name__)
@@ -195,46 +192,3 @@ def zigzag_sampler(zigzag_steps: int, strong_cfg: float, weak_cfg: float, rounds
 
     sample.__name__ = "sample_attune_zigzag"
     return comfy.samplers.KSAMPLER(sample)
-
-
-@dataclass(frozen=True)
-class ChosenNoise:
-    """A NOISE: one draw for each sample of the latent that it was chosen for."""
-
-    seed: int
-    noise: Tensor
-
-    def generate_noise(self, input_latent: dict) -> Tensor:
-        refuse_nested(input_latent["samples"], "latent_image", "the latent that Attune Select Noise was given")
-        wanted, have = tuple(input_latent["samples"].shape), tuple(self.noise.shape)
-        if wanted != have:
-            raise ValueError(
-                f"Attune Select Noise chose noise for latents of {have}, but the sampler got {wanted}. Give "
-                "both the same latent."
-            )
-        return self.noise.clone()
-
-
-def select_noise(
-    model: Any, positive: list, negative: list, cfg: float, latent: Tensor, seed: int, candidates: int, steps: int
-) -> tuple[ChosenNoise, Tensor]:
-    """For each sample the draw of `seed`, `seed` + 1, … that survives inversion best; and all scores [candidates b]."""
-    sampling = model.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "sgm_uniform", steps + 1)[:-1]
-    noises = torch.stack(draw_noises(latent, seed, candidates))  # [candidates b c h w]
-    euler = Solver("euler", "euler", comfy.samplers.ksampler("euler"), SOLVERS["euler"])
-
-    def work(solves: Solves) -> Tensor:
-        def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-            level = sigma.expand(len(x))
-            return solves.denoise(x, level, level)
-
-        unit = sampling.noise_scaling(sigmas[0], torch.ones(1), torch.zeros(1), False)
-        return torch.stack(
-            [kernel.inversion_stability(denoise, unit.cpu() * n.float(), sigmas.float().cpu()) for n in noises]
-        )
-
-    space = noise_space(sampling)
-    scores = run_session(model, positive, negative, cfg, euler, sigmas, torch.zeros_like(latent), seed, space, work)
-    best = scores.argmax(dim=0)
-    return ChosenNoise(seed, noises[best, torch.arange(len(latent))]), scores

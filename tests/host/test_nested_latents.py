@@ -137,7 +137,10 @@ def refusals(host, kit: Kit) -> dict:
     fit = {"model": kit.model, "positive": kit.positive, "negative": kit.negative, "cfg": 3.0, "seed": 0}
     (euler,) = host.call("KSamplerSelect", sampler_name="euler")
     return {
-        "AttuneSelectNoise": ({**fit, "latent_image": latent}, "'latent_image' must be a latent of pictures"),
+        "AttuneDraftSeeds": (
+            {**fit, "latent_image": latent, "vae": None, "steps": 20},
+            "'latent_image' must be a latent of a picture",
+        ),
         "AttuneFitSampler": (
             {**fit, "latent": latent, "sampler": euler},
             "'latent' must be a latent of pictures or of one video",
@@ -170,17 +173,6 @@ def test_a_node_that_needs_pictures_says_so(host, kits):
     for name, (given, said) in refusals(host, kits["unet"]).items():
         with pytest.raises(ValueError, match=said):
             host.call(name, **complete(host, name, given))
-
-
-def test_noise_that_was_chosen_for_pictures_is_not_given_to_a_video(host, kits, av):
-    kit = kits["unet"]
-    given = complete(host, "AttuneSelectNoise", {
-        "model": kit.model, "positive": kit.positive, "negative": kit.negative, "latent_image": kit.empty(), "seed": 0,
-        "candidates": 2, "steps": 1,
-    })  # fmt: skip
-    noise = host.call("AttuneSelectNoise", **given)[0]
-    with pytest.raises(ValueError, match="'latent_image' must be the latent that Attune Select Noise was given"):
-        noise.generate_noise(nested_latent())
 
 
 def test_noise_of_a_start_is_not_made_for_a_video(host, av):

@@ -1,4 +1,4 @@
-"""Re-denoising, zigzags and selection inside the host, on the demo models."""
+"""Re-denoising and zigzags inside the host, on the demo models."""
 
 from __future__ import annotations
 
@@ -264,28 +264,3 @@ def test_one_zigzag_is_the_redenoise_node_at_the_runs_own_depth(host, demo, comm
     ours = advanced(host, demo[0], common, noise, zigzag)
     other = advanced(host, redenoise(host, demo[0], depth=0.0), common, noise)
     torch.testing.assert_close(ours, other, rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", ["unet", "flow"])
-def test_the_selected_noise_is_the_draw_with_the_best_score(host, demo, flow, common, kind):
-    model = {"unet": demo[0], "flow": flow}[kind]
-    latent = empty(model, 2)
-    given = {"model": model, "latent_image": latent, "seed": 7, "candidates": 3, "steps": 2, **common}
-    noise, said = host.call("AttuneSelectNoise", **given)
-    chosen = noise.generate_noise(latent)
-    assert len(said.splitlines()) == 2
-    for i, line in enumerate(said.splitlines()):
-        scores = {int(part.split()[0]): float(part.split("(")[1][:-1]) for part in line.split(" of ")[1].split(", ")}
-        best = max(scores, key=scores.get)
-        assert f"seed {best} of" in line and set(scores) == {7, 8, 9} and max(scores.values()) <= 1
-        (drawn,) = host.call("RandomNoise", noise_seed=best)
-        assert torch.equal(chosen[i], drawn.generate_noise(latent)[i])
-    assert torch.equal(host.call("AttuneSelectNoise", **given)[0].generate_noise(latent), chosen)
-    with pytest.raises(ValueError, match="Give both the same latent"):
-        noise.generate_noise(empty(model, 1))
-
-
-def test_one_candidate_is_the_noise_of_the_seed(host, demo, common):
-    noise, _ = host.call("AttuneSelectNoise", model=demo[0], latent_image=empty(demo[0]), seed=3, candidates=1, steps=1, **common)  # fmt: skip
-    (drawn,) = host.call("RandomNoise", noise_seed=3)
-    assert torch.equal(noise.generate_noise(empty(demo[0])), drawn.generate_noise(empty(demo[0])))

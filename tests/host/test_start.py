@@ -140,23 +140,6 @@ def test_another_pack_may_copy_all_options_while_sampling(kits, name):
 IN_FRONT = [name for name in METHODS if name != "top level fresh"]
 
 
-@pytest.mark.parametrize("name", daily(IN_FRONT, *IN_FRONT[::2]))
-def test_seeds_are_selected_on_the_plain_model_whatever_stands_in_front(kits, name):
-    method = METHODS[name]
-    kit = kits[method.model]
-    given = {"latent_image": kit.empty(), "seed": 7, "candidates": 2, "steps": 4, "cfg": 3.0}
-    given |= {"positive": kit.positive, "negative": kit.negative}
-
-    def chosen(model):
-        with whole_calls(kit) as calls:
-            noise, said = kit.host.call("AttuneSelectNoise", model=model, **given)
-        return noise.generate_noise(kit.empty()), said, len(calls)
-
-    noise, said, calls = chosen(method.on(kit)(kit.model))
-    wanted, wanted_said, wanted_calls = chosen(kit.model)
-    assert said == wanted_said and torch.equal(noise, wanted) and calls == wanted_calls == 2 * 2 * 4
-
-
 @pytest.mark.parametrize("name", daily(IN_FRONT, *IN_FRONT[::2], "encoder propagation"))
 def test_a_fit_behind_any_method_is_the_fit_of_the_plain_model(kits, name):
     """Its own solves and its reference: the same path, and as many whole calls of the network."""

@@ -496,7 +496,9 @@ class WholeSteps(Propagation):
     def sides(self, guider: Any, changes: frozenset[int], active: tuple[float, float]) -> OneSided | None:
         if not forecasts_answers(self.settings):
             return super().sides(guider, changes, active)
-        found = forecasts_of(self.settings, self.sampler, self.plan.sigmas, changes)
+        fit = self.settings.calibration
+        assert fit is not None
+        found = forecasts_of(fit, chosen_point(self.settings, fit), self.sampler, self.plan.sigmas, changes)
         if isinstance(found, str):
             LOG.warning("%s: every step is asked, for %s.", WHO, found)
             return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ....kernels.forecast import MOST_ANSWERS, Asked, forecast, missed
 from ....models.calibration import KeySteps, Point
-from ..._plan.propagation import ReuseSettings, chosen_point, place_in, said_of
+from ..._plan.propagation import place_in, said_of
 from ..._plan.solvers import table_name
 from ..clock import Clock
 from ..solvers import on_grid, solver_name
@@ -63,7 +63,8 @@ class Forecasts:
             if said is not None:
                 self.errors[step] = missed(said, answer, self._past[-1][1].answer)
                 self._wrong = self.errors[step], self._point.errors[step]
-            self._past = [*self._past, (step, Asked(x.clone(), answer.clone()))][-MOST_ANSWERS:]
+            before = [one for one in self._past if one[0] != step]  # a start of ours asks at the first level, too
+            self._past = [*before, (step, Asked(x.clone(), answer.clone()))][-MOST_ANSWERS:]
             return answer
         if said is None or clock.step in self._changes:
             self.missing += 1
@@ -96,11 +97,9 @@ def can_forecast(sampler: Any) -> bool:
 
 
 def forecasts_of(
-    settings: ReuseSettings, sampler: Any, sigmas: Sequence[float], changes: Container[int]
+    fit: KeySteps, point: Point, sampler: Any, sigmas: Sequence[float], changes: Container[int] = ()
 ) -> Forecasts | str:
-    """The forecasts of a run over `sigmas`, or why there are none, in the user's words."""
-    fit = settings.calibration
-    assert fit is not None
+    """The forecasts of a run over `sigmas` by a setting of `fit`, or why there are none, in the user's words."""
     name = solver_name(sampler)
     if not can_forecast(sampler) or name != table_name(fit.solver):
         return f"the profile's forecasts are fitted to {fit.solver}, and the run has {name}"
@@ -110,4 +109,4 @@ def forecasts_of(
             f"the profile's forecasts are fitted to {len(fit.sigmas) - 1} steps of its own schedule, and the run has "
             f"{len(sigmas) - 1} of another: choose its scheduler and steps, or fit again"
         )
-    return Forecasts(fit, chosen_point(settings, fit), start, len(sigmas) - 1, changes)
+    return Forecasts(fit, point, start, len(sigmas) - 1, changes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -97,6 +97,7 @@ def fitting(kinds: Kinds, recorded: dict[int, Asked]) -> tuple[type[WholeSteps],
         def __init__(self, *args):
             super().__init__(*args)
             self.past: list[Asked] = []
+            self.last: int | None = None
             self.weights: list[tuple[float, ...]] = [()] * self.plan.steps
             runs.append(self)
 
@@ -108,11 +109,13 @@ def fitting(kinds: Kinds, recorded: dict[int, Asked]) -> tuple[type[WholeSteps],
         def answer(self, ask, x):
             step, asked = self.step, self.step in kinds.keys
             goal = ask() if asked else self.goal(step, x)
+            if step == self.last:  # a start of ours asks at the first level before the run
+                self.past.pop()
             if self.past:
                 self.weights[step] = fit_weights(goal, x, self.past)
                 if not asked:
                     return forecast(self.weights[step], x, self.past)
-            self.past = [*self.past, Asked(x.clone(), goal.clone())][-MOST_ANSWERS:]
+            self.last, self.past = step, [*self.past, Asked(x.clone(), goal.clone())][-MOST_ANSWERS:]
             return goal
 
         def goal(self, step, x):
@@ -150,9 +153,9 @@ def trying() -> tuple[type[WholeSteps], list[dict[int, Tensor]]]:
     return Trying, seen
 
 
-def plans_of(run: Any, fastest: float) -> tuple[list[Kinds], list[float]]:
-    """From a recorded run the best steps to ask for each speed, without and with one-sided ones, and how much its
-    answer changes from step to step."""
+def plans_of(run: Any, speeds: Iterable[float]) -> tuple[list[Kinds], list[float]]:
+    """From a recorded run the best steps to ask for each of the speeds, without and with one-sided ones, and how much
+    its answer changes from step to step."""
     steps = run.plan.steps
     heard = [run.heard[i] for i in range(steps)]
     products = mean_products([*(one.x for one in heard), *(one.answer for one in heard)])
@@ -166,7 +169,7 @@ def plans_of(run: Any, fastest: float) -> tuple[list[Kinds], list[float]]:
     found: list[Kinds] = []
     for halved in (None, sided)[: 1 + (sided is not None)]:  # the sums rank plans of one family better than of both
         best = optimal_kinds(errors, halved, weights, run.changes).values()
-        for speed in (one for one in TRIED_SPEEDS if one <= fastest):
+        for speed in speeds:
             fast = [kinds for kinds in best if steps / kinds.cost() >= speed]
             found += [min(fast, key=lambda kinds: kinds.error)] if fast else []
     answers = products[steps:, steps:]
@@ -188,13 +191,8 @@ def fit_forecasts(
     yield "recording a whole run", 0.0
     kind, runs = listening()
     run(_with(model, kind), seed)
-    (recorded,) = runs
-    if len(recorded.heard) != steps:
-        raise ValueError(
-            f"The sampler '{solver}' does not ask the model once at every level: set 'reuse' to another part, or "
-            "choose 'euler' or 'dpmpp_2m' in 'sampler_name'."
-        )
-    plans, changed = plans_of(recorded, fastest)
+    recorded = _heard_whole(runs, solver, steps)
+    plans, changed = plans_of(recorded, [one for one in TRIED_SPEEDS if one <= fastest])
     if not plans:
         raise ValueError(f"No setting of so few steps is {TRIED_SPEEDS[0]:g} times faster: raise 'steps' or 'fastest'.")
     yield "drawing another noise whole, to try them on", 0.1
@@ -215,6 +213,44 @@ def fit_forecasts(
         points.append(replace(trial, psnr=psnr, errors=tuple(round(error, 4) for error in errors)))
     kept = sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: p.speed)
     return replace(found, points=tuple(kept)), {"answer": changed}
+
+
+def forecasting(
+    model: Any, run: Callable[[Any], Tensor], solver: str, levels: Tensor, speed: float
+) -> tuple[Tensor, Any, Kinds]:
+    """What `run` draws whole, a clone of the MODEL that draws the like so many times faster, and the steps it asks.
+
+    run: a MODEL to the latents that it samples over `levels`. The forecasts are tried on nothing else.
+    """
+    sigmas, steps = levels.tolist(), len(levels) - 1
+    kind, runs = listening()
+    whole = run(_with(model, kind))
+    recorded = _heard_whole(runs, solver, steps)
+    plans, _ = plans_of(recorded, [speed])
+    if not plans:
+        raise ValueError(f"No {steps} steps are {speed:g} times faster: lower 'speed', or raise 'steps'.")
+    tried: list[tuple[float, Kinds, tuple]] = []
+    for kinds in plans:
+        kind, runs = fitting(kinds, recorded.heard)
+        psnr = fidelity(run(_with(model, kind)).float(), whole.float())
+        tried.append((psnr, kinds, tuple(runs[-1].weights)))
+    psnr, kinds, weights = max(tried, key=lambda one: one[0])
+    point = Point(
+        NO_FEATURES, kinds.keys, steps / kinds.cost(), psnr, kinds.one_sided, weights, (math.inf,) * steps
+    )  # fmt: skip
+    settings = ReuseSettings(CALIBRATED, calibration=KeySteps(1, solver, tuple(sigmas), (point,)))
+    return whole, applied(model, WholeSteps, settings), kinds
+
+
+def _heard_whole(runs: list[Any], solver: str, steps: int) -> Any:
+    """The run that was listened to; ValueError where it passed levels by."""
+    (recorded,) = runs
+    if len(recorded.heard) != steps:
+        raise ValueError(
+            f"The sampler '{solver}' does not ask the model once at every level: set 'reuse' to another part, or "
+            "choose 'euler' or 'dpmpp_2m' in 'sampler_name'."
+        )
+    return recorded
 
 
 def beats(a: Point, b: Point) -> bool:

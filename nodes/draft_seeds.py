@@ -1,0 +1,126 @@
+"""Many seeds drafted cheaply, and the one that is worth its full time."""
+
+from __future__ import annotations
+
+import logging
+
+from ._draw.axes import to_image
+from ._draw.draft_seeds import draw_contact_sheet
+from ._host.api import ExecutionBlocker, Profile, advanced, io, say_on_node, schema, shown_on
+from ._host.draft_seeds import WholeRun, draw_drafts, pictures_of
+from ._host.sampling import scheduler_names
+from ._host.solvers import sampler_names
+from ._plan.draft_seeds import Drafts, picked
+
+LOG = logging.getLogger(__name__)
+CATEGORY = "attune/speed"
+SHEET = 256  # pixels of each picture of the sheet, at most
+MOST_SEEDS = 2**64
+DraftsType = io.Custom("ATTUNE_DRAFTS")
+CHOOSE = "Choose by the sheet: set 'number', then run again; only the pick is drawn then."
+
+
+class AttuneDraftSeeds(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "AttuneDraftSeeds", "Attune Draft Seeds", CATEGORY,
+            "The pictures of many seeds at a fraction of the time, as a numbered sheet to choose from.",
+            search_aliases=["contact sheet", "seed selection", "best of n", "preview seeds", "seed gallery"],
+            hidden=[io.Hidden.unique_id],
+            inputs=[
+                io.Model.Input("model", tooltip="The MODEL that KSampler gets for the whole picture."),
+                io.Conditioning.Input("positive", tooltip="As for KSampler."),
+                io.Conditioning.Input("negative", tooltip="As for KSampler."),
+                io.Latent.Input("latent_image", tooltip="As for KSampler, with one picture: each seed draws one."),
+                io.Vae.Input("vae", tooltip="Decodes the drafts."),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=MOST_SEEDS - 1, control_after_generate=False,
+                    tooltip="The first seed; the others follow it.",
+                ),
+                io.Int.Input("drafts", default=9, min=1, max=64, tooltip="How many seeds."),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Of the whole picture, as for KSampler."),
+                io.Float.Input(
+                    "cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="As for KSampler.",
+                ),
+                io.Combo.Input(
+                    "sampler_name", options=sampler_names(), default="euler", tooltip="As for KSampler.",
+                ),
+                io.Combo.Input("scheduler", options=scheduler_names(), default="normal", tooltip="As for KSampler."),
+                *advanced(io.Float.Input(
+                    "denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="As for KSampler.",
+                )),
+                io.Float.Input(
+                    "speed", default=4.0, min=1.25, max=10.0, step=0.25,
+                    tooltip="How many times less computing a draft takes. With a profile that is not as fast, its "
+                    "fastest setting.",
+                ),
+                *advanced(io.Int.Input(
+                    "at_once", default=4, min=1, max=64,
+                    tooltip="Drafts in one batch. Solvers that add noise draw one at a time, for the noise is the "
+                    "seed's.",
+                )),
+                Profile.Input(
+                    "profile", optional=True,
+                    tooltip="Of Attune Fit Propagation or a fitted sampler, for this run. Without one, the first two "
+                    "seeds are drawn whole and tell how to draft the others.",
+                ),
+            ],
+            outputs=[
+                DraftsType.Output(display_name="drafts", tooltip="For Attune Pick Seed."),
+                io.Image.Output(display_name="images", tooltip="The drafts one by one, for a node that scores them."),
+                io.Image.Output(display_name="sheet", tooltip="The drafts with their numbers and seeds."),
+                io.String.Output(display_name="report", tooltip="How they were drawn."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent_image, vae, seed, drafts, steps, cfg, sampler_name, scheduler,
+        denoise=1.0, speed=4.0, at_once=4, profile=None,
+    ) -> io.NodeOutput:  # fmt: skip
+        seeds = [(seed + i) % MOST_SEEDS for i in range(drafts)]
+        run = WholeRun(positive, negative, latent_image, steps, cfg, sampler_name, scheduler, denoise)
+        latents, report = draw_drafts(model, run, seeds, speed, at_once, profile)
+        images = pictures_of(vae, latents)
+        labels = [f"{number}: seed {one}" for number, one in enumerate(seeds, start=1)]
+        sheet = to_image(draw_contact_sheet(images, labels, min(SHEET, images.shape[2])))
+        LOG.info("Attune Draft Seeds: %s", report)
+        return io.NodeOutput(Drafts(tuple(seeds)), images, sheet, report, ui=shown_on(cls, sheet))
+
+
+class AttunePickSeed(io.ComfyNode):
+    @classmethod
+    def define_schema(cls):
+        return schema(
+            "AttunePickSeed", "Attune Pick Seed", CATEGORY,
+            "The seed of one draft, by its number on the sheet or by the highest score.",
+            search_aliases=["choose seed", "best of n", "select by score", "seed selection"],
+            hidden=[io.Hidden.unique_id],
+            is_input_list=True,
+            inputs=[
+                DraftsType.Input("drafts", tooltip="From Attune Draft Seeds."),
+                io.Int.Input(
+                    "number", default=0, min=0, max=64,
+                    tooltip="Of the draft on the sheet. 0: the one with the highest of 'scores'; without scores, what "
+                    "follows waits for a number.",
+                ),
+                io.AnyType.Input(
+                    "scores", optional=True,
+                    tooltip="One number for each draft from any node that scores pictures: numbers, a list or text.",
+                ),
+            ],
+            outputs=[
+                io.Int.Output(display_name="seed", tooltip="For KSampler's or RandomNoise's seed: the whole picture."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, drafts, number, scores=None) -> io.NodeOutput:
+        (of,), (wanted,) = drafts, number
+        index = picked(of, wanted, scores)
+        say_on_node(cls, CHOOSE if index is None else f"Draft {index + 1}: seed {of.seeds[index]}.")
+        return io.NodeOutput(ExecutionBlocker(None) if index is None else of.seeds[index])
+
+
+NODES = [AttuneDraftSeeds, AttunePickSeed]
