@@ -11,8 +11,9 @@ before it did wrong. Steps count from 0, the noisiest.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ LEAST_SQUARES_RIDGE = 1e-5  # of the squared length of each feature
 OPEN_RIDGE = 1e-3  # the same, for forecasts that are only compared
 PULL = 0.6  # towards the recorded state: 1 would undo a state's whole error in one Euler step; .3 to 1 are alike
 AT_A_TIME = 1 << 20  # elements of each tensor that are multiplied at a time
+FURTHEST_MOVE = 2  # of one asked step, while plans are searched
 BOTH_SIDES, ONE_SIDE = 2, 1  # what a step costs, in answers of the network
 
 
@@ -99,6 +101,11 @@ class Kinds:
     one_sided: tuple[int, ...]
     error: float
 
+    @property
+    def asked(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What tells two plans apart."""
+        return self.keys, self.one_sided
+
     def cost(self) -> float:
         """In whole evaluations."""
         return len(self.keys) - len(self.one_sided) / 2
@@ -151,6 +158,61 @@ def optimal_kinds(
                     assert halved is not None
                     offer((nxt, reach, True), ONE_SIDE, total + halved[gap, nxt - i - 1, nxt], origin)
     return _read([*states], came, ends, most)
+
+
+def expected_error(kinds: Kinds, forecasts: Tensor, sided: Tensor | None, weights: Sequence[float]) -> float:
+    """The sum that `optimal_kinds` minimises, of these steps; infinite where a distance lies outside of the tables."""
+    gaps, ages, n = forecasts.shape
+    total, gap, last = 0.0, 0, 0
+    for i in range(1, n):
+        asked = i in kinds.keys
+        if not asked or i in kinds.one_sided:
+            table = sided if asked else forecasts
+            if table is None or i - last > ages or gap >= gaps:
+                return math.inf
+            total += float(table[gap, i - last - 1, i]) * weights[i]
+        if asked:
+            gap, last = min(i - last, gaps - 1), i
+    return total
+
+
+def neighbours(kinds: Kinds, steps: int, always: Collection[int] = ()) -> list[Kinds]:
+    """The plans of equal cost with one asked step up to FURTHEST_MOVE later or earlier; error: not known.
+
+    As in `optimal_kinds` the first step and those of `always` stay, and a one-sided step stands between whole ones.
+    """
+    found, must = [], {0, *always}
+    for key in kinds.keys:
+        for move in (m for m in range(-FURTHEST_MOVE, FURTHEST_MOVE + 1) if m and key not in must):
+            to = key + move
+            if not 0 < to < steps or to in kinds.keys:
+                continue
+            moved = lambda many, key=key, to=to: tuple(sorted(to if i == key else i for i in many))
+            keys, alone = moved(kinds.keys), moved(kinds.one_sided)
+            halves = [i in alone for i in keys]
+            if not any(a and b for a, b in pairwise(halves)) and all(i >= FIRST_WHOLE and i not in must for i in alone):
+                found.append(Kinds(keys, alone, math.inf))
+    return found
+
+
+def climb(
+    start: Kinds, nearby: Callable[[Kinds], Sequence[Kinds]], expected: Callable[[Kinds], float], tries: int
+) -> Generator[Kinds, float, Kinds]:
+    """Hill climbing by real runs: yields plans to be tried, is sent how faithful each was, and returns the best.
+
+    start is tried first. Of the plans around the best one the most promising by `expected` is next, each once.
+    BudCache (arXiv 2606.13496) searches its key steps in this way, from random ones.
+    """
+    best, score, seen = start, (yield start), {start.asked}
+    for _ in range(tries):
+        around = [one for one in nearby(best) if one.asked not in seen]
+        if not around:
+            break
+        tried = min(around, key=expected)
+        seen.add(tried.asked)
+        if (faithful := (yield tried)) > score:
+            best, score = tried, faithful
+    return best
 
 
 def _read(states: list, came: dict, ends: dict, most: int) -> dict[int, Kinds]:

@@ -62,7 +62,7 @@ class Differences:
         self._wrong.pop(window, None)
         if past:
             missed = now.e - self._at(past, now.sigma)
-            self._wrong[window] = missed.float().norm() / now.e.float().norm()
+            self._wrong[window] = (_lengths(missed) / _lengths(now.e)).nan_to_num(0.0).max()
         past.append(now)
 
     def predict(self, window: Hashable, since: int, sigma: float, sides: Hashable, like: Latent) -> Latent | None:
@@ -88,6 +88,11 @@ class Differences:
     def _goes_on(last: Difference, now: Difference) -> bool:
         falls = now.sigma <= last.sigma * (1 + 1e-5)
         return falls and now.sides == last.sides and now.e.shape == last.e.shape and now.e.dtype == last.e.dtype
+
+
+def _lengths(e: Latent) -> Tensor:
+    """[b]: of each item, so that one that is predicted badly is not hidden by the others of its batch."""
+    return e.flatten(1).float().norm(dim=1)
 
 
 def line_weight(space: NoiseSpace, sigma: float, last: float, before: float) -> float:

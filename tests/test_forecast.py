@@ -12,12 +12,16 @@ from pack.kernels.forecast import (
     MOST_ANSWERS,
     OPEN_RIDGE,
     Asked,
+    Kinds,
     aim,
+    climb,
+    expected_error,
     fit_weights,
     forecast,
     forecast_errors,
     mean_products,
     missed,
+    neighbours,
     one_sided_errors,
     optimal_kinds,
     parts,
@@ -133,6 +137,42 @@ def test_the_best_plan_of_each_cost_is_that_of_brute_force(always):
     for count, plan in found.items():
         assert 2 * plan.cost() == count
         assert error_of(plan.keys, {*plan.one_sided}, forecasts, sided, weights) == pytest.approx(plan.error)
+        assert expected_error(plan, forecasts, sided, weights) == pytest.approx(plan.error)
+
+
+def test_the_plans_around_one_move_one_step_and_are_allowed():
+    n, always = 9, {5}
+    allowed = {(tuple(keys), tuple(sorted(alone))) for keys, alone in every_plan(n, always)}
+    plan = Kinds((0, 3, 5, 8), (3,), 0.0)
+    around = neighbours(plan, n, always)
+    assert {one.asked for one in around} <= allowed and all(one.cost() == plan.cost() for one in around)
+    assert {one.keys for one in around} == {
+        (0, 4, 5, 8),
+        (0, 3, 5, 7),
+        (0, 3, 5, 6),
+    }  # 3 would not stay one-sided at 1, 2
+
+
+def climbed(start: Kinds, score, expected, tries: int) -> tuple[Kinds, list]:
+    """What the search finds, and what it tried."""
+    tried: list = []
+    search = climb(start, lambda one: neighbours(one, 10), expected, tries)
+    plan = next(search)
+    try:
+        while True:
+            tried.append(plan.asked)
+            plan = search.send(score(plan))
+    except StopIteration as end:
+        return end.value, tried
+
+
+def test_climbing_finds_the_best_plan_tries_none_twice_and_never_ends_worse_than_it_began():
+    start, goal = Kinds((0, 2, 9), (), 0.0), (0, 5, 7)
+    near = lambda plan: -sum(abs(a - b) for a, b in zip(plan.keys, goal, strict=True))
+    found, tried = climbed(start, near, lambda plan: sum(plan.keys), 60)
+    assert found.keys == goal and len(tried) == len(set(tried)) <= 61 and tried[0] == start.asked
+    found, tried = climbed(start, lambda plan: float(plan is start), lambda plan: 0.0, 3)
+    assert found is start and len(tried) == 4
 
 
 def test_without_one_sided_steps_the_keys_are_those_of_the_other_programme():

@@ -53,6 +53,17 @@ def test_the_line_of_two_gaussians_beats_holding_the_last_difference():
         assert abs(found - e_of(sigmas[2])) < 0.7 * abs(e_of(sigmas[1]) - e_of(sigmas[2]))
 
 
+def test_one_picture_that_is_predicted_badly_is_not_hidden_by_the_others():
+    steady, turning = torch.full((7, 3), 100.0), torch.ones(1, 3)
+    sigmas = [4.0, 3.0, 2.0]
+    for turns, trusted in ((1.0, True), (-1.0, False)):
+        kept = Differences(VE)
+        for step, sigma in enumerate(sigmas):
+            e = torch.cat([steady, turning * (turns if step == 2 else 1.0), torch.zeros(1, 3)])
+            kept.keep(None, Difference(step, sigma, "a", e))
+        assert (kept.predict(None, 2, 1.5, "a", e) is not None) == trusted
+
+
 def test_where_there_is_no_line_the_last_is_held():
     assert line_weight(FLOW, 0.9, 0.95, 1.0) == 0  # no signal at 1: the log-SNR has no distance to it
     assert line_weight(VE, 1.0, 1.0, 2.0) == 0 and line_weight(VE, 1.0, 2.0, 2.0) == 0

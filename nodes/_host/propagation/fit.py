@@ -157,10 +157,11 @@ def fit(
 def fit_profile(
     model: Any, positive, negative, latent_image: dict, seed: int, steps: int, cfg: float, sampler_name: str,
     scheduler: str, reuse: str = plan.AUTOMATIC, fastest: float = 2.5, longest: int = 4, positive_2=None,
+    search: int = 0,
 ) -> tuple[Calibration, KeySteps, dict[str, list[float]]]:  # fmt: skip
     """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes.
 
-    positive_2: of forecasts, another prompt for every second picture.
+    positive_2: of forecasts, another prompt for every second picture. search: of forecasts, see `fit_forecasts`.
     """
     sampler = comfy.samplers.sampler_object(sampler_name)
     known(sampler, WHO)
@@ -186,7 +187,7 @@ def fit_profile(
 
     bar = comfy.utils.ProgressBar(1000)
     if kind is WholeSteps:
-        work = fit_forecasts(calibrating(model, KEY), run, sampler_name, sigmas, fastest, seed)
+        work = fit_forecasts(calibrating(model, KEY), run, sampler_name, sigmas, fastest, seed, search)
     else:
         part = _reuses(model, kind, reuse, adds_noise(sampler))
         work = fit(calibrating(model, KEY), run, sampler_name, sigmas, kind, part, fastest, longest)

@@ -11,16 +11,19 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ....kernels.fitted_sampler import EQUAL, fidelity
+from ....kernels.fitted_sampler import fidelity
 from ....kernels.forecast import (
     MOST_ANSWERS,
     Asked,
     Kinds,
     aim,
+    climb,
+    expected_error,
     fit_weights,
     forecast,
     forecast_errors,
     mean_products,
+    neighbours,
     one_sided_errors,
     optimal_kinds,
 )
@@ -31,6 +34,7 @@ from . import OneSided, WholeSteps, applied, outer_sample
 from .guidance import why_not_one_sided
 
 TRIED_SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 6.0, 7.0, 8.0, 10.0)
+SEARCHED_FROM = 3.0  # times faster: where more is asked the programme's sums rank well
 FURTHEST_ASKED = 12  # steps from one asked step to the next, at most, or a quarter of a long run
 NO_FEATURES = Reuse(0, 1)  # of features: the steps in between compute none
 
@@ -153,93 +157,133 @@ def trying() -> tuple[type[WholeSteps], list[dict[int, Tensor]]]:
     return Trying, seen
 
 
-def plans_of(run: Any, speeds: Iterable[float]) -> tuple[list[Kinds], list[float]]:
-    """From a recorded run the best steps to ask for each of the speeds, without and with one-sided ones, and how much
-    its answer changes from step to step."""
-    steps = run.plan.steps
-    heard = [run.heard[i] for i in range(steps)]
-    products = mean_products([*(one.x for one in heard), *(one.answer for one in heard)])
-    reach = max(min(FURTHEST_ASKED, steps - 2), steps // 4)
-    errors = forecast_errors(products, reach, reach - 1)
-    sided = None
-    if run.overheard is not None and len(run.overheard.e) == steps:
-        differences = mean_products([run.overheard.e[i] for i in range(steps)])
-        sided = one_sided_errors(differences, run.plan.sigmas, run.cfg, run.space, errors)
-    weights = step_weights(run.plan.sigmas, run.space)
-    found: list[Kinds] = []
-    for halved in (None, sided)[: 1 + (sided is not None)]:  # the sums rank plans of one family better than of both
-        best = optimal_kinds(errors, halved, weights, run.changes).values()
-        for speed in speeds:
-            fast = [kinds for kinds in best if steps / kinds.cost() >= speed]
-            found += [min(fast, key=lambda kinds: kinds.error)] if fast else []
-    answers = products[steps:, steps:]
-    moved = [answers[i, i] + answers[i - 1, i - 1] - 2 * answers[i, i - 1] for i in range(1, steps)]
-    return [*dict.fromkeys(found)], [
-        float((m.clamp(min=0) / answers[i, i]).sqrt()) for i, m in enumerate(moved, start=1)
-    ]
+class Programme:
+    """What a recorded run tells of every plan of steps: its cost and its expected error."""
+
+    def __init__(self, run: Any):
+        self._steps, self._changes = run.plan.steps, run.changes
+        heard = [run.heard[i] for i in range(self._steps)]
+        products = mean_products([*(one.x for one in heard), *(one.answer for one in heard)])
+        reach = max(min(FURTHEST_ASKED, self._steps - 2), self._steps // 4)
+        self._forecasts = forecast_errors(products, reach, reach - 1)
+        self._sided = None
+        if run.overheard is not None and len(run.overheard.e) == self._steps:
+            differences = mean_products([run.overheard.e[i] for i in range(self._steps)])
+            self._sided = one_sided_errors(differences, run.plan.sigmas, run.cfg, run.space, self._forecasts)
+        self._weights = step_weights(run.plan.sigmas, run.space)
+        answers = products[self._steps :, self._steps :]
+        moved = [answers[i, i] + answers[i - 1, i - 1] - 2 * answers[i, i - 1] for i in range(1, self._steps)]
+        self.changed = [float((m.clamp(min=0) / answers[i, i]).sqrt()) for i, m in enumerate(moved, start=1)]
+
+    def plans(self, speeds: Iterable[float]) -> list[Kinds]:
+        """The best steps to ask for each of the speeds, without and with one-sided ones: the sums rank plans of one
+        family better than of both."""
+        found: list[Kinds] = []
+        for sided in dict.fromkeys((None, self._sided)):
+            best = optimal_kinds(self._forecasts, sided, self._weights, self._changes).values()
+            for speed in speeds:
+                fast = [kinds for kinds in best if self._steps / kinds.cost() >= speed]
+                found += [min(fast, key=lambda kinds: kinds.error)] if fast else []
+        return [*dict.fromkeys(found)]
+
+    def around(self, kinds: Kinds) -> list[Kinds]:
+        return neighbours(kinds, self._steps, self._changes)
+
+    def expected(self, kinds: Kinds) -> float:
+        return expected_error(kinds, self._forecasts, self._sided, self._weights)
 
 
 def fit_forecasts(
-    model: Any, run: Callable[[Any, int], Tensor], solver: str, levels: Tensor, fastest: float, seed: int
+    model: Any, run: Callable[[Any, int], Tensor], solver: str, levels: Tensor, fastest: float, seed: int,
+    search: int = 0,
 ) -> Generator[tuple[str, float], None, tuple[KeySteps, dict[str, list[float]]]]:  # fmt: skip
     """Record, plan, fit each plan's forecasts, try them on another noise; yields what it does and how far.
 
-    run: a MODEL and a seed to the latents that it samples over `levels`. Returns the calibration (settings that no
-    other beats in speed and fidelity) and how much the answer changes. ValueError where a run passes levels by.
+    run: a MODEL and a seed to the latents that it samples over `levels`. search: short runs of hill climbing from each
+    plan of SEARCHED_FROM and faster; what it finds is kept where the other noise prefers it, too. Returns the
+    calibration (settings that no other beats in speed and fidelity) and how much the answer changes. ValueError where a
+    run passes levels by.
     """
-    sigmas, steps = levels.tolist(), len(levels) - 1
     yield "recording a whole run", 0.0
-    kind, runs = listening()
-    run(_with(model, kind), seed)
-    recorded = _heard_whole(runs, solver, steps)
-    plans, changed = plans_of(recorded, [one for one in TRIED_SPEEDS if one <= fastest])
+    fit = Fit(model, lambda patched: run(patched, seed), solver, levels)
+    plans = fit.programme.plans([one for one in TRIED_SPEEDS if one <= fastest])
     if not plans:
         raise ValueError(f"No setting of so few steps is {TRIED_SPEEDS[0]:g} times faster: raise 'steps' or 'fastest'.")
     yield "drawing another noise whole, to try them on", 0.1
-    whole = run(model, seed + 1)
-    found, points = KeySteps(1, solver, tuple(sigmas), ()), []
+    whole, points = run(model, seed + 1), []
     for number, kinds in enumerate(plans):
-        yield f"fitting {number + 1} of {len(plans)} settings", 0.2 + 0.8 * number / len(plans)
-        kind, runs = fitting(kinds, recorded.heard)
-        run(_with(model, kind), seed)
-        trial = Point(
-            NO_FEATURES, kinds.keys, steps / kinds.cost(), EQUAL, kinds.one_sided, tuple(runs[0].weights),
-            (math.inf,) * steps,
-        )  # fmt: skip
-        trying_kind, seen = trying()
-        settings = ReuseSettings(CALIBRATED, calibration=replace(found, points=(trial,)))
-        psnr = fidelity(run(_with(model, trying_kind, settings), seed + 1), whole)
-        errors = [float(seen[0].get(i, torch.zeros(())).nan_to_num(1.0, 1.0)) for i in range(steps)]
-        points.append(replace(trial, psnr=psnr, errors=tuple(round(error, 4) for error in errors)))
+        share = lambda part, number=number: 0.2 + 0.8 * (number + part) / len(plans)
+        yield f"fitting {number + 1} of {len(plans)} settings", share(0)
+        tries = search if fit.steps / kinds.cost() >= SEARCHED_FROM else 0
+        for found in dict.fromkeys([kinds, (yield from fit.climbed(kinds, tries, share))]):
+            points.append(_tried(fit.point(found), fit, lambda patched: run(patched, seed + 1), whole))
     kept = sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: p.speed)
-    return replace(found, points=tuple(kept)), {"answer": changed}
+    return replace(fit.keys, points=tuple(kept)), {"answer": fit.programme.changed}
+
+
+def _tried(trial: Point, fit: Fit, run: Callable[[Any], Tensor], whole: Tensor) -> Point:
+    """A setting with what it gave on another noise than it was fitted to: fidelity, and the errors of its key steps."""
+    kind, seen = trying()
+    settings = ReuseSettings(CALIBRATED, calibration=replace(fit.keys, points=(trial,)))
+    psnr = fidelity(run(_with(fit.model, kind, settings)), whole)
+    errors = [float(seen[0].get(i, torch.zeros(())).nan_to_num(1.0, 1.0)) for i in range(fit.steps)]
+    return replace(trial, psnr=psnr, errors=tuple(round(error, 4) for error in errors))
+
+
+class Fit:
+    """One recorded run, and short runs fitted to it. run: a MODEL to the latents that it samples over `levels`; whole:
+    those of the recorded run; keys: a calibration without settings."""
+
+    def __init__(self, model: Any, run: Callable[[Any], Tensor], solver: str, levels: Tensor):
+        self.model, self._run, self.steps = model, run, len(levels) - 1
+        self.keys = KeySteps(1, solver, tuple(levels.tolist()), ())
+        kind, runs = listening()
+        self.whole = run(_with(model, kind))
+        recorded = _heard_whole(runs, solver, self.steps)
+        self._heard, self.programme = recorded.heard, Programme(recorded)
+        self._points: dict[tuple, Point] = {}
+
+    def point(self, kinds: Kinds) -> Point:
+        """A setting whose forecasts are fitted to the recorded run; psnr: to that run itself."""
+        if kinds.asked not in self._points:
+            kind, runs = fitting(kinds, self._heard)
+            psnr = fidelity(self._run(_with(self.model, kind)).float(), self.whole.float())
+            self._points[kinds.asked] = Point(
+                NO_FEATURES, kinds.keys, self.steps / kinds.cost(), psnr, kinds.one_sided, tuple(runs[0].weights),
+                (math.inf,) * self.steps,
+            )  # fmt: skip
+        return self._points[kinds.asked]
+
+    def climbed(
+        self, start: Kinds, tries: int, share: Callable[[float], float]
+    ) -> Generator[tuple[str, float], None, Kinds]:  # fmt: skip
+        """The best plan that so many short runs find from `start` on, by the end of the recorded run."""
+        search = climb(start, self.programme.around, self.programme.expected, tries)
+        try:
+            tried = next(search)
+            for count in range(tries + 1):
+                psnr = self.point(tried).psnr
+                yield f"searching from there: {count} of {tries}, {psnr:.1f} dB", share(count / (tries + 1))
+                tried = search.send(psnr)
+        except StopIteration as end:
+            return end.value
+        raise AssertionError("the search goes on")
 
 
 def forecasting(
     model: Any, run: Callable[[Any], Tensor], solver: str, levels: Tensor, speed: float
-) -> tuple[Tensor, Any, Kinds]:
+) -> tuple[Tensor, Any, Kinds]:  # fmt: skip
     """What `run` draws whole, a clone of the MODEL that draws the like so many times faster, and the steps it asks.
 
     run: a MODEL to the latents that it samples over `levels`. The forecasts are tried on nothing else.
     """
-    sigmas, steps = levels.tolist(), len(levels) - 1
-    kind, runs = listening()
-    whole = run(_with(model, kind))
-    recorded = _heard_whole(runs, solver, steps)
-    plans, _ = plans_of(recorded, [speed])
+    fit = Fit(model, run, solver, levels)
+    plans = fit.programme.plans([speed])
     if not plans:
-        raise ValueError(f"No {steps} steps are {speed:g} times faster: lower 'speed', or raise 'steps'.")
-    tried: list[tuple[float, Kinds, tuple]] = []
-    for kinds in plans:
-        kind, runs = fitting(kinds, recorded.heard)
-        psnr = fidelity(run(_with(model, kind)).float(), whole.float())
-        tried.append((psnr, kinds, tuple(runs[-1].weights)))
-    psnr, kinds, weights = max(tried, key=lambda one: one[0])
-    point = Point(
-        NO_FEATURES, kinds.keys, steps / kinds.cost(), psnr, kinds.one_sided, weights, (math.inf,) * steps
-    )  # fmt: skip
-    settings = ReuseSettings(CALIBRATED, calibration=KeySteps(1, solver, tuple(sigmas), (point,)))
-    return whole, applied(model, WholeSteps, settings), kinds
+        raise ValueError(f"No {fit.steps} steps are {speed:g} times faster: lower 'speed', or raise 'steps'.")
+    kinds = max(plans, key=lambda kinds: fit.point(kinds).psnr)
+    settings = ReuseSettings(CALIBRATED, calibration=replace(fit.keys, points=(fit.point(kinds),)))
+    return fit.whole, applied(model, WholeSteps, settings), kinds
 
 
 def _heard_whole(runs: list[Any], solver: str, steps: int) -> Any:
