@@ -8,7 +8,7 @@ prompt between drafts and whole pictures, mean over the 32 principal axes of the
 judge's log-probability of what the prompt asks for; *same best*: in how many prompts the best draft by it is the best
 picture. Standard errors over the prompts. Ours, learned: Attune Draft Seeds without a profile; its ranks are of the
 seeds that are drafted, its computing is of all, the two whole ones and the fit included. Ours, by a profile: fitted to
-two other prompts. EasyCache and LazyCache have the smallest of some thresholds that is as fast as asked for. Writes
+four other prompts. EasyCache and LazyCache have the smallest of some thresholds that is as fast as asked for. Writes
 docs/results/draft_seeds.json, docs/results.md and a picture.
 """
 

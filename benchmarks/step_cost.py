@@ -5,7 +5,7 @@ python dev.py bench step_cost [--runs unet:euler:50:3 flow:euler:50:3 unet:dpmpp
 Every setting draws the same prompts and noises as the plain run of as many steps, through the host. Speed is counted:
 the rows that enter the network's first layer and its middle, of both prompts, a shorter step by the costs of a
 published network's blocks (SD1.5 at 512, SD3 medium). Ours, forecasts: fitted by the node on a picture of each of
-two prompts. PSNR (dB, pixels) and perceptual distance are to the plain run, with the standard error over groups of
+four prompts. PSNR (dB, pixels) and perceptual distance are to the plain run, with the standard error over groups of
 seeds. The rivals are `rivals.py`'s, core's caches core's. MagCache's ratios and SeaCache's thresholds are measured on
 a run of another prompt. Writes docs/results/step_cost.json, docs/results.md and a plot.
 """
@@ -36,7 +36,7 @@ from schedules import number, progress
 
 FORECASTS = "ours, forecasts"
 FITTED_TASK = Task(100, 3, 987654321)  # no task that is drawn
-FITTED_PROMPTS = (prompt(100, 3), prompt(55, 9))
+FITTED_PROMPTS = (prompt(100, 3), prompt(55, 9), prompt(13, 15), prompt(80, 0))
 SHARES = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)
 MOST_POINTS = 7
 UNITS = 10_000  # of an evaluation, in which a lab keeps what a run costs
@@ -213,7 +213,7 @@ def sea_threshold(states: list, levels: tuple[float, ...], flow: bool, share: fl
 
 
 def fitted(lab: RivalLab, run: Run) -> Path:
-    """The node's own forecasts, on one picture each of two other prompts; two each where the solver adds noise."""
+    """The node's own forecasts, on one picture each of four other prompts; two each where the solver adds noise."""
     facts = f"{run} {lab.digests[run.model]} {code_digest()} {FITTED_PROMPTS}"
     stem = f"step-cost-{hashlib.sha256(facts.encode()).hexdigest()[:24]}"
     path = next(lab.cache.glob(f"{stem}.*"), None)
@@ -223,7 +223,8 @@ def fitted(lab: RivalLab, run: Run) -> Path:
     channels = model.get_model_object("latent_format").latent_channels
     profile, *_ = lab.host.call(
         "AttuneFitPropagation", model=model, positive=lab.conditioning([FITTED_PROMPTS[0]]),
-        positive_2=lab.conditioning([FITTED_PROMPTS[1]]), negative=lab.conditioning([""]),
+        **{f"positive_{n}": lab.conditioning([text]) for n, text in enumerate(FITTED_PROMPTS[1:], start=2)},
+        negative=lab.conditioning([""]),
         latent_image={"samples": torch.zeros(pictures, channels, 16, 16)},
         seed=FITTED_TASK.seed, steps=run.steps, cfg=run.cfg, sampler_name=run.sampler, scheduler="normal",
         reuse="nothing asked", fastest=8.0, longest=4,

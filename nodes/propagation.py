@@ -182,9 +182,20 @@ class AttuneFitPropagation(io.ComfyNode):
                         "square.",
                     ),
                 ),
-                io.Conditioning.Input(
-                    "positive_2", optional=True,
-                    tooltip="Another typical prompt, for forecasts: what is fitted to two holds for others better.",
+                *advanced(
+                    io.Int.Input(
+                        "search", default=0, min=0, max=100, optional=True,
+                        tooltip="Of forecasts, short runs to look for better steps with, for each setting of 3x and "
+                        "more; 10 to 30 are good.",
+                    ),
+                ),
+                *(
+                    io.Conditioning.Input(
+                        f"positive_{number}", optional=True,
+                        tooltip="Another typical prompt, for forecasts: what is fitted to four holds for others far "
+                        "better than what is fitted to one.",
+                    )
+                    for number in (2, 3, 4)
                 ),
             ],
             outputs=[

@@ -156,12 +156,13 @@ def fit(
 
 def fit_profile(
     model: Any, positive, negative, latent_image: dict, seed: int, steps: int, cfg: float, sampler_name: str,
-    scheduler: str, reuse: str = plan.AUTOMATIC, fastest: float = 2.5, longest: int = 4, positive_2=None,
-    search: int = 0,
+    scheduler: str, reuse: str = plan.AUTOMATIC, fastest: float = 2.5, longest: int = 4, search: int = 0,
+    **more_positives,
 ) -> tuple[Calibration, KeySteps, dict[str, list[float]]]:  # fmt: skip
     """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes.
 
-    positive_2: of forecasts, another prompt for every second picture. search: of forecasts, see `fit_forecasts`.
+    search: of forecasts, see `fit_forecasts`. more_positives: of forecasts, further prompts, which its pictures have in
+    turn, by the inputs' names.
     """
     sampler = comfy.samplers.sampler_object(sampler_name)
     known(sampler, WHO)
@@ -178,7 +179,8 @@ def fit_profile(
     kind = WholeSteps if asks_nothing else propagation_for(model)
 
     if kind is WholeSteps:
-        latent_image, positive = _enough(latent_image, positive_2), _in_turn(positive, positive_2)
+        further = {name: one for name, one in more_positives.items() if one is not None}
+        latent_image, positive = _enough(latent_image, 1 + len(further)), _in_turn(positive, further)
 
     def run(patched: Any, noise: int = seed) -> Tensor:
         noise %= 2**64
@@ -210,34 +212,38 @@ def fit_profile(
     return profile, calibration, changes
 
 
-def _enough(latent_image: dict, positive_2: list | None) -> dict:
+def _enough(latent_image: dict, prompts: int) -> dict:
     """A LATENT of FEWEST_PICTURES at least, and of as many for every prompt: noises of their own come by themselves."""
     samples = latent_image["samples"]
-    if samples.is_nested or (positive_2 is None and len(samples) >= FEWEST_PICTURES):
-        return latent_image
-    return {**latent_image, "samples": torch.cat([samples] * FEWEST_PICTURES)}
+    times = prompts if prompts > 1 or len(samples) >= FEWEST_PICTURES else FEWEST_PICTURES
+    return latent_image if samples.is_nested else {**latent_image, "samples": torch.cat([samples] * times)}
 
 
-def _in_turn(positive: list, other: list | None) -> list:
-    """Two prompts as one CONDITIONING whose pictures have them in turn; ValueError for what cannot be put so."""
-    if other is None:
+def _in_turn(positive: list, others: dict[str, list]) -> list:
+    """Prompts as one CONDITIONING whose pictures have them in turn; ValueError for one that cannot be put so.
+
+    others: by the names of their inputs.
+    """
+    if not others:
         return positive
-    (one, facts), *more = positive
-    (two, facts_2), *more_2 = other
-    if more or more_2 or one.shape[2:] != two.shape[2:] or (facts.keys() ^ facts_2.keys()) - {"attention_mask"}:
-        raise ValueError(
-            f"{WHO} needs in 'positive' and 'positive_2' one plain prompt each, of the same text encoder and without "
-            "areas: connect 'CLIP Text Encode' directly, or leave 'positive_2' out."
-        )
-    tokens = math.lcm(one.shape[1], two.shape[1])  # the host repeats tokens in this way, too, which no attention feels
-    both = torch.cat([part.repeat(1, tokens // part.shape[1], 1) for part in (one, two)])
+    (_, facts), *_ = positive
+    for name, other in others.items():
+        alike = len(positive) == len(other) == 1 and other[0][0].shape[2:] == positive[0][0].shape[2:]
+        if not alike or (facts.keys() ^ other[0][1].keys()) - {"attention_mask"}:
+            raise ValueError(
+                f"{WHO} needs in 'positive' and '{name}' one plain prompt each, of the same text encoder and without "
+                f"areas: connect 'CLIP Text Encode' directly, or leave '{name}' out."
+            )
+    each = [positive[0], *(other[0] for other in others.values())]
+    tokens = math.lcm(*(text.shape[1] for text, _ in each))  # the host repeats them so, too, which no attention feels
+    texts = torch.cat([text.repeat(1, tokens // text.shape[1], 1) for text, _ in each])
     kept = {key: value for key, value in facts.items() if key != "attention_mask"}
     joined = {
-        key: torch.cat([value, facts_2[key]])
+        key: torch.cat([own[key] for _, own in each])
         for key, value in kept.items()
-        if isinstance(value, Tensor) and value.shape == facts_2[key].shape
+        if isinstance(value, Tensor) and all(own[key].shape == value.shape for _, own in each)
     }
-    return [[both, {**kept, **joined}]]
+    return [[texts, {**kept, **joined}]]
 
 
 def measures_too_few(sampler_name: str, latent_image: dict) -> bool:
