@@ -1,6 +1,6 @@
 """Are real pictures kept, and edited, better through noise maps than by what people use? Reconstruction, edits, morphs.
 
-python dev.py bench noise_space [--models unet flow] [--pictures 8] [--pairs 4] [--steps 20]
+python dev.py bench noise_space [--models unet flow] [--pictures 8] [--pairs 8] [--steps 20]
 
 The real pictures are the demo models' training pictures, composed anew (`dev.py train-demo` fetches them); the judge
 that names objects never saw a generated one. Everything runs through the host's own SamplerCustom: ours by Attune
@@ -427,7 +427,9 @@ def morph(b: Bench, real: Real, i: int) -> dict[str, Tensor]:
 # --- the page ---
 
 
-def grid(sets: list[Tensor], columns: int) -> Image.Image:
+def grid(sets: list[Tensor]) -> Image.Image:
+    """A row for each set, of FRAMES pictures at most."""
+    columns = min(FRAMES, len(sets[0]))
     return sheet(torch.cat([one[:columns] for one in sets]), columns, 96)
 
 
@@ -435,7 +437,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["unet", "flow"], default=["unet", "flow"])
     parser.add_argument("--pictures", type=int, default=8)
-    parser.add_argument("--pairs", type=int, default=4, help="of pictures to morph")
+    parser.add_argument("--pairs", type=int, default=8, help="of pictures to morph")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=DOCS)
@@ -448,7 +450,7 @@ def main() -> None:
             edited, shown = edits(b)
             between, frames = morphs(b, args.pairs)
             tables += [reconstruction(b), edited, variations(b), between]
-            below_each_other([grid(shown, FRAMES), grid(frames, FRAMES)]).save(args.out / SHEETS[model], quality=85)
+            below_each_other([grid(shown), grid(frames)]).save(args.out / SHEETS[model], quality=85)
             pictures = [SHEETS[one] for one in SHEETS if any(table.title.startswith(one) for table in tables)]
             record("noise_space", "Editing real pictures in noise space", tables, began, pictures, NOTES, args.out)
 
@@ -461,7 +463,7 @@ def earlier(out: Path, models: list[str]) -> list[Table]:
 
 
 def below_each_other(sheets: list[Image.Image]) -> Image.Image:
-    page = Image.new("RGB", (sheets[0].width, sum(one.height + 8 for one in sheets) - 8), "white")
+    page = Image.new("RGB", (max(one.width for one in sheets), sum(one.height + 8 for one in sheets) - 8), "white")
     at = 0
     for one in sheets:
         page.paste(one, (0, at))
