@@ -120,7 +120,7 @@ def test_latents_that_do_not_fit_are_refused_with_both_sizes(shape, sizes, messa
     [
         (NPNetConfig(), (1, 77, 768), r"77 x 2048 prompt embeddings \(SDXL family\); the conditioning has 77 x 768.*Redenoise"),
         (NPNetConfig(), (1, 40, 2048), "the conditioning has 40 tokens, 77 are needed"),
-        (NPNetConfig(), None, "needs a text conditioning"),
+        (NPNetConfig(), None, "holds no encoded text. Connect CLIP Text Encode"),
         (NPNetConfig(text="pooled", width=768), (1, 77, 768), "needs the pooled embedding; the conditioning has none"),
         (NPNetConfig(text="mean", width=64), (1, 3, 32), "expects n x 64"),
     ],

@@ -57,7 +57,7 @@ def test_a_calibrated_size_gets_its_own_curve_at_the_strength_asked():
     one = profile(**SMALL)
     assert offset(one, (64, 64)) == pytest.approx(0.4) and offset(one, (96, 96), 0.5) == pytest.approx(0.1)
     said = shift_for(one, (64, 64))[1]
-    assert "64x64 is calibrated, the network is told 1.49 to 1.49 times the true sigma / (1 - sigma)." in said
+    assert "64x64 is calibrated, the network is told 1.49 times the true sigma / (1 - sigma)." in said
     assert shift_for(one, (64, 64), 0.0)[0].is_identity
 
 

@@ -80,12 +80,19 @@ def _size_of_change(profile: Calibration, curve: CondLevels | None, strength: fl
         odds(profile.space, b) / odds(profile.space, a) for a, b in zip(curve.sigma, curve.sigma_cond, strict=True)
     ]
     low, high = (ratio**strength for ratio in (min(ratios), max(ratios)))
-    return f", the network is told {low:.3g} to {high:.3g} times the true {noise_word(profile.space)}"
+    return f", the network is told {times_the_true(low, high)} {noise_word(profile.space)}"
 
 
 def odds(space: str, sigma: float) -> float:
     """sigma / alpha."""
     return sigma if space == "ve" else sigma / (1 - sigma)
+
+
+def times_the_true(low: float, high: float) -> str:
+    """A range of factors in words; a noise level follows them."""
+    if f"{low:.3g}" != f"{high:.3g}":
+        return f"{low:.3g} to {high:.3g} times the true"
+    return "the true" if f"{low:.3g}" == "1" else f"{low:.3g} times the true"
 
 
 def noise_word(space: str) -> str:

@@ -23,6 +23,7 @@ from ...models.calibration import (
     size_text,
 )
 from .named_schedules import resample_profile
+from .noise_shift import times_the_true
 
 DENOISE_MODES: dict[str, Callable[..., Sigmas]] = {
     "exact": exactly_for_denoise,
@@ -128,8 +129,8 @@ def _said_of(alignment: CondLevels, strength: float) -> str:
     ratios = [b / a for a, b in zip(alignment.sigma, alignment.sigma_cond, strict=True)]
     bound = f" with {alignment.solver} only; another sampler runs without it" if alignment.solver else ""
     return (
-        f"Timestep alignment at strength {strength:g}: at strength 1 the network is told {min(ratios):.3g} to "
-        f"{max(ratios):.3g} times the true sigma{bound}."
+        f"Timestep alignment at strength {strength:g}: at strength 1 the network is told "
+        f"{times_the_true(min(ratios), max(ratios))} sigma{bound}."
     )
 
 

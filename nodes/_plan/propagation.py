@@ -187,7 +187,9 @@ def kinds_of(point: Point) -> str:
     """Which kinds of steps a setting has."""
     if point.weights:
         return f"{len(point.keys)} steps asked, {len(point.one_sided)} of them the positive alone"
-    return f"{len(point.keys)} key steps, computes blocks before {point.reuse.fresh} and from {point.reuse.cut}"
+    fresh, cut = point.reuse.fresh, point.reuse.cut
+    first = f"the first {fresh} block{'s' * (fresh > 1)} and " if fresh else ""
+    return f"{len(point.keys)} key steps; the others compute {first}block {cut} and those behind it"
 
 
 def said_of(point: Point, fit: KeySteps) -> str:
