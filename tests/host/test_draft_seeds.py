@@ -7,6 +7,7 @@ import torch
 
 from graphs import Kit
 from harness import counting
+from tiny_networks import TINY, conditioning, tiny_network
 
 STEPS = 16
 
@@ -83,6 +84,31 @@ def test_what_cannot_be_drafted_is_said_before_anything_is_drawn(kit, changed, s
     with counting(kit.model) as calls, pytest.raises(ValueError, match=said):
         drafts(kit, **changed)
     assert calls[0] == 0
+
+
+@pytest.mark.parametrize("family", ["WAN21_T2V", "Flux"])
+def test_videos_and_pictures_with_references_are_drafted(host, family):
+    """Forecasts are of what is drawn: frames count as pixels, and tokens of a reference take no part in the fit."""
+    model, latent = tiny_network(family), {"samples": torch.zeros(TINY[family].latent)}
+    positive, negative = (conditioning(family, seed) for seed in (1, 2))
+    if family == "Flux":
+        positive[0][1]["reference_latents"] = [torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(3))]
+    ours = host.module("nodes._host.draft_seeds")
+    run = ours.WholeRun(positive, negative, latent, 9, 3.0, "euler", "simple")
+    with torch.inference_mode():
+        latents, _ = ours.draw_drafts(model, run, [3, 4], 1.5, 1, None)
+
+    def stock(seed: int, **changed):
+        given = {"positive": positive, "negative": negative, "latent_image": latent, "cfg": 3.0, **changed}
+        return host.call(
+            "KSampler", model=model, seed=seed, steps=9, sampler_name="euler", scheduler="simple", denoise=1.0, **given
+        )[0]["samples"]
+
+    whole = [stock(3), stock(4)]
+    assert latents.shape == (2, *TINY[family].latent[1:]) and torch.equal(latents[:1], whole[0])
+    assert dB(latents[1:], whole[1]) > dB(whole[0], whole[1]) + 10
+    if family == "Flux":
+        assert not torch.equal(stock(3, positive=conditioning(family, 1)), whole[0])
 
 
 def test_nothing_is_drawn_whole_until_a_number_is_set_and_then_the_stock_picture(host, kit):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from graphs import Kit
+from tiny_networks import TINY, conditioning, tiny_network
 
 STEPS = 12
 
@@ -190,3 +191,36 @@ def test_two_prompts_that_cannot_share_a_batch_are_refused(kit, host):
     for other in ([*kit.positive, *kit.negative], [[kit.positive[0][0][..., :8], kit.positive[0][1]]]):
         with pytest.raises(ValueError, match="one plain prompt each"):
             host.call("AttuneFitPropagation", **given, positive_2=other)
+
+
+def test_two_experts_of_one_run_have_their_own_forecasts_and_no_state_goes_across(host):
+    """Wan 2.2: one network for the noisier half of the levels, another one for the rest, each with its own fit."""
+    family, steps = "WAN21_T2V", 18
+    fit = host.module("nodes._host.propagation.forecast_fit")
+    given = {
+        "positive": conditioning(family, 1), "negative": conditioning(family, 2), "steps": steps, "cfg": 3.0,
+        "sampler_name": "euler", "scheduler": "simple", "noise_seed": 5,
+    }  # fmt: skip
+
+    def half(model, latent, start, end):
+        ways = {"add_noise": "disable" if start else "enable", "return_with_leftover_noise": "enable"}
+        return host.call(
+            "KSamplerAdvanced", model=model, latent_image=latent, start_at_step=start, end_at_step=end, **ways, **given
+        )[0]
+
+    empty, experts = {"samples": torch.zeros(TINY[family].latent)}, []
+    for spread in (1.0, 0.9):
+        model = tiny_network(family)
+        for weight in model.model.parameters():
+            weight.data.mul_(spread)
+        (sigmas,) = host.call("BasicScheduler", model=model, scheduler="simple", steps=steps, denoise=1.0)
+        with torch.inference_mode():
+            _, faster, kinds = fit.forecasting(model, lambda patched: half(patched, empty, 0, steps)["samples"], "euler", sigmas, 2.0)  # fmt: skip
+        experts.append((*asked_steps(faster), kinds))
+    (first, first_calls, first_kinds), (second, calls, kinds) = experts
+    left = half(first, empty, 0, steps // 2)
+    assert len(first_calls) == sum(key < steps // 2 for key in first_kinds.keys) < steps // 2
+    ends = [half(second, left, steps // 2, steps)["samples"], half(second, left, steps // 2, steps)["samples"]]
+    assert torch.equal(*ends)  # the same behind its own end as behind the other one's
+    inside = sum(key >= steps // 2 for key in kinds.keys)
+    assert 2 * inside <= len(calls) <= 2 * (steps - steps // 2)  # it asks what its forecasts are made of itself
