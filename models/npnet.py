@@ -84,7 +84,7 @@ def prompt_texts(config: NPNetConfig, tokens: Tensor | None, pooled: Tensor | No
         return [pooled]
     if tokens is None or tokens.ndim != 3 or 0 in tokens.shape:
         raise ValueError(
-            "Golden noise is fitted to the prompt, but this conditioning holds no encoded text. Connect CLIP Text Encode."
+            "Golden noise follows the prompt, but this conditioning holds no encoded text. Connect CLIP Text Encode."
         )
     n, width = tokens.shape[1:]
     if width != config.width:
