@@ -29,6 +29,7 @@ from scipy.stats import spearmanr
 from step_cost import RivalLab, Run, fitted, rows
 from torch import Tensor
 
+import _pack  # noqa: F401 - makes the pack importable
 from comfy_process import Host
 from harness import CACHE, Cell, Task, prompt
 from judge import load_judge
