@@ -87,6 +87,12 @@ def unet(host) -> Kit:
     return Kit(host, "unet")
 
 
+@pytest.fixture(scope="module")
+def net(host) -> Kit:
+    """The demo model that takes less time, for what is the same with both."""
+    return Kit(host, "flow")
+
+
 @pytest.fixture(scope="session")
 def demo(host):
     """MODEL, CLIP and VAE of the demo checkpoint, through the stock loader."""

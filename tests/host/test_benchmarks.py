@@ -191,7 +191,9 @@ def test_asking_less_is_counted_in_answers(tmp_path):
     run("step_cost", tmp_path, *SMOKE["step_cost"])
     rows = {r["label"]: r for r in json.loads((tmp_path / "results" / "step_cost.json").read_text())["data"]}
     assert rows["plain"]["speed"] == 1 and rows["fewer steps, 8"]["speed"] == 1.25
-    saved = 10 - 10 / rows["ours, one-sided steps alone"]["speed"]  # steps 3 and 5, unless one picture is foretold badly
+    saved = (
+        10 - 10 / rows["ours, one-sided steps alone"]["speed"]
+    )  # steps 3 and 5, unless one picture is foretold badly
     assert any(saved == pytest.approx(answers / 2) for answers in (0, 1, 2))
     forecasts = [row for label, row in rows.items() if label.startswith("ours, forecasts")]
     assert forecasts and all(row["speed"] > 1 and 10 < row["summary"]["psnr"][0] <= 100 for row in forecasts)

@@ -56,12 +56,12 @@ def drawn(kit, sampler, sigmas, seed=11, **more):
 
 
 @pytest.fixture(scope="module")
-def found(host, unet, tmp_path_factory):
+def found(host, net, tmp_path_factory):
     """Profile and report of a fit, and copies of the files that it left, by their endings."""
     folder = tmp_path_factory.mktemp("found")
     with pytest.MonkeyPatch.context() as monkeypatch:
         be_lenient(host, monkeypatch)
-        profile, _, _, report, shown = fitted(unet)
+        profile, _, _, report, shown = fitted(net)
     return profile, report, shown, {path.suffix: shutil.copy(path, folder) for path in host.profiles.iterdir()}
 
 
@@ -80,20 +80,20 @@ def test_a_fit_becomes_a_sampler_that_is_nearer_than_plain_steps(kit, host, leni
     assert fidelity(short, long) > fidelity(plain, long) + 1
 
 
-def test_several_counts_from_the_same_long_runs(unet, host, lenient):
-    with counting(unet.model) as calls:
-        profile, sigmas, _, report, _ = fitted(unet, more_steps="6, 3")
+def test_several_counts_from_the_same_long_runs(net, host, lenient):
+    with counting(net.model) as calls:
+        profile, sigmas, _, report, _ = fitted(net, more_steps="6, 3")
     assert [one.run.steps for one in profile.runs] == [3, 4, 6] and len(sigmas) == 7
     assert profile.runs[0].psnr < profile.runs[-1].psnr
     said = int(report.splitlines()[1].split("at most ")[1].split()[0])
     assert calls[0] <= said
     for steps, run in ((3, profile.runs[0]), (6, profile.runs[2])):
-        levels = host.call("AttuneApplyProfile", model=unet.model, profile=profile, steps=steps)[2]
+        levels = host.call("AttuneApplyProfile", model=net.model, profile=profile, steps=steps)[2]
         assert levels.tolist() == pytest.approx(list(run.run.sigmas))
     with pytest.raises(ValueError, match=r"fitted for 3, 4, 6 steps, not for 5"):
-        host.call("AttuneApplyProfile", model=unet.model, profile=profile, steps=5)
+        host.call("AttuneApplyProfile", model=net.model, profile=profile, steps=5)
     with pytest.raises(ValueError, match=r"Set 'denoise' to 1, or let Attune Fast Sampler"):
-        host.call("AttuneApplyProfile", model=unet.model, profile=profile, denoise=0.5)
+        host.call("AttuneApplyProfile", model=net.model, profile=profile, denoise=0.5)
 
 
 def test_the_exact_path_needs_no_schedule(unet, lenient):
@@ -102,8 +102,8 @@ def test_the_exact_path_needs_no_schedule(unet, lenient):
     assert profile.steps == 16 and profile.solver == "dpmpp_2m"
 
 
-def test_a_fit_for_a_solver_that_adds_noise_is_for_its_sibling(unet, lenient):
-    profile, _, _, report, _ = fitted(unet, solver="euler_ancestral")
+def test_a_fit_for_a_solver_that_adds_noise_is_for_its_sibling(net, lenient):
+    profile, _, _, report, _ = fitted(net, solver="euler_ancestral")
     assert profile.solver == "euler" and "euler_ancestral follows but for the noise" in report
 
 
@@ -130,17 +130,17 @@ def test_the_pages_tell_the_cost_of_a_fit(host, root):
 
 
 @pytest.mark.nightly
-def test_held_out_pictures_prove_it_against_every_rival(unet):
-    large = {"samples": torch.zeros(1, unet.channels, 16, 16)}
-    profile, _, _, report, _ = fitted(unet, steps=8, long=30, latent=large)
+def test_held_out_pictures_prove_it_against_every_rival(net):
+    large = {"samples": torch.zeros(1, net.channels, 16, 16)}
+    profile, _, _, report, _ = fitted(net, steps=8, long=30, latent=large)
     assert profile.runs[0].psnr > 38 and "100% of 6 pictures better" in report
 
 
-def test_what_is_not_better_is_no_profile_and_the_graph_behind_does_not_run(unet, host, monkeypatch, lenient):
+def test_what_is_not_better_is_no_profile_and_the_graph_behind_does_not_run(net, host, monkeypatch, lenient):
     gate = host.module("kernels.gate")
     refuse = lambda before, after, *_: gate.judge(before, after, least=2.0)
     monkeypatch.setattr(host.module("kernels.fitted_sampler"), "judge", refuse)
-    profile, sigmas, plot, report, card = fitted(unet)
+    profile, sigmas, plot, report, card = fitted(net)
     assert {type(one).__name__ for one in (profile, sigmas, card)} == {"ExecutionBlocker"} and plot.ndim == 4
     assert card.message is None and "there is no profile" in profile.message  # said once
     assert "refused" in report and "there is no profile" in report and not list(host.profiles.glob("*"))
@@ -165,11 +165,11 @@ def test_bad_input_gets_a_sentence_before_the_first_model_call(unet, given, said
     assert calls[0] == 0
 
 
-def test_other_sigmas_than_the_fits_own_are_refused(unet, host, found):
+def test_other_sigmas_than_the_fits_own_are_refused(net, host, found):
     profile, *_ = found
-    _, sampler, _, _ = host.call("AttuneApplyProfile", model=unet.model, profile=profile)
+    _, sampler, _, _ = host.call("AttuneApplyProfile", model=net.model, profile=profile)
     with pytest.raises(ValueError, match="Connect the SIGMAS of the same Attune Apply Profile"):
-        drawn(unet, sampler, schedule(unet, 5)[1:])
+        drawn(net, sampler, schedule(net, 5)[1:])
 
 
 def test_a_card_to_share_lies_beside_the_profile(found):
@@ -184,10 +184,10 @@ def test_a_card_to_share_lies_beside_the_profile(found):
     assert len(np.unique(right.reshape(-1, 3), axis=0)) > 50  # the two pictures
 
 
-def test_what_was_proved_before_a_stop_is_kept(unet, host, lenient, monkeypatch):
+def test_what_was_proved_before_a_stop_is_kept(net, host, lenient, monkeypatch):
     import comfy.model_management as management
 
-    network, seen = type(unet.model.model.diffusion_model), []
+    network, seen = type(net.model.model.diffusion_model), []
     whole = network.forward
 
     def forward(self, x, *args, **kwargs):
@@ -209,7 +209,7 @@ def test_what_was_proved_before_a_stop_is_kept(unet, host, lenient, monkeypatch)
     monkeypatch.setattr(node, "_followed", noting)
     monkeypatch.setattr(network, "forward", forward)
     with pytest.raises(management.InterruptProcessingException):
-        fitted(unet, steps=4, more_steps="6")
+        fitted(net, steps=4, more_steps="6")
     (file,) = host.profiles.glob("*.json")
     assert [one.run.steps for one in load_profile(file).runs] == [4]
 
@@ -242,10 +242,10 @@ def test_the_fast_sampler_takes_a_fit_to_the_users_own_run_by_itself(kit, host, 
 @pytest.mark.parametrize(
     "method", daily([name for name, one in METHODS.items() if one.model == "unet"], "golden noise")
 )
-def test_a_fit_on_a_model_with_nodes_of_ours_is_for_the_model_without_them(unet, lenient, method):
+def test_a_fit_on_a_model_with_nodes_of_ours_is_for_the_model_without_them(net, lenient, method):
     """They stand aside while it measures, so that it would be wrong beside them."""
-    profile, *_ = fitted(unet, steps=2, long=4, model=METHODS[method].on(unet)(unet.model))
-    assert profile.setting == fitted(unet, steps=2, long=4)[0].setting != ""
+    profile, *_ = fitted(net, steps=2, long=4, model=METHODS[method].on(net)(net.model))
+    assert profile.setting == fitted(net, steps=2, long=4)[0].setting != ""
 
 
 def larger(kit) -> dict:
@@ -253,12 +253,12 @@ def larger(kit) -> dict:
 
 
 @pytest.mark.parametrize("coefficients", [True, False])
-def test_the_node_says_what_it_does_and_how_long_that_takes(unet, host, lenient, monkeypatch, coefficients):
+def test_the_node_says_what_it_does_and_how_long_that_takes(net, host, lenient, monkeypatch, coefficients):
     said: list[str] = []
     monkeypatch.setattr(host.module("nodes.fit_sampler"), "text_on", lambda _: said.append)
     monkeypatch.setattr(host.module("nodes._plan.time_left"), "OFTEN", 0.0)
-    with counting(unet.model) as calls:
-        fitted(unet, coefficients=coefficients, sigmas=schedule(unet, 12 if coefficients else 4))
+    with counting(net.model) as calls:
+        fitted(net, coefficients=coefficients, sigmas=schedule(net, 12 if coefficients else 4))
     *meanwhile, end = said
     counted = [int(text.split(": ")[1].split(" of ")[0]) for text in meanwhile]
     assert counted == list(range(1, calls[0] - 1)) and " left" in meanwhile[0]
