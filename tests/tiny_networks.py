@@ -114,7 +114,7 @@ TINY = {
         (1, 16, 8, 8), extras=POOLED, spread=0.04,
     ),
     "StableAudio": Tiny(
-        {"embed_dim": 64, "num_heads": 2, "depth": 8}, (1, 64, 32), width=768, weights=_seconds, makes=SOUND,
+        {"embed_dim": 64, "num_heads": 2, "depth": 8, "project_cond_tokens": True}, (1, 64, 32), width=768, weights=_seconds, makes=SOUND,
     ),
     "AuraFlow": Tiny(
         {"max_seq": 256, "cond_seq_dim": WIDTH, "n_double_layers": 4, "n_layers": 12, "n_heads": 2, "dim": 48,
