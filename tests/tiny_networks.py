@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -263,16 +264,35 @@ TINY = {
 }  # fmt: skip
 
 
+NEWER = {
+    "txt_ids_dims": [],
+    "vec_in_dim": None,
+    "use_x0": False,
+    "use_sequential_txt_ids": False,
+    "meanflow_sum": False,
+}
+PARAMETERS = {  # where they are not Flux' own
+    "HunyuanVideo": "hunyuan_video.model.HunyuanVideoParams", "Chroma": "chroma.model.ChromaParams",
+    "ChromaRadiance": "chroma_radiance.model.ChromaRadianceParams",
+}  # fmt: skip
+
+
+def newer_settings(family: str) -> dict:
+    """What newer hosts ask of the networks of Flux' kind besides."""
+    if "axes_dim" not in TINY[family].settings:
+        return {}
+    module, _, name = PARAMETERS.get(family, "flux.model.FluxParams").rpartition(".")
+    asked = getattr(importlib.import_module(f"comfy.ldm.{module}"), name).__dataclass_fields__
+    return {one: [3] if (one, family) == ("txt_ids_dims", "Flux2") else NEWER[one] for one in asked if one in NEWER}
+
+
 def tiny_network(family: str):
     """A ModelPatcher of the host's class `family` and its own `get_model`, as in TINY, with random weights."""
     import comfy.model_patcher
     import comfy.supported_models
-    from comfy.ldm.flux.model import FluxParams
 
     tiny, kind = TINY[family], getattr(comfy.supported_models, family)
-    settings = tiny.settings
-    if "axes_dim" in settings and "txt_ids_dims" in FluxParams.__dataclass_fields__:  # newer hosts
-        settings = {**settings, "txt_ids_dims": [3] if family == "Flux2" else []}
+    settings = {**newer_settings(family), **tiny.settings}
     config = kind({**kind.unet_config, **settings})
     config.unet_config |= settings  # for the class has its say after the caller
     config.set_inference_dtype(torch.float32, None)
@@ -317,12 +337,19 @@ def network_class(family: str) -> type:
 
     comfy.model_base.BaseModel.__init__ = init
     try:
-        kind({"in_channels": 4, **kind.unet_config}).get_model(_AnyWeights())
+        kind(_AnyNumbers({"in_channels": 4, **kind.unet_config})).get_model(_AnyWeights())
     except _Asked:
         pass
     finally:
         comfy.model_base.BaseModel.__init__ = own
     return asked[0]
+
+
+class _AnyNumbers(dict):
+    """A network's configuration of which no number matters; newer hosts reckon with some."""
+
+    def __missing__(self, key: str) -> int:
+        return 64
 
 
 class _AnyWeights(dict):
