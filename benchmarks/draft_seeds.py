@@ -110,11 +110,9 @@ def ranks(features: Tensor, whole: Tensor, obj: int) -> tuple[float, float, floa
     return statistics.fmean(each), float(spearmanr(*own).statistic), 100.0 * bool(own[0].argmax() == own[1].argmax())
 
 
-def row(lab: RivalLab, run: Run, way: Way, whole: Way, work: list[Task], seeds: int) -> list:
-    """A way beside the whole runs, as the table has it."""
-    seen, goal = (
-        measured(*(lab.pictures(run.model, one.latents) for one in two)) for two in ((way, whole), (whole, whole))
-    )
+def row(way: Way, pictures: Tensor, whole: Tensor, work: list[Task], seeds: int) -> list:
+    """A way's pictures beside the whole runs', as the table has it."""
+    seen, goal = measured(pictures, whole), measured(whole, whole)
     kept = [range(start + way.first, start + seeds) for start in range(0, len(work), seeds)]
     found = [ranks(seen["features"][k], goal["features"][k], work[k[0]].obj) for k in kept]
     psnr = [float(seen["psnr"][k].mean()) for k in kept]
@@ -159,7 +157,8 @@ def main() -> None:
             model, sampler, steps, cfg = one.split(":")
             run = Run(model, sampler, int(steps), float(cfg))
             found = ways(lab, run, work, args.seeds, args.speed)
-            body = [row(lab, run, way, found[0], work, args.seeds) for way in found[1:]]
+            whole, *others = (lab.pictures(run.model, way.latents) for way in found)
+            body = [row(way, one, whole, work, args.seeds) for way, one in zip(found[1:], others, strict=True)]
             tables.append(Table(str(run), COLUMNS, body))
             print("\r" + markdown(tables[-1]), flush=True)
             if not number:

@@ -54,12 +54,12 @@ class WholeRun:
 class _Seeds:
     """A NOISE for a batch of one picture per seed, each as the stock KSampler draws it."""
 
-    def __init__(self, seeds: list[int], one: dict):
-        self.seed, self._seeds, self._one = seeds[0], seeds, one
+    def __init__(self, seeds: list[int], batch_index: list[int] | None):
+        self.seed, self._seeds, self._inside = seeds[0], seeds, batch_index
 
     def generate_noise(self, latent: dict) -> Tensor:
-        inside = self._one.get("batch_index")
-        return torch.cat([comfy.sample.prepare_noise(self._one["samples"], seed, inside) for seed in self._seeds])
+        one = latent["samples"][:1]  # as the host has made it fit the model: an empty latent may have other channels
+        return torch.cat([comfy.sample.prepare_noise(one, seed, self._inside) for seed in self._seeds])
 
 
 def draw_drafts(
@@ -86,7 +86,7 @@ def draw_drafts(
             now = some[start : start + each]
             batch = {**latent, "samples": torch.cat([latent["samples"]] * len(now))}
             drawn, _ = run_stock_node(
-                "SamplerCustomAdvanced", noise=_Seeds(now, latent), guider=guider, sampler=by,
+                "SamplerCustomAdvanced", noise=_Seeds(now, latent.get("batch_index")), guider=guider, sampler=by,
                 sigmas=over.clone(), latent_image=batch,
             )  # fmt: skip
             parts.append(drawn["samples"])

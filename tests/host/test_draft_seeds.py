@@ -7,6 +7,7 @@ import torch
 
 from graphs import Kit
 from harness import counting
+from nightly import daily
 from tiny_networks import TINY, conditioning, tiny_network
 
 STEPS = 16
@@ -45,10 +46,17 @@ def test_the_first_are_whole_and_the_others_like_their_stock_runs_at_less_cost(k
     assert "The first 2 drawn whole, 2 by forecasts" in said and "2.00 times less computing" in said
 
 
+@pytest.mark.nightly
 def test_one_at_a_time_the_first_is_the_stock_run_to_the_bit(kit, stock):
     latents, said, _ = drafts(kit, at_once=1, seeds=[5, 6])
     assert torch.equal(latents[:1], stock[:1]) and dB(latents[1:], stock[1:2]) > 25
     assert "The first 1 drawn whole" in said
+
+
+def test_an_empty_latent_of_other_channels_is_what_it_is_for_the_stock_sampler(host):
+    flow, stocks = Kit(host, "flow"), {"samples": torch.zeros(1, 4, 8, 8), "batch_index": [2]}
+    latents, _, _ = drafts(flow, seeds=[5], at_once=1, steps=8, speed=1.5, latent=stocks)
+    assert torch.equal(latents, flow.ksampler(flow.model, steps=8, seed=5, latent_image=stocks))
 
 
 @pytest.mark.nightly
@@ -86,7 +94,7 @@ def test_what_cannot_be_drafted_is_said_before_anything_is_drawn(kit, changed, s
     assert calls[0] == 0
 
 
-@pytest.mark.parametrize("family", ["WAN21_T2V", "Flux"])
+@pytest.mark.parametrize("family", daily(["WAN21_T2V", "Flux"], "Flux"))
 def test_videos_and_pictures_with_references_are_drafted(host, family):
     """Forecasts are of what is drawn: frames count as pixels, and tokens of a reference take no part in the fit."""
     model, latent = tiny_network(family), {"samples": torch.zeros(TINY[family].latent)}
