@@ -37,6 +37,7 @@ IDS = [
     "AttuneFitPropagation",
     "AttuneDraftSeeds",
     "AttunePickSeed",
+    "AttuneTrainingNoise",
     "AttuneLoadOneMoreStep",
     "AttuneOneMoreStep",
     "AttuneSignalLeak",
