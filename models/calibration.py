@@ -19,8 +19,8 @@ Size: TypeAlias = tuple[int, int]  # width and height in pixels
 
 FORMAT = 1  # of the JSON object that stands for a calibration
 SCHEDULE, NOISE_SHIFT, ENCODER, BLOCKS = "schedule", "noise_shift", "encoder_propagation", "block_propagation"
-SAMPLER, FORECAST = "fitted_sampler", "step_forecast"
-KINDS = (SCHEDULE, NOISE_SHIFT, ENCODER, BLOCKS, SAMPLER, FORECAST)
+SAMPLER, FORECAST, ATTENTION = "fitted_sampler", "step_forecast", "attention_levels"
+KINDS = (SCHEDULE, NOISE_SHIFT, ENCODER, BLOCKS, SAMPLER, FORECAST, ATTENTION)
 PROPAGATION = (ENCODER, BLOCKS, FORECAST)
 NEAR_STEPS, NEAR_CFG = 1.3, 2.0  # a fit holds for runs whose steps and guidance differ by no more than these factors
 MOST_CFG = 1.2  # a fitted sampler, for guidance up to this factor: beyond it is worse than plain steps
@@ -143,7 +143,8 @@ class Calibration:
     fitted schedule ends in its own 0; a noise shift has none. source: where it comes from.
 
     Of a fit also, "" or None where unknown: solver, prediction, cfg, config_hash, weights_hash, patches (see
-    ModelIdentity); alignments, one per resolution; key_steps, what propagation reuses on which of the `sigmas`; runs,
+    ModelIdentity); alignments, one per resolution; key_steps, what propagation reuses on which of the `sigmas`, or
+    which steps have exact attention; runs,
     by their steps, that stand in for the long run over `sigmas`, and setting, which names what else that run depends on
     (the guider, the kinds of conditioning, patches on the network). metrics (the evidence) and provenance are free-form
     facts; prompts only as hashes.
@@ -316,7 +317,7 @@ def _model_misfits(one: Calibration, model: ModelIdentity) -> Iterable[Misfit]:
         yield Misfit("prediction", f"for {one.prediction} prediction", said, exact)
     if one.config_hash and model.config_hash and one.config_hash != model.config_hash:
         said = f"'{one.name}' was fitted on another network configuration of the family {one.families[0]}."
-        yield Misfit("network", "for another network", said, one.kind in (*PROPAGATION, SAMPLER))
+        yield Misfit("network", "for another network", said, one.kind in (*PROPAGATION, SAMPLER, ATTENTION))
     elif one.weights_hash and model.weights_hash and one.weights_hash != model.weights_hash:
         said = (
             f"'{one.name}' was fitted on other weights than the model has, of the same architecture; its gain was not "
@@ -384,7 +385,12 @@ def refuse_unfit(calibration: Calibration, identity: ModelIdentity, remedy: str,
 
 def kind_text(kind: str) -> str:
     """A kind as people call it."""
-    named = {SCHEDULE: "schedule", NOISE_SHIFT: "noise shift", SAMPLER: "fitted sampler"}
+    named = {
+        SCHEDULE: "schedule",
+        NOISE_SHIFT: "noise shift",
+        SAMPLER: "fitted sampler",
+        ATTENTION: "calibration of attention",
+    }
     return named.get(kind, "calibration of propagation")
 
 

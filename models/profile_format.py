@@ -12,6 +12,7 @@ from ..kernels.fitted_sampler import FittedRun
 from ..kernels.forecast import MOST_ANSWERS
 from ..kernels.propagation import Reuse
 from .calibration import (
+    ATTENTION,
     ENCODER,
     FORECAST,
     FORMAT,
@@ -98,7 +99,7 @@ def read_profile(label: str, fields: Any) -> Calibration:
         None if cfg is None else float(cfg), fields.get("config_hash", ""), fields.get("weights_hash", ""),
         fields.get("patches", ""),
         tuple(_alignment(one, i, need) for i, one in enumerate(alignments)),
-        _key_steps(fields, need) if kind in PROPAGATION else None,
+        _key_steps(fields, need) if kind in (*PROPAGATION, ATTENTION) else None,
         _runs(fields, need) if kind == SAMPLER else (),
         fields.get("setting", ""),
         fields.get("metrics", {}), fields.get("provenance", {}),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...models.calibration import (
+    ATTENTION,
     NOISE_SHIFT,
     SAMPLER,
     SCHEDULE,
@@ -23,6 +24,7 @@ from .._plan.fitted_sampler import best_run, proved
 from .._plan.makers import Sampled, beside_noise_shift
 from .._plan.noise_shift import shift_for
 from .._plan.profile_on_model import REMEDY, Applied, apply_profile, doubts
+from .attention import levels_of_profile, with_attention
 from .conditioning import Remap, with_conditioning
 from .fitted_sampler import fitted_sampler_of
 from .identity import identify, pixels, sampled
@@ -70,6 +72,8 @@ def put_to_use(model: Any, profile: Calibration, choice: Use, latent: dict | Non
         return _shift(model, profile, choice, latent)
     if profile.kind == SAMPLER:
         return _fitted(model, profile, choice, latent)
+    if profile.kind == ATTENTION:
+        return _attention(model, profile, choice)
     return _propagation(model, profile, choice)
 
 
@@ -112,6 +116,18 @@ def _propagation(model: Any, profile: Calibration, choice: Use) -> Ready:
         *doubts(profile, about),
     ]
     return Ready(patched, named_sampler(profile.solver or "euler"), sigmas, report, point=chosen)
+
+
+def _attention(model: Any, profile: Calibration, choice: Use) -> Ready:
+    fast, about = levels_of_profile(profile), identify(model, weights=True)
+    measured_on = replace(profile, kind=SCHEDULE, key_steps=None)
+    sigmas = apply_profile(measured_on, about, choice.steps, choice.denoise, choice.denoise_mode).sigmas
+    report = [
+        f"Attention '{profile.name}': '{fast.kernel}' from sigma {fast.highest:.4g} down to {fast.lowest:.4g}, exact "
+        "before and after.",
+        *doubts(profile, about),
+    ]
+    return Ready(with_attention(model, fast), named_sampler(profile.solver or "euler"), sigmas, report)
 
 
 def _fitted(model: Any, profile: Calibration, choice: Use, latent: dict | None) -> Ready:

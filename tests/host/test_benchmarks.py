@@ -60,6 +60,20 @@ SMOKE = {
     "long_run": ["--prompts", "12", "--caches", "none", "--control", "0"],
     "peers": ["--models", "unet", "--tasks", "6", "--steps", "10"],
     "thumbnails": ["few_step", "first_picture"],
+    "training_noise": [
+        "--models",
+        "flow",
+        "--seeds",
+        "1",
+        "--steps",
+        "15",
+        "--drawn",
+        "2",
+        "--only",
+        "flat prediction",
+    ],
+    "precision": ["--models", "unet", "--tasks", "2", "--steps", "3"],
+    "attention": ["--models", "unet", "--tasks", "2", "--steps", "8"],
 }
 
 
@@ -249,6 +263,35 @@ def test_noise_space_gives_drawn_pictures_back(tmp_path, run_here, monkeypatch):
     ends = {row[0]: float(row[-1].split()[0]) for row in between["rows"]}
     assert ends["Attune Morph, eta 0"] < 0.01 < ends["slerp of inverted noise"]
     assert min(Image.open(tmp_path / "noise_space_flow.jpg").size) > 100
+
+
+@pytest.mark.nightly
+@pytest.mark.host
+def test_a_lora_is_trained_with_the_stock_noise_and_with_another(tmp_path, run_here):
+    run_here("training_noise", tmp_path, *SMOKE["training_noise"])
+    found = json.loads((tmp_path / "results" / "training_noise.json").read_text())["data"]["flow"]
+    assert list(found) == ["stock", "flat prediction"]
+    assert all(curve["clean"].keys() == curve["prediction"].keys() == {"15"} for (curve,) in found.values())
+    (stock,), (flat,) = found.values()
+    assert stock["clean"] != flat["clean"] and all(isinstance(one["distance"], float) for one in (stock, flat))
+
+
+@pytest.mark.nightly
+@pytest.mark.host
+def test_an_fp8_model_comes_nearer_by_its_sensitive_weights(tmp_path, run_here):
+    run_here("precision", tmp_path, *SMOKE["precision"])
+    (table,) = json.loads((tmp_path / "results" / "precision.json").read_text())["tables"]
+    gains = {(row[0], row[1]): float(row[3]) for row in table["rows"]}
+    assert all(gains[dtype, "none"] == 0 < gains[dtype, "sensitive"] for dtype in ("fp8_e4m3fn", "fp8_e5m2"))
+
+
+@pytest.mark.nightly
+@pytest.mark.host
+def test_fewer_steps_of_a_coarse_attention_err_less(tmp_path, run_here):
+    run_here("attention", tmp_path, *SMOKE["attention"])
+    shares, fits = json.loads((tmp_path / "results" / "attention.json").read_text())["tables"]
+    assert [row[0] for row in shares["rows"]] == ["2 of 8", "4 of 8", "6 of 8", "8 of 8"]
+    assert shares["rows"][0][4] > shares["rows"][3][4] and len(fits["rows"]) == 2
 
 
 @pytest.mark.host

@@ -1,0 +1,150 @@
+"""The weights of a MODEL that a loader rounded, and full ones in their place for the runs of a clone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from ...kernels.precision import OTHER, OUTERMOST, TIME, outermost, relative_error, sensitive_part, time_embedding
+from ...models.full_precision import full_weights
+from .identity import network_of
+
+NONE = "none"
+FOLDERS = ("diffusion_models", "checkpoints")
+LOW = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
+TIMES = 32  # of the training time, at which the embedding is compared
+NETWORK = "diffusion_model."
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of a network: its part of it, how it is kept, and whether a full one can be put in its place."""
+
+    name: str
+    part: str
+    value: Tensor
+    scale: Tensor | None
+
+    @property
+    def kept(self) -> str:
+        """The type as the user knows it; of a tensor of another pack's or the host's own class the class's name."""
+        plain = type(self.value) in (Parameter, Tensor)
+        return str(self.value.dtype).removeprefix("torch.") if plain else type(self.value).__name__
+
+    @property
+    def low(self) -> bool:
+        return type(self.value) in (Parameter, Tensor) and self.value.dtype in LOW
+
+    @property
+    def read_only(self) -> bool:
+        """Packed in a class of its own: GGUF's, or one of the host's quantised layouts."""
+        return type(self.value) not in (Parameter, Tensor)
+
+    @property
+    def unpacked(self) -> Tensor:
+        """What the network computes with, float32 on the CPU."""
+        value = self.value.detach().cpu().float()
+        return value if self.scale is None else value * self.scale.detach().cpu().float()
+
+
+def files() -> list[str]:
+    """Files that may hold a network in full precision, as FOLDER/NAME."""
+    return [
+        f"{folder}/{name}" for folder in FOLDERS for name in folder_paths.get_filename_list(folder)
+        if name.lower().endswith((".safetensors", ".sft"))
+    ]  # fmt: skip
+
+
+def file_of(chosen: str) -> Path:
+    """ValueError with what to do where the file is not there any more."""
+    folder, _, name = str(chosen).partition("/")
+    path = folder_paths.get_full_path(folder, name) if folder in FOLDERS else None
+    if path is None:
+        raise ValueError(
+            f"There is no file '{chosen}'. Put it into models/{FOLDERS[0]} or models/{FOLDERS[1]}, press R to refresh, "
+            "and choose it again in 'full_precision'."
+        )
+    return Path(path)
+
+
+def weights_of(model: Any) -> list[Weight]:
+    """All weights of a MODEL's network, in its order, without its LoRAs; those that a guard put in place count as they
+    then are, those that another clone's runs left in place do not."""
+    network, found = network_of(model), []
+    parameters = dict(network.named_parameters())
+    ends = outermost(list(parameters))
+    for name, value in parameters.items():
+        if name.rpartition(".")[2].startswith("scale_"):
+            continue
+        parent = network.get_submodule(name.rpartition(".")[0])
+        scale = getattr(parent, "scale_weight", None) if name.endswith(".weight") else None
+        part = sensitive_part(name, value.ndim)
+        part = OUTERMOST if part == OTHER and name in ends else part
+        found.append(Weight(name, part, _own(model, NETWORK + name, value), scale))
+    return found
+
+
+def _own(model: Any, key: str, value: Tensor) -> Tensor:
+    """What a MODEL itself has under a key, whatever a clone of it, or a LoRA, has put there since."""
+    if key in model.object_patches:
+        return model.object_patches[key]
+    before_lora = model.backup.get(key)
+    kept = value if before_lora is None else before_lora.weight
+    return model.object_patches_backup.get(key, kept)
+
+
+def read_full(chosen: str, weights: list[Weight]) -> dict[str, Tensor]:
+    """The full weights by name, of those that are low."""
+    return full_weights(file_of(chosen), {one.name: tuple(one.value.shape) for one in weights if one.low})
+
+
+def with_full(model: Any, weights: list[Weight], full: Mapping[str, Tensor]) -> Any:
+    """A clone of MODEL that runs with the full weights; what a LoRA adds to them stays."""
+    clone = model.clone()
+    for one in weights:
+        if one.name in full:
+            value = full[one.name] if one.scale is None else full[one.name].float() / one.scale.detach().cpu().float()
+            clone.add_object_patch(NETWORK + one.name, Parameter(value, requires_grad=False))
+    return clone
+
+
+def embedding_error(model: Any, weights: list[Weight], full: Mapping[str, Tensor]) -> float | None:
+    """How far the rounded weights move the time embedding over the model's timesteps, in parts of its size; None for a
+    network whose embedding is no plain MLP."""
+    layers = [one for one in weights if one.part == TIME and one.name.endswith(".weight") and one.value.ndim == 2]
+    if len(layers) < 2 or layers[0].value.shape[0] != layers[1].value.shape[1]:
+        return None
+    by_name = {one.name: one for one in weights}
+
+    def mlp(value_of) -> list[tuple[Tensor, Tensor | None]]:
+        bias = lambda one: by_name.get(one.name.removesuffix("weight") + "bias")
+        return [(value_of(one), None if bias(one) is None else value_of(bias(one))) for one in layers[:2]]
+
+    times = _timesteps(model.get_model_object("model_sampling"))
+    low, exact = mlp(lambda one: one.unpacked), mlp(lambda one: full.get(one.name, one.unpacked).float())
+    return relative_error(time_embedding(times, low), time_embedding(times, exact))
+
+
+def _timesteps(sampling: Any) -> Tensor:
+    """Timesteps over the whole range, in thousandths where the model counts from 0 to 1."""
+    places = [(i + 0.5) / TIMES for i in range(TIMES)]
+    times = torch.stack(
+        [
+            torch.as_tensor(sampling.timestep(torch.tensor([float(sampling.percent_to_sigma(place))])))
+            for place in places
+        ]
+    ).flatten()
+    return times.float().cpu() * (1000 if float(times.max()) <= 1 else 1)
+
+
+def rounding_error(weights: list[Weight], full: Mapping[str, Tensor]) -> float:
+    """How far these weights are from the full ones, in parts of their size."""
+    pairs = [(one.unpacked.flatten(), full[one.name].float().flatten()) for one in weights if one.name in full]
+    return relative_error(torch.cat([low for low, _ in pairs]), torch.cat([exact for _, exact in pairs]))
