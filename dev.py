@@ -8,7 +8,7 @@
   python dev.py bench NAME    run benchmarks/NAME.py
   python dev.py tune-demo     tune the shipped profiles of the demo models again (half an hour; resumable)
   python dev.py fit-demo      fit the shipped samplers of the demo models again (a quarter of an hour; resumable)
-  python dev.py train-demo    train the demo models again from the emoji pictures (hours; resumable)
+  python dev.py train-demo    train the demo models again from the emoji pictures (hours; resumable); --video: that one
   python dev.py train-npnet   collect noise pairs and train an NPNet on them, for the demo or your model (resumable)
 
 Without --comfyui PATH (or COMFYUI_PATH) a ComfyUI of its own is set up once in .host/, which git ignores.

@@ -1,4 +1,4 @@
-"""The shape of the two demo models and the word-level vocabulary that travels inside their checkpoint."""
+"""The shape of the demo models and the word-level vocabulary that travels inside their checkpoint."""
 
 from __future__ import annotations
 
@@ -33,11 +33,19 @@ UNET_CONFIG: dict[str, Any] = {
 # An MMDiT of the SD3 class; the host reads these numbers from the file.
 MMDIT_CONFIG: dict[str, Any] = {"in_channels": 16, "depth": 3, "patch_size": 2, "pos_embed_side": 24}
 
+# A video transformer of the Wan class on the flow model's latents, frame by frame; the host reads all but the text's
+# width from the file.
+VIDEO_CONFIG: dict[str, Any] = {
+    "in_dim": 16, "out_dim": 16, "dim": 256, "ffn_dim": 768, "num_heads": 2, "num_layers": 4, "text_dim": TEXT_WIDTH,
+}  # fmt: skip
+VIDEO_SHIFT = 3.0
+VIDEO_FRAMES = 8  # that it was trained on
 
-@lru_cache(maxsize=1)
-def demo_facts() -> dict[str, Any]:
+
+@lru_cache(maxsize=2)
+def demo_facts(name: str = "attune_demo") -> dict[str, Any]:
     """What training wrote down beside the weights: sizes, loss curves, colour factors for the live preview."""
-    return json.loads((Path(__file__).parent / "weights" / "attune_demo.json").read_text("utf-8"))
+    return json.loads((Path(__file__).parent / "weights" / f"{name}.json").read_text("utf-8"))
 
 
 class WordTokenizer:

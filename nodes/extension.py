@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 
 from ._host.api import ComfyExtension
-from ._host.demo_model import register_demo_model
+from ._host.demo_model import register_demo_models
 from ._host.folders import register_folders
 from ._host.replaced import register_replacements
 from ._host.workflow_profiles import register_exchange
@@ -18,7 +18,7 @@ MENU = (  # the modules of the nodes
 NODES = [node for name in MENU for node in import_module(f".{name}", __package__).NODES]
 
 register_folders()
-register_demo_model()
+register_demo_models()
 register_exchange()
 
 

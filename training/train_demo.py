@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+VIDEO_STEPS = 6000
 
 
 def stage(script: str, *words: object) -> None:
@@ -32,8 +33,13 @@ def main() -> None:
     parser.add_argument("--one-more-step-steps", type=int, default=2000)
     parser.add_argument("--sizes-steps", type=int, default=4000)
     parser.add_argument("--controlnet-steps", type=int, default=640)
+    parser.add_argument("--video-steps", type=int, default=VIDEO_STEPS)
+    parser.add_argument("--video", action="store_true", help="the video model alone; the rest is taken as shipped")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    video = ("train_video.py", "--steps", args.video_steps, "--threads", args.threads)
+    if args.video:
+        return stage(*video)
     for channels in (4, 16):
         stage(
             "train_autoencoder.py", "--channels", channels, "--steps", args.autoencoder_steps, "--threads", args.threads
@@ -48,6 +54,7 @@ def main() -> None:
     stage("train_sizes.py", "--steps", args.sizes_steps, "--threads", args.threads)
     stage("train_one_more_step.py", "--steps", args.one_more_step_steps, "--threads", args.threads)
     stage("train_controlnet.py", "--steps", args.controlnet_steps, "--threads", args.threads)
+    stage(*video)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import comfy.latent_formats  # noqa: E402
 from autoencoder import decoder, encoder, narrow  # noqa: E402
 from data import SIDE  # noqa: E402
 from export import WEIGHTS as SHIPPED  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
@@ -60,10 +61,15 @@ def recover() -> None:
         save_checkpoint(WORK / f"autoencoder{channels}.pt", **halves)
 
 
+def stored_std() -> float:
+    """By which the shipped flow model's latents were divided."""
+    with safe_open(SHIPPED / "attune_demo_flow.safetensors", "pt") as stored:
+        return float(stored.get_tensor("first_stage_model.vae_scale")) / comfy.latent_formats.SD3().scale_factor
+
+
 def pictures() -> dict[int, Tensor]:
     """Side -> latents [objects backgrounds placements c h w], in the scale of the native ones."""
-    stored = load_file(SHIPPED / "attune_demo_flow.safetensors")["first_stage_model.vae_scale"]
-    std, found = float(stored) / comfy.latent_formats.SD3().scale_factor, {}
+    std, found = stored_std(), {}
     for side in SIDES:
         path = WORK / f"latents{CHANNELS['flow']}-{side}.pt"
         if not path.exists():

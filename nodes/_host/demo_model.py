@@ -1,7 +1,7 @@
-"""Tell the host's checkpoint loader what the embedded demo model is.
+"""Tell the host's checkpoint loader what the embedded demo models are.
 
-The host recognises models by the shapes in their state dict. Ours is recognised by one key that no other checkpoint
-has, so the entry can never claim somebody else's file; it is appended last, after all of the host's own.
+The host recognises models by the shapes in their state dict. Ours are recognised by one key that no other checkpoint
+has, so the entries can never claim somebody else's file.
 """
 
 from __future__ import annotations
@@ -27,6 +27,18 @@ class DemoLatent(comfy.latent_formats.LatentFormat):
 
     def __init__(self):
         facts = demo.demo_facts()
+        self.latent_rgb_factors, self.latent_rgb_factors_bias = facts["preview_factors"], facts["preview_bias"]
+
+
+class DemoVideoLatent(comfy.latent_formats.LatentFormat):
+    """Unit-variance latents of single frames, as they come out of the checkpoint's own TAESD."""
+
+    latent_channels = 16
+    latent_dimensions = 3
+    scale_factor = 1.0
+
+    def __init__(self):
+        facts = demo.demo_facts("attune_demo_video")
         self.latent_rgb_factors, self.latent_rgb_factors_bias = facts["preview_factors"], facts["preview_bias"]
 
 
@@ -92,14 +104,37 @@ class AttuneDemo(comfy.supported_models_base.BASE):
         return DemoBase(self, model_type=self.model_type(state_dict, prefix), device=device)
 
     def clip_target(self, state_dict={}):  # noqa: B006 - the host's signature
-        words = len(demo.unpack_vocabulary(state_dict[f"cond_stage_model.{demo.VOCABULARY_KEY}"]))
-        target = comfy.supported_models_base.ClipTarget(DemoPromptTokenizer, DemoTextEncoder)
-        target.params["words"] = words
-        return target
+        return demo_clip_target(state_dict)
 
 
-def register_demo_model() -> None:
-    """Add the demo model to the host's list of known models, once."""
+class AttuneDemoVideo(comfy.supported_models.WAN21_T2V):
+    """The host's Wan 2.1 with the demo's text encoder and latents of single frames."""
+
+    unet_extra_config = {"text_dim": demo.TEXT_WIDTH}
+    sampling_settings = {"shift": demo.VIDEO_SHIFT}
+    required_keys = {f"cond_stage_model.{demo.VOCABULARY_KEY}"}
+    latent_format = DemoVideoLatent
+    vae_key_prefix = ["first_stage_model."]
+    text_encoder_key_prefix = ["cond_stage_model."]
+
+    def clip_target(self, state_dict={}):  # noqa: B006 - the host's signature
+        return demo_clip_target(state_dict)
+
+
+def demo_clip_target(state_dict: dict) -> comfy.supported_models_base.ClipTarget:
+    words = len(demo.unpack_vocabulary(state_dict[f"cond_stage_model.{demo.VOCABULARY_KEY}"]))
+    target = comfy.supported_models_base.ClipTarget(DemoPromptTokenizer, DemoTextEncoder)
+    target.params["words"] = words
+    return target
+
+
+def register_demo_models() -> None:
+    """Add the demo models to the host's list of known models, once.
+
+    The video model stands before the host's Wan, which would take it for one of its own; the key that it requires is in
+    no other checkpoint.
+    """
     known = comfy.supported_models.models
     if not any(model.__name__ == AttuneDemo.__name__ for model in known):
         known.append(AttuneDemo)
+        known.insert(0, AttuneDemoVideo)

@@ -34,9 +34,9 @@ def corners(pictures):
     return torch.cat(parts).median(dim=0).values
 
 
-def test_both_checkpoints_are_small_enough_to_ship():
+def test_the_checkpoints_are_small_enough_to_ship():
     sizes = [path.stat().st_size for path in (ROOT / "models/weights").glob("*.safetensors")]
-    assert len(sizes) == 2 and max(sizes) <= 25_000_000
+    assert len(sizes) == 3 and max(sizes) <= 25_000_000
 
 
 def test_it_is_an_sd_like_model(demo):
@@ -174,6 +174,28 @@ def test_a_broken_copy_of_the_checkpoint_is_refused_with_the_remedy(host, tmp_pa
     state["cond_stage_model.attune_vocabulary"] = torch.zeros(3)
     with pytest.raises(ValueError, match="get the demo checkpoint again"):
         comfy.sd.load_state_dict_guess_config(state)
+
+
+@pytest.fixture(scope="module")
+def video(host):
+    """MODEL, CLIP and VAE of the video checkpoint."""
+    return host.call("CheckpointLoaderSimple", ckpt_name="attune_demo_video.safetensors")
+
+
+def test_the_video_model_is_wan_to_the_host(video):
+    model, clip, vae = video
+    assert type(model.model).__name__ == "WAN21" and type(model.model.diffusion_model).__name__ == "WanModel"
+    assert float(model.get_model_object("model_sampling").shift) == 3.0
+    assert clip is not None and vae.latent_channels == 16
+
+
+def test_a_wan_file_without_our_key_is_the_hosts_own(host):
+    """Our entry stands before the host's Wan, and claims nothing else."""
+    import comfy.model_detection
+
+    config = {"image_model": "wan2.1", "model_type": "t2v", "out_dim": 16}
+    found = comfy.model_detection.model_config_from_unet_config(config, {})
+    assert type(found).__name__ == "WAN21_T2V"
 
 
 @pytest.fixture(scope="module")
