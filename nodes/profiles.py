@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import logging
 
+from ..kernels.refine import ratio
 from ..models.calibration import NOISE_SHIFT, misfits
 from ..models.store import shipped_profiles
 from ._draw.axes import to_image
+from ._draw.detail import draw_detail
 from ._draw.noise_shift import draw_shift
 from ._draw.propagation import draw_speeds
 from ._draw.schedules import Curve, applied_curve, draw_schedules, profile_curve
-from ._host.api import Profile, advanced, io, say_on_node, schema, shown_on, ui
+from ._host.api import Profile, advanced, check_choices, io, say_on_node, schema, shown_on, ui
 from ._host.apply import STOCK, Ready, Use, put_to_use, stock_levels
 from ._host.folders import find_profile, has_profile, installed_files, keep_profile, missing_profile, profile_names
 from ._host.identity import identify
 from ._host.shelf import installed
 from ._plan.installed import listing
 from ._plan.profile_on_model import DENOISE_MODES, POLICIES
+from ._plan.refine import LATENT_SIDE
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/profiles"
+PLOTS = ("noise levels", "detail kept")  # by Attune Plot Sigmas
 
 
 class AttuneLoadProfile(io.ComfyNode):
@@ -193,7 +197,7 @@ class AttunePlotSigmas(io.ComfyNode):
         ]
         return schema(
             "AttunePlotSigmas", "Attune Plot Sigmas", CATEGORY,
-            "Up to four schedules and a profile in one picture, on a logarithmic axis.",
+            "Up to four schedules and a profile in one picture, or what detail their starts keep of a picture.",
             search_aliases=["plot schedule", "sigmas graph", "compare schedulers"],
             inputs=[
                 io.Sigmas.Input("sigmas_1", optional=True, tooltip="A schedule."),
@@ -205,15 +209,28 @@ class AttunePlotSigmas(io.ComfyNode):
                 io.String.Input(
                     "labels", default="", tooltip="Names for the schedules, separated by commas, in their order."
                 ),
+                *advanced(io.Combo.Input(
+                    "show", options=list(PLOTS), default=PLOTS[0], optional=True,
+                    tooltip="noise levels: over the run. detail kept: for runs that start from a picture, its strength "
+                    "over the noise's at each size of detail, at each schedule's first level; needs 'model'.",
+                )),
+                io.Model.Input("model", optional=True, tooltip="For detail kept: the model that will be sampled."),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="960 x 600 pixels.")],
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, labels="", profile=None, **sigmas) -> io.NodeOutput:
+    def execute(cls, labels="", profile=None, show=PLOTS[0], model=None, **sigmas) -> io.NodeOutput:
+        check_choices(cls, show=show)
         given = [(key, sigmas[key]) for key in sorted(sigmas) if sigmas[key] is not None]
         names = [name.strip() for name in labels.split(",")] if labels.strip() else []
         names += [key.replace("_", " ") for key, _ in given[len(names) :]]
+        if show == PLOTS[1]:
+            if model is None:
+                raise ValueError("'detail kept' depends on how the model mixes noise and picture: connect 'model'.")
+            starts = [(name, levels[:1]) for name, (_, levels) in zip(names, given, strict=False) if len(levels)]
+            space = identify(model).noise_space
+            return io.NodeOutput(to_image(draw_detail([(n, float(ratio(space, s))) for n, s in starts], LATENT_SIDE)))
         curves = [Curve(name, tuple(levels.tolist())) for name, (_, levels) in zip(names, given, strict=False)]
         if profile is not None:
             curves.append(profile_curve(profile))

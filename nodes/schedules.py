@@ -8,6 +8,7 @@ from ..models.calibration import SAMPLER, size_text
 from ..models.store import is_profile_file
 from ._draw.card import draw_card
 from ._host.api import advanced, io, say_on_node, schema
+from ._host.clock import matching_denoise
 from ._host.fitted_sampler import fast_for, fast_stamp
 from ._host.folders import find_profile, has_profile, missing_profile, profiles_of_kind, schedule_files
 from ._host.identity import identify, sampled
@@ -17,6 +18,7 @@ from ._plan.fitted_sampler import NOT_FAST, USES, Wish
 from ._plan.makers import Sampled
 from ._plan.named_schedules import AUTO, of_auto, schedule, schedule_names
 from ._plan.profile_on_model import apply_profile, listed
+from ._plan.refine import REFINE
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
@@ -32,8 +34,9 @@ SCHEDULE_TIP = (
     "KL-optimal: a closed form for every model, flow models (SD3, Flux) too; c is the spread of the data: "
     "1.4 puts more steps at high noise, 0.5 at low noise. tuned for …: fitted to a demo model and this sampler, the "
     "nearest number of steps. Turbo, distilled, Lightning …: the makers' own levels for such a model; another family "
-    "is refused. by latent dimensions: flow models whose maker states no shift. Files: your profiles in "
-    "models/attune, their schedule only; Attune Apply Profile also applies their timestep alignment."
+    "is refused. by latent dimensions: flow models whose maker states no shift. refine …: for runs that start from a "
+    "blurred, small or noisy picture, at the level of its authors; the node says which denoise that is. Files: your "
+    "profiles in models/attune, their schedule only; Attune Apply Profile also applies their timestep alignment."
 )
 
 
@@ -73,6 +76,8 @@ def _levels(node: type[io.ComfyNode], model, steps: int, denoise: float, name: s
         said = f"no schedule is published for {about.family}: the stock '{stock}', as in a stock KSampler"
     else:
         sigmas, said = schedule(name, about, steps, denoise, made)
+    if name in REFINE:
+        said += f"; as 'denoise' {matching_denoise(model, sigmas[0]):.2f} of the stock schedule 'simple'"
     size = "" if made.size is None else f", picture {size_text(made.size)}"
     levels = f"{len(sigmas) - 1} steps: {listed(sigmas)}" if len(sigmas) else (
         f"there is no step to sample, because 'denoise' is {denoise:g}: the latent comes back as it is"

@@ -9,7 +9,16 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-METHODS = ["schedules", "noise_shift", "one_more_step", "golden_noise", "noise_space", "propagation", "fitted_sampler"]
+METHODS = [
+    "schedules",
+    "noise_shift",
+    "one_more_step",
+    "golden_noise",
+    "noise_space",
+    "propagation",
+    "fitted_sampler",
+    "timestep_field",
+]
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 

@@ -23,6 +23,7 @@ from pack.nodes._plan.named_schedules import (
     schedule_names,
     tuned_profiles,
 )
+from pack.nodes._plan.refine import REFINE
 
 SD15 = ModelIdentity(("SD15",), "ve", 0.0292, 14.6146)
 SDXL = ModelIdentity(("SSD1B", "SDXL"), "ve", 0.0292, 14.6146)
@@ -34,7 +35,7 @@ def test_the_list_starts_with_auto_and_has_every_profile_and_closed_form():
     fitted = len(published_profiles()) + len(CLOSED_FORMS) + 1
     assert schedule_names()[0] == "auto" and sorted(schedule_names()[fitted : fitted + 3]) == tuned
     assert schedule_names()[1:fitted] == [*published_profiles(), *CLOSED_FORMS]
-    assert schedule_names()[fitted + 3 :] == [*named_makers(), BY_DIMENSIONS]
+    assert schedule_names()[fitted + 3 :] == [*named_makers(), BY_DIMENSIONS, *REFINE]
 
 
 @pytest.mark.parametrize(("model", "name"), [(SD15, "AYS SD 1.5"), (SDXL, "AYS SDXL")])
@@ -48,6 +49,22 @@ def test_at_the_native_count_the_published_levels_come_out_with_a_final_zero():
     sigmas, _ = schedule("AYS SD 1.5", SD15, 10)
     want = torch.tensor([*shipped_profiles()["AYS SD 1.5"].sigmas[:-1], 0.0])
     torch.testing.assert_close(sigmas, want, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("model", [SD15, SD3], ids=["ve", "flow"])
+@pytest.mark.parametrize(
+    ("name", "ratio"), [("refine: Resfusion", None), ("refine: ResShift", 1.98), ("refine: HIR-Diff", 14.6146)]
+)
+def test_starts_from_a_picture_are_the_same_noise_over_signal_on_every_model(model, name, ratio):
+    sigmas, said = schedule(name, model, 12)
+    check_sigmas(sigmas)
+    first = float(sigmas[0])
+    over_signal = first if model.space == "ve" else first / (1 - first)
+    wanted = {None: 3**0.5 if model.space == "ve" else 1.0, 14.6146: 14.6146 if model.space == "ve" else 30}
+    assert len(sigmas) == 13 and sigmas[-1] == 0 and over_signal == pytest.approx(wanted.get(ratio, ratio), rel=1e-3)
+    assert f"at {over_signal:.3g} parts of noise" in said
+    with pytest.raises(ValueError, match="set 'denoise' to 1"):
+        schedule(name, model, 12, denoise=0.5)
 
 
 @pytest.mark.parametrize("name", [AUTO, "AYS SD 1.5", "AYS SDXL", *CLOSED_FORMS])

@@ -37,6 +37,12 @@ def step_times(model_sampling: Any, sigmas: Tensor) -> tuple[list[float], float]
     return model_sampling.timestep(sigmas[:-1].cpu()).tolist(), float(top)
 
 
+def matching_denoise(model: Any, sigma: Tensor) -> float:
+    """The 'denoise' of the stock 'simple' that starts at this level: the share of the model's own levels below it."""
+    levels = model.get_model_object("model_sampling").sigmas.cpu()
+    return int(torch.searchsorted(levels, sigma.to(levels).reshape(1))) / len(levels)
+
+
 def noise_space(model_sampling: Any) -> NoiseSpace:
     flow = isinstance(model_sampling, comfy.model_sampling.CONST)
     return NoiseSpace("flow", noise_scale(model_sampling)) if flow else NoiseSpace("ve")

@@ -14,6 +14,7 @@ from ...models.calibration import SCHEDULE, Calibration, ModelIdentity, Size, mi
 from ...models.makers import Published, published_for, shipped_makers
 from ...models.store import shipped_profiles
 from .makers import BY_DIMENSIONS, Sampled, by_dimensions, makers_schedule, named_makers
+from .refine import REFINE, refine_schedule
 
 AUTO = "auto"
 NO_SIGNAL = 500  # sigma_max of models without signal at their first timestep: CogVideoX, zsnr in ModelSamplingDiscrete
@@ -38,7 +39,7 @@ def tuned_profiles() -> list[Calibration]:
 def schedule_names() -> list[str]:
     solvers = dict.fromkeys(one.solver for one in tuned_profiles())
     tuned = (TUNED + solver for solver in solvers)
-    return [AUTO, *published_profiles(), *CLOSED_FORMS, *tuned, *named_makers(), BY_DIMENSIONS]
+    return [AUTO, *published_profiles(), *CLOSED_FORMS, *tuned, *named_makers(), BY_DIMENSIONS, *REFINE]
 
 
 def of_auto(model: ModelIdentity, size: Size | None = None) -> Calibration | Published | None:
@@ -64,6 +65,8 @@ def schedule(
     one = of_auto(model, sampled.size) if name == AUTO else shipped_makers().get(name)
     if isinstance(one, Published):
         sigmas, said = makers_schedule(one, model, steps, denoise, sampled)
+    elif name in REFINE:
+        sigmas, said = refine_schedule(name, model, steps, denoise)
     elif name == BY_DIMENSIONS:
         sigmas, said = by_dimensions(model, steps, denoise, sampled)
     elif name in CLOSED_FORMS:

@@ -55,6 +55,7 @@ SMOKE = {
     "one_more_step": ["--settings", "SD's:1:4", "--seeds", "2", "--steps", "4"],
     "golden_noise": ["--prompts", "3", "--seeds", "2", "--models", "unet", "--steps", "4", "--cfg", "1"],
     "noise_space": ["--models", "flow", "--pictures", "4", "--pairs", "1", "--steps", "3"],
+    "timestep_fields": ["--parts", "films", "regions", "--films", "4", "--pictures", "4", "--steps", "2"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "5"],
     "long_run": ["--prompts", "12", "--caches", "none", "--control", "0"],
@@ -263,6 +264,37 @@ def test_noise_space_gives_drawn_pictures_back(tmp_path, run_here, monkeypatch):
     ends = {row[0]: float(row[-1].split()[0]) for row in between["rows"]}
     assert ends["Attune Morph, eta 0"] < 0.01 < ends["slerp of inverted noise"]
     assert min(Image.open(tmp_path / "noise_space_flow.jpg").size) > 100
+
+
+@pytest.mark.nightly
+@pytest.mark.host
+def test_given_frames_and_what_is_far_from_a_hole_stay(tmp_path, run_here, monkeypatch):
+    """With plain films and pictures in the place of the training pictures, which only a training fetches."""
+    import timestep_fields
+
+    def plain(self, count, frames, seed):
+        colours = torch.rand(count, 1, 3, 1, 1, generator=torch.Generator().manual_seed(seed))
+        films = colours.expand(-1, frames, -1, 64, 64).clone()
+        films[:, :, :, 20:40, 20:40] = torch.linspace(0, 1, frames)[None, :, None, None, None]
+        return timestep_fields.Films(films, self.encode(films), ["a cat"] * count)
+
+    def picture(self, lab, name, count, steps):
+        self.lab, self.name, self.model, self.steps, self.call = lab, name, lab.models[name], steps, lab.host.call
+        self.judge, self.texts = timestep_fields.load_judge(), ["a cat"] * count
+        self.clean = torch.rand(count, 3, 1, 1, generator=torch.Generator().manual_seed(1)).expand(-1, -1, 128, 128)
+
+    monkeypatch.setattr(timestep_fields.FilmBench, "composed", plain)
+    monkeypatch.setattr(timestep_fields.PictureBench, "__init__", picture)
+    run_here("timestep_fields", tmp_path, *SMOKE["timestep_fields"])
+    films, regions = json.loads((tmp_path / "results" / "timestep_fields.json").read_text())["tables"]
+    rows = {row[0].replace("*", ""): row[1:] for row in films["rows"]}
+    given = ("first frame given", "first and last given", "extend, four frames given", "staircase from four frames")
+    assert all(float(rows[way][0]) <= 1e-6 for way in given)
+    assert rows["first frame given"][-1] == 2 and rows["staircase from four frames"][-1] == 2 + 3
+    far = {row[0]: row[3] for row in regions["rows"]}
+    assert float(far["Attune Noise Mask, floor 0, feather 0"].split()[0]) < 1
+    assert far["Attune Noise Mask, floor 0, feather 0"] == far["plain noise mask on the hole"]
+    assert min(Image.open(tmp_path / "timestep_fields.jpg").size) > 100
 
 
 @pytest.mark.nightly

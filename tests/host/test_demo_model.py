@@ -198,6 +198,27 @@ def test_a_wan_file_without_our_key_is_the_hosts_own(host):
     assert type(found).__name__ == "WAN21_T2V"
 
 
+def test_the_video_model_goes_on_from_a_given_frame(host, video):
+    """On the background that the first frame has, which the prompt does not name; and the first frame stays."""
+    model, clip, vae = video
+    pictures = torch.zeros(1, 64, 64, 3)
+    pictures[..., 2] = 0.8
+    (start,) = host.call("VAEEncode", pixels=pictures, vae=vae)
+    (empty,) = host.call("EmptyHunyuanLatentVideo", width=64, height=64, length=29, batch_size=1)
+    film, _ = host.call("AttuneFilm", film=empty, start=start)
+    text = lambda words: host.call("CLIPTextEncode", clip=clip, text=words)[0]
+    (out,) = host.call(
+        "SamplerCustom", model=model, add_noise=True, noise_seed=1, cfg=2.0, positive=text("a cat"), negative=text(""),
+        sampler=host.call("AttuneTimestepField")[0], latent_image=film,
+        sigmas=host.call("BasicScheduler", model=model, scheduler="simple", steps=8, denoise=1.0)[0],
+    )[:1]  # fmt: skip
+    _, frames = host.call("AttuneFilm", film=out)
+    (drawn,) = host.call("VAEDecode", samples=frames, vae=vae)
+    assert drawn.shape == (8, 64, 64, 3)
+    torch.testing.assert_close(out["samples"][:, :, 0], film["samples"][:, :, 0], rtol=0, atol=1e-6)
+    assert (corners(drawn[1:]) - torch.tensor([0, 0, 0.8])).abs().max() < 0.2
+
+
 @pytest.fixture(scope="module")
 def flow(host):
     """MODEL and VAE of the flow checkpoint."""
