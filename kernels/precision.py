@@ -14,14 +14,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-TIME, PROJECTION, EDGES, VECTOR = "time embedding", "its projections", "first and last layers", "norms and biases"
+TIME, PROJECTION, OUTER, VECTOR = "time embedding", "its projections", "first and last layers", "norms and biases"
 OUTERMOST, OTHER = "outermost blocks", "all others"
-SENSITIVE = (TIME, PROJECTION, EDGES, VECTOR)
+SENSITIVE = (TIME, PROJECTION, OUTER, VECTOR)
 NAMES = (  # of weights in the networks of the field
     (TIME, r"^(time_embed|time_in|t_embedder|time_embedding|time_embedder|adaln_single\.emb|time_text_embed)\."),
     (PROJECTION, r"(^|\.)(emb_layers|adaLN_modulation\w*|time_projection|modulation|scale_shift_table|\w+_mod)(\.|$)"),
-    (EDGES, r"^(input_blocks\.0|out|conv_in|conv_out|x_embedder|img_in|final_layer|patch_embedding|head|proj_out)\."),
-    (EDGES, r"^(pos_embed$|(context_embedder|txt_in|vector_in|y_embedder|label_emb|cap_embedder|text_embedding)\.)"),
+    (OUTER, r"^(input_blocks\.0|out|conv_in|conv_out|x_embedder|img_in|final_layer|patch_embedding|head|proj_out)\."),
+    (OUTER, r"^(pos_embed$|(context_embedder|txt_in|vector_in|y_embedder|label_emb|cap_embedder|text_embedding)\.)"),
 )
 NUMBERED = re.compile(r"^(\w*(?:blocks|layers))\.(\d+)\.")
 
@@ -40,7 +40,7 @@ def outermost(names: Sequence[str]) -> set[str]:
     A UNet's first input block is its first layer and no block here.
     """
     places = {name: (found[1], int(found[2])) for name in names if (found := NUMBERED.match(name))}
-    inner = [place for name, place in places.items() if sensitive_part(name, 2) != EDGES]
+    inner = [place for name, place in places.items() if sensitive_part(name, 2) != OUTER]
     if not inner:
         return set()
     first_stack, last_stack = inner[0][0], inner[-1][0]

@@ -15,8 +15,8 @@ PARTS = {
     "time_embed.0.weight": kernel.TIME, "t_embedder.mlp.2.weight": kernel.TIME, "time_in.in_layer.bias": kernel.TIME,
     "input_blocks.1.0.emb_layers.1.weight": kernel.PROJECTION, "double_blocks.3.img_mod.lin.weight": kernel.PROJECTION,
     "joint_blocks.0.x_block.adaLN_modulation.1.weight": kernel.PROJECTION, "blocks.7.modulation": kernel.PROJECTION,
-    "input_blocks.0.0.weight": kernel.EDGES, "out.2.weight": kernel.EDGES, "head.head.weight": kernel.EDGES,
-    "final_layer.linear.weight": kernel.EDGES, "pos_embed": kernel.EDGES, "txt_in.weight": kernel.EDGES,
+    "input_blocks.0.0.weight": kernel.OUTER, "out.2.weight": kernel.OUTER, "head.head.weight": kernel.OUTER,
+    "final_layer.linear.weight": kernel.OUTER, "pos_embed": kernel.OUTER, "txt_in.weight": kernel.OUTER,
     "output_blocks.2.0.out_layers.3.weight": kernel.OTHER, "blocks.0.attn.to_out.0.weight": kernel.OTHER,
     "middle_block.1.proj_in.weight": kernel.OTHER,
 }  # fmt: skip
