@@ -216,7 +216,7 @@ def test_the_video_model_goes_on_from_a_given_frame(host, video):
     (drawn,) = host.call("VAEDecode", samples=frames, vae=vae)
     assert drawn.shape == (8, 64, 64, 3)
     torch.testing.assert_close(out["samples"][:, :, 0], film["samples"][:, :, 0], rtol=0, atol=1e-6)
-    assert (corners(drawn[1:]) - torch.tensor([0, 0, 0.8])).abs().max() < 0.2
+    assert (corners(drawn[1:]) - torch.tensor([0, 0, 0.8])).abs().max() < 0.3
 
 
 @pytest.fixture(scope="module")
