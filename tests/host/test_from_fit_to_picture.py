@@ -151,7 +151,7 @@ def test_a_fit_behind_our_own_nodes_finds_what_it_finds_without_them(host, demo,
     kit = host.module("nodes.fit_sampler")
     monkeypatch.setitem(kit.TUNER_PRESETS, "mini", type(kit.TUNER_PRESETS["mini"])(1, 1, 8, 1, 1))
     shifts = host.module("nodes.noise_shift").SHIFT_PRESETS
-    monkeypatch.setitem(shifts, "quick", type(shifts["quick"])(4, 3, 3, 1))
+    monkeypatch.setitem(shifts, "quick", type(shifts["quick"])(6, 5, 5, 1))
     behind = ahead(host, demo[0], what)
     assert behind is not demo[0]
     positive, negative = encode("a cat on a black background"), encode("")
@@ -166,7 +166,7 @@ def test_a_fit_behind_our_own_nodes_finds_what_it_finds_without_them(host, demo,
              "reuse": "one block fresh", "fastest": 1.5, "longest": 2}  # fmt: skip
     found = [host.call("AttuneFitPropagation", model=model, **run, **reuse)[0] for model in (demo[0], behind)]
     assert found[0].key_steps == found[1].key_steps
-    pictures = {"samples": torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))}
+    pictures = {"samples": torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))}
     fit = {"sizes": "", "native_width": 128, "native_height": 128, "preset": "quick", "positive": positive}
     found = [host.call("AttuneFitNoiseShift", model=model, latent=pictures, **fit)[0] for model in (demo[0], behind)]
     assert found[0].alignments == found[1].alignments and found[0].metrics == found[1].metrics
