@@ -224,12 +224,15 @@ def long_table(b: FilmBench) -> tuple[Table, list[tuple[str, Tensor]]]:
     rows, shown = [], []
     for label, more in (
         ("**staircase**, overlap 4", {"sampler": b.field(**stairs, overlap=4)}),
-        ("staircase, finished frames shown at 0.05", {"sampler": b.field(**stairs, overlap=4, given_noise=0.05)}),
         ("Context Windows, stock euler", {"model": asked}),
         ("the same with Attune Long-Video Noise", {"model": asked, "noise": shuffled}),
     ):
         latents = torch.zeros(len(texts), b.real.latents.shape[1], frames, *b.real.latents.shape[3:])
-        out, calls = b.draw(latents, texts, **more)
+        if "model" in more:  # the host of 0.3.75 has Context Windows for one film at a time
+            each = [b.draw(one, [text], **more) for one, text in zip(latents.split(1), texts, strict=True)]
+            out, calls = torch.cat([film for film, _ in each]), each[0][1]
+        else:
+            out, calls = b.draw(latents, texts, **more)
         pictures = b.pictures(out)
         parts = [b.frechet(part) for part in pictures.split(WINDOW, dim=1)]
         between = b.steps_between(pictures)
