@@ -8,7 +8,7 @@ import pytest
 
 # Workflows that each day draws in small, for another one shows in full what the page does with their kind of nodes.
 REPEATED = [
-    "aligned_ksampler", "aligned_schedule", "attention", "few_step", "flow_model", "golden_noise_advanced", "img2img",
+    "aligned_ksampler", "aligned_schedule", "attention", "calibration_set", "few_step", "flow_model", "golden_noise_advanced", "img2img",
     "long_video", "noise_mask", "noise_shift", "noise_space_keep", "noise_space_morph", "noise_space_variation",
     "one_more_step_colour", "one_more_step_few_steps", "propagation_controlnet", "propagation_transformer", "redenoise",
     "signal_leak", "zigzag",

@@ -190,5 +190,7 @@ def test_no_chromium_is_said_and_is_no_crash(dev, monkeypatch, capsys):
 
 def test_an_unknown_benchmark_lists_the_known_ones(dev):
     for word in ("nonsense", "harness"):
-        with pytest.raises(SystemExit, match=r"Which benchmark\? aligned, attention, demo_model, (?!.*harness).*schedules"):
+        with pytest.raises(
+            SystemExit, match=r"Which benchmark\? aligned, attention, demo_model, (?!.*harness).*schedules"
+        ):
             dev.bench(None, [word])
