@@ -112,7 +112,9 @@ EDGES = {
     "no negative prompt": Edge(ksampler(negative=[]), ONE_SIDED, NO_NEGATIVE),
     "no prompt": Edge(ksampler(positive=[], negative=[]), (*TOLD, *REUSE, *ASKED_LESS), {**NO_TEXT, **NO_NEGATIVE}),
     "batch of 0": Edge(ksampler(latent_image=empty(SIDE, SIDE, batch=0))),
-    "batch of 64": Edge(ksampler(latent_image=empty(4, 4, batch=64)), like=(ksampler(latent_image=empty(4, 4)), 5e-3)),
+    "batch of 64": Edge(
+        ksampler(latent_image=empty(4, 4, batch=64)), ONE_SIDED, like=(ksampler(latent_image=empty(4, 4)), 5e-3)
+    ),
     "float16": Edge(ksampler(latent_image=empty(SIDE, SIDE, dtype=torch.float16)), like=(ksampler(), 0.3)),
     "bfloat16": Edge(ksampler(latent_image=empty(SIDE, SIDE, dtype=torch.bfloat16)), like=(ksampler(), 0.3)),
     "float16 picture": Edge(ksampler(latent_image=picture(Tensor.half), denoise=0.5), (*FROM_NOISE, "forecasts")),
