@@ -181,6 +181,7 @@ def test_every_network_is_served(host, propagate, family):
             propagate(model, interval=2)
     ours, asked = watched(propagate(model))
     drawn, stock = draw(ours), draw(model)
-    assert sum(n for (side, _), n in asked.items() if side == 1) in (7, 8)  # a random network may be predicted badly
-    assert drawn.isfinite().all() and not torch.equal(drawn, stock)
+    negatives = sum(n for (side, _), n in asked.items() if side == 1)
+    assert negatives in (7, 8, 9)  # a random network may be predicted badly, and is then asked
+    assert drawn.isfinite().all() and torch.equal(drawn, stock) == (negatives == 9)
     assert torch.equal(draw(propagate(model, guidance="every step")), stock)
