@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from graphs import GRAPHS, REPLAYED, SIDE, Kit
+from live_memory import LiveMemory
 from methods import METHODS
 from nightly import daily
 from tiny_networks import TINY, conditioning, tiny_network
@@ -191,6 +192,20 @@ def test_an_inversion_and_a_replay_cost_a_call_a_step(kit, eta, cost):
     assert len(calls) == cost * STEPS
     replayed(kit, maps, run={"model": model}, skip=0.4)
     assert len(calls) == cost * STEPS + STEPS - 2
+
+
+def test_an_inversion_and_a_replay_take_the_memory_of_a_sampling_and_the_maps(net):
+    """To two latents, whatever the number of steps."""
+    latent, many = net.picture(4), levels(net, 12)
+    sampled(net, *net.host.call("KSamplerSelect", sampler_name="euler"), many, latent)  # what is made once
+    with LiveMemory() as sampling:
+        sampled(net, *net.host.call("KSamplerSelect", sampler_name="euler"), many, latent)
+    with LiveMemory() as inversion:
+        maps = inverted(net, latent, sigmas=many)
+    with LiveMemory() as replay:
+        replayed(net, maps)
+    slack = 2 * latent["samples"].nbytes
+    assert inversion.most < sampling.most + maps.maps.bytes + slack and replay.most < sampling.most + slack
 
 
 def test_a_stop_ends_an_inversion_at_once_and_leaves_nothing(kit):
