@@ -242,10 +242,10 @@ def test_the_fast_sampler_takes_a_fit_to_the_users_own_run_by_itself(kit, host, 
 @pytest.mark.parametrize(
     "method", daily([name for name, one in METHODS.items() if one.model == "unet"], "golden noise")
 )
-def test_a_fit_on_a_model_with_nodes_of_ours_is_for_the_model_without_them(net, lenient, method):
+def test_a_fit_on_a_model_with_nodes_of_ours_is_for_the_model_without_them(unet, lenient, method):
     """They stand aside while it measures, so that it would be wrong beside them."""
-    profile, *_ = fitted(net, steps=2, long=4, model=METHODS[method].on(net)(net.model))
-    assert profile.setting == fitted(net, steps=2, long=4)[0].setting != ""
+    profile, *_ = fitted(unet, steps=2, long=4, model=METHODS[method].on(unet)(unet.model))
+    assert profile.setting == fitted(unet, steps=2, long=4)[0].setting != ""
 
 
 def larger(kit) -> dict:
