@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.samplers
-import comfy.utils
 from comfy.ldm.modules import attention as host_attention
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
@@ -22,6 +21,7 @@ from .calibrating import calibrating, stands_aside
 from .clock import noise_space, why_not
 from .identity import identify, pixels
 from .sampling import run_stock_node, sample
+from .session import last_on_bar
 from .solvers import known
 
 LOG = logging.getLogger(__name__)
@@ -187,15 +187,7 @@ def fit_attention_profile(
     def run(patched: Any) -> Tensor:
         return sample(patched, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"].float()
 
-    bar, work = comfy.utils.ProgressBar(1000), fit_attention(model, run, kernel, sampler_name, sigmas, wanted)
-    while True:
-        try:
-            said, done = next(work)
-            LOG.info("%s: %s", FIT, said)
-            bar.update_absolute(round(1000 * done), 1000)
-        except StopIteration as finished:
-            found, errors = finished.value
-            break
+    found, errors = last_on_bar(fit_attention(model, run, kernel, sampler_name, sigmas, wanted), FIT)
     if not found.points:
         return None, errors
     best = min(found.points, key=lambda point: len(point.keys))

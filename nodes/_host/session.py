@@ -251,6 +251,18 @@ def last(work: Generator[Any, None, Any], told: Callable[[], None] = lambda: Non
             return end.value
 
 
+def last_on_bar(work: Generator[tuple[str, float], None, Any], who: str) -> Any:
+    """What a generator returns in the end; each sentence goes to the log, each share done moves the host's bar."""
+    bar = comfy.utils.ProgressBar(1000)
+    while True:
+        try:
+            said, done = next(work)
+            LOG.info("%s: %s", who, said)
+            bar.update_absolute(round(1000 * done), 1000)
+        except StopIteration as end:
+            return end.value
+
+
 def stop_if_asked() -> None:
     """Raise the host's interruption if the user pressed stop."""
     comfy.model_management.throw_exception_if_processing_interrupted()

@@ -23,6 +23,7 @@ from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, network_of, pixels
 from ..sampling import run_stock_node, sample
+from ..session import last_on_bar
 from ..solvers import adds_noise, known
 from . import KEY, Propagation, WholeSteps, applied, outer_sample, propagation_for, run_of
 from .forecast import can_forecast
@@ -187,20 +188,12 @@ def fit_profile(
         drawn = sample(patched, noise, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"]
         return (comfy.utils.pack_latents(drawn.unbind())[0] if is_nested(drawn) else drawn).float()
 
-    bar = comfy.utils.ProgressBar(1000)
     if kind is WholeSteps:
         work = fit_forecasts(calibrating(model, KEY), run, sampler_name, sigmas, fastest, seed, search)
     else:
         part = _reuses(model, kind, reuse, adds_noise(sampler))
         work = fit(calibrating(model, KEY), run, sampler_name, sigmas, kind, part, fastest, longest)
-    while True:
-        try:
-            said, done = next(work)
-            LOG.info("%s: %s", WHO, said)
-            bar.update_absolute(round(1000 * done), 1000)
-        except StopIteration as finished:
-            calibration, changes = finished.value
-            break
+    calibration, changes = last_on_bar(work, WHO)
     evidence = {name: [getattr(point, name) for point in calibration.points] for name in ("psnr", "speed")}
     what, how = ("forecasts", "recorded run") if kind is WholeSteps else ("propagation", "measured errors")
     profile = fitted(
