@@ -336,22 +336,6 @@ def new_tensors() -> Iterator[Callable[[], int]]:
 # --- the page ---
 
 
-FIELD = [  # Attune Timestep Field, a SAMPLER of its own: tests/host/test_timestep_field.py
-    "## Attune Timestep Field",
-    "",
-    "| with | |",
-    "|---|---|",
-    "| SamplerCustom, SamplerCustomAdvanced; CFGGuider, BasicGuider, DualCFGGuider | the guider is called as by any sampler |",
-    "| LoRA, patches, CFG nodes | act on each frame's own denoised state |",
-    "| noise mask on the latent | as the host has it for the model (Wan, LTX-Video: tests); Cosmos: refused |",
-    "| ControlNet, pictures in the prompt | for the whole film; refused where it is longer than the window |",
-    "| denoise below 1 | each frame from its share of the first level |",
-    "| sigmas that do not end in 0, Context Windows, Differential Diffusion | refused in a sentence |",
-    "| timestep alignment, noise shift | do not act; the log says so |",
-    "| torch.compile | not tried |",
-]
-
-
 def table(passed: set[tuple[str, str]]) -> str:
     """docs/compatibility.md: a row per graph, a column per method."""
     lines = [f"| graph | {' | '.join([*METHODS, LEARNS])} |", f"|---{'|---' * (len(METHODS) + 1)}|"]
@@ -391,7 +375,6 @@ def table(passed: set[tuple[str, str]]) -> str:
         "", "## Two methods on one model", "",
         "In both orders: an idle one changes nothing beside the other, and the order of two matters only where said.",
         "", "| | | order |", "|---|---|---|", *pairs, "",
-        *FIELD, "",
         "## Attune Invert and Attune Replay", "",
         "✓: in that graph, on both demo models, a picture that is inverted and replayed comes back within 1e-5, and the stock",
         "graph gives the same bits as before (`tests/host/test_noise_space.py`).", "",
