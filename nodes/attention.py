@@ -23,23 +23,23 @@ class AttuneAttentionBySigma(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneAttentionBySigma", "Attune Attention by Sigma", CATEGORY,
-            "A faster attention between two noise levels, on this model alone; exact above and below.",
+            "Uses a faster attention between two noise levels, on this model alone; above and below it stays exact.",
             search_aliases=["sage attention", "flash attention", "xformers", "attention override", "FPSAttention"],
             is_experimental=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled."),
                 io.Combo.Input(
                     "kernel", options=[STOCK_ATTENTION, *kernels()], default=STOCK_ATTENTION,
-                    tooltip="What this ComfyUI has: sage, flash and xformers where they are installed and switched on. "
-                    "stock: the model as it is.",
+                    tooltip="The attention function, of those that this ComfyUI has. sage, flash and xformers are "
+                    "listed if they are installed and switched on. stock: the model as it is.",
                 ),
                 io.Float.Input(
                     "highest_sigma", default=5.0, min=0.0, max=10000.0, step=0.001,
-                    tooltip="Above it attention is exact. Attune Fit Attention finds both levels.",
+                    tooltip="Above this level attention is exact. Attune Fit Attention finds both levels.",
                 ),
                 io.Float.Input(
                     "lowest_sigma", default=0.5, min=0.0, max=10000.0, step=0.001,
-                    tooltip="Below it attention is exact. Flow models have levels from 0 to 1.",
+                    tooltip="Below this level attention is exact. Flow models have levels from 0 to 1.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For any sampler; other models stay as they are.")],
@@ -79,7 +79,8 @@ class AttuneFitAttention(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "wanted", default=45.0, min=10.0, max=120.0, step=0.5,
-                    tooltip="dB to the run with exact attention. At 45 no difference is seen.",
+                    tooltip="How near the pictures must stay to the run with exact attention, in dB. At 45 nobody "
+                    "sees a difference.",
                 ),
                 io.Int.Input("steps", default=20, min=8, max=200, tooltip="Steps of the run."),
                 io.Float.Input(
@@ -100,7 +101,7 @@ class AttuneFitAttention(io.ComfyNode):
             ],
             outputs=[
                 Profile.Output(display_name="profile", tooltip="The two levels, for Attune Apply Profile."),
-                io.Image.Output(display_name="plot", tooltip="What each step's error does to the end."),
+                io.Image.Output(display_name="plot", tooltip="How much each step's error changes the end of the run."),
                 io.String.Output(display_name="report", tooltip="The levels, the share of fast steps, and the dB."),
             ],
         )  # fmt: skip

@@ -69,8 +69,8 @@ class AttuneAuto(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "speed", options=plan.SPEEDS, default=plan.OFF,
-                    tooltip="Reuse features between steps. faithful: hardly another picture (45 dB). fast: as far as "
-                    "was measured. off: every step whole.",
+                    tooltip="Reuses features between steps. faithful: the picture hardly changes (45 dB). fast: as "
+                    "far as was measured. off: every step is computed whole.",
                 ),
                 io.Conditioning.Input(
                     "positive", optional=True,

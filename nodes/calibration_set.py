@@ -26,18 +26,18 @@ class AttuneCalibrationSet(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneCalibrationSet", "Attune Calibration Set", CATEGORY,
-            "Keep what the network is asked in your runs, for quantisers that want calibration data.",
+            "Keeps what the network is asked in your runs, as calibration data for quantisers.",
             search_aliases=["quantization", "calibration data", "Q-Diffusion", "PTQ4DM", "GPTQ"],
             is_experimental=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Model.Input("model", tooltip="The model that will be sampled; its pictures are as without."),
+                io.Model.Input("model", tooltip="The model that will be sampled. Its pictures do not change."),
                 io.String.Input(
                     "name", default="my_model", tooltip="The folder in output/attune_calibration. More runs add to it."
                 ),
                 io.Int.Input(
                     "samples", default=512, min=1, max=1000000,
-                    tooltip="How many in all. When they are there, runs add no more.",
+                    tooltip="How many samples are kept in all. When they are there, further runs add none.",
                 ),
                 io.Int.Input("per_run", default=8, min=1, max=1000, tooltip="How many steps of each run are kept."),
                 io.Combo.Input(
@@ -46,8 +46,8 @@ class AttuneCalibrationSet(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "conditioning", options=[NO_CONDITIONING, EMBEDDINGS], default=NO_CONDITIONING,
-                    tooltip="none: x and sigma alone. embeddings: also what the prompts became; a prompt can be "
-                    "guessed from that.",
+                    tooltip="none: the latent x and its sigma alone. embeddings: also what the text encoder made of "
+                    "the prompts; a prompt can be guessed from that.",
                 ),
                 *advanced(
                     io.Float.Input(

@@ -26,13 +26,21 @@ class AttuneCompare(io.ComfyNode):
                 io.String.Input("labels", default="", tooltip="Names for the columns, separated by commas."),
                 io.Float.Input(
                     "difference", default=4.0, min=0.0, max=100.0, step=0.5,
-                    tooltip="How much differences are amplified: 4 shows small ones; 0 for no such columns.",
+                    tooltip="How many times the differences are amplified. 4 shows small ones; 0 draws no difference "
+                    "columns.",
                 ),
                 io.Boolean.Input(
-                    "histogram", default=True, tooltip="A line per column: how many pixels are how bright."
+                    "histogram", default=True,
+                    tooltip="Draws a curve for each column that shows how many pixels are how bright.",
                 ),
-                io.Int.Input("width", default=256, min=64, max=2048, tooltip="Of each picture in the grid, in pixels."),
-                io.Int.Input("rows", default=4, min=1, max=64, tooltip="At most so many pictures of each batch."),
+                io.Int.Input(
+                    "width", default=256, min=64, max=2048,
+                    tooltip="The width of each picture in the grid, in pixels.",
+                ),
+                io.Int.Input(
+                    "rows", default=4, min=1, max=64,
+                    tooltip="How many pictures of each batch are shown at most.",
+                ),
             ],
             outputs=[io.Image.Output(display_name="image", tooltip="The grid, for PreviewImage or SaveImage.")],
         )  # fmt: skip

@@ -14,12 +14,12 @@ class AttuneDemoPicture(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneDemoPicture", "Attune Demo Picture", "attune/tools",
-            "A picture drawn by hand, in the place of Load Image where you have none at hand.",
+            "Gives a picture drawn by hand, in the place of Load Image where you have none at hand.",
             search_aliases=["example image", "test picture", "load image"],
             inputs=[
                 io.Combo.Input(
                     "picture", options=list(own_pictures()), default="apple",
-                    tooltip="Flat shapes from a drawing program, from no model.",
+                    tooltip="Which picture. All were drawn in flat shapes with a drawing program, none by a model.",
                 ),
                 io.Int.Input(
                     "side", default=128, min=16, max=4096, step=8,

@@ -25,7 +25,7 @@ class AttuneDraftSeeds(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneDraftSeeds", "Attune Draft Seeds", CATEGORY,
-            "The pictures of many seeds at a fraction of the time, as a numbered sheet to choose from.",
+            "Draws the pictures of many seeds at a fraction of the time, as a numbered sheet to choose from.",
             search_aliases=["contact sheet", "seed selection", "best of n", "preview seeds", "seed gallery"],
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -39,7 +39,10 @@ class AttuneDraftSeeds(io.ComfyNode):
                     tooltip="The first seed; the others follow it.",
                 ),
                 io.Int.Input("drafts", default=9, min=1, max=64, tooltip="How many seeds."),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Of the whole picture, as for KSampler."),
+                io.Int.Input(
+                    "steps", default=20, min=1, max=10000,
+                    tooltip="As for the KSampler that draws the whole picture.",
+                ),
                 io.Float.Input(
                     "cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="As for KSampler.",
                 ),
@@ -52,18 +55,18 @@ class AttuneDraftSeeds(io.ComfyNode):
                 )),
                 io.Float.Input(
                     "speed", default=4.0, min=1.25, max=10.0, step=0.25,
-                    tooltip="How many times less computing a draft takes. With a profile that is not as fast, its "
-                    "fastest setting.",
+                    tooltip="How many times less is computed for a draft. If a profile is not as fast, its fastest "
+                    "setting is used.",
                 ),
                 *advanced(io.Int.Input(
                     "at_once", default=4, min=1, max=64,
-                    tooltip="Drafts in one batch. Solvers that add noise draw one at a time, for the noise is the "
-                    "seed's.",
+                    tooltip="How many drafts are drawn in one batch. Solvers that add noise draw one at a time, "
+                    "because their noise belongs to the seed.",
                 )),
                 Profile.Input(
                     "profile", optional=True,
-                    tooltip="Of Attune Fit Propagation or a fitted sampler, for this run. Without one, the first two "
-                    "seeds are drawn whole and tell how to draft the others.",
+                    tooltip="A profile of Attune Fit Propagation or of a fitted sampler, for this run. Without it "
+                    "the first two seeds are drawn whole, and the node learns from them how to draft the others.",
                 ),
             ],
             outputs=[
@@ -94,7 +97,7 @@ class AttunePickSeed(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttunePickSeed", "Attune Pick Seed", CATEGORY,
-            "The seed of one draft, by its number on the sheet or by the highest score.",
+            "Gives the seed of one draft, by its number on the sheet or by the highest score.",
             search_aliases=["choose seed", "best of n", "select by score", "seed selection"],
             hidden=[io.Hidden.unique_id],
             is_input_list=True,
@@ -102,8 +105,8 @@ class AttunePickSeed(io.ComfyNode):
                 DraftsType.Input("drafts", tooltip="From Attune Draft Seeds."),
                 io.Int.Input(
                     "number", default=0, min=0, max=64,
-                    tooltip="Of the draft on the sheet. 0: the one with the highest of 'scores'; without scores, what "
-                    "follows waits for a number.",
+                    tooltip="The number of the draft on the sheet. 0: the draft with the highest of 'scores'. "
+                    "Without scores, the nodes behind this one wait for a number.",
                 ),
                 io.AnyType.Input(
                     "scores", optional=True,

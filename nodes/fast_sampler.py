@@ -19,33 +19,37 @@ class AttuneFastSampler(io.ComfyNode):
             node_id="AttuneFastSampler",
             display_name="Attune Fast Sampler",
             category=CATEGORY,
-            description="The first picture is your own long run; it learns from it, and the next ones take a fifth.",
+            description="The first picture is your own long run. The node learns from it, and the next pictures take "
+            "a fifth.",
             search_aliases=["speed", "faster", "fewer steps", "fitted sampler", "learn", "distill"],
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Sampler.Input(
-                    "sampler", tooltip="The solver of your own run. One that adds noise runs as it is, always in full."
+                    "sampler",
+                    tooltip="The solver of your own run. A solver that adds noise always runs in full, as it is.",
                 ),
                 io.Combo.Input(
                     "use", options=[*USES, *profiles_of_kind(SAMPLER)], default=AUTO,
-                    tooltip="auto: the short run where one was learned for this model, schedule, cfg, size and set-up, "
-                    "else a full run to learn from. full run: yours, to the bit. learn again: a full run that replaces "
-                    "what was learned. forget: deletes it. Files: this calibration or an error. Pictures carry what "
-                    "made them: opened again, they ask for it here.",
+                    tooltip="auto: the short run, if one was learned for this model, schedule, cfg, size and set-up; "
+                    "otherwise a full run to learn from. full run: your own run, bit for bit. learn again: a full "
+                    "run that replaces what was learned. forget: a full run, and what was learned is deleted. A "
+                    "file: this calibration, or an error. A saved picture that you open again asks here for what "
+                    "made it.",
                 ),
                 io.Int.Input(
                     "evaluations", default=10, min=0, max=100,
-                    tooltip="Of the model, in the short run. 0: the fewest of 6, 8, 10, 12, 16 that reach 'fidelity'.",
+                    tooltip="How many times the short run asks the model. 0 takes the fewest of 6, 8, 10, 12, 16 "
+                    "that reach 'fidelity'.",
                 ),
                 io.Float.Input(
                     "fidelity", default=40.0, min=0.0, max=100.0, step=1.0,
-                    tooltip="How near the short run must have come to the long one, in dB of the latents, on the part "
-                    "that it was not fitted to. From about 45 pictures look the same.",
+                    tooltip="How near the short run must come to the long one, in dB of the latents, on the part "
+                    "that it was not fitted to. From about 45 on the pictures look the same.",
                 ),
                 io.Int.Input(
                     "check_every", default=0, min=0, max=100000,
-                    tooltip="After so many short runs one picture is made in full, and what falls below 'fidelity' is "
-                    "learned again. 0: never.",
+                    tooltip="After how many short runs one picture is made in full as a check. A short run that "
+                    "falls below 'fidelity' is learned again. 0: never.",
                 ),
             ],
             outputs=[io.Sampler.Output(display_name="sampler", tooltip="For SamplerCustom or SamplerCustomAdvanced.")],

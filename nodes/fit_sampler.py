@@ -52,12 +52,12 @@ def _run_inputs():
         ),
         io.Sampler.Input(
             "sampler",
-            tooltip="The solver that you will sample with. For one that adds noise, its sibling without noise is run.",
+            tooltip="The solver that you will sample with. If it adds noise, the fit runs its sibling that adds none.",
         ),
         io.Latent.Input(
             "latent",
-            tooltip="An empty latent of the size that you will sample; its content is not used. Of a batch, all "
-            "pictures are fitted at once, at the cost of sampling them: worth it for small pictures.",
+            tooltip="An empty latent of the size that you will sample; its content is not used. All pictures of a "
+            "batch are fitted at once. That costs as much as sampling them, which is worth it for small pictures.",
         ),
     ]  # fmt: skip
 
@@ -94,11 +94,13 @@ class AttuneFitSampler(io.ComfyNode):
                     ),
                     io.Float.Input(
                         "budget_minutes", default=30.0, min=0.0, max=10000.0, step=1.0,
-                        tooltip="When the preset would take longer, a smaller one is taken, or none. 0: no limit.",
+                        tooltip="If the preset would take longer than this, the node takes a smaller one, or "
+                        "refuses. 0 means no limit.",
                     ),
                     io.Int.Input(
                         "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
-                        tooltip="The first of the noises that are fitted on and held out; the others follow it.",
+                        tooltip="The seed of the first noise. The fit learns from some noises and is judged on "
+                        "others; their seeds follow this one.",
                     ),
                 ),
                 io.Boolean.Input(
@@ -114,20 +116,21 @@ class AttuneFitSampler(io.ComfyNode):
                 *advanced(
                     io.String.Input(
                         "more_steps", default="", optional=True,
-                        tooltip="Other counts to fit from the same long runs, such as 6, 8, 12.",
+                        tooltip="Further numbers of steps to fit from the same long runs, such as 6, 8, 12.",
                     )
                 ),
                 io.Sigmas.Input(
                     "sigmas", optional=True,
-                    tooltip="With 'coefficients' to your run: its long schedule. Without: one of your own with 'steps' "
-                    "steps, which enters the contest first and is kept where 'levels' is off.",
+                    tooltip="With 'coefficients' fitted to your run: its long schedule. Without 'coefficients': a "
+                    "schedule of your own with 'steps' steps, which competes first and is kept if 'levels' is off.",
                 ),
             ],
             outputs=[
                 Profile.Output(display_name="profile", tooltip="For Attune Apply Profile and Attune Save Profile."),
                 io.Sigmas.Output(display_name="sigmas", tooltip="The noise levels alone, for any custom sampler."),
                 io.Image.Output(
-                    display_name="plot", tooltip="The levels before and after; dashed, what the network is told."
+                    display_name="plot",
+                    tooltip="The levels before and after the fit. The dashed line is what the network is told.",
                 ),
                 io.String.Output(display_name="report", tooltip="What was measured, kept and refused."),
                 io.Image.Output(

@@ -53,12 +53,14 @@ class AttuneGoldenNoiseModel(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled."),
                 NPNetType.Input(
-                    "npnet", tooltip="From Attune Load NPNet or Attune Train NPNet, made for this model's kind."
+                    "npnet",
+                    tooltip="The network from Attune Load NPNet or Attune Train NPNet. It must be made for this kind "
+                    "of model.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=2.0, step=0.05,
-                    tooltip="How much of the correction: 0 is the plain noise to the bit, 1 what the network was "
-                    "trained for.",
+                    tooltip="How much of the network's correction is used. 0 is the plain noise, bit for bit; 1 is "
+                    "what the network was trained for.",
                 ),
                 *advanced(
                     io.Combo.Input(
@@ -78,7 +80,8 @@ class AttuneGoldenNoiseModel(io.ComfyNode):
                     ),
                     io.Combo.Input(
                         "partial_denoise", options=["skip", "apply"], default="skip",
-                        tooltip="Runs that start from a picture (img2img, a second pass): skip keeps their noise.",
+                        tooltip="What happens in runs that start from a picture (img2img, a second pass). skip: "
+                        "their noise stays as it is.",
                     ),
                 ),
             ],

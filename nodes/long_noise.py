@@ -11,11 +11,12 @@ class AttuneLongNoise(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneLongNoise", "Attune Long-Video Noise", "attune/video",
-            "Noise whose later windows are local permutations of the first, for one scene through a long film.",
+            "Makes noise for a film longer than the window: later windows shuffle the frames of the first, so that "
+            "one scene goes on.",
             search_aliases=["FreeNoise", "long video", "context windows", "noise shuffle", "BlockVid"],
             is_experimental=True,
             inputs=[
-                io.Noise.Input("noise", tooltip="What the first window takes, such as RandomNoise."),
+                io.Noise.Input("noise", tooltip="The noise of the first window, such as RandomNoise."),
                 io.Int.Input(
                     "window", default=21, min=1, max=4096,
                     tooltip="Frames of the latent that the model sees at once: 21 for the 81 frames of Wan, and of its "
@@ -23,7 +24,7 @@ class AttuneLongNoise(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "stride", default=4, min=1, max=4096,
-                    tooltip="So many frames at a time are put into random order; at most 'window'.",
+                    tooltip="How many frames at a time are put into random order; at most 'window'.",
                 ),
             ],
             outputs=[io.Noise.Output(display_name="noise", tooltip="For SamplerCustomAdvanced.")],

@@ -15,25 +15,34 @@ class AttuneNoise(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneNoise", "Attune Noise", "attune/noise",
-            "The start of a patched MODEL as NOISE, for guiders that leave the MODEL's options out.",
+            "Gives the start of a patched MODEL as NOISE, for guiders that ignore the MODEL's options.",
             search_aliases=["custom noise", "golden noise", "one more step noise", "signal leak noise"],
             inputs=[
-                io.Noise.Input("noise", tooltip="What to start from, mostly RandomNoise; its seed stays the seed."),
+                io.Noise.Input(
+                    "noise",
+                    tooltip="The noise to start from, usually RandomNoise. Its seed stays the seed.",
+                ),
                 io.Model.Input(
-                    "model", tooltip="From Attune One More Step, Signal Leak, Golden Noise or Redenoise. Give the "
-                    "guider the MODEL from before them.",
+                    "model", tooltip="The MODEL behind Attune One More Step, Signal Leak, Golden Noise or Redenoise. "
+                    "The guider gets the MODEL from before these nodes.",
                 ),
-                io.Sigmas.Input("sigmas", tooltip="The same that the sampler gets: the first level rules the start."),
-                io.Conditioning.Input(
-                    "positive", optional=True, tooltip="As the guider gets it, for Attune Golden Noise and Redenoise."
+                io.Sigmas.Input(
+                    "sigmas",
+                    tooltip="The same sigmas that the sampler gets. The first level decides how much noise the start "
+                    "holds.",
                 ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="As the guider gets it, for Attune Redenoise at cfg above 1."
+                    "positive", optional=True,
+                    tooltip="The positive prompt of the guider. Attune Golden Noise and Redenoise need it.",
+                ),
+                io.Conditioning.Input(
+                    "negative", optional=True,
+                    tooltip="The negative prompt of the guider. Attune Redenoise needs it at cfg above 1.",
                 ),
                 *advanced(
                     io.Float.Input(
                         "cfg", default=8.0, min=0.0, max=100.0, step=0.1,
-                        tooltip="The guider's, for Attune Redenoise at strong_cfg 0.",
+                        tooltip="The cfg of the guider. Attune Redenoise uses it when its strong_cfg is 0.",
                     )
                 ),
             ],

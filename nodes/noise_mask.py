@@ -16,13 +16,15 @@ class AttuneNoiseMask(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneNoiseMask", "Attune Noise Mask", "attune/editing",
-            "A mask for Differential Diffusion: more noise where a picture is uncertain, less where it is right.",
+            "Makes a mask for Differential Diffusion: more noise where a picture is uncertain, less where it is right.",
             search_aliases=["differential diffusion", "uncertainty", "super-resolution", "UPSR", "WorldWarp"],
             is_experimental=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample, before or behind Differential Diffusion."),
                 io.Sigmas.Input(
-                    "sigmas", tooltip="The sampler's. The mask says when a region joins the run, so it depends on them."
+                    "sigmas",
+                    tooltip="The sigmas of the sampler. The mask says when a region joins the run, so it depends on "
+                    "them.",
                 ),
                 io.Image.Input("image", tooltip="The picture that goes into VAE Encode: upscaled, restored or warped."),
                 io.Combo.Input(
@@ -32,13 +34,14 @@ class AttuneNoiseMask(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "floor", default=0.4, min=0.0, max=1.0, step=0.05,
-                    tooltip="What even certain regions get. For edges and two pictures a share of the first noise "
-                    "level: 0.4 as published. For a warped picture a share of the run's timesteps: 0.3 to 0.6.",
+                    tooltip="The least noise that a region gets, also a certain one. For edges and two pictures: a "
+                    "share of the first noise level, 0.4 as published. For a warped picture: a share of the run's "
+                    "timesteps, 0.3 to 0.6.",
                 ),
                 *advanced(
                     io.Int.Input(
                         "feather", default=8, min=0, max=512,
-                        tooltip="Pixels around holes over which the noise rises to all of it.",
+                        tooltip="Over how many pixels around a hole the noise rises to its full amount.",
                     )
                 ),
                 io.Image.Input("other", optional=True, tooltip="For two pictures: the other upscale or restoration."),
@@ -49,7 +52,8 @@ class AttuneNoiseMask(io.ComfyNode):
                     display_name="mask", tooltip="For Set Latent Noise Mask, with a MODEL from Differential Diffusion."
                 ),
                 io.Mask.Output(
-                    display_name="strength", tooltip="What each region gets, as 'floor' says it, to look at."
+                    display_name="strength",
+                    tooltip="How much noise each region gets, in the unit of 'floor', to look at.",
                 ),
             ],
         )  # fmt: skip

@@ -52,48 +52,60 @@ class AttuneFitNoiseShift(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "native_width", default=1024, min=16, max=16384, step=8,
-                    tooltip="Width that the model was trained at. There the network is told the truth, unless you "
-                    "calibrate that size, too.",
+                    tooltip="The width that the model was trained at. At this size the network is told the true "
+                    "noise level, unless you calibrate this size, too.",
                 ),
-                io.Int.Input("native_height", default=1024, min=16, max=16384, step=8, tooltip="Its height."),
+                io.Int.Input(
+                    "native_height", default=1024, min=16, max=16384, step=8,
+                    tooltip="The height that the model was trained at.",
+                ),
                 io.Combo.Input(
                     "preset", options=list(SHIFT_PRESETS), default="quick",
-                    tooltip="Per size: quick 8 pictures and 896 evaluations of the network, normal 32 and 7168, "
-                    "thorough 128 and 28672.",
+                    tooltip="How much is measured for each size. quick: 8 pictures and 896 evaluations of the "
+                    "network. normal: 32 and 7168. thorough: 128 and 28672.",
                 ),
                 *advanced(io.Int.Input(
                     "seed", default=0, min=0, max=2**64 - 1, control_after_generate=False,
-                    tooltip="Of the noise put on the pictures.",
+                    tooltip="The seed of the noise that is added to the pictures.",
                 )),
                 io.String.Input(
                     "save_as", default="",
                     tooltip="A file in models/attune that is written after every size; the same run continues it "
-                    "after a stop. Take another name for another checkpoint. Empty: none.",
+                    "after a stop. Take another name for another checkpoint. If it is empty, a gain is written at "
+                    "the end, under a name made of the model's.",
                 ),
                 *advanced(io.Float.Input(
                     "cfg", default=4.0, min=1.0, max=100.0, step=0.1, round=0.01,
-                    tooltip="Only for pictures that the model draws itself, with 'negative' connected.",
+                    tooltip="The guidance for pictures that the model draws itself. It needs 'negative'.",
                 )),
                 io.Conditioning.Input(
                     "positive", optional=True,
-                    tooltip="What the pictures show: one prompt for all, or one for each. Without it: zeroed text.",
+                    tooltip="A prompt that says what the pictures show: one for all, or one for each. If nothing is "
+                    "connected, the text is zeroed.",
                 ),
                 io.Latent.Input(
                     "latent", optional=True, tooltip="Clean pictures, encoded at the size to calibrate, at least 6."
                 ),
                 io.Image.Input(
                     "images", optional=True,
-                    tooltip="Clean pictures, at least 6 and as large as the largest of 'sizes': they are cut to the "
-                    "middle, made smaller and encoded with 'vae'.",
+                    tooltip="At least 6 clean pictures, as large as the largest of 'sizes' or larger. The node crops "
+                    "them to the middle, scales them down and encodes them with 'vae'.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="Needed with 'images' and for pictures of the model's own."),
+                io.Vae.Input(
+                    "vae", optional=True,
+                    tooltip="The VAE that encodes 'images'. Pictures that the model draws itself need it, too.",
+                ),
                 io.Conditioning.Input(
-                    "negative", optional=True, tooltip="Only for pictures that the model draws itself."
+                    "negative", optional=True,
+                    tooltip="The negative prompt, only for pictures that the model draws itself.",
                 ),
             ],
             outputs=[
                 Profile.Output(display_name="profile", tooltip="For Attune Apply Profile and Attune Save Profile."),
-                io.Image.Output(display_name="plot", tooltip="What is told over the true level, one curve a size."),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="The level that the network is told against the true level, one curve for each size.",
+                ),
                 io.String.Output(display_name="report", tooltip="What was measured, kept and refused."),
             ],
         )  # fmt: skip

@@ -47,24 +47,25 @@ class AttuneInvert(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneInvert", "Attune Invert", CATEGORY,
-            "The noise of a real picture: maps that give it back exactly, at every guidance, or an edit of it.",
+            "Finds the noise of a real picture: maps that give it back exactly, at every guidance, or an edit of it.",
             search_aliases=["inversion", "unsampler", "edit-friendly DDPM", "DDIM inversion", "noise maps", "LEDITS"],
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will replay it, with its LoRAs and patches."),
                 io.Conditioning.Input("positive", tooltip="What the picture shows, in a sentence: the source prompt."),
-                io.Conditioning.Input("negative", tooltip="Mostly empty."),
+                io.Conditioning.Input("negative", tooltip="The negative prompt, usually empty."),
                 io.Latent.Input("latent", tooltip="The picture from VAE Encode, without a noise mask. Batches too."),
                 io.Sigmas.Input(
                     "sigmas",
-                    tooltip="The steps, such as BasicScheduler's; 20 to 50 are good. They end in 0. A denoise below 1 "
-                    "leaves the first ones out for good.",
+                    tooltip="The noise levels of the run, such as BasicScheduler's; 20 to 50 steps are good. They "
+                    "must end in 0. With a denoise below 1 the first steps are missing from the maps for good.",
                 ),
                 io.Float.Input(
                     "cfg", default=3.5, min=0.0, max=100.0, step=0.1, round=0.01,
-                    tooltip="Guidance of the source prompt; 3.5 as published. The picture comes back exactly at any.",
+                    tooltip="Guidance of the source prompt; 3.5 as published. The picture comes back exactly at any "
+                    "guidance.",
                 ),
-                _seed("Of the noises. Another seed gives other maps of the same picture, and so other edits."),
+                _seed("The seed of the noises. Another seed gives other maps of the same picture, and so other edits."),
                 *advanced(
                     io.Float.Input(
                         "eta", default=1.0, min=0.0, max=1.0, step=0.05,
@@ -73,8 +74,8 @@ class AttuneInvert(io.ComfyNode):
                     ),
                     io.Combo.Input(
                         "precision", options=list(PRECISIONS), default="half",
-                        tooltip="Of the maps in main memory. Both give the picture back exactly; float32 is for levels "
-                        "that half precision cannot hold.",
+                        tooltip="The precision of the maps in main memory. Both give the picture back exactly; "
+                        "float32 is for levels that half precision cannot hold.",
                     ),
                 ),
             ],
@@ -110,8 +111,8 @@ class AttuneReplay(io.ComfyNode):
                 NoiseMapsType.Input("noise_maps", tooltip="From Attune Invert or Attune Load Noise Maps."),
                 io.Float.Input(
                     "skip", default=0.36, min=0.0, max=0.95, step=0.01,
-                    tooltip="The share of the steps that is left out at the start. 0 to 0.4: with less the prompt can "
-                    "change more, with more it keeps more. 0.36 as published.",
+                    tooltip="The share of the steps that is left out at the start, from 0 to 0.4. A lower value lets "
+                    "the prompt change more, a higher one keeps more of the picture. 0.36 as published.",
                 ),
                 io.Float.Input(
                     "detail", default=1.0, min=0.0, max=1.0, step=0.05,
@@ -128,11 +129,12 @@ class AttuneReplay(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "vary_from", default=0.5, min=0.0, max=1.0, step=0.01,
-                    tooltip="From which share of the steps on the noise is fresh. The earlier, the more changes.",
+                    tooltip="From which share of the steps on the fresh noise is mixed in. The earlier, the more "
+                    "changes.",
                 ),
-                _seed("Of the fresh noise of 'variation'."),
+                _seed("The seed of the fresh noise of 'variation'."),
                 *advanced(
-                    io.Combo.Input("flip", options=list(FLIPS), default="none", tooltip="The picture, mirrored."),
+                    io.Combo.Input("flip", options=list(FLIPS), default="none", tooltip="Mirrors the picture."),
                     io.Float.Input(
                         "shift_right", default=0.0, min=-1.0, max=1.0, step=0.01,
                         tooltip="Moves the picture by a share of its width, around the edge, in whole latent pixels.",
@@ -146,7 +148,10 @@ class AttuneReplay(io.ComfyNode):
                     "other_maps", optional=True,
                     tooltip="A second picture, inverted on the same sigmas, in place of the first inside 'mask'.",
                 ),
-                io.Mask.Input("mask", optional=True, tooltip="Where the picture of 'other_maps' is: white."),
+                io.Mask.Input(
+                    "mask", optional=True,
+                    tooltip="White where the picture of 'other_maps' takes the place of the first.",
+                ),
             ],
             outputs=[
                 io.Sampler.Output(
@@ -185,7 +190,7 @@ class AttuneMorph(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneMorph", "Attune Morph", CATEGORY,
-            "The pictures between two real ones, by NoiseDiffusion's rule; the ends are the two themselves.",
+            "Makes the pictures between two real ones, by NoiseDiffusion's rule; the ends are the two themselves.",
             search_aliases=["interpolate pictures", "NoiseDiffusion", "morphing", "slerp", "between two images"],
             inputs=[
                 io.Model.Input("model", tooltip="The model of the noise maps, which samples the frames."),
@@ -201,8 +206,8 @@ class AttuneMorph(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "skip", default=0.8, min=0.0, max=0.95, step=0.01,
-                    tooltip="The share of the steps before the level at which the two are mixed. More is smoother, "
-                    "less invents more in between; 0.44 as published.",
+                    tooltip="The share of the steps before the level at which the two pictures are mixed. A higher "
+                    "value is smoother, a lower one invents more in between; 0.44 as published.",
                 ),
                 *advanced(
                     io.Float.Input(
@@ -214,7 +219,7 @@ class AttuneMorph(io.ComfyNode):
                         "fresh_noise", default=0.0, min=0.0, max=0.95, step=0.05,
                         tooltip="The share of the mix that is fresh noise: 0 to 0.5, for pictures that do not mix.",
                     ),
-                    _seed("Of the fresh noise, one for all frames."),
+                    _seed("The seed of the fresh noise, which is one for all frames."),
                 ),
                 io.Conditioning.Input("positive_1", optional=True, tooltip="The prompt of the first picture."),
                 io.Conditioning.Input("positive_2", optional=True, tooltip="The prompt of the second picture."),
@@ -269,7 +274,7 @@ class AttuneSaveNoiseMaps(io.ComfyNode):
             search_aliases=["save inversion", "noise maps"],
             is_output_node=True,
             inputs=[
-                NoiseMapsType.Input("noise_maps", tooltip="From Attune Invert."),
+                NoiseMapsType.Input("noise_maps", tooltip="The noise maps from Attune Invert."),
                 io.String.Input(
                     "name", default="picture", tooltip="The file's name. A name that is taken gets a number."
                 ),
@@ -299,7 +304,7 @@ class AttuneLoadNoiseMaps(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneLoadNoiseMaps", "Attune Load Noise Maps", CATEGORY,
-            "A picture that was inverted before, from models/noise_maps.",
+            "Loads a picture that was inverted before, from models/noise_maps.",
             search_aliases=["load inversion", "noise maps"],
             inputs=[
                 io.Combo.Input(

@@ -14,8 +14,8 @@ OmsModel = io.Custom("OMS_MODEL")
 Leak = io.Custom("ATTUNE_SIGNAL_LEAK")
 
 STRENGTH = (
-    "How far to move from the sampler's own start to the corrected one; 0 leaves the model as it is, bit for bit, "
-    "above 1 exaggerates."
+    "How far the start moves from the sampler's own noise to the corrected one. 0 leaves the model as it is, bit for "
+    "bit; above 1 exaggerates the correction."
 )  # fmt: skip
 LEVEL = (
     "How much noise the start holds. exact: as in training. official: as the authors' code, 0.2 % less. unit: as "
@@ -23,8 +23,8 @@ LEVEL = (
 )  # fmt: skip
 CFG = "Guidance of this prediction alone: above 1 strengthens its colours and needs 'negative'."
 DIVERSITY = (
-    "Adds how pictures of one prompt differ in brightness and colour, which a prediction of their mean cannot: 1 is as "
-    "much as among the examples of the module or of 'signal_leak'."
+    "The module predicts the mean of a prompt's pictures. This adds how they differ in brightness and colour: 1 is "
+    "as much as the examples of the module or of 'signal_leak' differ."
 )
 
 
@@ -42,20 +42,23 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "latent_space", options=[AUTO, *LATENT_SPACES], default=AUTO,
-                    tooltip="Which VAE the module belongs to. The files of SD and SDXL look the same inside: choose it "
-                    "when auto cannot tell.",
+                    tooltip="Which VAE the module belongs to. The files of SD and SDXL look the same inside: choose "
+                    "it when auto cannot tell.",
                 ),
                 io.Combo.Input(
                     "weight_dtype", options=[DEFAULT, *host.MODULE_DTYPES], default=DEFAULT,
-                    tooltip="Precision of its weights; fp32 where the default gives no numbers.",
+                    tooltip="The precision of the module's weights. Take fp32 if the default gives values that are "
+                    "not numbers (NaN).",
                 ),
                 io.Combo.Input(
                     "prediction", options=[AUTO, *PREDICTIONS], default=AUTO,
-                    tooltip="What the network says. auto: as the file says, else v, as the published ones.",
+                    tooltip="What the module's network predicts. auto: what its file says, otherwise v, as in the "
+                    "published files.",
                 ),
                 io.Int.Input(
                     "head_dim", default=0, min=0, max=512,
-                    tooltip="Channels per attention head. 0: as the file says, else a fifth of its width as published.",
+                    tooltip="How many channels an attention head has. 0: what the file says, otherwise a fifth of "
+                    "the width, as published.",
                 ),
             ],
             outputs=[OmsModel.Output(display_name="oms_model", tooltip="For the One More Step nodes.")],
@@ -86,19 +89,23 @@ class AttuneOneMoreStep(io.ComfyNode):
             search_aliases=["oms", "brightness", "terminal snr", "dark images", "zero snr", "offset noise"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled, with its LoRAs."),
-                OmsModel.Input("oms_model", tooltip="From Attune Load One More Step, for the model's latents."),
+                OmsModel.Input(
+                    "oms_model",
+                    tooltip="The module from Attune Load One More Step. It must be for this model's latents.",
+                ),
                 io.Conditioning.Input(
                     "positive",
-                    tooltip="The prompt for this step, from the text encoder the module was trained with. It may "
-                    "differ from the sampler's: then it rules colour and brightness, the sampler's prompt the content.",
+                    tooltip="The prompt for this step, encoded with the text encoder that the module was trained "
+                    "with. If it differs from the sampler's prompt, it decides colour and brightness, and the "
+                    "sampler's prompt decides the content.",
                 ),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=20.0, step=0.1, tooltip=CFG),
                 io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
                 *advanced(
                     io.Combo.Input(
                         "solver", options=list(host.SEEN_NOISE), default="ddpm",
-                        tooltip="ddpm: the module sees noise of its own. ddim: the sampler's. There is hardly a "
-                        "difference.",
+                        tooltip="ddpm: the module sees noise of its own. ddim: it sees the sampler's noise. The "
+                        "pictures hardly differ.",
                     ),
                     io.Combo.Input("noise_level", options=list(NOISE_LEVELS), default="exact", tooltip=LEVEL),
                 ),
@@ -106,18 +113,18 @@ class AttuneOneMoreStep(io.ComfyNode):
                 *advanced(
                     io.Boolean.Input(
                         "share_noise", default=False,
-                        tooltip="One prediction for the whole batch, for the frames of a video.",
+                        tooltip="Makes one prediction for the whole batch. Use it for the frames of a video.",
                     )
                 ),
                 io.Conditioning.Input(
                     "negative", optional=True,
-                    tooltip="For cfg other than 1. The authors always use the empty prompt here, not the sampler's "
-                    "negative.",
+                    tooltip="Needed when cfg is not 1. The authors always use the empty prompt here, not the "
+                    "sampler's negative prompt.",
                 ),
                 Leak.Input(
                     "signal_leak", optional=True,
-                    tooltip="From Attune Signal Leak, fitted to examples of this kind of prompt; replaces the module's "
-                    "own.",
+                    tooltip="The variety from Attune Signal Leak, fitted to examples of this kind of prompt. It "
+                    "replaces the module's own.",
                 ),
                 io.Latent.Input(
                     "latent", optional=True,
@@ -175,7 +182,8 @@ class AttuneSignalLeak(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "frequencies", default=3, min=1, max=8,
-                    tooltip="Waves per direction whose mean and covariance are taken over: 1 is the mean colour alone.",
+                    tooltip="How many waves in each direction the mean and covariance are taken from; 1 takes the "
+                    "mean colour alone.",
                 ),
                 io.Float.Input("strength", default=1.0, min=0.0, max=2.0, step=0.05, tooltip=STRENGTH),
                 io.Float.Input(
@@ -188,7 +196,8 @@ class AttuneSignalLeak(io.ComfyNode):
                 io.Model.Output(display_name="model", tooltip="For any sampler or guider."),
                 Leak.Output(
                     display_name="signal_leak",
-                    tooltip="For Attune One More Step: its prediction as the mean, this variety around it.",
+                    tooltip="For Attune One More Step, which takes its own prediction as the mean and this variety "
+                    "around it.",
                 ),
             ],
         )  # fmt: skip

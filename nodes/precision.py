@@ -33,7 +33,8 @@ class AttunePrecisionGuard(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttunePrecisionGuard", "Attune Precision Guard", CATEGORY,
-            "Which sensitive weights an fp8 model keeps rounded, and the full ones of its file in their place.",
+            "Says which sensitive weights an fp8 model keeps rounded, and puts the full ones of its file in their "
+            "place.",
             search_aliases=["fp8", "quantization", "float8", "precision", "TFMQ", "time embedding"],
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -46,12 +47,19 @@ class AttunePrecisionGuard(io.ComfyNode):
                 io.Combo.Input(
                     "parts", options=[SENSITIVE_ONLY, AND_OUTERMOST], default=SENSITIVE_ONLY,
                     tooltip="sensitive: the time embedding and its projections, first and last layers, norms and "
-                    "biases. With the outermost blocks the first and the last block, too: nearer, for more memory.",
+                    "biases. sensitive and outermost blocks: the first and the last block, too. That is nearer to "
+                    "the full model and takes more memory.",
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="For any sampler; the same where nothing is rounded."),
-                io.String.Output(display_name="report", tooltip="What is kept how, what it costs, and what was done."),
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="For any sampler. If nothing is rounded, it is the model that came in.",
+                ),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="How each part is kept, what that costs, and what the node did.",
+                ),
             ],
         )  # fmt: skip
 

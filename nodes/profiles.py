@@ -86,7 +86,7 @@ class AttuneSaveProfile(io.ComfyNode):
             search_aliases=["schedule profile", "save schedule", "calibration"],
             is_output_node=True,
             inputs=[
-                Profile.Input("profile", tooltip="What a fit found, such as Attune Fit Sampler."),
+                Profile.Input("profile", tooltip="The profile that a fitting node found, such as Attune Fit Sampler."),
                 io.String.Input(
                     "name", default="",
                     tooltip="The file's name; empty takes the profile's own. A name that is taken gets a number.",
@@ -117,9 +117,9 @@ class AttuneApplyProfile(io.ComfyNode):
                 Profile.Input("profile", tooltip="From Attune Load Profile, or fresh from a fitting node."),
                 io.Int.Input(
                     "steps", default=0, min=0, max=10000,
-                    tooltip="0 takes the profile's own count, where its gain was measured. Others are interpolated. A "
-                    "noise shift has no count of its own: 0 means 20 steps. A fitted sampler has the counts of its "
-                    "fit: 0 takes the shortest that is faithful to 45 dB.",
+                    tooltip="How many steps. 0 takes the profile's own number, at which its gain was measured; other "
+                    "numbers are interpolated. A noise shift has no number of its own: 0 means 20 steps. A fitted "
+                    "sampler has only the numbers of its fit: 0 takes the smallest that is faithful to 45 dB.",
                 ),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
@@ -127,27 +127,29 @@ class AttuneApplyProfile(io.ComfyNode):
                 ),
                 *advanced(io.Combo.Input(
                     "denoise_mode", options=list(DENOISE_MODES), default="exact",
-                    tooltip="With denoise below 1. exact: all steps on exactly that part of the schedule. comfy: the "
-                    "rule of the stock KSampler. ays: fewer steps, as ComfyUI's Align Your Steps node.",
+                    tooltip="What a denoise below 1 does. exact: all steps lie on exactly that part of the schedule. "
+                    "comfy: the rule of the stock KSampler. ays: fewer steps, as in ComfyUI's Align Your Steps node.",
                 )),
                 *advanced(io.Combo.Input(
                     "resolution_policy", options=list(POLICIES), default="ignore",
-                    tooltip="When the latent's size differs from that of a fitted schedule. ignore: use it, with a "
-                    "note. shift: more noise for larger pictures. strict: stop with an error.",
+                    tooltip="What happens when the latent's size differs from the profile's. ignore: the schedule is "
+                    "used, and the report says so. shift: more noise for larger pictures. strict: the node stops "
+                    "with an error.",
                 )),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=1.0, step=0.05,
-                    tooltip="Of what the network is told, by a timestep alignment or a noise shift; the sigmas do not "
-                    "change. 0 leaves the model as it is, bit for bit.",
+                    tooltip="How much of a timestep alignment or a noise shift the network is told. The sigmas do "
+                    "not change. 0 leaves the model as it is, bit for bit.",
                 ),
                 *advanced(io.Float.Input(
                     "speed", default=0.0, min=0.0, max=10.0, step=0.05,
-                    tooltip="Of a profile of propagation, how many times less computing. 0 takes the fastest setting "
-                    "that is faithful to 45 dB.",
+                    tooltip="For a profile of propagation: how many times less is computed. 0 takes the fastest "
+                    "setting that is faithful to 45 dB.",
                 )),
                 io.Latent.Input(
                     "latent", optional=True,
-                    tooltip="The latent to sample; tells the picture's size. A noise shift decides anew at every run.",
+                    tooltip="The latent to sample, which tells the picture's size. A noise shift looks at the size "
+                    "anew in every run.",
                 ),
             ],
             outputs=[
@@ -197,26 +199,28 @@ class AttunePlotSigmas(io.ComfyNode):
         ]
         return schema(
             "AttunePlotSigmas", "Attune Plot Sigmas", CATEGORY,
-            "Up to four schedules and a profile in one picture, or what detail their starts keep of a picture.",
+            "Draws up to four schedules and a profile in one picture, or what detail their starts keep of a picture.",
             search_aliases=["plot schedule", "sigmas graph", "compare schedulers"],
             inputs=[
                 io.Sigmas.Input("sigmas_1", optional=True, tooltip="A schedule."),
                 *more,
                 Profile.Input(
                     "profile", optional=True,
-                    tooltip="Its native schedule; dashed, what its alignment tells the network.",
+                    tooltip="A profile whose own schedule is drawn. The dashed line is what its alignment tells the "
+                    "network.",
                 ),
                 io.String.Input(
                     "labels", default="", tooltip="Names for the schedules, separated by commas, in their order."
                 ),
                 *advanced(io.Combo.Input(
                     "show", options=list(PLOTS), default=PLOTS[0], optional=True,
-                    tooltip="noise levels: over the run. detail kept: for runs that start from a picture, its strength "
-                    "over the noise's at each size of detail, at each schedule's first level; needs 'model'.",
+                    tooltip="noise levels: the levels over the run. detail kept: for runs that start from a picture, "
+                    "how strong each size of detail is against the noise at the first level of each schedule; needs "
+                    "'model'.",
                 )),
                 io.Model.Input("model", optional=True, tooltip="For detail kept: the model that will be sampled."),
             ],
-            outputs=[io.Image.Output(display_name="image", tooltip="960 x 600 pixels.")],
+            outputs=[io.Image.Output(display_name="image", tooltip="The plot, 960 x 600 pixels.")],
         )  # fmt: skip
 
     @classmethod

@@ -36,16 +36,19 @@ class AttunePropagation(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode", options=plan.MODES, default=plan.UNIFORM,
-                    tooltip="Which steps run whole. uniform: every n-th. speed target: as few as 'speed' needs. "
-                    "calibrated profile: what was measured for this model. published keys: the paper, exactly.",
+                    tooltip="Which steps compute the whole network. uniform: every n-th step. speed target: as few "
+                    "as 'speed' needs. calibrated profile: those measured for this model. published keys: those of "
+                    "the paper.",
                 ),
                 io.Int.Input(
                     "interval", default=3, min=1, max=12,
-                    tooltip="uniform: one key step every so many steps. 1 switches the node off.",
+                    tooltip="For uniform: how many steps lie from one key step (a step that is computed whole) to "
+                    "the next. 1 switches the node off.",
                 ),
                 io.Float.Input(
                     "speed", default=1.5, min=1.0, max=10.0, step=0.05,
-                    tooltip="speed target: how many times less computing. With a profile the log says what it costs.",
+                    tooltip="For speed target: how many times less is computed. With a profile the log says what "
+                    "this costs in fidelity.",
                 ),
                 io.Combo.Input(
                     "reuse", options=plan.PARTS, default=plan.AUTOMATIC,
@@ -61,7 +64,8 @@ class AttunePropagation(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "keep_last", default=4, min=0, max=20,
-                    tooltip="uniform and speed target: so many steps at the end run whole; their errors stay visible.",
+                    tooltip="For uniform and speed target: how many steps at the end run whole. No later step could "
+                    "repair their errors.",
                 ),
                 *advanced(
                     io.Float.Input(
@@ -80,8 +84,9 @@ class AttunePropagation(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "guidance", options=plan.GUIDANCES, default=plan.EVERY_STEP, optional=True,
-                    tooltip="How often the negative is asked. every second step: in between its answer is predicted, "
-                    "up to a quarter of the computing less. With 'interval' at 1 it works alone, on every network.",
+                    tooltip="How often the negative prompt is computed. every second step: in between its answer is "
+                    "predicted, which saves up to a quarter of the computing. With 'interval' at 1 this is all that "
+                    "the node does, on every network.",
                 ),
                 Profile.Input(
                     "profile", optional=True,
@@ -121,13 +126,13 @@ def _keeping() -> list:
         ),
         io.Int.Input(
             "memory_limit", default=0, min=0, max=65536,
-            tooltip="The most the features may take, in MB; above it they are halved, thinned, moved to the CPU. 0: "
-            "no limit.",
+            tooltip="How much memory the features may take, in MB. Above it they are halved, then thinned, then "
+            "moved to the CPU. 0 means no limit.",
         ),
         io.Combo.Input(
             "parallel", options=["auto", "off", "2", "3", "4", "6", "8"], default="auto",
-            tooltip="encoder reused: how many coming steps are decoded in one batch. auto: up to 4, as memory allows. "
-            "Gains on a large GPU with small pictures, costs memory.",
+            tooltip="For encoder reused: how many coming steps are decoded in one batch. auto: up to 4, as memory "
+            "allows. This is faster on a large GPU with small pictures, and costs memory.",
         ),
     ]  # fmt: skip
 
@@ -148,7 +153,7 @@ class AttuneFitPropagation(io.ComfyNode):
                 io.Conditioning.Input("negative", tooltip="The usual negative prompt."),
                 io.Latent.Input(
                     "latent_image",
-                    tooltip="An empty latent of the usual size; of 4 pictures where the solver adds noise.",
+                    tooltip="An empty latent of the usual size. Take a batch of 4 if the solver adds noise.",
                 ),
                 *advanced(
                     io.Int.Input(
@@ -168,8 +173,9 @@ class AttuneFitPropagation(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "reuse", options=plan.FITTED_PARTS, default=plan.AUTOMATIC,
-                    tooltip="What the steps in between compute. automatic: nothing asked, forecast from what was, on "
-                    "every network. Else features of a UNet or a transformer; 'encoder reused' takes longest.",
+                    tooltip="What the steps in between compute. automatic: nothing asked, which forecasts their "
+                    "answers from those before, on every network. The others reuse features of a UNet or a "
+                    "transformer; 'encoder reused' takes longest.",
                 ),
                 io.Float.Input(
                     "fastest", default=8.0, min=1.25, max=10.0, step=0.25,
@@ -178,15 +184,15 @@ class AttuneFitPropagation(io.ComfyNode):
                 *advanced(
                     io.Int.Input(
                         "longest", default=4, min=2, max=8,
-                        tooltip="The most steps from one key step to the next; the measuring takes time with its "
-                        "square.",
+                        tooltip="The most steps from one key step to the next. The measuring time grows with the "
+                        "square of this number.",
                     ),
                 ),
                 *advanced(
                     io.Int.Input(
                         "search", default=0, min=0, max=100, optional=True,
-                        tooltip="Of forecasts, short runs to look for better steps with, for each setting of 3x and "
-                        "more; 10 to 30 are good.",
+                        tooltip="For forecasts: how many short runs look for better steps, for each setting of 3x "
+                        "and more. 10 to 30 are good.",
                     ),
                 ),
                 *(
@@ -200,7 +206,10 @@ class AttuneFitPropagation(io.ComfyNode):
             ],
             outputs=[
                 Profile.Output(display_name="profile", tooltip="The calibration, for Attune Apply Profile."),
-                io.Image.Output(display_name="plot", tooltip="Feature change with key steps; speed against fidelity."),
+                io.Image.Output(
+                    display_name="plot",
+                    tooltip="Left: how much the features change, and the key steps. Right: fidelity against speed.",
+                ),
                 io.String.Output(display_name="report", tooltip="The settings found, and what each of them costs."),
             ],
         )  # fmt: skip

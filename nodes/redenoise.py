@@ -26,16 +26,16 @@ class AttuneRedenoise(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "weak_cfg", default=1.0, min=0.1, max=100.0, step=0.1,
-                    tooltip="Guidance on the way back. The difference to the strong one is what the noise takes up; 1 "
-                    "is the published.",
+                    tooltip="Guidance on the way back. The noise takes up the difference between strong and weak "
+                    "guidance. 1 is the published value.",
                 ),
                 io.Int.Input(
                     "rounds", default=1, min=1, max=10,
-                    tooltip="Zigzags in a row; each costs 2 calls of the model.",
+                    tooltip="How many zigzags follow each other. Each costs 2 calls of the model.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=2.0, step=0.05,
-                    tooltip="How much of the change before the run: 0 leaves the model as it is, bit for bit.",
+                    tooltip="How much of the change before the run is used. 0 leaves the model as it is, bit for bit.",
                 ),
                 *advanced(
                     io.Combo.Input(
@@ -45,26 +45,27 @@ class AttuneRedenoise(io.ComfyNode):
                     ),
                     io.Float.Input(
                         "depth", default=0.39, min=0.0, max=0.95, step=0.01,
-                        tooltip="How far down, as a part of the first noise level: 0.39 is that of the published data. "
-                        "0: to the run's second level, which depends on its schedule.",
+                        tooltip="How far the noise goes down, as a share of the first noise level; the published "
+                        "data used 0.39. 0: down to the run's second level, which depends on its schedule.",
                     ),
                     io.Combo.Input(
                         "evaluate_at", options=["next level", "first level"], default="next level",
-                        tooltip="Which level the model is asked at on the way back. first level: as the authors' code "
-                        "has it, not for flow models.",
+                        tooltip="The level at which the model is asked on the way back. first level: as in the "
+                        "authors' code; not for flow models.",
                     ),
                     io.Boolean.Input(
                         "renormalize", default=False, tooltip="Keep each sample's noise as large as it was drawn."
                     ),
                     io.Combo.Input(
                         "partial_denoise", options=["skip", "apply"], default="skip",
-                        tooltip="Runs that start from a picture (img2img, a second pass): skip keeps their noise.",
+                        tooltip="What happens in runs that start from a picture (img2img, a second pass). skip: "
+                        "their noise stays as it is.",
                     ),
                 ),
                 io.Int.Input(
                     "zigzag_steps", default=0, min=0, max=10000,
-                    tooltip="0: once, before the run. More: before each of the first so many steps (Z-Sampling), by "
-                    "the output 'sampler'; the model stays as it is.",
+                    tooltip="0: the zigzag happens once, before the run. A higher number: before each of that many "
+                    "first steps (Z-Sampling). The output 'sampler' does it, and the model stays as it is.",
                 ),
             ],
             outputs=[

@@ -25,8 +25,8 @@ CATEGORY = "attune/schedules"
 
 STEPS_TIP = "How many steps the sampler takes. Align Your Steps was published for 10 and gains most from 5 to 20."
 DENOISE_TIP = (
-    "1 starts from pure noise. Less keeps more of the input picture: as in the stock KSampler, the run is 'steps' long "
-    "and is the end of a schedule of steps / denoise steps."
+    "1 starts from pure noise; a lower value keeps more of the input picture. As in the stock KSampler, the run has "
+    "'steps' steps: the last ones of a schedule of steps / denoise steps."
 )
 SCHEDULE_TIP = (
     "auto: what is published for this model's family: Align Your Steps, or what its maker runs at the latent's size; "
@@ -101,7 +101,7 @@ class AttuneScheduler(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneScheduler", "Attune Scheduler", CATEGORY,
-            "Noise levels to fit the model: Align Your Steps, or what its maker runs at this size.",
+            "Gives noise levels that fit the model: Align Your Steps, or what its maker runs at this size.",
             search_aliases=[
                 "align your steps", "AYS", "sigmas", "scheduler", "kl optimal", "shift", "mu", "turbo", "lightning",
                 "Flux2Scheduler", "LTXVScheduler",
@@ -161,8 +161,9 @@ class AttuneKSampler(io.ComfyNode):
                 *advanced(
                     io.Combo.Input(
                         "fast", options=[NOT_FAST, *USES, *profiles_of_kind(SAMPLER)], default=NOT_FAST, optional=True,
-                        tooltip="Other than off: as 'use' of Attune Fast Sampler, with its 10 evaluations. The first "
-                        "picture is made in full and learned from, the next ones are fast.",
+                        tooltip="off: every picture is made in full. The other choices are those of 'use' in Attune "
+                        "Fast Sampler, with 10 evaluations: the first picture is made in full and learned from, and "
+                        "the next ones are fast.",
                     )
                 ),
             ],

@@ -36,8 +36,9 @@ class AttuneTimestepField(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "given_noise", default=0.0, min=0.0, max=0.9, step=0.01,
-                    tooltip="The noise level at which given and finished frames are shown to the model; they stay as "
-                    "they are. 0.02 to 0.1 lets it move them on more freely, as SkyReels-V2 and Pusa do.",
+                    tooltip="The noise level at which given and finished frames are shown to the model; the frames "
+                    "themselves do not change. With 0.02 to 0.1 the model goes on from them more freely, as "
+                    "SkyReels-V2 and Pusa do.",
                 ),
                 io.Combo.Input(
                     "solver", options=list(ORDERS), default="second order",
@@ -60,8 +61,8 @@ class AttuneTimestepField(io.ComfyNode):
                     ),
                     io.Int.Input(
                         "overlap", default=0, min=0, max=4096,
-                        tooltip="For staircase: how many finished frames stay in the window, at least. 0: half of it. "
-                        "More holds on to the past and takes more steps.",
+                        tooltip="For staircase: at least how many finished frames stay in the window. 0: half of the "
+                        "window. A higher number holds on to more of the past and takes more steps.",
                     ),
                 ),
                 io.Mask.Input(

@@ -30,32 +30,45 @@ class AttuneTrainNPNet(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneTrainNPNet", "Attune Train NPNet", "attune/noise",
-            "A network that predicts golden noise for your model: makes pairs, and learns from them.",
+            "Trains a network that predicts golden noise for your model: it makes pairs and learns from them.",
             search_aliases=["golden noise", "NPNet", "training", "noise prompt dataset", "collect noise pairs"],
             is_output_node=True,
             inputs=[
                 *_source(),
                 io.String.Input(
-                    "prompts", multiline=True, default="", tooltip="One a line; 20 or more. With 'model' connected."
+                    "prompts", multiline=True, default="",
+                    tooltip="The prompts, one on each line, 20 or more. They are used when 'model' is connected.",
                 ),
                 io.String.Input(
                     "name", default="my_npnet",
-                    tooltip="Of the file in models/npnet and the pairs in output/attune_pairs. Goes on when run again.",
+                    tooltip="The name of the file in models/npnet and of the pairs in output/attune_pairs. Running "
+                    "the node again goes on with them.",
                 ),
-                io.Int.Input("seeds_per_prompt", default=4, min=1, max=10000, tooltip="Pairs for each prompt."),
+                io.Int.Input(
+                    "seeds_per_prompt", default=4, min=1, max=10000,
+                    tooltip="How many pairs of noises are made for each prompt.",
+                ),
                 io.Float.Input(
-                    "strong_cfg", default=5.5, min=0.1, max=100.0, step=0.1, tooltip="Guidance down; published 5.5."
+                    "strong_cfg", default=5.5, min=0.1, max=100.0, step=0.1,
+                    tooltip="Guidance on the way down; 5.5 as published.",
                 ),
-                io.Int.Input("epochs", default=30, min=1, max=10000, tooltip="Times through all pairs; published 30."),
+                io.Int.Input(
+                    "epochs", default=30, min=1, max=10000,
+                    tooltip="How many times the training goes through all pairs; 30 as published.",
+                ),
                 io.Combo.Input(
                     "size", options=list(NPNET_SIZES), default="published",
-                    tooltip="published: 120 MB. small: under a megabyte and the prompt layer, for small latents.",
+                    tooltip="The size of the network. published: 120 MB. small: less than a megabyte plus the prompt "
+                    "layer, for small latents.",
                 ),
                 *advanced(*_details()),
             ],
             outputs=[
-                NPNetType.Output(display_name="npnet", tooltip="For Attune Golden Noise and its MODEL twin."),
-                io.String.Output(display_name="report", tooltip="What the network explains of unseen prompts."),
+                NPNetType.Output(display_name="npnet", tooltip="For Attune Golden Noise."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="How much of the golden noise the network predicts for prompts that it has not seen.",
+                ),
             ],
         )  # fmt: skip
 
@@ -88,12 +101,12 @@ class AttuneTrainNPNet(io.ComfyNode):
 
 
 def _source() -> list:
-    tip = "Leave all four out to train on the pairs that are there."
+    tip = "Leave all four inputs out to train on the pairs that are there."
     return [
         io.Model.Input("model", optional=True, tooltip=f"The model to make golden noise for. {tip}"),
-        io.Clip.Input("clip", optional=True, tooltip="Its text encoder."),
-        io.Conditioning.Input("negative", optional=True, tooltip="What to guide away from, mostly an empty prompt."),
-        io.Latent.Input("latent_image", optional=True, tooltip="An empty latent; gives the size. Square."),
+        io.Clip.Input("clip", optional=True, tooltip="The text encoder of this model."),
+        io.Conditioning.Input("negative", optional=True, tooltip="The negative prompt, usually empty."),
+        io.Latent.Input("latent_image", optional=True, tooltip="An empty square latent, which gives the size."),
     ]
 
 
@@ -101,32 +114,42 @@ def _details() -> list:
     return [
         io.Float.Input(
             "learning_rate", default=0.0, min=0.0, max=0.1, step=1e-6, round=1e-7,
-            tooltip="The highest, of AdamW; falls to 0 as a cosine. 0: the size's own, published 0.0001, small 0.003.",
+            tooltip="The highest learning rate of AdamW, which falls to 0 as a cosine. 0 takes the rate of the size: "
+            "0.0001 for published, 0.003 for small.",
         ),
-        io.Int.Input("batch_size", default=64, min=1, max=4096, tooltip="Pairs a step; published 64."),
+        io.Int.Input(
+            "batch_size", default=64, min=1, max=4096,
+            tooltip="How many pairs a training step sees; 64 as published.",
+        ),
         io.Combo.Input(
             "text_mode", options=["auto", "flat", "pooled", "mean"], default="auto",
-            tooltip="What of a prompt the network reads. auto: all tokens up to 77 (flat), else the pooled vector, "
-            "else the mean token.",
+            tooltip="What the network reads of a prompt. auto: all tokens if they are at most 77 (flat), otherwise "
+            "the pooled vector, otherwise the mean token.",
         ),
         io.Int.Input(
             "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
-            tooltip="Of the first pair, of which every other has the next; of the first weights, of the order.",
+            tooltip="The seed of the first pair; each further pair has the next seed. The first weights and the "
+            "order of the pairs depend on it, too.",
         ),
-        io.Float.Input("weak_cfg", default=1.0, min=0.1, max=100.0, step=0.1, tooltip="Guidance back; published 1."),
-        io.Int.Input("rounds", default=1, min=1, max=10, tooltip="Zigzags for each pair."),
+        io.Float.Input(
+            "weak_cfg", default=1.0, min=0.1, max=100.0, step=0.1,
+            tooltip="Guidance on the way back; 1 as published.",
+        ),
+        io.Int.Input("rounds", default=1, min=1, max=10, tooltip="How many zigzags make each pair."),
         io.Float.Input(
             "depth", default=0.39, min=0.0, max=0.95, step=0.01,
-            tooltip="How far down, as a part of the first noise level.",
+            tooltip="How far the noise goes down, as a share of the first noise level.",
         ),
-        io.Int.Input("shard_size", default=256, min=1, max=65536, tooltip="Pairs in one file."),
+        io.Int.Input("shard_size", default=256, min=1, max=65536, tooltip="How many pairs one file holds."),
         io.String.Input(
             "part", default=ALL,
-            tooltip="2/4 only collects, the second quarter of the files: for several machines. 1/1 then trains.",
+            tooltip="For several machines. 2/4 only makes the second quarter of the files. 1/1 then trains on all of "
+            "them.",
         ),
         io.String.Input(
             "pairs", default="",
-            tooltip="Another folder of output/attune_pairs than 'name', for a second network on its pairs.",
+            tooltip="A folder in output/attune_pairs other than 'name', so that a second network learns from the "
+            "same pairs.",
         ),
     ]  # fmt: skip
 

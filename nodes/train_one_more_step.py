@@ -21,8 +21,12 @@ class AttuneTrainOneMoreStep(io.ComfyNode):
             search_aliases=["train oms", "one more step training"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="Tells the kind of latents; it is not trained and not run."),
-                io.Clip.Input("clip", tooltip="Encodes the captions, and later the prompts for the module."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The model whose kind of latents the module is for. The model itself is neither trained "
+                    "nor run.",
+                ),
+                io.Clip.Input("clip", tooltip="The text encoder for the captions, and later for the module's prompts."),
                 io.String.Input(
                     "folder", default="latents",
                     tooltip="A folder in ComfyUI's input or output with latents from SaveLatent and captions as .txt "
@@ -30,24 +34,31 @@ class AttuneTrainOneMoreStep(io.ComfyNode):
                 ),
                 io.String.Input(
                     "name", default="my_module",
-                    tooltip="Of the file in models/one_more_step. A finished one stays; another gets a number.",
+                    tooltip="The name of the file in models/one_more_step. A finished file is never replaced: the "
+                    "next one gets a number.",
                 ),
                 io.Combo.Input(
-                    "size", options=list(MODULE_SIZES), default=SMALL, tooltip="Of the network; it stays small."
+                    "size", options=list(MODULE_SIZES), default=SMALL,
+                    tooltip="The size of the network. Even the largest is small.",
                 ),
                 io.Int.Input(
                     "steps", default=5000, min=1, max=1000000,
-                    tooltip="2,000 to 20,000. A training that was stopped goes on when it is run again.",
+                    tooltip="How many training steps: 2,000 to 20,000. A training that was stopped goes on when you "
+                    "run the node again.",
                 ),
                 *advanced(
-                    io.Int.Input("batch_size", default=16, min=1, max=4096, tooltip="16 and more; 64 is better."),
+                    io.Int.Input(
+                        "batch_size", default=16, min=1, max=4096,
+                        tooltip="How many pictures a training step sees: 16 or more; 64 is better.",
+                    ),
                     io.Float.Input(
                         "learning_rate", default=0.0, min=0.0, max=0.1, step=0.00001, round=False,
-                        tooltip="0: the size's own, 0.001 for tiny, 0.0003 for small, 0.0001 as published.",
+                        tooltip="How fast the network learns. 0 takes the rate of its size: 0.001 for tiny, 0.0003 "
+                        "for small, 0.0001 as published.",
                     ),
                     io.Float.Input(
                         "empty_prompts", default=0.1, min=0.0, max=1.0, step=0.01,
-                        tooltip="Share of captions that are left out, which cfg other than 1 needs.",
+                        tooltip="The share of captions that are left out in training. A cfg other than 1 needs some.",
                     ),
                     io.Int.Input(
                         "seed", default=0, min=0, max=2**31 - 1, control_after_generate=False,
@@ -56,7 +67,8 @@ class AttuneTrainOneMoreStep(io.ComfyNode):
                 ),
                 io.String.Input(
                     "captions", default="", multiline=True,
-                    tooltip="With 'latents' connected: one line for each of them, or one for all. Else unused.",
+                    tooltip="The captions of 'latents': one line for each of them, or one line for all. Without "
+                    "'latents' this text is not used.",
                 ),
                 io.Latent.Input(
                     "latents", optional=True, tooltip="Encoded pictures in place of the folder, for a small training."

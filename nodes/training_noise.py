@@ -20,7 +20,7 @@ class AttuneTrainingNoise(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneTrainingNoise", "Attune Training Noise", CATEGORY,
-            "Which noise levels Train LoRA draws how often, and which noise goes with which picture.",
+            "Decides how often Train LoRA draws which noise levels, and which noise goes with which picture.",
             search_aliases=[
                 "timestep sampling", "logit-normal", "min SNR", "immiscible diffusion", "curriculum", "loss weighting",
                 "Train LoRA",
@@ -34,31 +34,35 @@ class AttuneTrainingNoise(io.ComfyNode):
                 io.Combo.Input(
                     "timesteps", options=DENSITIES, default="stock",
                     tooltip="stock: evenly over the training time. logit-normal, mode: more of the middle. flat "
-                    "prediction: the network's own error weighs alike everywhere, on flow models the velocity's. "
-                    "min-SNR: clean levels up to 'gamma'. clusters: groups of like noise equally often. curriculum: "
-                    "noisy levels first.",
+                    "prediction: the network's own error counts alike at every level; on flow models that is the "
+                    "error of the velocity. min-SNR: levels count by their signal-to-noise ratio, up to 'gamma'. "
+                    "clusters: groups of similar noise are drawn equally often. curriculum: noisy levels come first.",
                 ),
                 io.Combo.Input(
                     "noise", options=PAIRINGS, default=AS_DRAWN,
-                    tooltip="as drawn: stock. immiscible batch: the batch's noises, each with the picture it is "
-                    "nearest to. nearest of several: of some draws the nearest, also for a batch of 1.",
+                    tooltip="as drawn: stock. immiscible batch: each noise of the batch goes with the picture that "
+                    "it is nearest to. nearest of several: the nearest of several draws is taken, also for a batch "
+                    "of 1.",
                 ),
                 io.Float.Input(
                     "highest_sigma", default=0.0, min=0.0, max=10000.0, step=0.001,
-                    tooltip="No level above it is drawn. 0: the model's own. For Wan's low noise expert 0.875 or 0.9.",
+                    tooltip="No level above this one is drawn. 0 means the model's own highest level. Take 0.875 or "
+                    "0.9 for Wan's low noise expert.",
                 ),
                 io.Float.Input(
                     "lowest_sigma", default=0.0, min=0.0, max=10000.0, step=0.001,
-                    tooltip="No level below it is drawn. 0: the model's own. For Wan's high noise expert 0.875 or 0.9.",
+                    tooltip="No level below this one is drawn. 0 means the model's own lowest level. Take 0.875 or "
+                    "0.9 for Wan's high noise expert.",
                 ),
                 io.Int.Input(
                     "planned_draws", default=1000, min=1, max=100000000,
-                    tooltip="For curriculum: Train LoRA's steps x batch size x gradient accumulation. From half of "
-                    "them on all levels are drawn.",
+                    tooltip="For curriculum: how many draws the whole training makes, which is Train LoRA's steps x "
+                    "batch size x gradient accumulation. From half of them on all levels are drawn.",
                 ),
                 *advanced(
                     io.Int.Input(
-                        "draws", default=4, min=1, max=64, tooltip="For nearest of several: how many. 4 as published."
+                        "draws", default=4, min=1, max=64,
+                        tooltip="For nearest of several: how many draws. 4 as published.",
                     ),
                     io.Float.Input(
                         "mean", default=0.0, min=-6.0, max=6.0, step=0.05,
@@ -77,12 +81,16 @@ class AttuneTrainingNoise(io.ComfyNode):
                         tooltip="For min-SNR: the signal-to-noise ratio from which on all levels weigh alike.",
                     ),
                     io.Int.Input(
-                        "clusters", default=5, min=1, max=50, tooltip="For clusters and curriculum: how many."
+                        "clusters", default=5, min=1, max=50,
+                        tooltip="For clusters and curriculum: how many groups of noise levels.",
                     ),
                 ),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="For Train LoRA. Runs that sample are as without."),
+                io.Model.Output(
+                    display_name="model",
+                    tooltip="For Train LoRA. Runs that sample with it do not change.",
+                ),
                 io.Image.Output(display_name="plot", tooltip="How often each noise level is drawn."),
                 io.String.Output(display_name="report", tooltip="What will be drawn, in numbers."),
             ],
