@@ -1,25 +1,27 @@
-"""Thumbnails of the workflow templates, from real runs: `python dev.py bench thumbnails few_step img2img`.
+"""Pictures of the workflows, from real runs: `python dev.py bench thumbnails aligned_schedule propagation`.
 
-A workflow that compares shows a labelled row for each of its batches, another one the pictures that it saves; one whose
-sampler learns is queued twice, for a row each; one that drafts seeds shows the drafts above the pick; one that saves a
-card shows that. Writes workflows/NAME.jpg, and its copy for the help pages.
+For a help page, a strip: a workflow that compares shows a labelled row for each of its batches, another one the
+pictures that it saves; one whose sampler learns is queued twice, for a row each; one that drafts seeds shows the drafts
+above the pick; one that saves a card shows that. For a template, a square: two pictures before, and the same two after.
+Where the workflow itself draws no picture without our nodes, before is the workflow with them at strength 0.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
+from templates import TITLES, WORKFLOWS
 
 import _pack  # noqa: F401 - makes the pack importable
 from comfy_process import ROOT, Host
 from pack.nodes._draw.axes import INK, PAPER, font
 
-WORKFLOWS = ROOT / "workflows"
+HELP = ROOT / "web/docs"
 CARD = "Attune/card"  # where a workflow saves the card of a fit
 SIDE, MOST, LABEL = 192, 4, 150  # pixels of a picture, pictures in a row, pixels of the labels' column
 
@@ -63,30 +65,79 @@ def draw(rows: list[tuple[str, list[Path]]]) -> Image.Image:
     return picture
 
 
+def stock(prompt: dict) -> dict:
+    """The same run without our nodes' part in it."""
+    off = copy.deepcopy(prompt)
+    for node in off.values():
+        given = node["inputs"]
+        if node["class_type"] == "AttuneKSampler":
+            node["class_type"] = "KSampler"
+            given.update(scheduler="normal")
+            del given["schedule"], given["fast"]
+        elif node["class_type"].startswith("Attune"):
+            given.update({name: value for name, value in {"strength": 0.0, "interval": 1}.items() if name in given})
+    return off
+
+
+def square(before: list[Path], after: list[Path]) -> Image.Image:
+    """Two pictures of each, one below the other; of single ones, the left half and the right half."""
+    side = 2 * SIDE
+    opened = [[Image.open(path).convert("RGB") for path in paths] for paths in (before, after)]
+    picture = Image.new("RGB", (side, side), PAPER)
+    if not before and opened[1][0].width != opened[1][0].height:  # a card or a plot, whole
+        sheet = ImageOps.contain(opened[1][0], (side, side), Image.Resampling.LANCZOS)
+        picture.paste(sheet, (0, (side - sheet.height) // 2))
+    elif before and min(len(before), len(after)) == 1:
+        for x, (one, *_) in zip((0, SIDE), opened, strict=True):
+            half = one.resize((side, side), Image.Resampling.LANCZOS).crop((x, 0, x + SIDE, side))
+            picture.paste(half, (x, 0))
+    else:
+        four = [*opened[0][:2], *opened[1][:2]] if before else opened[1][:4]
+        for i, one in enumerate(four):
+            picture.paste(one.resize((SIDE, SIDE), Image.Resampling.LANCZOS), (i % 2 * SIDE, i // 2 * SIDE))
+    return picture
+
+
+def save_to(folder: str, link: list) -> dict:
+    return {"class_type": "SaveImage", "inputs": {"filename_prefix": folder, "images": link}}
+
+
+def run_rows(host: Host, name: str, prompt: dict) -> list[tuple[str, list[Path]]]:
+    """(label, the pictures of the row) for each row of a workflow's strip."""
+    rows = rows_of(prompt)
+    saves = {f"{name}_row{i}": save_to(f"{name}_row{i}", link) for i, (_, link) in enumerate(rows)}
+    for queued in [[row] for row in saves] if learns(prompt) else [list(saves)]:
+        host.run({**prompt, **{row: saves[row] for row in queued}})
+    output = host.folders / "output"
+    return [(label, sorted(output.glob(f"{row}_*.png"))) for (label, _), row in zip(rows, saves, strict=True)]
+
+
+def before_and_after(host: Host, name: str, prompt: dict, rows: list[tuple[str, list[Path]]]) -> list[list[Path]]:
+    if len(rows) > 1:
+        return [rows[0][1], rows[-1][1]]
+    if stock(prompt) == prompt:  # nothing to turn off
+        return [[], rows[0][1]]
+    return [run_rows(host, f"{name}_stock", stock(prompt))[0][1], rows[0][1]]
+
+
 def main() -> None:
-    names = sorted(path.stem for path in (ROOT / "tests/prompts").glob("*.json"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="+", choices=names, metavar="NAME", help="of the workflows")
-    parser.add_argument("--out", type=Path, default=WORKFLOWS)
+    parser.add_argument("names", nargs="+", choices=list(WORKFLOWS), metavar="NAME", help="of the workflows")
+    parser.add_argument("--out", type=Path, help="a folder for all pictures; else each takes its place in the pack")
     parser.add_argument("--cache", type=Path, help="not used: nothing is kept")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         host = Host(Path(folder))
         for name in options.names:
             prompt = json.loads((ROOT / f"tests/prompts/{name}.json").read_text("utf-8"))
-            rows = rows_of(prompt)
-            saves = {
-                f"row{i}": {"class_type": "SaveImage", "inputs": {"filename_prefix": f"{name}_row{i}", "images": link}}
-                for i, (_, link) in enumerate(rows)
-            }
-            for queued in [[row] for row in saves] if learns(prompt) else [list(saves)]:
-                host.run({**prompt, **{row: saves[row] for row in queued}})
-            output = host.folders / "output"
-            found = [(label, sorted(output.glob(f"{name}_row{i}_*.png"))) for i, (label, _) in enumerate(rows)]
-            draw(found).save(options.out / f"{name}.jpg", quality=88)
-            if options.out == WORKFLOWS and (copy := ROOT / "web/docs" / f"{name}.jpg").exists():
-                shutil.copyfile(WORKFLOWS / f"{name}.jpg", copy)
-            print(f"{options.out / name}.jpg: {len(rows)} rows")
+            rows = run_rows(host, name, prompt)
+            strip = (options.out or HELP) / f"{name}.jpg"
+            if options.out or strip.exists():
+                draw(rows).save(strip, quality=88)
+            if name in TITLES:
+                card = (options.out / WORKFLOWS[name].name if options.out else WORKFLOWS[name]).with_suffix(".jpg")
+                square(*before_and_after(host, name, prompt, rows)).save(card, quality=88)
+            print(f"{name}: {len(rows)} rows")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,10 @@ import os
 import time
 from pathlib import Path
 
+from templates import WORKFLOWS
+
 import pictures
 
-WORKFLOWS = Path(__file__).resolve().parents[1] / "workflows"
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -31,7 +32,7 @@ def open_page(browser, url: str, **settings):
 
 
 def shipped(name: str) -> dict:
-    return json.loads((WORKFLOWS / f"{name}.json").read_text("utf-8"))
+    return json.loads(WORKFLOWS[name].read_text("utf-8"))
 
 
 def load(page, workflow: dict) -> None:

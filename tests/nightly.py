@@ -6,18 +6,18 @@ from collections.abc import Iterable
 
 import pytest
 
-# Workflows that each day draws in small, for another one shows in full what the page does with their kind of nodes.
+# Workflows that each day draws in small.
 REPEATED = [
-    "aligned_ksampler", "aligned_schedule", "attention", "calibration_set", "few_step", "flow_model",
-    "golden_noise_advanced", "img2img", "long_video", "noise_shift", "noise_space_keep", "noise_space_morph",
-    "noise_space_variation", "one_more_step_colour", "one_more_step_few_steps", "propagation_controlnet",
-    "propagation_transformer", "redenoise", "signal_leak", "timestep_field", "zigzag",
+    "aligned_ksampler", "aligned_schedule", "apply_profile", "attention", "calibration_set", "compare_profile",
+    "few_step", "first_picture", "flow_model", "golden_noise", "golden_noise_advanced", "img2img", "long_video",
+    "noise_shift", "noise_space_keep", "noise_space_morph", "noise_space_variation", "one_more_step",
+    "one_more_step_colour", "one_more_step_few_steps", "precision", "propagation_controlnet", "propagation_transformer",
+    "redenoise", "signal_leak", "timestep_field", "zigzag",
 ]  # fmt: skip
-# Fits and trainings take longest, and one is of a size of its own. Their nodes are asked in small in tests/host; the page
-# shows one of them each day.
+# Fits and trainings take longest, and one is of a size of its own. Their nodes are asked in small in tests/host.
 LONG = [
-    "align_timesteps", "fit_attention", "fit_fast", "fit_noise_shift", "fit_sampler", "noise_mask", "share_a_profile",
-    "train_npnet", "train_one_more_step", "training_noise",
+    "align_timesteps", "fit_attention", "fit_fast", "fit_noise_shift", "fit_propagation", "fit_sampler", "noise_mask",
+    "share_a_profile", "train_npnet", "train_one_more_step", "training_noise",
 ]  # fmt: skip
 
 

@@ -6,28 +6,40 @@ import json
 from pathlib import Path
 
 import pytest
+from templates import TITLES, WORKFLOWS
 
 import pictures
-from browsing import alerts, drop, fit_view, load, missing_nodes, overlaps, prompt, run, saved_picture, screenshot
+from browsing import (
+    alerts,
+    drop,
+    fit_view,
+    load,
+    missing_nodes,
+    overlaps,
+    prompt,
+    run,
+    saved_picture,
+    screenshot,
+    shipped,
+)
 from nightly import LONG, REPEATED, daily
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
-WORKFLOWS = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((ROOT / "workflows").glob("*.json"))}
 FITS = ["AttuneFitSampler", "AttuneFitNoiseShift", "AttuneFitPropagation"]
 SHOWN = f"app.graph._nodes.filter(n => {['SaveImage', 'PreviewImage', *FITS]}.includes(n.type) && n.mode === 0)"
 
 
-@pytest.mark.parametrize("name", WORKFLOWS)
+@pytest.mark.parametrize("name", daily(WORKFLOWS, *TITLES))
 def test_dropped_on_the_page_it_lacks_no_node_and_makes_the_prompt_we_test(page, name):
-    drop(page, f"{name}.json", (ROOT / "workflows" / f"{name}.json").read_bytes())
+    drop(page, WORKFLOWS[name].name, WORKFLOWS[name].read_bytes())
     assert missing_nodes(page) == [] and alerts(page) == [] and overlaps(page) == []
     assert prompt(page) == json.loads((ROOT / "tests/prompts" / f"{name}.json").read_text("utf-8"))
 
 
 @pytest.mark.parametrize("name", daily(WORKFLOWS, *(set(WORKFLOWS) - {*REPEATED, *LONG})))
 def test_the_page_queues_it_and_shows_the_pictures(page, dev, server, name, tmp_path):
-    load(page, WORKFLOWS[name])
+    load(page, shipped(name))
     entry = run(page, dev, server.url)
     pictures.check(pictures.saved(server, entry), entry["prompt"][2])
     fit_view(page)
@@ -39,7 +51,7 @@ def test_the_page_queues_it_and_shows_the_pictures(page, dev, server, name, tmp_
 @pytest.mark.parametrize("name", daily(["first_picture", "aligned_ksampler", "apply_profile"], "aligned_ksampler"))
 def test_the_picture_it_saves_opens_as_the_workflow_that_made_it(page, dev, server, name):
     """The PNG holds the workflow as it was run, with the seed that the page drew."""
-    load(page, WORKFLOWS[name])
+    load(page, shipped(name))
     entry = run(page, dev, server.url)
     made = {key: {k: v for k, v in node.items() if k != "_meta"} for key, node in entry["prompt"][2].items()}
     drop(page, "picture.png", saved_picture(server, entry))

@@ -60,7 +60,7 @@ SMOKE = {
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "5"],
     "long_run": ["--prompts", "12", "--caches", "none", "--control", "0"],
     "peers": ["--models", "unet", "--tasks", "6", "--steps", "10"],
-    "thumbnails": ["few_step", "first_picture"],
+    "thumbnails": ["aligned_schedule", "golden_noise"],
     "training_noise": [
         "--models",
         "flow",
@@ -141,11 +141,11 @@ def test_tables_take_their_place_in_the_docs(name, tmp_path):
 
 
 @pytest.mark.host
-def test_thumbnails_have_a_row_for_each_batch_that_is_compared(tmp_path, run_here):
+def test_strips_have_a_row_for_each_batch_that_is_compared_and_squares_the_stock_run_above(tmp_path, run_here):
     run_here("thumbnails", tmp_path, *SMOKE["thumbnails"])
     compared, plain = (Image.open(tmp_path / f"{name}.jpg") for name in SMOKE["thumbnails"])
-    assert compared.size == (150 + 4 * 192, 3 * 192) and plain.size == (4 * 192, 192)
-    shipped = Image.open(ROOT / "workflows/few_step.jpg")
+    assert compared.size == (150 + 4 * 192, 2 * 192) and plain.size == (4 * 192, 192)
+    shipped = Image.open(ROOT / "web/docs/aligned_schedule.jpg")
     difference = np.abs(np.asarray(compared, np.float32) - np.asarray(shipped, np.float32))
     assert difference.mean() < 4  # JPEG, and another machine's arithmetic
 

@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from templates import TEMPLATES, TITLES, WORKFLOWS
 
 ROOT = Path(__file__).resolve().parents[2]
 IDS = [
@@ -53,7 +55,6 @@ IDS = [
     "AttuneCompare",
     "AttuneDemoPicture",
 ]
-WORKFLOWS = sorted((ROOT / "workflows").glob("*.json"))
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +78,8 @@ def test_every_input_and_output_has_a_tooltip(schemas, node):
 def test_every_node_has_help_and_a_workflow(node):
     page = (ROOT / "web/docs" / f"{node}.md").read_text("utf-8")
     (name,) = re.findall(r"!\[[^]]+\]\((\w+)\.jpg\)", page)
-    assert (ROOT / f"web/docs/{name}.jpg").read_bytes() == (ROOT / f"workflows/{name}.jpg").read_bytes()
-    assert f'"type": "{node}"' in (ROOT / f"workflows/{name}.json").read_text("utf-8")
+    assert (ROOT / f"web/docs/{name}.jpg").stat().st_size > 1000
+    assert f'"type": "{node}"' in WORKFLOWS[name].read_text("utf-8")
     (docs,) = re.findall(r"\[docs/(\w+)\.md\]\(https://github\.com/[\w/-]+/blob/main/docs/\1\.md\)", page)
     assert (ROOT / f"docs/{docs}.md").exists()
     assert len(page) > 300
@@ -117,17 +118,26 @@ def test_the_menu_lists_each_category_once_in_the_order_of_the_list(schemas, hos
     assert len(groups) == len(set(groups)), groups
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
-def test_every_workflow_is_in_ui_format_with_thumbnail_and_tested_prompt(path):
-    workflow = json.loads(path.read_text("utf-8"))
+def test_the_page_offers_at_most_sixteen_templates_in_the_order_of_a_first_visit_each_with_a_square_picture():
+    """The page sorts by title, or not at all; it cuts other pictures."""
+    files = sorted(path.name for path in TEMPLATES.iterdir())
+    assert files == sorted(f"{WORKFLOWS[name].stem}{suffix}" for name in TITLES for suffix in (".json", ".jpg"))
+    assert [name[:2] for name in files[::2]] == [f"{1 + i:02}" for i in range(len(TITLES))] and len(TITLES) <= 16
+    for name in TITLES:
+        assert Image.open(WORKFLOWS[name].with_suffix(".jpg")).size == (384, 384)
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_every_workflow_is_in_ui_format_with_a_tested_prompt(name):
+    workflow = json.loads(WORKFLOWS[name].read_text("utf-8"))
     assert workflow["version"] == 0.4 and workflow["nodes"] and workflow["links"]
-    assert path.with_suffix(".jpg").stat().st_size > 1000
-    assert (ROOT / "tests/prompts" / path.name).exists()
+    assert (ROOT / f"tests/prompts/{name}.json").exists()
 
 
-@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda p: p.stem)
-def test_every_workflow_opens_with_its_note_in_sight(path):
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_every_workflow_opens_with_its_note_in_sight(name):
     """On a screen of 1600 x 900, below the bars; as a whole where its names stay readable. ATTUNE_WRITE=1 sets the view."""
+    path = WORKFLOWS[name]
     workflow = json.loads(path.read_text("utf-8"))
     view = json.loads(json.dumps(view_of(workflow)))
     if os.environ.get("ATTUNE_WRITE"):

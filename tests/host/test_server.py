@@ -13,6 +13,7 @@ import long_run
 import numpy as np
 import pytest
 from PIL import Image
+from templates import TITLES, WORKFLOWS
 
 import pictures
 from nightly import LONG, REPEATED, daily
@@ -118,7 +119,7 @@ def test_a_missing_profile_is_said_before_the_run(dev, server, profile_file):
 
 def test_templates_and_help_are_served(dev, server):
     listed = dev.ask(f"{server.url}/workflow_templates")
-    assert set(listed["ComfyUI-Attune"]) == {path.stem for path in (ROOT / "workflows").glob("*.json")}
+    assert set(listed["ComfyUI-Attune"]) == {WORKFLOWS[name].stem for name in TITLES}
     import urllib.request
 
     for page in (ROOT / "web/docs").glob("*.md"):
