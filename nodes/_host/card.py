@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,28 +76,13 @@ def machine() -> str:
 
 
 def processor() -> str:
-    """The processor as it is sold, where the system says so; else the kind of its instructions."""
+    """The processor as it is sold, where Linux says so; else the kind of its instructions."""
     try:
-        named = {"Linux": _of_linux, "Darwin": _of_mac, "Windows": _of_windows}[platform.system()]()
-    except (KeyError, OSError, ValueError, ImportError, subprocess.SubprocessError):
-        named = ""
+        lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = next((line.partition(":")[2] for line in lines if line.startswith(("model name", "Model"))), "")
     return " ".join(named.split()) or platform.processor() or platform.machine()
-
-
-def _of_linux() -> str:
-    lines = Path("/proc/cpuinfo").read_text("utf-8", errors="replace").splitlines()
-    return next((line.partition(":")[2] for line in lines if line.startswith(("model name", "Model"))), "")
-
-
-def _of_mac() -> str:
-    command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout
-
-
-def _of_windows() -> str:
-    registry: Any = importlib.import_module("winreg")
-    with registry.OpenKey(registry.HKEY_LOCAL_MACHINE, r"HARDWARE\DESCRIPTION\System\CentralProcessor\0") as key:
-        return str(registry.QueryValueEx(key, "ProcessorNameString")[0])
 
 
 def _preview(patcher: Any, latent: Tensor) -> Image.Image:
