@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from comfy_process import ROOT, Host
 from harness import ANY, BATCH, CACHE, Lab, prompt
 from judge import BACKGROUNDS, OBJECTS, corner_colours, load_judge
 from metrics import jackknife, perceptual_distance
-from results import DOCS, Table, record
+from results import DOCS, Table, command_line, record
 
 GROUPS = 4  # of seeds, for the standard errors
 ASSETS = ROOT / ".host" / "training" / "package" / "assets"
@@ -449,7 +449,8 @@ def main() -> None:
             b = Bench(lab, model, args.pictures, args.steps)
             edited, shown = edits(b)
             between, frames = morphs(b, args.pairs)
-            tables += [reconstruction(b), edited, variations(b), between]
+            made = command_line("noise_space")
+            tables += [replace(one, command=made) for one in (reconstruction(b), edited, variations(b), between)]
             below_each_other([grid(shown), grid(frames)]).save(args.out / SHEETS[model], quality=85)
             pictures = [SHEETS[one] for one in SHEETS if any(table.title.startswith(one) for table in tables)]
             record("noise_space", "Editing real pictures in noise space", tables, began, pictures, NOTES, args.out)

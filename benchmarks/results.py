@@ -28,12 +28,14 @@ What the methods are, and which one to use, is on their own pages; here are the 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text and numbers under `columns`; `note` says what a reader must know to read them."""
+    """Rows of text and numbers under `columns`; `note` says what a reader must know to read them, `command` what made
+    them where the page's parts were made by several."""
 
     title: str
     columns: list[str]
     rows: list[list[str | float | int | None]]
     note: str = ""
+    command: str = ""
 
 
 def record(
@@ -52,7 +54,7 @@ def record(
     a test may want from the JSON.
     """
     result = {
-        "name": name, "title": title, "command": _command(name), "date": date.today().isoformat(),
+        "name": name, "title": title, "command": command_line(name), "date": date.today().isoformat(),
         "versions": _versions(), "machine": _machine(), "seconds": round(time.perf_counter() - began, 1),
         "notes": list(notes), "pictures": list(pictures), "tables": [asdict(table) for table in tables], "data": data,
     }  # fmt: skip
@@ -72,9 +74,12 @@ def page(out: Path) -> str:
 def section(result: dict) -> str:
     """One benchmark: what made it, its pictures, its tables."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    made = f"`{result['command']}` · {result['date']} · {result['machine']} · {versions} · {result['seconds']:.0f} s\n"
+    if any(table.get("command") for table in result["tables"]):
+        made = f"In parts, each with its command; the last one on {result['date']} · {result['machine']} · {versions}\n"
     lines = [
         f"\n## {result['title']}\n",
-        f"`{result['command']}` · {result['date']} · {result['machine']} · {versions} · {result['seconds']:.0f} s\n",
+        made,
         *(f"{note}\n" for note in result["notes"]),
         *(f"![{name}]({name})\n" for name in result["pictures"]),
     ]
@@ -85,7 +90,8 @@ def markdown(table: Table) -> str:
     """A Markdown table with its title and note."""
     rows = [table.columns, ["---"] * len(table.columns), *table.rows]
     body = "\n".join("| " + " | ".join(map(_text, row)) + " |" for row in rows)
-    return f"### {table.title}\n\n{body}\n" + (f"\n{table.note}\n" if table.note else "")
+    below = [table.note] * bool(table.note) + [f"`{table.command}`"] * bool(table.command)
+    return "\n\n".join([f"### {table.title}", body, *below]) + "\n"
 
 
 def _text(value: str | float | int | None) -> str:
@@ -99,7 +105,7 @@ def _anchor(title: str) -> str:
     return kept.replace(" ", "-")
 
 
-def _command(name: str) -> str:
+def command_line(name: str) -> str:
     """The command that makes the same figures, without where this run kept its files."""
     words, skip = [], False
     for word in sys.argv[1:]:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from comfy_process import ROOT, Host
 from harness import Lab, prompt
 from judge import BACKGROUNDS, OBJECTS, load_judge
 from metrics import frechet, jackknife, perceptual_distance
-from results import DOCS, Table, record
+from results import DOCS, Table, command_line, record
 
 PARTS = ("films", "long", "regions", "starts")
 ASSETS = ROOT / ".host" / "training" / "package" / "assets"
@@ -437,7 +437,7 @@ def main() -> None:
 
     def keep(part: str, table: Table) -> None:
         """A part is on the page as soon as it is done: an interrupted run keeps what it has."""
-        tables[part] = [table]
+        tables[part] = [replace(table, command=command_line("timestep_fields"))]
         data = {part: [vars(table) for table in tables[part]] for part in PARTS if part in tables}
         figures = [name for name in FIGURES if (args.out / name).exists()]
         flat = [table for part in PARTS for table in tables.get(part, [])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -42,3 +43,12 @@ def test_the_page_holds_every_recorded_benchmark_and_nothing_else(recorded, tmp_
     assert text == page(tmp_path)
     assert text.index("## How right?") < text.index("## How fast?")
     assert "- [How fast?](#how-fast)" in text and "![plot.png](plot.png)" in text and markdown(TABLE) in text
+
+
+def test_parts_of_a_page_name_the_command_of_each(recorded, tmp_path):
+    parts = [replace(TABLE, command="python dev.py bench parts --only 1"), replace(TABLE, title="Size")]
+    record("parts", "In parts", parts, time.perf_counter(), out=tmp_path)
+    text = (tmp_path / "results.md").read_text("utf-8").split("\n## In parts")[1].split("\n## ")[0]
+    head, first, second = text.split("### ")
+    assert "python dev.py" not in head and "In parts, each with its command" in head
+    assert "\nLower is better.\n\n`python dev.py bench parts --only 1`\n" in first and "python dev.py" not in second
