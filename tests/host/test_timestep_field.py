@@ -16,10 +16,17 @@ WAN22 = replace(
     TINY["WAN21_T2V"], settings={**TINY["WAN21_T2V"].settings, "in_dim": 48, "out_dim": 48}, latent=(1, 48, 2, 8, 8)
 )  # its frames under a mask are told 0 and stay without noise
 
+WAN = TINY["WAN21_T2V"]
+CONTROLLED = replace(  # Wan Fun Control: the film that it follows stands beside the noise, in channels of its own
+    WAN, settings={**WAN.settings, "in_dim": 48, "out_dim": 16}, extras={"concat_latent_image": (1, 32, 5, 8, 8)}
+)
+SHALLOW = replace(WAN, settings={**WAN.settings, "num_layers": 2})
+
 
 @pytest.fixture(autouse=True)
-def _wan22(monkeypatch):
+def _more_networks(monkeypatch):
     monkeypatch.setitem(TINY, "WAN22_T2V", WAN22)
+    monkeypatch.setitem(TINY, "WAN21_FunControl2V", CONTROLLED)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +195,132 @@ def test_nothing_is_left_behind(host, networks):
         draw(host, broken, "WAN21_T2V", field(host), latent)
     assert "process_timestep" not in model.model.__dict__
     assert torch.equal(draw(host, model, "WAN21_T2V", stock(host), latent), before)
+
+
+def with_lora(model):
+    """MODEL with a LoRA of rank 2 on a block's attention, by the host's own loader."""
+    import comfy.sd
+
+    generator, name = torch.Generator().manual_seed(5), "diffusion_model.blocks.1.self_attn.q"
+    lora = {
+        f"{name}.lora_down.weight": torch.randn(2, 48, generator=generator),
+        f"{name}.lora_up.weight": torch.randn(48, 2, generator=generator),
+    }
+    return comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)[0]
+
+
+def test_a_lora_acts_as_in_the_stock_run(host, networks):
+    model, latent = networks("WAN21_T2V"), film("WAN21_T2V")
+    adapted, plain = with_lora(model), draw(host, model, "WAN21_T2V", stock(host), latent)
+    want = draw(host, adapted, "WAN21_T2V", stock(host), latent)
+    got = draw(host, adapted, "WAN21_T2V", field(host, preset="free", levels="1", solver="euler"), latent)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    given = draw(host, adapted, "WAN21_T2V", field(host), latent)
+    assert float((given - latent)[:, :, 0].abs().max()) <= 1e-6 and float((want - plain).abs().max()) > 1e-2
+    assert float((given - draw(host, model, "WAN21_T2V", field(host), latent)).abs().max()) > 1e-2
+
+
+def test_a_film_to_follow_acts_as_in_the_stock_run_and_cannot_be_cut(host):
+    family = "WAN21_FunControl2V"
+    model, latent = tiny_network(family), film("WAN21_T2V")
+    want = draw(host, model, family, stock(host), latent)
+    got = draw(host, model, family, field(host, preset="free", levels="1", solver="euler"), latent)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    stairs = {"preset": "staircase", "given_frames": 2}
+    out = draw(host, model, family, field(host, **stairs), latent)
+    assert float((out - latent)[:, :, :2].abs().max()) <= 1e-6
+    with pytest.raises(ValueError, match="the prompt carries pictures for all of it"):
+        draw(host, model, family, field(host, **stairs, window=3), latent)
+
+
+def test_a_controlnet_is_asked_as_in_the_stock_run_and_cannot_be_cut(host, networks, monkeypatch):
+    """None of these networks reads its answer in this host; what is asked is the run's level, not a frame's."""
+    from comfy.controlnet import ControlBase
+
+    asked = []
+
+    class Control(ControlBase):
+        def get_control(self, x_noisy, t, cond, batched_number, transformer_options):
+            asked.append((tuple(x_noisy.shape), [round(float(one), 6) for one in t]))
+            return {}
+
+    plain = conditioning
+    with_control = lambda *of: [
+        [context, {**extras, "control": control, "control_apply_to_uncond": True}] for context, extras in plain(*of)
+    ]
+    control, model, latent = Control(), networks("WAN21_T2V"), film("WAN21_T2V")
+    monkeypatch.setitem(globals(), "conditioning", with_control)
+    draw(host, model, "WAN21_T2V", stock(host), latent)
+    want = asked.copy()
+    asked.clear()
+    draw(host, model, "WAN21_T2V", field(host), latent)
+    assert asked == want and len(want) >= STEPS
+    with pytest.raises(ValueError, match=r"the prompt carries pictures for all of it \(ControlNet\)"):
+        draw(host, model, "WAN21_T2V", field(host, preset="staircase", window=3), latent)
+
+
+@pytest.mark.nightly  # compiled networks of our own: test_propagation_transformer.py
+def test_a_compiled_network_draws_the_same_film(host, monkeypatch):
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    monkeypatch.setitem(TINY, "WAN21_T2V", SHALLOW)
+    model, graphs = tiny_network("WAN21_T2V"), []
+    compiled, sampler, latent = model.clone(), field(host, preset="staircase", window=3, overlap=1), film("WAN21_T2V")
+    set_torch_compile_wrapper(compiled, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    got = draw(host, compiled, "WAN21_T2V", sampler, latent, steps=2)
+    torch.compiler.reset()
+    want = draw(host, model, "WAN21_T2V", sampler, latent, steps=2)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    assert 1 <= len(graphs) <= 2  # whatever the levels are
+
+
+def test_without_guidance_a_step_is_one_film_through_the_network(host, networks):
+    calls, model, latent = [], networks("WAN21_T2V"), film("WAN21_T2V")
+    out = draw(host, told_to(model, calls), "WAN21_T2V", field(host), latent, cfg=1.0)
+    assert [told.shape for _, told, _ in calls] == [(1, 5)] * STEPS and float(
+        (out - latent)[:, :, 0].abs().max()
+    ) <= 1e-6
+    want = draw(host, model, "WAN21_T2V", stock(host), latent, cfg=1.0)
+    got = draw(host, model, "WAN21_T2V", field(host, preset="free", levels="1", solver="euler"), latent, cfg=1.0)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+def test_two_films_in_a_batch_are_what_each_is_alone(host, networks):
+    model, pair = networks("WAN21_T2V"), torch.cat([film("WAN21_T2V", seed=1), film("WAN21_T2V", seed=2)])
+    noise = torch.randn(1, *pair.shape[1:], generator=torch.Generator().manual_seed(3)).expand(2, -1, -1, -1, -1)
+    given_noise = lambda n: type("Noise", (), {"seed": 3, "generate_noise": lambda self, latent: noise[:n].clone()})()
+    (sigmas,) = host.call("BasicScheduler", model=model, scheduler="simple", steps=STEPS, denoise=1.0)
+    positive, negative = conditioning("WAN21_T2V", 1), conditioning("WAN21_T2V", 2)
+    (guider,) = host.call("CFGGuider", model=model, positive=positive, negative=negative, cfg=3.0)
+
+    def drawn(latent):
+        return host.call(
+            "SamplerCustomAdvanced", noise=given_noise(len(latent)), guider=guider,
+            sampler=field(host, preset="staircase", window=4, overlap=2), sigmas=sigmas, latent_image={"samples": latent},
+        )[0]["samples"]  # fmt: skip
+
+    both, each = drawn(pair), torch.cat([drawn(one) for one in pair.split(1)])
+    torch.testing.assert_close(both, each, rtol=0, atol=1e-5 * float(each.abs().max()))
+    assert float((both - pair)[:, :, 0].abs().max()) <= 1e-6 and not torch.equal(both[0], both[1])
+
+
+def test_stop_ends_the_run_at_the_next_call_and_leaves_nothing(host, networks):
+    import comfy.model_management as management
+
+    model, latent, calls = networks("WAN21_T2V"), film("WAN21_T2V"), []
+    before, stopped = draw(host, model, "WAN21_T2V", field(host), latent), model.clone()
+
+    def press(executor, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            management.interrupt_current_processing(True)
+        return executor(*args, **kwargs)
+
+    stopped.add_wrapper_with_key("diffusion_model", "test", press)
+    with pytest.raises(management.InterruptProcessingException):
+        draw(host, stopped, "WAN21_T2V", field(host), latent)
+    assert len(calls) == 2 and "process_timestep" not in model.model.__dict__
+    assert torch.equal(draw(host, model, "WAN21_T2V", field(host), latent), before)
 
 
 def test_a_film_takes_frames_at_its_ends_and_comes_apart(host):
