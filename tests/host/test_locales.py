@@ -82,7 +82,7 @@ def schemas(host):
 
 
 def test_the_languages_are_those_promised():
-    assert set(BOOKS) == {"de", "es", "fr", "ja", "zh"}
+    assert set(BOOKS) == {"de", "es", "fr", "ja", "ko", "pt-BR", "ru", "zh", "zh-TW"}  # as the page names them
     assert {path.name for path in LOCALES.iterdir() if path.is_dir()} == {"en", *BOOKS}
 
 
@@ -119,6 +119,22 @@ def test_titles_are_told_apart_and_inputs_of_one_node_too(schemas, language):
     for name, node in nodes.items():
         names = Counter(socket["name"] for socket in node["inputs"].values())
         assert max(names.values()) == 1, (name, names)
+
+
+SCRIPTS = {  # letters that a text of this language cannot do without
+    "ja": "[\u3040-\u30ff\u4e00-\u9fff]",
+    "ko": "[\uac00-\ud7a3]",
+    "ru": "[\u0400-\u04ff]",
+    "zh": "[\u4e00-\u9fff]",
+    "zh-TW": "[\u4e00-\u9fff]",
+}
+
+
+@pytest.mark.parametrize("language", BOOKS)
+def test_every_text_is_written_in_its_language(language):
+    letters = re.compile(SCRIPTS.get(language, "."))
+    texts = BOOKS[language]["texts"]
+    assert [said for text, said in texts.items() if said == text or not letters.search(said)] == []
 
 
 def kept(text: str, options: list[str], book: dict) -> list[str]:
