@@ -23,7 +23,7 @@ NAMES = (  # of weights in the networks of the field
     (OUTER, r"^(input_blocks\.0|out|conv_in|conv_out|x_embedder|img_in|final_layer|patch_embedding|head|proj_out)\."),
     (OUTER, r"^(pos_embed$|(context_embedder|txt_in|vector_in|y_embedder|label_emb|cap_embedder|text_embedding)\.)"),
 )
-NUMBERED = re.compile(r"^(\w*(?:blocks|layers))\.(\d+)\.")
+NUMBERED = r"(\w*(?:blocks|layers))\.(\d+)\."
 
 
 def sensitive_part(name: str, dimensions: int) -> str:
@@ -39,7 +39,7 @@ def outermost(names: Sequence[str]) -> set[str]:
 
     A UNet's first input block is its first layer and no block here.
     """
-    places = {name: (found[1], int(found[2])) for name in names if (found := NUMBERED.match(name))}
+    places = {name: (found[1], int(found[2])) for name in names if (found := re.match(NUMBERED, name))}
     inner = [place for name, place in places.items() if sensitive_part(name, 2) != OUTER]
     if not inner:
         return set()

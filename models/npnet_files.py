@@ -25,9 +25,7 @@ SAFE, PICKLED = (".safetensors", ".sft"), (".pth", ".pt")
 LARGEST_FILE = 1 << 30  # bytes; the published ones have 122 MB
 MOST_NAMES = 2000  # weights in a file; the published ones have 203
 VERSION = 1  # of the metadata below
-UNUSED = re.compile(
-    r"unet_svd\.bn\.|unet_embedding\.swin\.head\.|.*\.(attn_mask|relative_position_index)$|.*num_batches_tracked$"
-)
+UNUSED = r"unet_svd\.bn\.|unet_embedding\.swin\.head\.|.*\.(attn_mask|relative_position_index)$|.*num_batches_tracked$"
 SWIN = "unet_embedding.swin."
 NEEDED = (  # what the shape of the network is read from
     "alpha", "beta", "text_embedding.linear.weight", "unet_svd.mlp1.0.weight", "unet_svd.mlp2.0.weight",
@@ -71,7 +69,7 @@ def load_npnet(path: Path) -> NPNetFile:
         # A copy: tensors that point into a file lie where it put them, and the place in memory moves the last bit.
         weights = {ours: _numbers(path.name, ours, content.read(theirs)) for ours, theirs in names.items()}
     net.load_state_dict(weights, assign=True)
-    return NPNetFile(net.eval().requires_grad_(False), path.name, content.facts)
+    return NPNetFile(net.train(False).requires_grad_(False), path.name, content.facts)
 
 
 def read_config(path: Path) -> tuple[NPNetConfig, Mapping[str, str]]:
@@ -183,7 +181,7 @@ def published_names(names: list[str]) -> dict[str, str]:
     """Our name -> the file's, for every weight that inference uses, from any of the known layouts."""
     prefix = next((p for p in ("module.", "npnet.") if names and all(n.startswith(p) for n in names)), "")
     found = {n.removeprefix(prefix).replace("embeeding.", "text_embedding.", 1): n for n in names}
-    found = {ours: theirs for ours, theirs in found.items() if not UNUSED.match(ours)}
+    found = {ours: theirs for ours, theirs in found.items() if not re.match(UNUSED, ours)}
     stages = {int(m[1]) for n in found if (m := re.match(rf"{re.escape(SWIN)}layers\.(\d{{1,2}})\.", n))}
     old = f"{SWIN}layers.0.downsample." in " ".join(found)  # before timm 0.8 a stage ended with its downsampling
     if old and not any(n.startswith(f"{SWIN}layers.{max(stages)}.downsample.") for n in found):

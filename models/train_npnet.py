@@ -222,7 +222,7 @@ class NPNetTraining(Training):
     @torch.no_grad()
     def _measure(self) -> float:
         """The mean square error on the held-out prompts."""
-        self.network.eval()
+        self.network.train(False)
         found = torch.zeros(2, dtype=torch.float64)
         for path in self.pairs.paths:
             shard = load_shard(path)

@@ -83,7 +83,7 @@ class Training:
     def result(self) -> nn.Module:
         """The network with the kept weights, for inference: its training ends here."""
         self.network.load_state_dict(self.kept)
-        return self.network.eval().requires_grad_(False)
+        return self.network.train(False).requires_grad_(False)
 
     def save(self, path: Path) -> None:
         """Everything that `resume` needs, as safetensors; whole or not at all."""

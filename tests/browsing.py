@@ -26,7 +26,7 @@ READY = "() => window.app?.graph && window.LiteGraph?.registered_node_types?.['A
 
 def open_page(browser, url: str, **settings):
     page = browser.new_page(viewport={"width": 1600, "height": 900}, **settings)
-    page.goto(url)
+    page.goto(url, timeout=120_000)
     page.wait_for_function(READY, timeout=120_000)
     return page
 

@@ -78,7 +78,7 @@ def load_module(path: Path, latent_space: str, dtype: str, prediction: str, head
     )
     network.dtype = kept
     patcher = comfy.model_patcher.ModelPatcher(
-        network.eval().requires_grad_(False), device, comfy.model_management.unet_offload_device()
+        network.train(False).requires_grad_(False), device, comfy.model_management.unet_offload_device()
     )
     runs = comfy.model_management.unet_manual_cast(kept, device) or kept
     return Module(

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-BEHIND = re.compile(r"[\s,;]+")
+BEHIND = r"[\s,;]+"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def _numbers(value: Any) -> Iterable[float]:
         for one in value:
             yield from _numbers(one)
     elif isinstance(value, str):
-        yield from map(_number, filter(None, BEHIND.split(value.strip())))
+        yield from map(_number, filter(None, re.split(BEHIND, value.strip())))
     elif hasattr(value, "__float__"):  # numpy's numbers
         yield float(value)
     else:
