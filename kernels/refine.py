@@ -15,7 +15,8 @@ from torch import Tensor
 from .space import NoiseSpace
 from .types import Sigmas
 
-RHO = 7.0  # of Karras et al. 2022 (arXiv 2206.00364), for the way down from Resfusion's start
+RHO = 7.0  # of Karras et al. 2022 (arXiv 2206.00364), for the way down from a start
+EDGE = 0.564604  # tan(theta) of cos^4 - 4 cos^3 + 8 cos^2 = 4: noise over signal at the edge of what a picture lost
 
 
 def crossing(space: NoiseSpace) -> float:
@@ -29,7 +30,11 @@ def crossing(space: NoiseSpace) -> float:
 
 def resfusion(steps: int, space: NoiseSpace, lowest: float) -> Tensor:
     """Ratios [steps+1] from the crossing to `lowest` along Karras' curve, then 0; the paper has its training levels."""
-    highest = crossing(space)
+    return down_from(crossing(space), steps, lowest)
+
+
+def down_from(highest: float, steps: int, lowest: float) -> Tensor:
+    """Ratios [steps+1] from `highest` to `lowest` along Karras' curve, then 0."""
     low, high = min(lowest, 0.5 * highest) ** (1 / RHO), highest ** (1 / RHO)
     return _then_zero(torch.linspace(high, low, steps, dtype=torch.float64) ** RHO)
 
@@ -90,3 +95,14 @@ def signal_to_noise(r: float, side: int) -> Callable[[float], float]:
 def kept_up_to(r: float, side: int) -> float:
     """Cycles a side up to which such a picture is stronger than noise of ratio r: coarser detail is kept."""
     return math.sqrt(power_per_mode(side)) / r
+
+
+def start_for_detail(finest: float, side: int) -> float:
+    """The ratio from which a picture that lost all detail finer than `finest` latent pixels is best drawn on.
+
+    For Gaussian pictures of 1/f amplitude and the exact probability flow. At a frequency of power P, with tan(theta) =
+    r / sqrt(P), a run from r moves what the picture kept by 2 (1 - cos theta) P in the mean square, and what it draws
+    for what was lost has a squared 2-Wasserstein distance of (1 - sin theta)^2 P from what belongs there. Over all
+    frequencies the sum is least where both are the same at the edge, half a cycle to `finest` pixels.
+    """
+    return EDGE * kept_up_to(side / (2 * finest), side)

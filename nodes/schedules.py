@@ -15,10 +15,9 @@ from ._host.identity import identify, sampled
 from ._host.sampling import run_stock_node, sample, scheduler_names
 from ._host.solvers import sampler_names
 from ._plan.fitted_sampler import NOT_FAST, USES, Wish
-from ._plan.makers import Sampled
-from ._plan.named_schedules import AUTO, of_auto, schedule, schedule_names
+from ._plan.named_schedules import AUTO, DETAIL, of_auto, schedule, schedule_names
 from ._plan.profile_on_model import apply_profile, listed
-from ._plan.refine import REFINE
+from ._plan.refine import REFINES
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/schedules"
@@ -35,8 +34,9 @@ SCHEDULE_TIP = (
     "1.4 puts more steps at high noise, 0.5 at low noise. tuned for …: fitted to a demo model and this sampler, the "
     "nearest number of steps. Turbo, distilled, Lightning …: the makers' own levels for such a model; another family "
     "is refused. by latent dimensions: flow models whose maker states no shift. refine …: for runs that start from a "
-    "blurred, small or noisy picture, at the level of its authors; the node says which denoise that is. Files: your "
-    "profiles in models/attune, their schedule only; Attune Apply Profile also applies their timestep alignment."
+    "blurred, small or noisy picture, at its authors' level, or by 'detail'; the node says which denoise that is. "
+    "Files: your profiles in models/attune, their schedule only; Attune Apply Profile also applies their timestep "
+    "alignment."
 )
 
 
@@ -58,11 +58,19 @@ def _schedule():
     return io.Combo.Input("schedule", options=names, default="auto", tooltip=SCHEDULE_TIP)
 
 
-def _levels(node: type[io.ComfyNode], model, steps: int, denoise: float, name: str, latent: dict | None):
+def _detail():
+    return io.Float.Input(
+        "detail", default=DETAIL, min=0.5, max=4096.0, step=0.5, optional=True,
+        tooltip="For 'refine: by detail': detail finer than so many pixels is drawn anew, coarser detail is kept. How "
+        "many times a picture was enlarged, or over how many pixels a blur smears its edges.",
+    )  # fmt: skip
+
+
+def _levels(node: type[io.ComfyNode], model, steps: int, denoise: float, name: str, latent: dict | None, detail: float):
     """The SIGMAS, with one line in the log on what was chosen."""
     if (known := _known(name)) is not True:
         raise ValueError(known)
-    made = Sampled() if latent is None else sampled(model, latent)
+    made = sampled(model, latent)
     about = identify(model)
     if has_profile(name):
         applied = apply_profile(
@@ -75,8 +83,8 @@ def _levels(node: type[io.ComfyNode], model, steps: int, denoise: float, name: s
         (sigmas,) = run_stock_node("BasicScheduler", model=model, scheduler=stock, steps=steps, denoise=denoise)
         said = f"no schedule is published for {about.family}: the stock '{stock}', as in a stock KSampler"
     else:
-        sigmas, said = schedule(name, about, steps, denoise, made)
-    if name in REFINE:
+        sigmas, said = schedule(name, about, steps, denoise, made, detail)
+    if name in REFINES:
         said += f"; as 'denoise' {matching_denoise(model, sigmas[0]):.2f} of the stock schedule 'simple'"
     size = "" if made.size is None else f", picture {size_text(made.size)}"
     levels = f"{len(sigmas) - 1} steps: {listed(sigmas)}" if len(sigmas) else (
@@ -116,6 +124,7 @@ class AttuneScheduler(io.ComfyNode):
                     "latent", optional=True,
                     tooltip="The latent to sample: schedules that depend on the picture's size take it from here.",
                 ),
+                *advanced(_detail()),
             ],
             outputs=[
                 io.Sigmas.Output(display_name="sigmas", tooltip="steps + 1 noise levels, from the first one to 0.")
@@ -127,8 +136,8 @@ class AttuneScheduler(io.ComfyNode):
         return schedule is None or _known(schedule)  # None: linked, not known yet, or missing, which the host says
 
     @classmethod
-    def execute(cls, model, steps, denoise, schedule, latent=None) -> io.NodeOutput:
-        return io.NodeOutput(_levels(cls, model, steps, denoise, schedule, latent))
+    def execute(cls, model, steps, denoise, schedule, latent=None, detail=DETAIL) -> io.NodeOutput:
+        return io.NodeOutput(_levels(cls, model, steps, denoise, schedule, latent, detail))
 
 
 class AttuneKSampler(io.ComfyNode):
@@ -164,7 +173,8 @@ class AttuneKSampler(io.ComfyNode):
                         tooltip="off: every picture is made in full. The other choices are those of 'use' in Attune "
                         "Fast Sampler, with 10 evaluations: the first picture is made in full and learned from, and "
                         "the next ones are fast.",
-                    )
+                    ),
+                    _detail(),
                 ),
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The denoised latent.")],
@@ -184,9 +194,9 @@ class AttuneKSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, seed, steps, cfg, sampler_name, schedule, positive, negative, latent_image, denoise=1.0,
-        fast=NOT_FAST,
+        fast=NOT_FAST, detail=DETAIL,
     ) -> io.NodeOutput:  # fmt: skip
-        sigmas = _levels(cls, model, steps, denoise, schedule, latent_image)
+        sigmas = _levels(cls, model, steps, denoise, schedule, latent_image, detail)
         given = (model, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
         return io.NodeOutput(
             sample(*given) if fast == NOT_FAST else sample(*given, through=fast_for(cls, Wish(fast), "fast", draw_card))

@@ -23,7 +23,7 @@ from pack.nodes._plan.named_schedules import (
     schedule_names,
     tuned_profiles,
 )
-from pack.nodes._plan.refine import REFINE
+from pack.nodes._plan.refine import REFINES
 
 SD15 = ModelIdentity(("SD15",), "ve", 0.0292, 14.6146)
 SDXL = ModelIdentity(("SSD1B", "SDXL"), "ve", 0.0292, 14.6146)
@@ -35,7 +35,7 @@ def test_the_list_starts_with_auto_and_has_every_profile_and_closed_form():
     fitted = len(published_profiles()) + len(CLOSED_FORMS) + 1
     assert schedule_names()[0] == "auto" and sorted(schedule_names()[fitted : fitted + 3]) == tuned
     assert schedule_names()[1:fitted] == [*published_profiles(), *CLOSED_FORMS]
-    assert schedule_names()[fitted + 3 :] == [*named_makers(), BY_DIMENSIONS, *REFINE]
+    assert schedule_names()[fitted + 3 :] == [*named_makers(), BY_DIMENSIONS, *REFINES]
 
 
 @pytest.mark.parametrize(("model", "name"), [(SD15, "AYS SD 1.5"), (SDXL, "AYS SDXL")])

@@ -172,16 +172,14 @@ def pixels(model, latent: dict) -> tuple[int, int] | None:
     return sampled(model, latent).size
 
 
-def sampled(model, latent: dict) -> Sampled:
-    """What of a LATENT is sampled: an empty one of another ratio is resized by the host first."""
-    if is_nested(latent["samples"]):
-        return Sampled()
+def sampled(model, latent: dict | None) -> Sampled:
+    """What of a LATENT, or of none, is sampled: an empty one of another ratio is resized by the host first."""
+    latent_format = model.get_model_object("latent_format")
+    if latent is None or is_nested(latent["samples"]):
+        return Sampled(cell=pixels_a_side(latent_format))
     shape = as_sampled(model, latent).shape
-    return Sampled(
-        pixels_of(model.get_model_object("latent_format"), shape),
-        shape[2] if len(shape) == 5 else 1,
-        math.prod(shape[1:]),
-    )
+    frames = shape[2] if len(shape) == 5 else 1
+    return Sampled(pixels_of(latent_format, shape), frames, math.prod(shape[1:]), pixels_a_side(latent_format))
 
 
 def as_sampled(model, latent: dict) -> Tensor:

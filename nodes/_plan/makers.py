@@ -50,11 +50,17 @@ SAME_SHIFT = 0.005  # shifts that differ by less, relative, are the same
 @dataclass(frozen=True)
 class Sampled:
     """What a LATENT tells of what is sampled: the picture's size in pixels, None where it is none or is not known; its
-    latent frames; how many numbers it has."""
+    latent frames; how many numbers it has; how many pixels one of the latent is wide."""
 
     size: Size | None = None
     frames: int = 1
     dimensions: int = 0
+    cell: int = 8
+
+    @property
+    def side(self) -> int | None:
+        """Of the latent, were it a square."""
+        return None if self.size is None else max(round(math.sqrt(math.prod(self.size)) / self.cell), 2)
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from ...models.calibration import SCHEDULE, Calibration, ModelIdentity, Size, mi
 from ...models.makers import Published, published_for, shipped_makers
 from ...models.store import shipped_profiles
 from .makers import BY_DIMENSIONS, Sampled, by_dimensions, makers_schedule, named_makers
-from .refine import REFINE, refine_schedule
+from .refine import REFINES, refine_schedule
 
 AUTO = "auto"
+DETAIL = 8.0  # pixels of the picture
 NO_SIGNAL = 500  # sigma_max of models without signal at their first timestep: CogVideoX, zsnr in ModelSamplingDiscrete
 TUNED = "tuned for "  # and a sampler: the shipped fit for it nearest in steps
 CLOSED_FORMS = {  # name -> the data's standard deviation c, in units of the latent
@@ -39,7 +40,7 @@ def tuned_profiles() -> list[Calibration]:
 def schedule_names() -> list[str]:
     solvers = dict.fromkeys(one.solver for one in tuned_profiles())
     tuned = (TUNED + solver for solver in solvers)
-    return [AUTO, *published_profiles(), *CLOSED_FORMS, *tuned, *named_makers(), BY_DIMENSIONS, *REFINE]
+    return [AUTO, *published_profiles(), *CLOSED_FORMS, *tuned, *named_makers(), BY_DIMENSIONS, *REFINES]
 
 
 def of_auto(model: ModelIdentity, size: Size | None = None) -> Calibration | Published | None:
@@ -55,18 +56,20 @@ def schedule(
     steps: int,
     denoise: float = 1.0,
     sampled: Sampled = Sampled(),  # noqa: B008
+    detail: float = DETAIL,
 ) -> tuple[Sigmas, str]:
     """The levels of the schedule called `name`, float32 [steps+1] ending in 0, and one sentence on what was chosen.
 
     `denoise` below 1 keeps the last `steps` steps of a longer run; at 0 there is none and the tensor is empty.
     `sampled` lets "auto" choose between profiles of one family, and makers' schedules move with the picture's size.
+    `detail`, in pixels, is for "refine: by detail".
     Raises ValueError with the choices on screen when the schedule is unknown or does not fit the model.
     """
     one = of_auto(model, sampled.size) if name == AUTO else shipped_makers().get(name)
     if isinstance(one, Published):
         sigmas, said = makers_schedule(one, model, steps, denoise, sampled)
-    elif name in REFINE:
-        sigmas, said = refine_schedule(name, model, steps, denoise)
+    elif name in REFINES:
+        sigmas, said = refine_schedule(name, model, steps, denoise, sampled, detail)
     elif name == BY_DIMENSIONS:
         sigmas, said = by_dimensions(model, steps, denoise, sampled)
     elif name in CLOSED_FORMS:

@@ -11,8 +11,8 @@ def flow(host):
     return host.call("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")[0]
 
 
-def refine(host, model, name, steps=15, denoise=1.0):
-    return host.call("AttuneScheduler", model=model, steps=steps, denoise=denoise, schedule=name)[0]
+def refine(host, model, name, steps=15, denoise=1.0, **more):
+    return host.call("AttuneScheduler", model=model, steps=steps, denoise=denoise, schedule=name, **more)[0]
 
 
 def test_the_node_tells_the_denoise_that_starts_at_the_same_level(host, demo, flow, caplog):
@@ -51,3 +51,37 @@ def test_the_plot_of_what_is_kept(host, demo, flow):
         plot(sigmas_1=sigmas, show="detail kept")
     with pytest.raises(ValueError, match="set 'denoise' to 1"):
         refine(host, flow, "refine: ResShift", denoise=0.4)
+
+
+def test_a_start_by_detail_is_the_same_corruption_on_every_model_and_at_every_size(host, demo, flow, caplog):
+    """Nearly so: the power of a picture is shared by more frequencies where it is larger."""
+
+    def start(model, detail, side=512, channels=4):
+        latent = {"samples": torch.zeros(1, channels, side // 8, side // 8)}
+        sigmas = refine(host, model, "refine: by detail", detail=detail, latent=latent)
+        assert len(sigmas) == 16 and sigmas[-1] == 0 and (sigmas.diff() < 0).all()
+        return float(sigmas[0])
+
+    eps, shifted = start(demo[0], 16.0), start(flow, 16.0, channels=16)
+    assert shifted / (1 - shifted) == pytest.approx(eps, rel=1e-3)
+    assert start(demo[0], 32.0) == pytest.approx(2 * eps, rel=1e-3)
+    assert 0.85 * eps < start(demo[0], 16.0, side=1024) < eps < start(demo[0], 16.0, side=256) < 1.25 * eps
+    with caplog.at_level("INFO"):
+        unknown = refine(host, demo[0], "refine: by detail", detail=16.0)
+    assert float(unknown[0]) == pytest.approx(eps, rel=1e-3)  # without a latent a picture of 512 pixels
+    assert "draws detail finer than 16 pixels anew" in caplog.text and "as 'denoise'" in caplog.text
+    assert start(flow, 4096.0, channels=16) < 1
+
+
+def test_the_ksampler_takes_the_detail_too(host, flow, encode):
+    latent = {"samples": torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(1))}
+    given = {"model": flow, "steps": 3, "cfg": 1.0, "positive": encode("a cat"), "negative": []}
+
+    def change(detail):
+        out = host.call(
+            "AttuneKSampler", **given, seed=1, sampler_name="euler", schedule="refine: by detail", latent_image=latent,
+            denoise=1.0, detail=detail,
+        )[0]["samples"]  # fmt: skip
+        return float((out - latent["samples"]).square().mean())
+
+    assert change(2.0) < 0.5 * change(32.0)
