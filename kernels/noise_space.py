@@ -179,8 +179,8 @@ def _check_held(*parts: Tensor) -> None:
     if not all(bool(part.isfinite().all()) for part in parts):
         kept = str(parts[0].dtype).removeprefix("torch.")
         raise ValueError(
-            f"The noise maps hold numbers that are too large for {kept}, or the model gave some that are none. Keep "
-            "the maps in float32, and look at what the model draws without them."
+            f"The noise maps hold numbers that are too large for {kept}, or the model gave values that are not "
+            "numbers. Keep the maps in float32, and look at what the model draws without them."
         )
 
 

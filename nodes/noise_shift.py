@@ -228,11 +228,11 @@ def _sources(pictures, positive) -> list[str]:
     said = []
     if pictures is None:
         said.append(
-            f"No pictures given: the model draws its own at the native size, {STEPS} steps each. Weaker evidence: its "
-            "faults count as truth."
+            f"No pictures are given, so the model draws its own at the native size, {STEPS} steps each. That is weaker "
+            "evidence, because its faults count as truth."
         )
     if positive is None:
-        said.append("No 'positive' given: the text is zeroed.")
+        said.append("No 'positive' is given, so the text is zeroed.")
     return said
 
 

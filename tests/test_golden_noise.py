@@ -150,7 +150,7 @@ def test_a_damaged_network_is_named(net):
     broken = npnets.seeded(npnets.TINY)
     broken.alpha.fill_(float("nan"))
     x, text = npnets.tiny_inputs()
-    with pytest.raises(ValueError, match="non-finite noise"):
+    with pytest.raises(ValueError, match="noise that is not finite"):
         golden_noise(broken, x, [text], GoldenSettings())
 
 

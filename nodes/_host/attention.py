@@ -137,7 +137,8 @@ def errors_of(model: Any, run: Callable[[Any], Tensor], kernel: str, sigmas: Ten
     end = run(patched)
     if not ran.calls:
         raise ValueError(
-            f"This MODEL ({type(model.model).__name__}) asks for no attention that can be replaced: nothing to fit."
+            f"This MODEL ({type(model.model).__name__}) asks for no attention that can be replaced, so there is "
+            "nothing to fit."
         )
     return end, errors
 

@@ -238,8 +238,8 @@ class _Run:
                 self.sampler.note(name, known)
                 return end
             self.sampler.say(
-                f"A full run of {len(self.sigmas) - 1} steps: the short one of '{name}' bends {far:.1f} times as much "
-                "as on the picture that it was learned from, and is not trusted here."
+                f"A full run of {len(self.sigmas) - 1} steps: the corrections of the short run '{name}' are {far:.1f} "
+                "times as large as on the picture that it was learned from, so it is not trusted here."
             )
             self.sampler.note(FULL_RUN)
             return self._whole(self.guider)
@@ -368,7 +368,9 @@ class _Run:
         if self.mask is not None:
             return "Nothing is learned from a run with a mask."
         if path is None:
-            return "It was too large to be recorded, or passed some of its levels by: nothing is learned from it."
+            return (
+                "The run was too large to be recorded, or it left out some of its levels: nothing is learned from it."
+            )
         if short is not None and known is not None:
             self.sampler.progress(f"Checking the short run, {duration(short.run.steps * seconds / self._calls)}")
             levels = torch.tensor(short.run.sigmas)
@@ -381,7 +383,7 @@ class _Run:
         self.asked = 0.0
         runs, end = self._learned(path, scene.identity.noise_space, seconds / self._calls)
         if end is None:
-            return "It has no more steps than the short run that is asked for."
+            return "The run has no more steps than the short run that is asked for."
         each = self.asked / (2 * sum(one.run.steps for one in runs))
         made, best = fitted_sampler(scene.identity, scene.planned, runs, known), max(runs, key=lambda one: one.psnr)
         file = None if known is None else profile_path(name)

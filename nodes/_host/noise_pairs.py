@@ -128,8 +128,8 @@ def stack(encoded: list[tuple[str, tuple[Tensor, dict]]]) -> tuple[Tensor, Tenso
     if len(lengths) > 1:
         longest = shortened(lengths[max(lengths)], 80)
         raise ValueError(
-            f"The prompts have different numbers of tokens ({', '.join(map(str, sorted(lengths)))}): shorten such as "
-            f"'{longest}'."
+            f"The prompts have different numbers of tokens ({', '.join(map(str, sorted(lengths)))}): shorten prompts "
+            f"such as '{longest}' until all have as many."
         )
     tokens, extras = zip(*(one for _, one in encoded), strict=True)
     pooled = [extra.get("pooled_output") for extra in extras]

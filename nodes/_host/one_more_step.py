@@ -91,8 +91,9 @@ def check_model(model) -> None:
     top = highest_noise(model.get_model_object("model_sampling"), type(model.model).__name__)
     if top > SMALL_EFFECT:
         LOG.warning(
-            "Attune One More Step: terminal SNR %.1e, it will have little effect: the share of the missing trace in "
-            "the brightness of 1024 x 1024 pixels is %.2g of the noise (76.7 for SDXL).", top**-2, 128**2 / top**2,
+            "Attune One More Step: this model's terminal SNR is %.1e, so the node will have little effect. What the "
+            "start lacks in the brightness of 1024 x 1024 pixels is %.2g of the noise (for SDXL it is 76.7).",
+            top**-2, 128**2 / top**2,
         )  # fmt: skip
 
 

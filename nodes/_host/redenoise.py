@@ -48,7 +48,8 @@ class Redenoise(Start):
     def check(self, positive: list | None) -> None:
         if not positive:
             raise ValueError(
-                f"{WHO} asks the model: connect 'positive' and 'negative' of Attune Noise, as the guider's."
+                f"{WHO} calls the model, which needs prompts: connect those of the guider to 'positive' and 'negative' "
+                "of Attune Noise, too."
             )
 
     def objection(self, run: StartingRun) -> str | None:
@@ -66,7 +67,7 @@ class Redenoise(Start):
         gap = guidance_gap(run.guider, self.strong_cfg, self.weak_cfg)
         if self.evaluate == "first level" and noise_space(run.sampling).kind == "flow":
             raise ValueError(
-                f"{WHO}: 'first level' is arithmetic of SD and SDXL; this is a flow model. Set 'evaluate_at' to "
+                f"{WHO}: 'first level' is for SD and SDXL alone, but this is a flow model. Set 'evaluate_at' to "
                 "'next level'."
             )
 
@@ -126,8 +127,8 @@ def guider_of(denoise: Any) -> Any:
         found = getattr(found, "inner_model", None)
     if found is None:
         raise ValueError(
-            f"{WHO}: what wraps its SAMPLER hides the guider, and with it the guidance. Connect the sampler of {WHO} "
-            "to SamplerCustom or SamplerCustomAdvanced without that wrapper."
+            f"{WHO}: another node wraps its SAMPLER and hides the guider, and with it the guidance. Connect the "
+            f"sampler of {WHO} to SamplerCustom or SamplerCustomAdvanced without that node."
         )
     return found
 
@@ -151,7 +152,7 @@ def guidance_gap(guider: Any, strong_cfg: float, weak_cfg: float) -> str:
     if not distilled and not guider.conds.get("negative"):
         raise ValueError(
             f"{WHO}: this guider has no negative conditioning, so strong and weak guidance are the same. Use CFGGuider "
-            "or KSampler, with Attune Noise connect 'negative'; for Flux, set the guidance with FluxGuidance."
+            "or KSampler. With Attune Noise, connect 'negative'. For Flux, set the guidance with FluxGuidance."
         )
     strong = strong_cfg or (None if distilled else getattr(guider, "cfg", None))
     if strong is not None and strong <= weak_cfg:

@@ -59,19 +59,19 @@ def solver_of(sampler, model) -> Solver:
     name, sampling = solver_name(sampler), model.get_model_object("model_sampling")
     if takes_latents_unscaled(sampling):
         raise ValueError(
-            f"This MODEL ({type(model.model).__name__}) is for the sampler that was made for it alone (VOID Sampler), "
-            "and nothing can be fitted to that one. Take its levels from Attune Scheduler."
+            f"This MODEL ({type(model.model).__name__}) runs with the sampler that was made for it alone (VOID "
+            "Sampler), and nothing can be fitted to that sampler. Take its levels from Attune Scheduler."
         )
     if name == "lcm" or is_distilled(sampling):
         raise ValueError(
-            "LCM, Turbo and Lightning models jump to the picture: there is no path that more steps would follow more "
-            "closely, and so nothing to fit. Use the steps and the scheduler that their makers give."
+            "LCM, Turbo and Lightning models jump straight to the picture. There is no path that more steps would "
+            "follow more closely, so there is nothing to fit. Use the steps and the scheduler that their makers give."
         )
     name, facts = known(sampler, "A fit")
     if facts.own_levels:
         raise ValueError(
-            f"The sampler '{name}' chooses its noise levels itself and ignores a schedule's inner ones. Choose another "
-            "one in 'sampler', such as 'dpmpp_2m' or 'euler'."
+            f"The sampler '{name}' chooses its own noise levels and ignores those of a schedule between its ends. "
+            "Choose another one in 'sampler', such as 'dpmpp_2m' or 'euler'."
         )
     if not adds_noise(sampler):
         return Solver(name, name, sampler, facts)

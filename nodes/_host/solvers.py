@@ -36,8 +36,8 @@ def known(sampler: Any, what: str) -> tuple[str, SolverFacts]:
     if name not in SOLVERS:
         fitting = [one for one in sampler_names() if one in SOLVERS]
         raise ValueError(
-            f"Attune does not know the sampler '{name}': whether it adds noise and how often it asks the model in a "
-            f"step. {what} needs to know: choose one of {', '.join(fitting)}."
+            f"Attune does not know the sampler '{name}'. {what} needs to know whether a sampler adds noise and how "
+            f"often it asks the model in a step: choose one of {', '.join(fitting)}."
         )
     return name, SOLVERS[name]
 

@@ -72,8 +72,8 @@ class _Run:
             inside = getattr(inside, "inner_model", None)
         if inside is None:
             raise ValueError(
-                f"{WHO}: what wraps its SAMPLER hides the latent, and with it the given frames. Connect the sampler of "
-                f"{WHO} to SamplerCustom or SamplerCustomAdvanced without that wrapper."
+                f"{WHO}: another node wraps its SAMPLER and hides the latent, and with it the given frames. Connect "
+                f"the sampler of {WHO} to SamplerCustom or SamplerCustomAdvanced without that node."
             )
         base_model = inside.inner_model.inner_model
         if x.ndim != 5:
@@ -152,7 +152,7 @@ def _checked(run: _Run, wish: FieldWish, x: Tensor, sigmas: Tensor) -> Timetable
     options = run.extra_args.get("model_options", {})
     if run.mask is not None and run.space.kind == "ve":
         raise ValueError(
-            f"{WHO}: the latent has a noise mask, which does not go with levels of Cosmos. Use 'levels' here."
+            f"{WHO}: the latent has a noise mask, which Cosmos cannot take beside levels of frames. Use 'levels' here."
         )
     if options.get("context_handler") is not None:
         raise ValueError(
@@ -185,7 +185,8 @@ def _check_conditions(run: _Run, by: str, table: Timetable) -> None:
     beside = [name for name in MORE_FRAMES if name in held]
     if by == BY_FRAME and beside:
         raise ValueError(
-            f"{WHO}: the prompt carries frames beside the film's ({', '.join(beside)}), which have no level."
+            f"{WHO}: the prompt carries frames beside those of the film ({', '.join(beside)}), and these have no "
+            "level. Take them out of the prompt."
         )
     if any(first > 0 or behind < frames for first, behind in table.windows):
         films = {name: one for name, one in held.items() if isinstance(one, Tensor) and one.ndim == 5}

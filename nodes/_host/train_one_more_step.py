@@ -90,7 +90,7 @@ def _latents(path: Path, model) -> Tensor:
     latents = held.get("latent_tensor")
     if latents is None or latents.ndim != 4 or not all(latents.shape) or not is_finite(latents):
         raise ValueError(
-            f"'{path.name}' does not hold finite latents of pictures [n channels height width]: take it away."
+            f"'{path.name}' does not hold finite latents of pictures [n channels height width]: move it out."
         )
     _check_channels(f"'{path.name}'", latents, model)
     scale = 1.0 if "latent_format_version_0" in held else OLD_SCALE

@@ -206,7 +206,7 @@ def _of_makers(facts: Facts, run: Run, near: str) -> Decision | None:
 def _none_for_distilled(facts: Facts, near: str) -> Decision:
     fits = lambda one: one.space == facts.model.space and set(one.families) & set(facts.model.families)
     names = [name for name, one in shipped_makers().items() if not one.auto and fits(one)]
-    why = "Run like a distilled model, which has timesteps of its own: take the scheduler that its makers give."
+    why = "It is run like a distilled model, which has timesteps of its own: take the scheduler of its makers."
     enable = f"choose its own in Attune Scheduler: {', '.join(names)}" if names else ""
     return Decision(SCHEDULE, "", why + near, enable)
 
@@ -306,7 +306,7 @@ def decide_start(facts: Facts, run: Run, wish: str, shelf: Shelf, start: float) 
         return Decision(START, "", f"No module for {facts.latent_space} latents.", enable)
     trace = facts.area / start**2
     if wish == SHOWN and trace < MISSING_TRACE:
-        why = f"Little leaks: the missing trace is {trace:.2g} of the noise (SD 1.5 at 512 px: 19)."
+        why = f"The start lacks a trace of only {trace:.2g} times the noise of a picture's mean (SD 1.5 at 512 px: 19)."
         return Decision(START, "", why, f"set 'one_more_step' to '{ALWAYS}'")
     if wish == SHOWN and looks_distilled(facts, run):
         why = "Distilled models begin at pure noise; the step may overdo it."
@@ -335,7 +335,9 @@ def decide_noise(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
     enable = "an NPNet for SDXL in models/npnet" if facts.latent_space == "SDXL" else "Attune Train NPNet makes one"
     if looks_distilled(facts, run) or (run.cfg <= 1 and "Flux" not in facts.model.families):
         return Decision(NOISE, "", "No NPNet fits, and re-denoising needs a model with guidance.", enable)
-    return Decision(NOISE, REDENOISE, "No NPNet fits; 2 calls of the model. No visible gain is shown.", enable)
+    return Decision(
+        NOISE, REDENOISE, "No NPNet fits, so this costs 2 calls of the model. No visible gain is shown.", enable
+    )
 
 
 def _reads(config: NPNetConfig, space: str, facts: Facts) -> bool:

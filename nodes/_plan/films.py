@@ -53,5 +53,7 @@ def _frames(latent: dict, name: str, film: Tensor) -> Tensor:
             f"'film' are {list(film.shape)}: encode a picture of the film's size with the same VAE."
         )
     if samples.shape[0] not in (1, film.shape[0]):
-        raise ValueError(f"'{name}' holds {samples.shape[0]} films, but 'film' holds {film.shape[0]}.")
+        raise ValueError(
+            f"'{name}' holds {samples.shape[0]} films, but 'film' holds {film.shape[0]}. Give one, or as many."
+        )
     return samples.to(film)

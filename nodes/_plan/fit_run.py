@@ -46,7 +46,7 @@ def check_looks(counts: int, pictures: int, preset: str) -> None:
     most = max((n for n in range(1, MOST_COUNTS + 1) if sign_count(CHANCE / n, pictures) <= pictures), default=0)
     if pictures >= FEWEST and counts > most:
         raise ValueError(
-            f"{counts} counts of steps are looked at, but {pictures} held-out pictures can be sure of {most} at most. "
+            f"{counts} numbers of steps are to be proved, but {pictures} held-out pictures can prove {most} at most. "
             f"List fewer in 'more_steps', take a larger 'preset' than '{preset}', or a 'latent' of several pictures."
         )
 

@@ -68,6 +68,6 @@ def golden_noise(
 
         golden = refine_in_windows(sample.to(device, torch.float32), net.config.side, refine)
         if not golden.isfinite().all():
-            raise ValueError("NPNet produced non-finite noise (file damaged?). Get the file again.")
+            raise ValueError("The NPNet made noise that is not finite; its file may be damaged. Get the file again.")
         found.append(golden.to(noise))
     return mix(noise, torch.cat(found).reshape(noise.shape), settings.strength)

@@ -47,7 +47,8 @@ def precision_report(
             "model was made from in 'full_precision'."
         )
     if packed:
-        lines.append(f"Weights of the kind {', '.join(packed)} were read only; their loader unpacks them itself.")
+        kinds = ", ".join(packed)
+        lines.append(f"Weights of the kind {kinds} were not replaced, because their loader unpacks them itself.")
     return "\n".join(lines)
 
 

@@ -71,7 +71,7 @@ def apply_profile(
         if sigmas[0] < model.sigma_max * 0.99 and denoise >= 1:
             report.append(f"Note: it starts at sigma {sigmas[0]:.4g}, below this model's {model.sigma_max:.4g}.")
     else:
-        report.append("No steps: 'denoise' is too low for 'steps', the latent comes back as it is.")
+        report.append("There is no step to sample, because 'denoise' is too low: the latent comes back as it is.")
     conditioning, solver, said = _conditioning(profile, model, resolution, strength)
     return Applied(sigmas, conditioning, solver, report + said + doubts(profile, model, Planned(steps=steps)))
 

@@ -155,7 +155,7 @@ def test_a_model_for_a_sampler_of_its_own_is_fitted_by_no_other(host, kits, seam
     model = sampled_by(kit.model, V_PREDICTION_DDPM)
     assert seam.identify(model).prediction == "v"
     (euler,) = host.call("KSamplerSelect", sampler_name="euler")
-    with pytest.raises(ValueError, match=r"is for the sampler that was made for it alone \(VOID Sampler\)"):
+    with pytest.raises(ValueError, match=r"runs with the sampler that was made for it alone \(VOID Sampler\)"):
         seam.solver_of(euler, model)
     with caplog.at_level("INFO"):
         (patched, _) = host.call(method.node, model=model, **method.inputs)

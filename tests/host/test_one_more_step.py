@@ -405,7 +405,7 @@ def test_a_nearly_zero_terminal_snr_is_warned_of(host, kit, caplog):
         "ModelSamplingContinuousEDM", model=kit.toy(), sampling="v_prediction", sigma_max=120.0, sigma_min=0.002
     )
     apply(host, model, kit.module())
-    assert "terminal SNR 6.9e-05, it will have little effect" in caplog.text
+    assert "terminal SNR is 6.9e-05, so the node will have little effect" in caplog.text
 
 
 def test_values_that_are_no_numbers_and_latents_of_other_kinds_are_said(host, kit):

@@ -254,7 +254,7 @@ def test_a_wrapped_zigzag_keeps_what_the_wrapper_and_the_mask_do(host, demo, flo
 
 def test_a_wrapper_that_hides_the_guider_is_told_so(host, demo, common):
     (noise,) = host.call("RandomNoise", noise_seed=5)
-    with pytest.raises(ValueError, match="what wraps its SAMPLER hides the guider"):
+    with pytest.raises(ValueError, match="another node wraps its SAMPLER and hides the guider"):
         advanced(host, demo[0], common, noise, wrapped(zigzags(host, demo[0], 1), 1.0, hidden=True))
 
 

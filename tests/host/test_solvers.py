@@ -133,7 +133,7 @@ def test_a_sampler_that_the_table_does_not_know_is_refused_by_a_fit_and_counts_a
 
     monkeypatch.setattr(sampling, "sample_from_tomorrow", sample_from_tomorrow, raising=False)
     new = comfy.samplers.KSAMPLER(sample_from_tomorrow)
-    with pytest.raises(ValueError, match=r"^Attune does not know the sampler 'from_tomorrow': .*choose one of euler, "):
+    with pytest.raises(ValueError, match=r"^Attune does not know the sampler 'from_tomorrow'. .*choose one of euler, "):
         solver_of(new, demo[0])
     assert adds_noise(new) and not on_grid(new)
 

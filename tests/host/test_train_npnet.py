@@ -174,7 +174,7 @@ def test_what_could_not_be_trained_on_is_said_before_the_model_is_called(host, g
         ({"latent_image": latent(16, 12)}, "'latent_image' is 16 x 12 latents, but an NPNet is square"),
         (
             {"prompts": PROMPTS + "\n" + "a long word " * 40},
-            r"different numbers of tokens \(\d+, \d+\): shorten such as 'a long",
+            r"different numbers of tokens \(\d+, \d+\): shorten prompts such as 'a long",
         ),
         ({"text_mode": "pooled", "clip": Poolless(given["clip"])}, "no pooled embeddings"),
         ({"name": "///"}, "is no file name"),
