@@ -51,3 +51,11 @@ def test_the_index_names_every_page():
     index = (ROOT / "docs/README.md").read_text("utf-8")
     pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
     assert {name for name in pages if f"]({name}" not in index} == set()
+
+
+def test_every_help_page_leads_to_the_glossary_and_no_word_is_explained_twice():
+    for page in (ROOT / "web/docs").glob("*.md"):
+        assert "/docs/glossary.md)" in page.read_text("utf-8"), page.name
+    words = re.findall(r"^### (.*)$", (ROOT / "docs/glossary.md").read_text("utf-8"), re.M)
+    named = [word for line in words for word in line.split(", ")]
+    assert len(named) == len(set(named)) > 50
