@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pack.nodes._draw import axes
 from pack.nodes._draw.axes import COLOURS
 from pack.nodes._draw.compare import (
     BINS,
@@ -111,3 +112,36 @@ def test_odd_input_is_drawn():
     ):
         picture = draw_comparison([Batch("", images), Batch("", images)], 3.0, True, 64, 4)
         assert min(picture.size) > 64
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_pixels_that_are_no_numbers_are_said_and_neither_compared_nor_counted(monkeypatch, broken):
+    bad = grey(0.5)
+    bad[0, :8] = broken  # a quarter of the rows
+    written = texts(monkeypatch, Batch("stock", grey(0.5)), Batch("bad", bad))
+    assert "not numbers: 25 % of the pixels" in written and "none: pixels that are not numbers" in written
+    assert not [text for text in written if "nan" in text or "inf" in text]
+    assert histogram(bad).sum() == pytest.approx(1) and histogram(bad)[BINS // 2] == pytest.approx(1)
+    draw_comparison([Batch("a", torch.full((1, 8, 8, 3), broken))], 1.0, True, 64, 1)
+
+
+def test_a_grid_that_would_not_fit_is_refused_with_its_size_and_what_fits():
+    batches = [Batch("a", grey(0.5, 64)), Batch("b", grey(0.5, 64))]
+    with pytest.raises(
+        ValueError, match=r"would have 6176 x 131636 pixels; at most 100 million.*'width' to 704 or less"
+    ):
+        draw_comparison(batches, 1.0, False, 2048, 64)
+    assert draw_comparison(batches, 1.0, False, 704, 64).size == (3 * 712 + 8, HEAD + 64 * 712)
+
+
+def test_labels_are_written_in_a_font_that_has_their_letters(monkeypatch):
+    """Pillow's own has no Cyrillic ones; DejaVu, which matplotlib brings, has, and no Chinese ones."""
+    matplotlib = pytest.importorskip("matplotlib")
+    deja = f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf"
+    axes.font.cache_clear()
+    monkeypatch.setattr(axes, "FONTS", ("of another system.ttc", deja))
+    assert axes.font(17, "stock") is axes.font(17, "stock") and axes.font(17, "stock").getname()[0] != "DejaVu Sans"
+    assert axes.font(17, "до").getname()[0] == "DejaVu Sans"
+    written = texts(monkeypatch, Batch("до", grey(0.5)), Batch("微调后", grey(0.6)))
+    axes.font.cache_clear()
+    assert "до" in written and "image 2" in written and "image 2: difference" in written

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,14 @@ LEFT, RIGHT, TOP, BOTTOM = 92, 24, 54, 70  # margins of the plot area
 PAPER, INK, FAINT = (250, 250, 248), (32, 33, 36), (214, 214, 210)
 COLOURS = [(0, 114, 178), (213, 94, 0), (0, 135, 95), (170, 68, 136), (90, 90, 90)]  # told apart by colour-blind eyes
 
+FONTS = (  # of systems, with Chinese, Japanese, Korean, Cyrillic and other letters
+    "msyh.ttc", "YuGothM.ttc", "meiryo.ttc", "malgun.ttf", "segoeui.ttf",
+    "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "Arial Unicode.ttf",
+    "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc",
+    "DroidSansFallbackFull.ttf", "NanumGothic.ttf", "ipag.ttf", "DejaVuSans.ttf",
+)  # fmt: skip
+
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 Colour = tuple[int, int, int]
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 Ticks = Iterable[tuple[float, str]]
@@ -63,7 +72,7 @@ class Axes:
             self.draw.text((across, bottom + 8), text, INK, small, anchor="ma")
         self.draw.line((left, top, left, bottom, right, bottom), INK, 2)
         self.draw.text(((left + right) / 2, bottom + 42), x_name, INK, small, anchor="ma")
-        self.draw.text((left, top - 38), clipped(title, 60), INK, font(22))
+        self.draw.text((left, top - 38), clipped(title, 60), INK, font(22, title))
         self.draw.text((right, top - 10), y_name, INK, small, anchor="rb")
 
     def curve(
@@ -80,7 +89,7 @@ class Axes:
         _, top, right, _ = self.box
         for i, (label, colour, dashed) in enumerate(rows):
             y = top + 14 + 22 * i
-            self.draw.text((right - 58, y), clipped(label, 60), INK, font(16), anchor="rm")
+            self.draw.text((right - 58, y), clipped(label, 60), INK, font(16, label), anchor="rm")
             line(self.draw, [(right - 48, y), (right - 14, y)], colour, dashed)
 
 
@@ -96,9 +105,30 @@ def clipped(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """Pillow's own font, which needs no file."""
+@lru_cache(maxsize=256)
+def font(size: int, text: str = "") -> Font:
+    """Pillow's own font, which needs no file; one of the system's for a text whose letters it lacks."""
     try:
-        return ImageFont.load_default(size=size)
+        own = ImageFont.load_default(size=size)
     except (TypeError, ImportError):  # a Pillow before 10.1, or one without FreeType: one small bitmap font
         return ImageFont.load_default()
+    if writes(own, text):
+        return own
+    for name in FONTS:
+        try:
+            found = ImageFont.truetype(name, size)
+        except OSError:
+            continue
+        if writes(found, text):
+            return found
+    return own
+
+
+def writes(one: Font, text: str) -> bool:
+    """Whether a font has a letter of its own for each of a text: what it lacks is drawn as it draws no character."""
+    if text.isascii():
+        return True
+    if not isinstance(one, ImageFont.FreeTypeFont):
+        return False
+    drawn = lambda letter: (one.getbbox(letter), bytes(one.getmask(letter)))
+    return all(letter.isspace() or drawn(letter) != drawn("\U0010ffff") for letter in set(text))

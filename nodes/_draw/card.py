@@ -20,13 +20,13 @@ def draw_card(profile: Calibration, facts: Sequence[str], pictures: Sequence[tup
     top = 2 * SPACE + LINE * (len(facts) + 2)
     height = top + max(plot.height, len(pictures) * (SIDE + LINE + SPACE))
     card, draw = sheet(plot.width + SIDE + 2 * SPACE, height)
-    draw.text((SPACE, SPACE), profile.name, INK, font(22))
+    draw.text((SPACE, SPACE), profile.name, INK, font(22, profile.name))
     for i, fact in enumerate(facts):
-        draw.text((SPACE, SPACE + LINE * (i + 1.5)), fact, INK, font(16))
+        draw.text((SPACE, SPACE + LINE * (i + 1.5)), fact, INK, font(16, fact))
     card.paste(plot, (0, top))
     for i, (name, picture) in enumerate(pictures):
         y, scale = top + i * (SIDE + LINE + SPACE), SIDE / max(picture.size)
         size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
-        draw.text((plot.width + SPACE, y), name, INK, font(16))
+        draw.text((plot.width + SPACE, y), name, INK, font(16, name))
         card.paste(picture.resize(size, Image.Resampling.BICUBIC), (plot.width + SPACE, y + LINE))
     return card

@@ -11,9 +11,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .axes import COLOURS, FAINT, INK, PAPER, font
+from .axes import COLOURS, FAINT, INK, PAPER, font, writes
 
 GAP, HEAD = 8, 52  # pixels between pictures, and above each column
+LARGEST = 100_000_000  # pixels of a grid; as IMAGE they are 1.2 GB
 BINS = 64  # of the brightness histogram
 HISTOGRAM = 220  # height of its panel, in pixels
 LUMA = (0.2126, 0.7152, 0.0722)  # of red, green and blue (ITU-R BT.709)
@@ -45,9 +46,9 @@ def difference(a: Tensor, b: Tensor, gain: float) -> Tensor:
 
 
 def histogram(images: Tensor) -> Tensor:
-    """Share of the pixels in each of BINS equal classes of brightness: [BINS], sums to 1."""
-    counts = torch.histc(brightness(images), BINS, 0, 1)
-    return counts / counts.sum()
+    """Share of the pixels that are numbers in each of BINS equal classes of brightness: [BINS], sums to 1."""
+    counts = torch.histc(brightness(images[images.isfinite().all(-1)]), BINS, 0, 1)
+    return counts / counts.sum().clamp(min=1)
 
 
 def draw_comparison(batches: Sequence[Batch], gain: float, with_histogram: bool, side: int, rows: int) -> Image.Image:
@@ -55,7 +56,9 @@ def draw_comparison(batches: Sequence[Batch], gain: float, with_histogram: bool,
 
     gain: with more than 0, columns for the difference of every batch to the first are added. A batch of one picture is
     compared with every picture of the first; pictures of another size are scaled for display, and have no difference.
+    Raises ValueError where the grid would have more than LARGEST pixels.
     """
+    batches = [Batch(written(batch.label, i), batch.images) for i, batch in enumerate(batches)]
     first, rest = batches[0], batches[1:]
     columns = [(batch.label, _facts(batch, first), batch.images) for batch in batches]
     if gain > 0:
@@ -65,13 +68,15 @@ def draw_comparison(batches: Sequence[Batch], gain: float, with_histogram: bool,
     height = max(round(side * high / wide), 1)
     panel = HISTOGRAM + GAP if with_histogram else 0
     size = (len(columns) * (side + GAP) + GAP, HEAD + rows * (height + GAP) + panel)
+    if size[0] * size[1] > LARGEST:
+        raise ValueError(too_large(size, side, rows))
     picture = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(picture)
     for i, (label, facts, images) in enumerate(columns):
         x = GAP + i * (side + GAP)
         colour = COLOURS[i % len(COLOURS)] if with_histogram and i < len(batches) else INK
-        draw.text((x, 8), fit_text(draw, label, side, 17), colour, font(17))
-        draw.text((x, 30), fit_text(draw, facts, side, 13), INK, font(13))
+        draw.text((x, 8), fit_text(draw, label, side, 17), colour, font(17, label))
+        draw.text((x, 30), fit_text(draw, facts, side, 13), INK, font(13, facts))
         for j in range(min(rows, len(images))):
             picture.paste(scaled(images[j], side, height), (x, HEAD + j * (height + GAP)))
     if with_histogram:
@@ -79,8 +84,24 @@ def draw_comparison(batches: Sequence[Batch], gain: float, with_histogram: bool,
     return picture
 
 
+def written(label: str, place: int) -> str:
+    """The label, or the input's name where no font of this machine has its letters."""
+    return label if writes(font(17, label), label) else f"image {place + 1}"
+
+
+def too_large(size: tuple[int, int], side: int, rows: int) -> str:
+    fits = max((math.isqrt(LARGEST * side**2 // (size[0] * size[1])) - GAP) // 8 * 8, 8)
+    return (
+        f"The grid of Attune Compare would have {size[0]} x {size[1]} pixels; at most {LARGEST // 10**6} million are "
+        f"drawn. Set 'width' to {fits} or less, or 'rows' to less than {rows}."
+    )
+
+
 def _facts(batch: Batch, first: Batch) -> str:
-    """Mean brightness, and how near the batch is to the first."""
+    """Mean brightness, and how near the batch is to the first; or which share of its pixels are no numbers."""
+    broken = float((~batch.images.isfinite()).any(-1).float().mean())
+    if broken:
+        return f"not numbers: {100 * broken:.3g} % of the pixels"
     told = f"brightness {100 * float(brightness(batch.images).mean()):.1f} %"
     if batch is first or not _comparable(batch, first):
         return told
@@ -89,27 +110,37 @@ def _facts(batch: Batch, first: Batch) -> str:
 
 
 def _comparable(batch: Batch, first: Batch) -> bool:
-    return batch.images.shape[1:] == first.images.shape[1:] and (
-        len(first.images) == 1 or len(batch.images) == len(first.images)
+    return (
+        _finite(batch, first)
+        and batch.images.shape[1:] == first.images.shape[1:]
+        and (len(first.images) == 1 or len(batch.images) == len(first.images))
     )
+
+
+def _finite(*batches: Batch) -> bool:
+    return all(bool(batch.images.isfinite().all()) for batch in batches)
 
 
 def _difference_column(batch: Batch, first: Batch, gain: float) -> tuple[str, str, Tensor]:
     label = f"{batch.label}: difference"
     if not _comparable(batch, first):
-        return label, f"other size or number than {first.label}", torch.empty(0, 1, 1, 3)
+        why = (
+            f"other size or number than {first.label}" if _finite(batch, first) else "none: pixels that are not numbers"
+        )
+        return label, why, torch.empty(0, 1, 1, 3)
     return label, f"to {first.label}, x {gain:g}", difference(batch.images, first.images, gain)
 
 
 def scaled(image: Tensor, width: int, height: int) -> Image.Image:
-    pixels = (255 * image[..., :3].float().clamp(0, 1)).round().byte().cpu().numpy()
+    pixels = (255 * image[..., :3].float().nan_to_num(0).clamp(0, 1)).round().byte().cpu().numpy()
     picture = Image.fromarray(np.ascontiguousarray(pixels))
     return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
 def fit_text(draw: ImageDraw.ImageDraw, text: str, width: int, size: int) -> str:
     """The text, shortened to fit into `width` pixels."""
-    while len(text) > 1 and draw.textlength(text, font(size)) > width:
+    letters = font(size, text)
+    while len(text) > 1 and draw.textlength(text, letters) > width:
         text = text[:-2] + "…"
     return text
 
@@ -118,7 +149,7 @@ def _draw_histogram(draw: ImageDraw.ImageDraw, batches: Sequence[Batch], top: in
     """Share of pixels over brightness, square root: a line per batch."""
     left, right, bottom, top = GAP + 4, width - GAP - 4, top + HISTOGRAM - 24, top + 22
     shares = [histogram(batch.images) for batch in batches]
-    peak = max(float(share.max()) for share in shares)
+    peak = max(*(float(share.max()) for share in shares), 1e-9)
     draw.text((left, top - 20), "brightness of all pixels (square root of their share)", INK, font(13))
     for tick in (0, 0.25, 0.5, 0.75, 1):
         x = left + tick * (right - left)
