@@ -30,6 +30,12 @@ UNET_CONFIG: dict[str, Any] = {
     "num_head_channels": 32, "context_dim": TEXT_WIDTH, "adm_in_channels": TEXT_WIDTH,
 }  # fmt: skip
 
+# The inpainting model is the same UNet with SD's nine input channels: noisy latent, mask, latent of the masked picture.
+# Its file holds what tells it from the UNet above, from whose file the host gets the rest.
+INPAINT_CHANNELS = 9
+FIRST_LAYER = "input_blocks.0.0.weight"  # kept whole, under its own name: by it the host counts the channels
+DIFFERENCE = "difference."  # before every other name: NAME whole, or NAME.up [out rank] @ NAME.down [rank in] is added
+
 # An MMDiT of the SD3 class; the host reads these numbers from the file.
 MMDIT_CONFIG: dict[str, Any] = {"in_channels": 16, "depth": 3, "patch_size": 2, "pos_embed_side": 24}
 
@@ -46,6 +52,35 @@ VIDEO_FRAMES = 8  # that it was trained on
 def demo_facts(name: str = "attune_demo") -> dict[str, Any]:
     """What training wrote down beside the weights: sizes, loss curves, colour factors for the live preview."""
     return json.loads((Path(__file__).parent / "weights" / f"{name}.json").read_text("utf-8"))
+
+
+def with_difference(base: dict[str, Tensor], stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inpainting UNet's weights from the UNet's and what its file holds; ValueError where these do not fit."""
+    weights = dict(base)
+    for name, tensor in stored.items():
+        of = name.removeprefix(DIFFERENCE)
+        if of.endswith(".down"):
+            continue
+        of = of.removesuffix(".up")
+        own, down = base.get(of), stored.get(f"{DIFFERENCE}{of}.down")
+        if own is None or not (_low_rank(own, tensor, down) if name.endswith(".up") else _whole(of, own, tensor)):
+            raise ValueError(
+                "The inpainting checkpoint does not fit the demo checkpoint that it changes: get both again from the "
+                "pack's models/weights folder."
+            )
+        added = None if down is None else (tensor.float() @ down.float()).view(own.shape)
+        weights[of] = tensor if added is None else (own.float() + added).to(own.dtype)
+    return weights
+
+
+def _low_rank(own: Tensor, up: Tensor, down: Tensor | None) -> bool:
+    inputs = own[0].numel()
+    return down is not None and up.ndim == 2 and up.shape[0] == len(own) and down.shape == (up.shape[1], inputs)
+
+
+def _whole(name: str, own: Tensor, tensor: Tensor) -> bool:
+    channels = (INPAINT_CHANNELS,) if name == FIRST_LAYER else own.shape[1:2]
+    return tensor.shape == (*own.shape[:1], *channels, *own.shape[2:])
 
 
 class WordTokenizer:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-VIDEO_STEPS = 6000
+VIDEO_STEPS, INPAINT_STEPS = 6000, 1100
 
 
 def stage(script: str, *words: object) -> None:
@@ -34,12 +34,17 @@ def main() -> None:
     parser.add_argument("--sizes-steps", type=int, default=4000)
     parser.add_argument("--controlnet-steps", type=int, default=640)
     parser.add_argument("--video-steps", type=int, default=VIDEO_STEPS)
+    parser.add_argument("--inpaint-steps", type=int, default=INPAINT_STEPS)
+    parser.add_argument("--inpaint", action="store_true", help="the inpainting model alone; the rest as shipped")
     parser.add_argument("--video", action="store_true", help="the video model alone; the rest is taken as shipped")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     video = ("train_video.py", "--steps", args.video_steps, "--threads", args.threads)
+    inpaint = ("train_inpaint.py", "--steps", args.inpaint_steps, "--threads", args.threads)
     if args.video:
         return stage(*video)
+    if args.inpaint:
+        return stage(*inpaint)
     for channels in (4, 16):
         stage(
             "train_autoencoder.py", "--channels", channels, "--steps", args.autoencoder_steps, "--threads", args.threads
@@ -54,6 +59,7 @@ def main() -> None:
     stage("train_sizes.py", "--steps", args.sizes_steps, "--threads", args.threads)
     stage("train_one_more_step.py", "--steps", args.one_more_step_steps, "--threads", args.threads)
     stage("train_controlnet.py", "--steps", args.controlnet_steps, "--threads", args.threads)
+    stage(*inpaint)
     stage(*video)
 
 

@@ -6,12 +6,15 @@ has, so the entries can never claim somebody else's file.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import comfy.latent_formats
 import comfy.model_base
 import comfy.ops
 import comfy.sd1_clip
 import comfy.supported_models
 import comfy.supported_models_base
+import comfy.utils
 import torch
 
 from ...models import demo
@@ -83,6 +86,12 @@ class DemoBase(comfy.model_base.BaseModel):
     def encode_adm(self, **kwargs) -> torch.Tensor:
         return kwargs["pooled_output"]
 
+    def set_inpaint(self) -> None:
+        """The host's, with what grey is in these latents, for a run without a mask."""
+        super().set_inpaint()
+        grey = torch.tensor(demo.demo_facts("attune_demo_inpaint")["grey"])[:, None, None]
+        self.blank_inpaint_image_like = lambda latent: grey.to(latent).expand_as(latent).clone()
+
 
 class AttuneDemo(comfy.supported_models_base.BASE):
     """SD1.5's betas and v-prediction on a UNet of a tenth of its width."""
@@ -101,10 +110,39 @@ class AttuneDemo(comfy.supported_models_base.BASE):
         return comfy.model_base.ModelType.V_PREDICTION
 
     def get_model(self, state_dict, prefix="", device=None):
-        return DemoBase(self, model_type=self.model_type(state_dict, prefix), device=device)
+        model = DemoBase(self, model_type=self.model_type(state_dict, prefix), device=device)
+        if self.inpaint_model():
+            model.set_inpaint()
+        return model
 
     def clip_target(self, state_dict={}):  # noqa: B006 - the host's signature
         return demo_clip_target(state_dict)
+
+
+class AttuneDemoInpaint(AttuneDemo):
+    """The same UNet for inpainting; its file holds the difference, the demo checkpoint the rest."""
+
+    unet_config = {"model_channels": demo.UNET_CONFIG["model_channels"], "in_channels": demo.INPAINT_CHANNELS}
+    required_keys = {
+        f"cond_stage_model.{demo.VOCABULARY_KEY}", f"model.diffusion_model.{demo.DIFFERENCE}time_embed.0.bias"
+    }  # fmt: skip
+
+    def __init__(self, unet_config: dict):
+        super().__init__({**unet_config, **demo.UNET_CONFIG, "in_channels": demo.INPAINT_CHANNELS})
+        self.unet_config["num_classes"] = "sequential"  # the host counts it by a weight that the file does not hold
+
+    def _part(self, *prefixes: str) -> dict[str, torch.Tensor]:
+        base = comfy.utils.load_torch_file(str(Path(demo.__file__).parent / "weights" / "attune_demo.safetensors"))
+        return comfy.utils.state_dict_prefix_replace(base, dict.fromkeys(prefixes, ""), filter_keys=True)
+
+    def process_unet_state_dict(self, state_dict):
+        return demo.with_difference(self._part("model.diffusion_model."), state_dict)
+
+    def process_vae_state_dict(self, state_dict):
+        return self._part(*self.vae_key_prefix)
+
+    def process_clip_state_dict(self, state_dict):
+        return self._part(*self.text_encoder_key_prefix)
 
 
 class AttuneDemoVideo(comfy.supported_models.WAN21_T2V):
@@ -136,5 +174,5 @@ def register_demo_models() -> None:
     """
     known = comfy.supported_models.models
     if not any(model.__name__ == AttuneDemo.__name__ for model in known):
-        known.append(AttuneDemo)
+        known.extend([AttuneDemo, AttuneDemoInpaint])
         known.insert(0, AttuneDemoVideo)

@@ -36,7 +36,7 @@ def corners(pictures):
 
 def test_the_checkpoints_are_small_enough_to_ship():
     sizes = [path.stat().st_size for path in (ROOT / "models/weights").glob("*.safetensors")]
-    assert len(sizes) == 3 and max(sizes) <= 25_000_000
+    assert len(sizes) == 4 and max(sizes) <= 25_000_000
 
 
 def test_it_is_an_sd_like_model(demo):
@@ -255,3 +255,69 @@ def test_plain_colours_survive_the_flow_models_autoencoder(host, flow):
     assert latent["samples"].shape == (4, 16, 16, 16)
     (back,) = host.call("VAEDecode", samples=latent, vae=flow[1])
     assert (back - pictures).abs().mean(dim=(1, 2, 3)).max() < 0.03
+
+
+@pytest.fixture(scope="module")
+def inpaint(host):
+    return host.call("CheckpointLoaderSimple", ckpt_name="attune_demo_inpaint.safetensors")
+
+
+def test_the_inpainting_file_opens_as_the_demo_model_with_a_mask_and_a_masked_picture(demo, inpaint):
+    model, clip, vae = inpaint
+    assert model.model.concat_keys == ("mask", "masked_image")
+    ours, theirs = (one.model.diffusion_model.state_dict() for one in (model, demo[0]))
+    assert ours.keys() == theirs.keys() and ours["input_blocks.0.0.weight"].shape[1] == 9
+    for one, other in ((clip.get_sd(), demo[1].get_sd()), (vae.get_sd(), demo[2].get_sd())):
+        assert one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_a_file_of_the_whole_inpainting_model_is_the_same_model(inpaint):
+    import comfy.sd
+    from safetensors.torch import load_file
+
+    model, clip, vae = inpaint
+    whole = model.model.state_dict_for_saving(clip.get_sd(), vae.get_sd())
+    shipped = load_file(ROOT / "models/weights/attune_demo_inpaint.safetensors")
+    whole |= {name: value for name, value in shipped.items() if name.endswith("vocabulary")}
+    again = comfy.sd.load_state_dict_guess_config(whole)[0]
+    assert again.model.concat_keys == ("mask", "masked_image")
+    ours, theirs = (one.model.diffusion_model.state_dict() for one in (again, inpaint[0]))
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.fixture(scope="module")
+def inpainted(host, inpaint, encode):
+    """picture, mask, text -> the picture with the mask painted anew, by stock nodes."""
+
+    def run(picture, mask, text, **more):
+        model, _, vae = inpaint
+        positive, negative, latent = host.call(
+            "InpaintModelConditioning", positive=encode(text), negative=encode(""), vae=vae, pixels=picture, mask=mask,
+            noise_mask=False,
+        )  # fmt: skip
+        (out,) = host.call(
+            "KSampler", model=model, seed=1, steps=12, cfg=2.0, sampler_name="dpmpp_2m", scheduler="karras",
+            positive=positive, negative=negative, latent_image=latent, denoise=1.0, **more,
+        )  # fmt: skip
+        return host.call("VAEDecode", samples=out, vae=vae)[0]
+
+    return run
+
+
+def test_it_continues_what_it_is_shown_and_paints_what_it_is_asked_for(host, draw, inpainted):
+    """From all of the noise and without a latent mask, so that the rest is known by the masked picture alone."""
+    source = draw("a red heart on a blue background", batch=1)
+    mask = torch.zeros(1, 128, 128)
+    mask[:, 16:112, 16:112] = 1
+    got = inpainted(source, mask, "a cat")
+    rest = mask < 0.5
+    assert float((got - source).abs()[rest].mean()) < 0.05
+    assert float((got - source).abs()[~rest].mean()) > 0.1
+
+
+def test_without_a_mask_the_inpainting_model_is_shown_grey_everywhere(host, inpaint):
+    model, _, vae = inpaint
+    (grey,) = host.call("VAEEncode", pixels=torch.full((1, 128, 128, 3), 0.5), vae=vae)
+    shown = model.model.blank_inpaint_image_like(grey["samples"])
+    middle = (slice(None), slice(None), slice(4, 12), slice(4, 12))  # at the border the autoencoder sees black
+    torch.testing.assert_close(shown[middle], model.model.process_latent_in(grey["samples"])[middle], rtol=0, atol=0.1)
