@@ -20,6 +20,7 @@ class AttuneCompare(io.ComfyNode):
             "AttuneCompare", "Attune Compare", "attune/tools",
             "Pictures side by side, where they differ from the first, and how bright they are.",
             search_aliases=["difference", "side by side", "compare images", "histogram", "xy plot", "grid"],
+            essentials_category="Image Tools",
             inputs=[
                 io.Image.Input("image_1", tooltip="What the others are compared with: mostly the stock run."),
                 *more,

@@ -21,7 +21,11 @@ class AttuneFastSampler(io.ComfyNode):
             category=CATEGORY,
             description="The first picture is your own long run. The node learns from it, and the next pictures take "
             "a fifth.",
-            search_aliases=["speed", "faster", "fewer steps", "fitted sampler", "learn", "distill"],
+            search_aliases=[
+                "speed", "faster", "fast sdxl", "fast flux", "fewer steps", "fitted sampler", "learn", "distill",
+                "teacache",
+            ],
+            essentials_category="Image Generation",
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Sampler.Input(

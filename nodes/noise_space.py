@@ -48,7 +48,7 @@ class AttuneInvert(io.ComfyNode):
         return schema(
             "AttuneInvert", "Attune Invert", CATEGORY,
             "Finds the noise of a real picture: maps that give it back exactly, at every guidance, or an edit of it.",
-            search_aliases=["inversion", "unsampler", "edit-friendly DDPM", "DDIM inversion", "noise maps", "LEDITS"],
+            search_aliases=["inversion", "unsample", "edit-friendly DDPM", "DDIM inversion", "noise maps", "LEDITS"],
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will replay it, with its LoRAs and patches."),

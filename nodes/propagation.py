@@ -28,7 +28,7 @@ class AttunePropagation(io.ComfyNode):
             "Fewer seconds per picture: most steps reuse what the inner layers made on a few key steps.",
             search_aliases=[
                 "encoder propagation", "block propagation", "faster diffusion", "deepcache", "first block cache",
-                "teacache", "cache", "speed",
+                "teacache", "spectrum", "easycache", "cache", "speed",
             ],
             inputs=[
                 io.Model.Input(

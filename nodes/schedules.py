@@ -111,8 +111,8 @@ class AttuneScheduler(io.ComfyNode):
             "AttuneScheduler", "Attune Scheduler", CATEGORY,
             "Gives noise levels that fit the model: Align Your Steps, or what its maker runs at this size.",
             search_aliases=[
-                "align your steps", "AYS", "sigmas", "scheduler", "kl optimal", "shift", "mu", "turbo", "lightning",
-                "Flux2Scheduler", "LTXVScheduler",
+                "align your steps", "AYS", "sigmas", "scheduler", "kl optimal", "shift", "mu", "turbo sigmas",
+                "lightning", "Flux2Scheduler", "LTXVScheduler",
             ],
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -147,6 +147,7 @@ class AttuneKSampler(io.ComfyNode):
             "AttuneKSampler", "Attune KSampler", CATEGORY,
             "The stock KSampler with schedules that fit the model in place of the stock scheduler list.",
             search_aliases=["KSampler", "sampler", "align your steps", "AYS"],
+            essentials_category="Image Generation",
             inputs=[
                 _model(),
                 io.Int.Input(

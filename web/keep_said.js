@@ -52,7 +52,7 @@ function keep() {
 }
 
 app.registerExtension({
-    name: "Attune.KeepSaid",
+    name: "attune.KeepSaid",
     setup() {
         api.addEventListener("progress_text", ({ detail }) => {
             const node = nodeOf(detail.nodeId)

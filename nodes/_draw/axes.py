@@ -19,7 +19,7 @@ PAPER, INK, FAINT = (250, 250, 248), (32, 33, 36), (214, 214, 210)
 COLOURS = [(0, 114, 178), (213, 94, 0), (0, 135, 95), (170, 68, 136), (90, 90, 90)]  # told apart by colour-blind eyes
 
 FONTS = (  # of systems, with Chinese, Japanese, Korean, Cyrillic and other letters
-    "msyh.ttc", "YuGothM.ttc", "meiryo.ttc", "malgun.ttf", "segoeui.ttf",
+    "NotoSans-Regular.ttf", "arial.ttf", "msyh.ttc", "YuGothM.ttc", "meiryo.ttc", "malgun.ttf", "segoeui.ttf",
     "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc", "Arial Unicode.ttf",
     "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf", "wqy-microhei.ttc", "wqy-zenhei.ttc",
     "DroidSansFallbackFull.ttf", "NanumGothic.ttf", "ipag.ttf", "DejaVuSans.ttf",

@@ -110,6 +110,18 @@ def test_every_node_is_found_by_other_words():
     assert set(aliases) == set(IDS)
     for node, words in aliases.items():
         assert len(set(words)) == len(words) >= 2 and all(word.strip() == word for word in words), node
+    typed = {
+        "spectrum",
+        "teacache",
+        "easycache",
+        "fast sdxl",
+        "unsample",
+        "turbo sigmas",
+        "deepcache",
+        "lightning",
+        "AYS",
+    }
+    assert typed <= {word for words in aliases.values() for word in words}
 
 
 def test_the_menu_lists_each_category_once_in_the_order_of_the_list(schemas, host):
