@@ -85,6 +85,20 @@ def test_every_node_has_help_and_a_workflow(node):
     assert len(page) > 300
 
 
+@pytest.mark.parametrize("node", IDS)
+def test_the_help_names_every_input_and_no_other(schemas, node):
+    page = (ROOT / "web/docs" / f"{node}.md").read_text("utf-8")
+    rows = re.findall(r"^\| (.*?) \|", page.split("| input |")[1].split("\n\n")[0], re.M)
+    named = set()
+    for cell in rows:
+        words = re.findall(r"\w+", cell.replace("(optional)", ""))
+        if "…" in cell:  # "image_2 … image_6"
+            (stem, first), (_, last) = (word.rsplit("_", 1) for word in words)
+            words = [f"{stem}_{i}" for i in range(int(first), int(last) + 1)]
+        named |= set(words)
+    assert named == {socket.id for socket in schemas[node].inputs}
+
+
 def test_the_readme_lists_every_node_as_its_schema_says(schemas, host):
     """ATTUNE_WRITE=1 writes the table."""
     menu = [name for name in host.nodes.NODE_CLASS_MAPPINGS if name in schemas]
