@@ -80,7 +80,7 @@ def prediction(sampling) -> str:
     """What the network of a model_sampling predicts: "eps", "v", "edm", "x0" or "flow"; else the host's class name."""
     names = {"CONST": "flow", "X0": "x0", "EDM": "edm", "V_PREDICTION": "v", "V_PREDICTION_DDPM": "v", "EPS": "eps"}
     for one in type(sampling).__mro__:
-        if one.__module__ == comfy.model_sampling.__name__ and one.__name__ in names:
+        if one.__module__ == "comfy.model_sampling" and one.__name__ in names:
             return names[one.__name__]
     return type(sampling).__mro__[-2].__name__.lower()
 
