@@ -14,7 +14,7 @@ from torch import Tensor
 from .axes import COLOURS, FAINT, INK, PAPER, font, writes
 
 GAP, HEAD = 8, 52  # pixels between pictures, and above each column
-LARGEST = 100_000_000  # pixels of a grid; as IMAGE they are 1.2 GB
+MOST_PIXELS = 100_000_000  # pixels of a grid; as IMAGE they are 1.2 GB
 BINS = 64  # of the brightness histogram
 HISTOGRAM = 220  # height of its panel, in pixels
 LUMA = (0.2126, 0.7152, 0.0722)  # of red, green and blue (ITU-R BT.709)
@@ -56,7 +56,7 @@ def draw_comparison(batches: Sequence[Batch], gain: float, with_histogram: bool,
 
     gain: with more than 0, columns for the difference of every batch to the first are added. A batch of one picture is
     compared with every picture of the first; pictures of another size are scaled for display, and have no difference.
-    Raises ValueError where the grid would have more than LARGEST pixels.
+    Raises ValueError where the grid would have more than MOST_PIXELS pixels.
     """
     batches = [Batch(written(batch.label, i), batch.images) for i, batch in enumerate(batches)]
     first, rest = batches[0], batches[1:]
@@ -68,7 +68,7 @@ def draw_comparison(batches: Sequence[Batch], gain: float, with_histogram: bool,
     height = max(round(side * high / wide), 1)
     panel = HISTOGRAM + GAP if with_histogram else 0
     size = (len(columns) * (side + GAP) + GAP, HEAD + rows * (height + GAP) + panel)
-    if size[0] * size[1] > LARGEST:
+    if size[0] * size[1] > MOST_PIXELS:
         raise ValueError(too_large(size, side, rows))
     picture = Image.new("RGB", size, PAPER)
     draw = ImageDraw.Draw(picture)
@@ -90,10 +90,10 @@ def written(label: str, place: int) -> str:
 
 
 def too_large(size: tuple[int, int], side: int, rows: int) -> str:
-    fits = max((math.isqrt(LARGEST * side**2 // (size[0] * size[1])) - GAP) // 8 * 8, 8)
+    fits = max((math.isqrt(MOST_PIXELS * side**2 // (size[0] * size[1])) - GAP) // 8 * 8, 8)
     return (
-        f"The grid of Attune Compare would have {size[0]} x {size[1]} pixels; at most {LARGEST // 10**6} million are "
-        f"drawn. Set 'width' to {fits} or less, or 'rows' to less than {rows}."
+        f"The grid of Attune Compare would have {size[0]} x {size[1]} pixels; at most {MOST_PIXELS // 10**6} million "
+        f"are drawn. Set 'width' to {fits} or less, or 'rows' to less than {rows}."
     )
 
 

@@ -271,7 +271,6 @@ def test_the_card_names_the_processor_where_the_host_says_cpu(host, monkeypatch)
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert card.machine() == f"{card.processor()}, {said}"
     assert len(card.processor()) > 3
+    monkeypatch.setattr(card, "Path", lambda _: Path("/of/another/system"))
     monkeypatch.setattr(card.platform, "processor", lambda: "")
-    for system in {"Darwin", "Windows", "another"} - {card.platform.system()}:  # what is asked there is not here
-        monkeypatch.setattr(card.platform, "system", lambda system=system: system)
-        assert card.processor() == card.platform.machine()
+    assert card.processor() == card.platform.machine()

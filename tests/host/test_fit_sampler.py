@@ -302,7 +302,7 @@ def test_the_budget_shrinks_the_preset_or_refuses(host, demo, encode, kit, tiny,
     ("change", "words"),
     [
         ({"sampler": "lcm"}, "LCM, Turbo and Lightning"),
-        ({"sampler": "dpm_fast"}, "'dpm_fast' chooses its noise levels itself"),
+        ({"sampler": "dpm_fast"}, "'dpm_fast' chooses its own noise levels"),
         ({"sigmas": torch.tensor([14.0, 3.0, 0.0])}, "'steps' is 4, but 'sigmas' has 2 steps"),
         ({"sigmas": torch.tensor([14.0, 9.0, 6.0, 4.0, 3.0])}, "must end in 0"),
         ({"sigmas": torch.tensor([14.0, 9.0, 9.0, 4.0, 0.0])}, "must decrease"),
