@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from blueprints import SPECS
 
-from browsing import load, prompt, queue, shipped
+from browsing import alerts, load, missing_nodes, prompt, queue, shipped
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +64,24 @@ def test_a_page_that_takes_what_nodes_said_away_has_it_back(page, dev, server):
     assert {key: node["inputs"].keys() for key, node in prompt(page).items()} == {
         key: node["inputs"].keys() for key, node in want.items()
     }
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_blueprint_asks_for_what_its_prompt_asks_with_its_dials_turned(page, name):
+    """As the page unfolds it: each node inside with the prompt's values, and a dial reaches each node that it turns."""
+    load(page, json.loads((ROOT / "subgraphs" / f"{name}.json").read_text("utf-8")))
+    assert missing_nodes(page) == [] and alerts(page) == []
+    spec = SPECS[name]
+    want = json.loads((ROOT / f"tests/prompts/{spec.prompt}.json").read_text("utf-8"))
+    dial, targets = max(spec.dials.items(), key=lambda one: (one[0] == "steps", len(one[1])))
+    page.evaluate(f"() => {{ app.graph._nodes[0].widgets.find(w => w.name === '{dial}').value = 17 }}")
+    asked = {node["class_type"]: node["inputs"] for node in prompt(page).values()}
+    assert sorted(asked) == sorted(want[one]["class_type"] for one in spec.inside)
+    for one in spec.inside:
+        fixed = {key: value for key, value in want[one]["inputs"].items() if not isinstance(value, list)}
+        turned = {widget: 17 for node, widget in targets if node == one}
+        got = asked[want[one]["class_type"]]
+        assert {key: got[key] for key in fixed} == {**fixed, **turned}
 
 
 def test_the_blueprint_is_found_by_search_and_takes_a_ksamplers_place(page, dev, server):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blueprints import SPECS, build
 from families import FAMILIES
 
 from pack.models.store import save_profile, shipped_profiles
@@ -197,6 +199,16 @@ def test_a_blueprint_holds_one_node_made_of_known_nodes_with_valid_values(host, 
         known = host.nodes.NODE_CLASS_MAPPINGS[inner["type"]].INPUT_TYPES()
         options = {**known["required"], **known.get("optional", {})}
         assert [one["name"] for one in inner["inputs"]] and {one["name"] for one in inner["inputs"]} <= set(options)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_a_blueprint_is_made_of_the_prompt_that_tests_run(host, name):
+    """ATTUNE_WRITE=1 writes it."""
+    path = ROOT / "subgraphs" / f"{name}.json"
+    made = json.loads(json.dumps(build(name, host.nodes.NODE_CLASS_MAPPINGS)))
+    if os.environ.get("ATTUNE_WRITE"):
+        path.write_text(json.dumps(made, indent=1) + "\n", "utf-8")
+    assert json.loads(path.read_text("utf-8")) == made
 
 
 def test_one_dial_of_the_blueprint_drives_the_sampler_and_attune_auto(host):
