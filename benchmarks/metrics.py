@@ -64,6 +64,30 @@ def perceptual_distance(judge: torch.nn.Module, a: Tensor, b: Tensor) -> Tensor:
     return total / stages
 
 
+def restoration_distance(a: Tensor, b: Tensor, damage: Callable[[Tensor], Tensor], window: int = 17) -> Tensor:
+    """How far a restored picture is from the clean one, in parts of the range, [n]: what the damage leaves must agree,
+    what it takes away must be as strong around each place, but need not be the same to the pixel.
+
+    The root of two mean squares: the difference of damage(a) and damage(b), which super-resolution calls consistency,
+    and the difference of the local deviation, over `window` pixels, of a - damage(a) and b - damage(b).
+    """
+    left = [damage(x) for x in (a.double(), b.double())]
+    strengths = []
+    for x, kept in zip((a, b), left, strict=True):
+        energy = (x - kept).square().mean(1, keepdim=True)
+        around = torch.nn.functional.avg_pool2d(energy, window, 1, window // 2, count_include_pad=False)
+        strengths.append(around.sqrt())
+    parts = [(one - other).square().mean((1, 2, 3)) for one, other in (left, strengths)]
+    return (parts[0] + parts[1]).sqrt()
+
+
+def structural_distance(a: Tensor, b: Tensor) -> Tensor:
+    """1 - SSIM (Wang et al. 2004) of pictures in 0..1, over Gaussian windows of 11 pixels, [n]."""
+    from kornia.metrics import ssim
+
+    return 1 - ssim(a.double(), b.double(), 11).mean((1, 2, 3))
+
+
 def precision_recall(real: Tensor, fake: Tensor, k: int = 3) -> tuple[float, float]:
     """Shares of fakes inside the real manifold and of reals inside the fake one (Kynkaanniemi et al. 2019).
 

@@ -4,9 +4,10 @@ python dev.py bench timestep_fields [--parts films long regions starts] [--films
 
 Films: the demo video model, through the host's own SamplerCustomAdvanced: ours by Attune Timestep Field; the host's way
 to give frames, a noise mask on the latent, and its way to long films, Context Windows, with and without Attune
-Long-Video Noise. Pictures: the demo flow model. The real ones are the demo models' training data, composed
-anew (`dev.py train-demo --video` fetches them). Writes docs/results/timestep_fields.json, docs/results.md,
-docs/timestep_fields.jpg and docs/timestep_fields_long.jpg; in parts with --parts.
+Long-Video Noise. Pictures: the demo flow model, starts from a picture on the demo UNet, too. The real ones are the demo
+models' training data, composed anew (`dev.py train-demo --video` fetches them). Writes
+docs/results/timestep_fields.json, docs/results.md, docs/timestep_fields.jpg and docs/timestep_fields_long.jpg; in parts
+with --parts.
 """
 
 from __future__ import annotations
@@ -29,15 +30,17 @@ from torch import Tensor
 from comfy_process import ROOT, Host
 from harness import Lab, prompt
 from judge import BACKGROUNDS, OBJECTS, load_judge
-from metrics import frechet, jackknife, perceptual_distance
+from metrics import frechet, jackknife, perceptual_distance, restoration_distance, structural_distance
 from results import DOCS, Table, command_line, record
 
 PARTS = ("films", "long", "regions", "starts")
 ASSETS = ROOT / ".host" / "training" / "package" / "assets"
 VIDEO = "attune_demo_video.safetensors"
 CFG, WINDOW, WINDOWS, GROUPS = 3.0, 8, 5, 4
+COPIES = 16  # films of the reference for each that is drawn: the same things, other motions
 DIMENSIONS = 24  # of the features that the Frechet distances compare: the real ones' first principal axes
-SEARCH = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)  # strengths that are tried by hand
+SEARCH = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6)  # strengths that are tried by hand
+REFINES = ("refine: by detail", "refine: Resfusion", "refine: ResShift", "refine: HIR-Diff")
 
 
 def training(name: str):
@@ -83,21 +86,28 @@ class FilmBench:
     def __init__(self, host: Host, count: int, steps: int):
         self.call, self.steps, self.judge = host.call, steps, load_judge()
         self.model, self.clip, self.vae = host.call("CheckpointLoaderSimple", ckpt_name=VIDEO)
+        self.count = count
         self.real = self.composed(count, WINDOW, 1)
+        many = self.features_of(self.composed(COPIES * count, WINDOW, 3, encoded=False).pictures)
+        self.middle = many.mean(0)
+        self.axes = torch.linalg.svd(many - self.middle, full_matrices=False).Vh[:DIMENSIONS]
+        self.reference = (many - self.middle) @ self.axes.T
 
-    def composed(self, count: int, frames: int, seed: int) -> Films:
-        """Films of the kind that the model was trained on, drawn and encoded; their backgrounds stay."""
+    def composed(self, films_wanted: int, frames: int, seed: int, encoded: bool = True) -> Films:
+        """Films of the kind that the model was trained on, drawn and encoded; their backgrounds stay. What they show
+        repeats itself after `count` films, their motions do not."""
         films, data = training("films"), training("data")
         generator = torch.Generator().manual_seed(seed)
-        names = [films.OBJECTS[i % len(films.OBJECTS)] for i in range(count)]
-        colours = torch.tensor([(7 * i + 3) % len(BACKGROUNDS) for i in range(count)])
-        motion = films.draw_motion(count, generator)
+        scenes = [i % self.count for i in range(films_wanted)]
+        names = [films.OBJECTS[i % len(films.OBJECTS)] for i in scenes]
+        colours = torch.tensor([(7 * i + 3) % len(BACKGROUNDS) for i in scenes])
+        motion = films.draw_motion(films_wanted, generator)
         motion.fade.zero_()
         one = data.background_colours()[colours]
         rgba = data.load_objects(ASSETS)[[OBJECTS.index(name) for name in names]]
         pictures = films.shown(rgba, motion, (one, one), frames)
         texts = [prompt(OBJECTS.index(name), int(c)) for name, c in zip(names, colours, strict=True)]
-        return Films(pictures, self.encode(pictures), texts)
+        return Films(pictures, self.encode(pictures) if encoded else torch.empty(0), texts)
 
     def encode(self, films: Tensor) -> Tensor:
         flat = films.flatten(0, 1).permute(0, 2, 3, 1)
@@ -132,14 +142,16 @@ class FilmBench:
 
     # --- what is measured ---
 
+    def features_of(self, films: Tensor) -> Tensor:
+        """The judge's, of every frame [n d]."""
+        return torch.cat([self.judge.features(x).double() for x in films.flatten(0, 1).split(256)])
+
     def features(self, films: Tensor) -> Tensor:
-        """Of every frame [n d], in the real frames' own axes."""
-        real = self.judge.features(self.real.pictures.flatten(0, 1)).double()
-        axes = torch.linalg.svd(real - real.mean(0), full_matrices=False).Vh[:DIMENSIONS]
-        return (self.judge.features(films.flatten(0, 1)).double() - real.mean(0)) @ axes.T
+        """Of every frame [n d], in the reference's own axes."""
+        return (self.features_of(films) - self.middle) @ self.axes.T
 
     def frechet(self, films: Tensor) -> float:
-        return frechet(self.features(self.real.pictures), self.features(films))
+        return frechet(self.reference, self.features(films))
 
     def steps_between(self, films: Tensor) -> Tensor:
         """Perceptual distance of neighbouring frames, [n f-1]."""
@@ -211,9 +223,24 @@ def films_table(b: FilmBench) -> tuple[Table, list[tuple[str, Tensor]]]:
     note = (
         f"{len(real.texts)} films of {WINDOW} frames, {b.steps} steps, cfg {CFG:g}; real neighbours differ by "
         f"{float(moves.mean()):.3g}. Distances are of the judge's features; Fréchet distances in {DIMENSIONS} "
-        "principal axes, biased upwards for few frames: compare rows with as many given ones."
+        f"principal axes, to {COPIES * len(real.texts)} real films of the same things in other motions, biased upwards "
+        "for few frames: compare rows with as many given ones."
     )
     return Table("Films of the demo video model: given frames", columns, rows, note), shown
+
+
+def drift(b: FilmBench, pictures: Tensor) -> tuple[list[float], str]:
+    """Frechet distance of each window of these films; the worst of the next three over the first, with its error."""
+    seen = b.features(pictures).unflatten(0, pictures.shape[:2]).split(WINDOW, dim=1)
+    parts = lambda some: [frechet(b.reference, window[some].flatten(0, 1)) for window in seen]
+
+    def worst(some: Tensor) -> float:
+        first, *others = parts(some)
+        return max(others[:3]) / first
+
+    count = len(pictures)
+    ratio, error = jackknife(worst, count, min(2 * GROUPS, count))
+    return parts(torch.arange(count)), f"{ratio:.3g} ± {error:.2g}"
 
 
 def long_table(b: FilmBench) -> tuple[Table, list[tuple[str, Tensor]]]:
@@ -222,8 +249,17 @@ def long_table(b: FilmBench) -> tuple[Table, list[tuple[str, Tensor]]]:
     shuffled = lambda noise: b.call("AttuneLongNoise", noise=noise, window=WINDOW, stride=4)[0]
     stairs = {"preset": "staircase", "given_frames": 0, "window": WINDOW}
     rows, shown = [], []
+
+    def row(label: str, pictures: Tensor, calls: int | str) -> None:
+        parts, worst = drift(b, pictures)
+        moves = grouped(b.steps_between(pictures).mean(1))
+        rows.append([label, *(f"{one:.3g}" for one in parts), worst, moves, calls])
+        print(*rows[-1], flush=True)
+
+    row("real films, encoded and decoded", b.pictures(b.composed(len(texts), frames, 2).latents), "–")
     for label, more in (
         ("**staircase**, overlap 4", {"sampler": b.field(**stairs, overlap=4)}),
+        ("the same, finished frames shown at 0.2", {"sampler": b.field(**stairs, overlap=4, given_noise=0.2)}),
         ("Context Windows, stock euler", {"model": asked}),
         ("the same with Attune Long-Video Noise", {"model": asked, "noise": shuffled}),
     ):
@@ -234,18 +270,7 @@ def long_table(b: FilmBench) -> tuple[Table, list[tuple[str, Tensor]]]:
         else:
             out, calls = b.draw(latents, texts, **more)
         pictures = b.pictures(out)
-        parts = [b.frechet(part) for part in pictures.split(WINDOW, dim=1)]
-        between = b.steps_between(pictures)
-        rows.append(
-            [
-                label,
-                *(f"{one:.3g}" for one in parts),
-                f"{max(parts[1:4]) / parts[0]:.3g}",
-                grouped(between.mean(1)),
-                calls,
-            ]
-        )
-        print(*rows[-1], flush=True)
+        row(label, pictures, calls)
         shown.append((label.replace("*", ""), pictures))
     columns = [
         "way",
@@ -256,7 +281,7 @@ def long_table(b: FilmBench) -> tuple[Table, list[tuple[str, Tensor]]]:
     ]
     note = (
         f"{len(texts)} films of {frames} frames, {b.steps} steps a frame, cfg {CFG:g}; a window is {WINDOW} frames. A "
-        "call sees one window."
+        "call sees one window. Distances as above; the error of the worst leaves out a group of films at a time."
     )
     return Table("Films of the demo video model: five windows long", columns, rows, note), shown
 
@@ -358,7 +383,7 @@ def blurred(pictures: Tensor, width: float) -> Tensor:
     """By a Gaussian of this standard deviation in pixels."""
     t = torch.arange(-16, 17.0)
     kernel = torch.exp(-(t**2) / (2 * width**2))
-    kernel = (kernel / kernel.sum()).expand(3, 1, 1, -1)
+    kernel = (kernel / kernel.sum()).to(pictures).expand(3, 1, 1, -1)
     padded = F.pad(pictures, (16, 16, 16, 16), mode="replicate")
     return F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.transpose(2, 3), groups=3)
 
@@ -369,39 +394,54 @@ def small(pictures: Tensor, factor: int) -> Tensor:
     return F.interpolate(reduced, pictures.shape[2:], mode="bicubic").clamp(0, 1)
 
 
-DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {
-    "blur of 6 px": lambda pictures: blurred(pictures, 6.0),
-    "an eighth of the size": lambda pictures: small(pictures, 8),
+@dataclass(frozen=True)
+class Damage:
+    """What is done to a picture, and the `detail` in pixels: of a blur four standard deviations, the whole width of a
+    smeared edge, and of an enlarged picture its factor."""
+
+    of: Callable[[Tensor], Tensor]
+    detail: float
+
+
+DAMAGES = {
+    "blur of 4 px": Damage(lambda pictures: blurred(pictures, 4.0), 16.0),
+    "blur of 6 px": Damage(lambda pictures: blurred(pictures, 6.0), 24.0),
+    "an eighth of the size": Damage(lambda pictures: small(pictures, 8), 8.0),
 }
 
 
 def starts_table(b: PictureBench) -> Table:
     """Refine schedules against the best strength that a search finds, on the same pictures."""
-    rows = []
+    rows, shown = [], b.lab.pictures(b.name, b.encode(b.clean))  # the best that a latent can hold
     for kind, damage in DAMAGES.items():
-        latents = b.encode(damage(b.clean))
-        error = lambda pictures: perceptual_distance(b.judge, pictures, b.clean)
-        found = {f"denoise {d}": error(b.draw(latents, b.levels(d))) for d in SEARCH}
-        best = min(found, key=lambda name: float(found[name].mean()))
-        rows.append([kind, "as it is", grouped(error(b.lab.pictures(b.name, latents))), "–"])
-        rows.append([kind, f"best of the search: {best}", grouped(found[best]), "1"])
-        for name in ("refine: Resfusion", "refine: ResShift", "refine: HIR-Diff"):
-            (sigmas,) = b.call("AttuneScheduler", model=b.model, steps=b.steps, denoise=1.0, schedule=name)
-            gap = error(b.draw(latents, sigmas))
-            rows.append(
-                [
-                    kind,
-                    f"{name}, from {float(sigmas[0]):.3g}",
-                    grouped(gap),
-                    f"{float(gap.mean() / found[best].mean()):.3g}",
-                ]
-            )
-        for row in rows[-5:]:
-            print(*row, flush=True)
-    columns = ["picture", "start", "distance to the clean picture", "of the best"]
+        latents = b.encode(damage.of(b.clean))
+
+        def started(start: str, levels: Tensor | None, latents=latents, kind=kind, of=damage.of) -> tuple[list, float]:
+            pictures = b.lab.pictures(b.name, latents) if levels is None else b.draw(latents, levels)
+            far = 255 * restoration_distance(pictures, shown, of)
+            known = (structural_distance(pictures, shown), perceptual_distance(b.judge, pictures, shown))
+            sigma = "–" if levels is None else f"{float(levels[0]):.3g}"
+            return [kind, start, sigma, *(grouped(one) for one in (far, *known))], float(far.mean())
+
+        tried = (started(f"best of the search: denoise {d:g}", b.levels(d)) for d in SEARCH)
+        best = min(tried, key=lambda one: one[1])
+        some = [started("as it is", None), best]
+        for name in REFINES:
+            (sigmas,) = b.call(
+                "AttuneScheduler", model=b.model, steps=b.steps, denoise=1.0, schedule=name, detail=damage.detail,
+                latent={"samples": latents},
+            )  # fmt: skip
+            some.append(started(f"**{name}**, {damage.detail:g}" if name == REFINES[0] else name, sigmas))
+        for cells, far in some:
+            rows.append([*cells, f"{far / best[1]:.3g}"])
+            print(*rows[-1], flush=True)
+    columns = ["picture", "start", "from sigma", "distance, of 255", "1 - SSIM", "perceptual distance", "of the best"]
     note = (
-        f"{len(b.clean)} pictures, {b.steps} steps of euler, cfg 2, the prompt names object and background. "
-        f"The search: denoise {SEARCH[0]} to {SEARCH[-1]} of the stock simple, judged on these very pictures."
+        f"{len(b.clean)} pictures, {b.steps} steps of euler, cfg 2, the prompt names object and background. Distance: "
+        "what the damage leaves of a picture must agree with the clean one, what it takes away must be as strong "
+        "around each place (17 px); the last column is its mean over that of the best. The clean pictures are those "
+        f"that the latents hold. The search: denoise {', '.join(f'{d:g}' for d in SEARCH)} of the stock simple, judged "
+        "on these very pictures."
     )
     return Table(f"{b.name}: starts from a picture", columns, rows, note)
 
@@ -435,9 +475,9 @@ def main() -> None:
     args = parser.parse_args()
     began, tables = time.perf_counter(), earlier(args.out, args.parts)
 
-    def keep(part: str, table: Table) -> None:
+    def keep(part: str, *made: Table) -> None:
         """A part is on the page as soon as it is done: an interrupted run keeps what it has."""
-        tables[part] = [replace(table, command=command_line("timestep_fields"))]
+        tables[part] = [replace(table, command=command_line("timestep_fields")) for table in made]
         data = {part: [vars(table) for table in tables[part]] for part in PARTS if part in tables}
         figures = [name for name in FIGURES if (args.out / name).exists()]
         flat = [table for part in PARTS for table in tables.get(part, [])]
@@ -453,10 +493,13 @@ def main() -> None:
                     strips(shown, 2).save(args.out / name, quality=88)
                     keep(part, table)
         if {"regions", "starts"} & set(args.parts):
-            pictures = PictureBench(Lab(host, Path(folder)), "flow", args.pictures, args.steps)
-            makers: dict[str, Callable[[PictureBench], Table]] = {"regions": regions_table, "starts": starts_table}
-            for part in [part for part in args.parts if part in makers]:
-                keep(part, makers[part](pictures))
+            lab = Lab(host, Path(folder))
+            flow = PictureBench(lab, "flow", args.pictures, args.steps)
+            if "regions" in args.parts:
+                keep("regions", regions_table(flow))
+            if "starts" in args.parts:
+                unet = PictureBench(lab, "unet", args.pictures, args.steps)
+                keep("starts", starts_table(flow), starts_table(unet))
 
 
 FIGURES = ("timestep_fields.jpg", "timestep_fields_long.jpg")

@@ -18,6 +18,8 @@ from metrics import (
     precision_recall,
     psnr,
     rank_stability,
+    restoration_distance,
+    structural_distance,
 )
 
 
@@ -130,3 +132,23 @@ def test_the_jackknife_covers_the_spread_of_a_frechet_distance_between_repetitio
     runs = [jackknife(lambda kept, x=x: frechet(real, x[kept]), 60, 6) for x in fakes]
     spread = np.std([value for value, _ in runs])
     assert 0.6 * spread < np.mean([error for _, error in runs]) < 1.6 * spread
+
+
+def test_a_restoration_is_judged_by_what_was_kept_and_by_the_strength_of_what_was_lost():
+    """For a damage that leaves the mean colour: a shift counts in full, a detail of another shape not at all."""
+    flat = lambda pictures: pictures.mean((2, 3), keepdim=True).expand_as(pictures)
+    signs = torch.randint(2, (2, 1, 40, 40), generator=torch.Generator().manual_seed(0)).double() * 2 - 1
+    detail = 0.1 * (signs - flat(signs)).expand(-1, 3, -1, -1)
+    clean, distance = 0.5 + detail, lambda pictures: restoration_distance(pictures, clean, flat).tolist()
+    assert distance(clean) == [0, 0]
+    assert distance(clean + 0.05) == pytest.approx([0.05] * 2)
+    assert distance(0.5 - detail) == pytest.approx([0] * 2, abs=1e-6)
+    assert distance(flat(clean)) == pytest.approx([0.1] * 2, rel=0.01)  # nothing of it is there
+    assert distance(0.5 + 1.3 * detail) == pytest.approx([0.03] * 2, rel=0.01)
+
+
+def test_structural_distance_is_none_for_the_same_and_grows_with_blur():
+    sharp = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    soft = torch.nn.functional.avg_pool2d(sharp, 3, 1, 1)
+    assert structural_distance(sharp, sharp).abs().max() < 1e-6
+    assert (structural_distance(sharp, soft) > 0.2).all()

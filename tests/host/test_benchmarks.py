@@ -55,7 +55,7 @@ SMOKE = {
     "one_more_step": ["--settings", "SD's:1:4", "--seeds", "2", "--steps", "4"],
     "golden_noise": ["--prompts", "3", "--seeds", "2", "--models", "unet", "--steps", "4", "--cfg", "1"],
     "noise_space": ["--models", "flow", "--pictures", "4", "--pairs", "1", "--steps", "3"],
-    "timestep_fields": ["--parts", "films", "regions", "--films", "4", "--pictures", "4", "--steps", "2"],
+    "timestep_fields": ["--parts", "films", "regions", "starts", "--films", "4", "--pictures", "4", "--steps", "2"],
     "samples": ["--tasks", "12", "--models", "flow", "--steps", "2"],
     "noise_shift": ["--tasks", "12", "--sweep", "8", "--sides", "64", "--models", "flow", "--steps", "5"],
     "long_run": ["--prompts", "12", "--caches", "none", "--control", "0"],
@@ -272,7 +272,7 @@ def test_given_frames_and_what_is_far_from_a_hole_stay(tmp_path, run_here, monke
     """With plain films and pictures in the place of the training pictures, which only a training fetches."""
     import timestep_fields
 
-    def plain(self, count, frames, seed):
+    def plain(self, count, frames, seed, encoded=True):
         colours = torch.rand(count, 1, 3, 1, 1, generator=torch.Generator().manual_seed(seed))
         films = colours.expand(-1, frames, -1, 64, 64).clone()
         films[:, :, :, 20:40, 20:40] = torch.linspace(0, 1, frames)[None, :, None, None, None]
@@ -285,8 +285,10 @@ def test_given_frames_and_what_is_far_from_a_hole_stay(tmp_path, run_here, monke
 
     monkeypatch.setattr(timestep_fields.FilmBench, "composed", plain)
     monkeypatch.setattr(timestep_fields.PictureBench, "__init__", picture)
+    monkeypatch.setattr(timestep_fields, "SEARCH", (0.3, 0.6))
+    monkeypatch.setattr(timestep_fields, "DAMAGES", dict([*timestep_fields.DAMAGES.items()][:1]))
     run_here("timestep_fields", tmp_path, *SMOKE["timestep_fields"])
-    films, regions = json.loads((tmp_path / "results" / "timestep_fields.json").read_text())["tables"]
+    films, regions, *starts = json.loads((tmp_path / "results" / "timestep_fields.json").read_text())["tables"]
     rows = {row[0].replace("*", ""): row[1:] for row in films["rows"]}
     given = ("first frame given", "first and last given", "extend, four frames given", "staircase from four frames")
     assert all(float(rows[way][0]) <= 1e-6 for way in given)
@@ -295,6 +297,12 @@ def test_given_frames_and_what_is_far_from_a_hole_stay(tmp_path, run_here, monke
     assert float(far["Attune Noise Mask, floor 0, feather 0"].split()[0]) < 1
     assert far["Attune Noise Mask, floor 0, feather 0"] == far["plain noise mask on the hole"]
     assert min(Image.open(tmp_path / "timestep_fields.jpg").size) > 100
+    assert [table["title"].split(":")[0] for table in starts] == ["flow", "unet"]
+    for rows in (
+        table["rows"] for table in starts
+    ):  # of plain pictures nothing is lost, and the nearest keeps the most
+        found = {row[1].strip("*"): float(row[-1]) for row in rows}
+        assert found["as it is"] < 1 and found["refine: by detail**, 16"] < found["refine: HIR-Diff"]
 
 
 @pytest.mark.nightly
