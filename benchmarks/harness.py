@@ -193,7 +193,8 @@ class Lab:
         if isinstance(cell.sampler, str):
             (solver,) = call("KSamplerSelect", sampler_name=cell.sampler)
         else:
-            _, solver = call(cell.sampler[0], model=model, **dict(cell.sampler[1]))
+            given = {name: self.given(name, value, part) for name, value in cell.sampler[1]}
+            _, solver, *_ = call(cell.sampler[0], model=model, **given)
         (guider,) = call(
             "CFGGuider",
             model=model,

@@ -4,10 +4,10 @@ python dev.py bench step_cost [--runs unet:euler:50:3 flow:euler:50:3 unet:dpmpp
 
 Every setting draws the same prompts and noises as the plain run of as many steps, through the host. Speed is counted:
 the rows that enter the network's first layer and its middle, of both prompts, a shorter step by the costs of a
-published network's blocks (SD1.5 at 512, SD3 medium). Ours, forecasts: fitted by the node on a picture of each of
-four prompts. PSNR (dB, pixels) and perceptual distance are to the plain run, with the standard error over groups of
-seeds. The rivals are `rivals.py`'s, core's caches core's. MagCache's ratios and SeaCache's thresholds are measured on
-a run of another prompt. Writes docs/results/step_cost.json, docs/results.md and a plot.
+published network's blocks (SD1.5 at 512, SD3 medium). Ours, forecasts and fitted sampler: fitted by their nodes on a
+picture of each of four prompts. PSNR (dB, pixels) and perceptual distance are to the plain run, with the standard
+error over groups of seeds. The rivals are `rivals.py`'s, core's caches core's. MagCache's ratios and SeaCache's
+thresholds are measured on a run of another prompt. Writes docs/results/step_cost.json, docs/results.md and a plot.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from results import DOCS, Table, markdown, record
 from rivals import Rival, sea_filtered, with_rival
 from schedules import number, progress
 
-FORECASTS = "ours, forecasts"
+FORECASTS, FITTED = "ours, forecasts", "ours, fitted sampler"
+EVALUATIONS = (6, 8, 10, 12, 16)
 FITTED_TASK = Task(100, 3, 987654321)  # no task that is drawn
 FITTED_PROMPTS = (prompt(100, 3), prompt(55, 9), prompt(13, 15), prompt(80, 0))
 SHARES = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -145,6 +146,11 @@ def settings(lab: RivalLab, run: Run) -> dict[str, Cell]:
     for point in points[:: -(-len(points) // MOST_POINTS)]:
         nodes = node(mode="speed target", reuse="automatic", speed=point.speed, profile=profile.name)
         found[f"{FORECASTS}, {len(point.keys)} asked, {len(point.one_sided)} one-sided"] = replace(plain, nodes=nodes)
+    if not noisy:
+        path = fitted_sampler(lab, run, levels)
+        for one in pack("models.store").load_profile(path).runs:
+            used = ("AttuneApplyProfile", (("profile", path.name), ("steps", one.run.steps)))
+            found[f"{FITTED}, {one.run.steps}"] = replace(plain, sampler=used, sigmas=tuple(one.run.sigmas))
     return found
 
 
@@ -212,11 +218,33 @@ def sea_threshold(states: list, levels: tuple[float, ...], flow: bool, share: fl
     return round(high, 6)
 
 
+def kept(lab: RivalLab, run: Run, what: str = "") -> tuple[str, Path | None]:
+    """The name of what is fitted for a run, and its file if it is there."""
+    facts = f"{run} {lab.digests[run.model]} {code_digest()} {FITTED_PROMPTS}{what}"
+    stem = f"step-cost-{hashlib.sha256(facts.encode()).hexdigest()[:24]}"
+    return stem, next(lab.cache.glob(f"{stem}.*"), None)
+
+
+def fitted_sampler(lab: RivalLab, run: Run, levels: tuple[float, ...]) -> Path:
+    """The node's own sampler in the place of the run, on one picture each of four other prompts."""
+    stem, path = kept(lab, run, FITTED)
+    if path is not None:
+        return path
+    model, counts = lab.models[run.model], [n for n in EVALUATIONS if n <= 0.6 * run.steps]
+    channels = model.get_model_object("latent_format").latent_channels
+    profile, *_ = lab.host.call(
+        "AttuneFitSampler", model=model, positive=lab.conditioning(list(FITTED_PROMPTS)),
+        negative=lab.conditioning([""] * len(FITTED_PROMPTS)), cfg=run.cfg, seed=FITTED_TASK.seed, preset="mini",
+        sampler=lab.host.call("KSamplerSelect", sampler_name=run.sampler)[0], budget_minutes=0.0,
+        latent={"samples": torch.zeros(len(FITTED_PROMPTS), channels, 16, 16)}, steps=counts[0], coefficients=True,
+        more_steps=", ".join(map(str, counts[1:])), sigmas=torch.tensor(levels),
+    )  # fmt: skip
+    return pack("models.store").save_profile(profile, lab.cache, stem)
+
+
 def fitted(lab: RivalLab, run: Run) -> Path:
     """The node's own forecasts, on one picture each of four other prompts; two each where the solver adds noise."""
-    facts = f"{run} {lab.digests[run.model]} {code_digest()} {FITTED_PROMPTS}"
-    stem = f"step-cost-{hashlib.sha256(facts.encode()).hexdigest()[:24]}"
-    path = next(lab.cache.glob(f"{stem}.*"), None)
+    stem, path = kept(lab, run)
     if path is not None:
         return path
     model, pictures = lab.models[run.model], 2 if "ancestral" in run.sampler else 1
@@ -273,12 +301,14 @@ def plot(blocks: list[list[Row]], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(blocks), figsize=(4.6 * len(blocks), 4), layout="constrained", squeeze=False)
-    for axis, found in zip(axes[0], blocks, strict=True):
+    wide, high = min(len(blocks), 3), -(-len(blocks) // 3)
+    figure, axes = plt.subplots(high, wide, figsize=(4.6 * wide, 4 * high), layout="constrained", squeeze=False)
+    for axis, found in zip(axes.flat, blocks, strict=False):
         lines: dict[str, list[Row]] = {}
         for row in found[1:]:
             family = FORECASTS if row.label.startswith(FORECASTS) else row.label.split(",")[0].split(" ")[0]
             family = "ours, features" if row.label.startswith("ours, features") else family
+            family = FITTED if row.label.startswith(FITTED) else family
             family = "ours, one-sided" if row.label.startswith("ours, one-sided") else family
             lines.setdefault(family, []).append(row)
         for n, (family, many) in enumerate(lines.items()):
