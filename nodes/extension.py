@@ -12,9 +12,9 @@ from ._host.workflow_profiles import register_exchange
 
 MENU = (  # the modules of the nodes
     "auto", "schedules", "fit_sampler", "fast_sampler", "noise_shift", "one_more_step", "train_one_more_step",
-    "golden_noise", "noise", "redenoise", "train_npnet", "noise_space", "noise_mask", "timestep_field", "long_noise",
-    "propagation", "attention", "draft_seeds", "training_noise", "precision", "calibration_set", "profiles", "compare",
-    "demo_picture",
+    "golden_noise", "noise", "redenoise", "train_npnet", "noise_space", "noise_mask", "protect", "timestep_field",
+    "long_noise", "propagation", "attention", "draft_seeds", "training_noise", "precision", "calibration_set",
+    "profiles", "compare", "demo_picture",
 )  # fmt: skip
 NODES = [node for name in MENU for node in import_module(f".{name}", __package__).NODES]
 

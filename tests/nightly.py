@@ -17,7 +17,7 @@ REPEATED = [
 # Fits and trainings take longest, and one is of a size of its own. Their nodes are asked in small in tests/host.
 LONG = [
     "align_timesteps", "fit_attention", "fit_fast", "fit_noise_shift", "fit_propagation", "fit_sampler", "noise_mask",
-    "share_a_profile", "train_npnet", "train_one_more_step", "training_noise",
+    "protect", "share_a_profile", "train_npnet", "train_one_more_step", "training_noise",
 ]  # fmt: skip
 
 

@@ -75,6 +75,7 @@ SMOKE = {
     ],
     "precision": ["--models", "unet", "--tasks", "2", "--steps", "3"],
     "attention": ["--models", "unet", "--tasks", "2", "--steps", "8"],
+    "protect": ["--pictures", "2", "--steps", "3", "--seeds", "1"],
 }
 
 
@@ -323,6 +324,32 @@ def test_an_fp8_model_comes_nearer_by_its_sensitive_weights(tmp_path, run_here):
     (table,) = json.loads((tmp_path / "results" / "precision.json").read_text())["tables"]
     gains = {(row[0], row[1]): float(row[3]) for row in table["rows"]}
     assert all(gains[dtype, "none"] == 0 < gains[dtype, "sensitive"] for dtype in ("fp8_e4m3fn", "fp8_e5m2"))
+
+
+@pytest.mark.nightly
+@pytest.mark.host
+def test_a_protected_picture_is_edited_beside_a_plain_one(tmp_path, run_here, monkeypatch):
+    """With plain squares in the place of the training pictures, which only a training fetches."""
+    import protect
+
+    def plain(count):
+        pictures, boxes = torch.full((count, 3, 128, 128), 0.4), [(30, 30, 64)] * count
+        pictures[:, 0, 30:94, 30:94] = 0.8
+        masks = protect.drawn(boxes, 0.5), protect.drawn(boxes, 0.4)
+        half, another = (
+            protect.Edit(*masks, [""] * count, [0] * count),
+            protect.Edit(*masks, ["a cat"] * count, [5] * count),
+        )
+        return protect.Scenes((pictures * 255).round() / 255, boxes, half, another)
+
+    monkeypatch.setattr(protect, "scenes", plain)
+    monkeypatch.setattr(protect, "EDIT_STEPS", 3)
+    run_here("protect", tmp_path, *SMOKE["protect"])
+    right, apart, another = json.loads((tmp_path / "results" / "protect.json").read_text())["tables"]
+    assert [row[0] for row in right["rows"]] == [row[0] for row in apart["rows"]] and len(another["rows"]) == 3
+    moved = {row[0]: float(row[2].split()[0]) for row in right["rows"][1:]}
+    assert moved["kept part replaced by noise"] > 10 * moved["Attune Protect Image"] > 0
+    assert min(Image.open(tmp_path / "protect.jpg").size) > 100
 
 
 @pytest.mark.nightly

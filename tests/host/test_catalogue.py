@@ -32,6 +32,7 @@ IDS = [
     "AttuneSaveNoiseMaps",
     "AttuneLoadNoiseMaps",
     "AttuneNoiseMask",
+    "AttuneProtectImage",
     "AttuneTimestepField",
     "AttuneFilm",
     "AttuneLongNoise",
