@@ -24,20 +24,23 @@ class AttuneProtectImage(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneProtectImage", WHO, "attune/editing",
-            "Change a picture a little, so that inpainting models edit it badly (DiffusionGuard).",
+            "Changes a picture a little, so that inpainting models edit it badly (DiffusionGuard).",
             search_aliases=["DiffusionGuard", "PhotoGuard", "immunize", "anti deepfake", "adversarial", "Glaze"],
             is_experimental=True,
             hidden=[io.Hidden.unique_id],
             inputs=[
-                io.Image.Input("image", tooltip="One picture or several."),
+                io.Image.Input("image", tooltip="The picture to protect, or several."),
                 io.Mask.Input(
                     "mask",
-                    tooltip="White where others may paint anew, such as all but a face. As many masks as pictures: one "
-                    "each; else every picture is protected against all of them.",
+                    tooltip="White where others may paint anew, such as all but a face. With as many masks as "
+                    "pictures, each picture has its own; otherwise every picture is protected against all "
+                    "masks.",
                 ),
                 io.Model.Input("model", tooltip="An inpainting model of the SD class (9 input channels)."),
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
-                io.Conditioning.Input("conditioning", tooltip="An empty prompt, as published; or one to be expected."),
+                io.Conditioning.Input(
+                    "conditioning", tooltip="An empty prompt, as published, or a prompt that you expect."
+                ),
                 io.Int.Input(
                     "budget", default=16, min=0, max=128,
                     tooltip="The largest change, as published: 16 are 16/255 of a picture in -1..1, which is 8 of a "
@@ -45,32 +48,33 @@ class AttuneProtectImage(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "steps", default=200, min=1, max=100000,
-                    tooltip="Iterations, each with a call of the VAE and the network and the way back. Published: 800.",
+                    tooltip="How many iterations; each calls the VAE and the network forwards and backwards. The "
+                    "authors take 800.",
                 ),
                 io.Int.Input(
                     "mask_reach", default=16, min=0, max=256,
-                    tooltip="By how many pixels the contours of the masks may move either way, so that other masks are "
-                    "met, too. 0: the given masks alone.",
+                    tooltip="By how many pixels the contours of the masks may move either way, so that the "
+                    "picture is protected against other masks, too. 0: the given masks alone.",
                 ),
                 *advanced(
                     io.Float.Input(
                         "step_size", default=1.0, min=0.01, max=128.0, step=0.1,
-                        tooltip="The change of one iteration, in the unit of 'budget'. Published: 1.",
+                        tooltip="How much one iteration changes, in the unit of 'budget'. The authors take 1.",
                     ),
                     io.Int.Input(
                         "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=False,
-                        tooltip="Of the noises and of the masks' contours.",
+                        tooltip="The seed of the noises and of the masks' contours.",
                     ),
                     io.Boolean.Input(
                         "gradient_checkpointing", default=True,
-                        tooltip="Compute results again on the way back instead of keeping them: less memory, half as "
-                        "much time again.",
+                        tooltip="Computes results again on the way back instead of keeping them. That takes less "
+                        "memory and half as much time again.",
                     ),
                 ),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The protected picture: save it without loss, as PNG."),
-                io.String.Output(display_name="report", tooltip="How much changed, and what it did."),
+                io.String.Output(display_name="report", tooltip="Says how much was changed, and what that did."),
             ],
         )  # fmt: skip
 
