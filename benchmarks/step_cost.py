@@ -35,7 +35,7 @@ from rivals import Rival, sea_filtered, with_rival
 from schedules import number, progress
 
 FORECASTS, FITTED = "ours, forecasts", "ours, fitted sampler"
-EVALUATIONS = (6, 8, 10, 12, 16)
+EVALUATIONS = (6, 8, 9, 10, 12, 16)
 FITTED_TASK = Task(100, 3, 987654321)  # no task that is drawn
 FITTED_PROMPTS = (prompt(100, 3), prompt(55, 9), prompt(13, 15), prompt(80, 0))
 SHARES = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)
@@ -227,7 +227,7 @@ def kept(lab: RivalLab, run: Run, what: str = "") -> tuple[str, Path | None]:
 
 def fitted_sampler(lab: RivalLab, run: Run, levels: tuple[float, ...]) -> Path:
     """The node's own sampler in the place of the run, on one picture each of four other prompts."""
-    stem, path = kept(lab, run, FITTED)
+    stem, path = kept(lab, run, f"{FITTED} {EVALUATIONS}")
     if path is not None:
         return path
     model, counts = lab.models[run.model], [n for n in EVALUATIONS if n <= 0.6 * run.steps]
