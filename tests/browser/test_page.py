@@ -49,7 +49,7 @@ def test_widgets_keep_their_values_through_saving_and_a_reload(page):
         }"""
     )
     before = values(page)
-    assert len(before) == 39 and unchanged == []
+    assert len(before) == 40 and unchanged == []
     saved = page.evaluate("() => JSON.stringify(app.graph.serialize())")
     page.reload()
     page.wait_for_function(READY, timeout=120_000)

@@ -24,12 +24,12 @@ def test_samplers_and_schedulers_of_the_host_are_left_alone(host):
     assert not [name for name in comfy.samplers.SCHEDULER_NAMES + comfy.samplers.SAMPLER_NAMES if "ttune" in name]
 
 
-def test_the_demo_model_is_registered_once_and_last(host):
+def test_the_demo_models_are_registered_once_and_last(host):
     import comfy.supported_models
 
     host.loop.run_until_complete(host.nodes.load_custom_node(str(host.root), module_parent="custom_nodes"))
     names = [model.__name__ for model in comfy.supported_models.models]
-    assert names.count("AttuneDemo") == 1 and names[-1] == "AttuneDemo"
+    assert names[-2:] == ["AttuneDemo", "AttuneDemoInpaint"] and len(set(names)) == len(names)
 
 
 OF_THE_HOST = {
