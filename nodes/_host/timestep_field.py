@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import comfy.model_base
@@ -32,8 +33,11 @@ LOG = logging.getLogger(__name__)
 WHO = "Attune Timestep Field"
 KEY = "attune.timestep_field"
 WHOLE_FILM = slice(None)
-BY_FRAME, BY_TOKEN = "frame", "token"
-READS = {"WAN21": BY_FRAME, "CosmosPredict2": BY_FRAME, "LTXV": BY_TOKEN}  # class of the host -> a level for each …
+BY_FRAME, BY_TOKEN, BY_FIRST = "frame", "token", "first frame and rest"
+READS = {  # class of the host -> a level for each …
+    "WAN21": BY_FRAME, "CosmosPredict2": BY_FRAME, "LTXV": BY_TOKEN, "HunyuanVideo": BY_FIRST,
+}  # fmt: skip
+TOLD_FIRST = "guiding_frame_index"  # HunyuanVideo's own name for the timestep that its first frame is told
 MORE_FRAMES = ("reference_latent", "time_dim_concat")  # conditions that the network puts beside the film's frames
 
 
@@ -47,7 +51,7 @@ def reads(base_model: Any) -> str:
         raise ValueError(
             f"{WHO}: the network of this MODEL ({names[0]}) reads one noise level for all it samples, so frames cannot "
             "have levels of their own. Use Wan 2.1 or 2.2 for text or pictures (best with weights of SkyReels-V2-DF or "
-            "Pusa), LTX-Video, Cosmos Predict2, or the demo video model."
+            "Pusa), LTX-Video, Cosmos Predict2, HunyuanVideo for a first frame, or the demo video model."
         )
     return found
 
@@ -188,6 +192,8 @@ def _check_conditions(run: _Run, by: str, table: Timetable) -> None:
             f"{WHO}: the prompt carries frames beside those of the film ({', '.join(beside)}), and these have no "
             "level. Take them out of the prompt."
         )
+    if by == BY_FIRST:
+        _check_first(run, table, held)
     if any(first > 0 or behind < frames for first, behind in table.windows):
         films = {name: one for name, one in held.items() if isinstance(one, Tensor) and one.ndim == 5}
         long = [name for name, one in films.items() if one.shape[2] == frames]
@@ -196,6 +202,22 @@ def _check_conditions(run: _Run, by: str, table: Timetable) -> None:
                 f"{WHO}: the film is longer than 'window', and the prompt carries pictures for all of it "
                 f"({', '.join(long) or 'ControlNet'}), which cannot be cut. Set 'window' to {frames}, or take them out."
             )
+
+
+def _check_first(run: _Run, table: Timetable, held: dict) -> None:
+    """ValueError for what a network cannot be told that reads one level for the first frame and one for all others."""
+    frames = table.levels.shape[1]
+    rest = table.levels[:, 1:]
+    whole = all(window == (0, frames) for window in table.windows)
+    if not whole or not bool((rest == rest[:, :1]).all()):
+        raise ValueError(
+            f"{WHO}: this network (HunyuanVideo) reads one noise level for the first frame and one for all others. Use "
+            "'first frame given', or 'free' with 'levels' that differ in the first frame alone, such as 0, 1, 1, 1."
+        )
+    if TOLD_FIRST in held:
+        raise ValueError(
+            f"{WHO}: the prompt already tells HunyuanVideo of a first frame. Use a prompt without pictures."
+        )
 
 
 def _told(model_options: dict, levels: Tensor, by: str) -> dict:
@@ -210,7 +232,7 @@ def _told(model_options: dict, levels: Tensor, by: str) -> dict:
 def _teller(levels: Tensor, by: str) -> Any:
     """APPLY_MODEL: one call of the network for frames [b c f h w] with levels [f h w]."""
 
-    def tell(executor, x, sigma, *args, **kwargs):
+    def tell(executor: Any, x, sigma, *args, **kwargs):
         base_model = executor.class_obj
         sampling, field = base_model.model_sampling, levels.to(x.device)[None, None]
         heard = sampling.timestep(field).float().expand(len(x), 1, -1, *x.shape[-2:])
@@ -218,10 +240,15 @@ def _teller(levels: Tensor, by: str) -> Any:
         def told(timestep, denoise_mask=None, **more):
             """With the share of a mask, where the host tells the network of one."""
             each = heard if denoise_mask is None else heard * denoise_mask[:, :1]
+            if by == BY_FIRST:
+                return heard[: len(timestep), 0, -1].mean(dim=(1, 2)).to(timestep)
             if by == BY_TOKEN:
                 return base_model.diffusion_model.patchifier.patchify(each)[0].to(timestep)
             return each.mean(dim=(1, 3, 4)).to(timestep)
 
+        if by == BY_FIRST and bool((heard != heard[:, :, :1]).any()):
+            kwargs = {**kwargs, TOLD_FIRST: heard[:, 0, 0].mean(dim=(1, 2))}
+            executor = partial(_row_by_row, executor)  # the host's code for a first frame takes one
         shadowed = base_model.__dict__.get("process_timestep")
         base_model.process_timestep = told
         try:
@@ -233,6 +260,28 @@ def _teller(levels: Tensor, by: str) -> Any:
                 base_model.process_timestep = shadowed
 
     return tell
+
+
+def _row_by_row(
+    executor, x: Tensor, sigma: Tensor, c_concat=None, c_crossattn=None, control=None, transformer_options=None, **more
+) -> Tensor:  # fmt: skip
+    """APPLY_MODEL for one film and condition after the other, in place of all at once."""
+    count, options = len(x), transformer_options or {}
+
+    def row(value: Any, i: int) -> Any:
+        if isinstance(value, Tensor):
+            return value[i : i + 1] if value.ndim and len(value) == count else value
+        if isinstance(value, dict):
+            return {name: row(one, i) for name, one in value.items()}
+        return [row(one, i) for one in value] if isinstance(value, list) else value
+
+    answers = []
+    for i in range(count):
+        lists = {name: options[name] for name in ("cond_or_uncond", "uuids") if name in options}
+        mine = {**options, **{name: [one[i * len(one) // count]] for name, one in lists.items()}}
+        conds = [row(one, i) for one in (c_concat, c_crossattn, control)]
+        answers.append(executor(x[i : i + 1], sigma[i : i + 1], *conds, mine, **row(more, i)))
+    return torch.cat(answers)
 
 
 def _each_by_its_level(executor, sampling, x: Tensor, sigma: Tensor, field: Tensor, args, kwargs) -> Tensor:

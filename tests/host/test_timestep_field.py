@@ -153,6 +153,33 @@ def test_a_cosmos_film_goes_the_way_of_its_own_arithmetic(host):
     torch.testing.assert_close(out[:, :, 0], latent[:, :, 0], rtol=0, atol=1e-6)
 
 
+def test_hunyuans_first_frame_has_a_level_of_its_own(host, networks):
+    """Its network reads one timestep for the first frame and one for the others: equal, given, and in between."""
+    family = "HunyuanVideo"
+    model, latent = networks(family), film(family)
+    want = draw(host, model, family, stock(host), latent)
+    got = draw(host, model, family, field(host, preset="free", levels="1", solver="euler"), latent)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    told, clone = [], model.clone()
+
+    def note(executor, x, timestep, *args, **kwargs):
+        told.append((timestep.tolist(), kwargs.get("guiding_frame_index", args[6] if len(args) > 6 else None)))
+        return executor(x, timestep, *args, **kwargs)
+
+    clone.add_wrapper_with_key("diffusion_model", "test", note)
+    out = draw(host, clone, family, field(host, given_noise=0.05), latent)
+    assert out.isfinite().all() and float((out - latent)[:, :, 0].abs().max()) <= 1e-6
+    assert float((out - latent)[:, :, 1:].abs().amax(dim=(0, 1, 3, 4)).min()) > 0.1
+    assert len(told) == 2 * STEPS and {len(one) for one, _ in told} == {1}  # the host's code for it takes one
+    assert all(float(first) == pytest.approx(50) for _, first in told)  # 0.05, as it is shown
+    assert [one[0] for one, _ in told[:2]] == [1000, 1000] and all(one[0] > 100 for one, _ in told)
+    half = draw(host, model, family, field(host, preset="free", levels="0.5, 1, 1, 1, 1"), latent)
+    assert half.isfinite().all() and not torch.equal(half, out)
+    for wish in ({"preset": "first and last given"}, {"preset": "staircase", "given_frames": 1, "window": 3}):
+        with pytest.raises(ValueError, match="reads one noise level for the first frame and one for all others"):
+            draw(host, model, family, field(host, **wish), latent)
+
+
 def test_what_cannot_be_sampled_is_said_before_the_first_call(host, networks):
     wan, refused = networks("WAN21_T2V"), []
     model, latent = told_to(wan, refused), film("WAN21_T2V")
@@ -170,8 +197,8 @@ def test_what_cannot_be_sampled_is_said_before_the_first_call(host, networks):
     (differential,) = host.call("DifferentialDiffusion", model=model)
     says("Differential Diffusion reads a mask by one", {}, model=differential, mask=torch.ones(5, 8, 8))
     assert not refused
-    for other in ("HunyuanVideo", "WAN21_Vace"):  # VACE's network reads a film's timestep in its own way
-        says("reads one noise level for all it samples", {}, film(other), other, tiny_network(other))
+    vace = "WAN21_Vace"  # its network reads a film's timestep in its own way
+    says("reads one noise level for all it samples", {}, film(vace), vace, tiny_network(vace))
     (sigmas,) = host.call("BasicScheduler", model=model, scheduler="simple", steps=4, denoise=1.0)
     with pytest.raises(ValueError, match="must fall throughout and end in 0"):
         host.call(
