@@ -291,7 +291,7 @@ def front(found: list[Row]) -> list[str]:
 
 
 def fronts_table(blocks: list[list[Row]]) -> Table:
-    body = [[found[0].run, ", ".join(label for label in front(found) if label != "plain")] for found in blocks]
+    body = [[found[0].run, "; ".join(label for label in front(found) if label != "plain")] for found in blocks]
     return Table("What nothing beats in both speed and fidelity", ["run", "settings"], body)
 
 
