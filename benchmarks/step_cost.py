@@ -302,7 +302,7 @@ def plot(blocks: list[list[Row]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     wide, high = min(len(blocks), 3), -(-len(blocks) // 3)
-    figure, axes = plt.subplots(high, wide, figsize=(4.6 * wide, 4 * high), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(high, wide, figsize=(4.6 * wide, 4.8 * high), layout="constrained", squeeze=False)
     for axis, found in zip(axes.flat, blocks, strict=False):
         lines: dict[str, list[Row]] = {}
         for row in found[1:]:
@@ -318,7 +318,7 @@ def plot(blocks: list[list[Row]], path: Path) -> None:
         axis.set(title=found[0].run, xlabel="times less computing", ylabel="PSNR to plain, dB", xscale="log")
         axis.set_xticks([1, 1.5, 2, 3, 4, 6, 8], ["1", "1.5", "2", "3", "4", "6", "8"])
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=6)
+        axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below: lines go all over
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
