@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 import pytest
@@ -276,7 +277,9 @@ def test_a_file_of_the_whole_inpainting_model_is_the_same_model(inpaint):
     from safetensors.torch import load_file
 
     model, clip, vae = inpaint
-    whole = model.model.state_dict_for_saving(clip.get_sd(), vae.get_sd())
+    newer = "unet_state_dict" in inspect.signature(model.model.state_dict_for_saving).parameters
+    network = [model.model.diffusion_model.state_dict()] if newer else []
+    whole = model.model.state_dict_for_saving(*network, clip.get_sd(), vae.get_sd())
     shipped = load_file(ROOT / "models/weights/attune_demo_inpaint.safetensors")
     whole |= {name: value for name, value in shipped.items() if name.endswith("vocabulary")}
     again = comfy.sd.load_state_dict_guess_config(whole)[0]
