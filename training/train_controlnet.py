@@ -15,7 +15,6 @@ import json
 import os
 import random
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from autoencoder import encoder  # noqa: E402
 from captions import ANY, draw  # noqa: E402
 from comfy.cldm.cldm import ControlNet  # noqa: E402
 from data import background_colours, load_objects, place  # noqa: E402
+from finetuning import Finetuning  # noqa: E402
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
@@ -148,55 +148,26 @@ def train(args: argparse.Namespace) -> None:
     unet = build_unet()
     unet.load_state_dict(part(tensors, "model.diffusion_model."))
     unet = unet.requires_grad_(False).to(DEVICE)
-    control = build(unet).to(DEVICE)
-    average = {name: value.detach().clone() for name, value in control.state_dict().items()}
-    trained = [p for p in control.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    draws, path, step, log = torch.Generator().manual_seed(args.seed), WORK / "controlnet.pt", 0, []
-    if path.exists():
-        state = load_checkpoint(path)
-        control.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        draws.set_state(state["generator"])
-        average, step, log = state["average"], state["step"], state["log"]
-    if step >= args.steps and (FOLDER / f"{NAME}.safetensors").exists():
+    control, draws = build(unet), torch.Generator().manual_seed(args.seed)
+    run = Finetuning(control, WORK / "controlnet.pt", draws, args.lr)
+    if run.step >= args.steps and (FOLDER / f"{NAME}.safetensors").exists():
         return
     made = examples(tensors, min(args.examples, args.steps * args.batch))
-    feed, began, losses = batches(made, args.batch, draws), time.monotonic(), []
 
-    def save() -> None:
-        save_checkpoint(
-            path, net=control.state_dict(), average=average, optimizer=optimizer.state_dict(),
-            generator=draws.get_state(), step=step, log=log,
-        )  # fmt: skip
-
-    while step < args.steps and time.monotonic() - began < 60 * args.minutes:
-        fall = min(1.0, (args.steps - step) / (0.25 * args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / 50) * fall
+    def loss(*batch) -> Tensor:
         with autocast():
-            loss = loss_of(unet, control, *next(feed), draws)
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        decay = min(0.995, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.values()), list(control.state_dict().values()), 1 - decay)
-        losses.append(loss.item())
-        if step % 50 == 0 or step == args.steps:
-            log.append({"step": step, "loss": round(sum(losses[-50:]) / len(losses[-50:]), 4)})
-            print(json.dumps(log[-1]), f"{time.monotonic() - began:.0f} s", flush=True)
-            save()
-    save()
-    export(average, tensors[VOCABULARY])
-    if step < args.steps:
+            return loss_of(unet, control, *batch, draws)
+
+    feed = batches(made, args.batch, draws)
+    run.go(feed, loss, args.steps, args.minutes, warm_up=50, longest=0.995, every=50)
+    export(run.average, tensors[VOCABULARY])
+    if run.step < args.steps:
         print("stopped; run it again to go on")
         return
     report = {
         "command": f"python training/train_controlnet.py --steps {args.steps} --batch {args.batch} --lr {args.lr}",
         "hint": "white where the object is: half outlines, half boxes",
-        "examples": len(made["latents"]), "steps": step, "loss": log,
+        "examples": len(made["latents"]), "steps": run.step, "loss": run.log,
         "parameters": sum(p.numel() for p in control.parameters()),
     }  # fmt: skip
     (FOLDER / f"{NAME}.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")

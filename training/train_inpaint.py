@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +24,7 @@ pack()
 from captions import ANY, draw  # noqa: E402
 from data import SIDE, background_colours, load_objects, place  # noqa: E402
 from export import WEIGHTS, write  # noqa: E402
+from finetuning import Finetuning  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from torch.func import functional_call  # noqa: E402
@@ -180,55 +180,27 @@ def main() -> None:
     tensors = load_file(SHIPPED)
     net = build_unet().requires_grad_(False).to(DEVICE)
     base = {name: tensor.to(DEVICE) for name, tensor in part(tensors, PREFIX).items()}
-    difference = Difference(base, RANK).to(DEVICE)
-    average = {name: value.detach().clone() for name, value in difference.state_dict().items()}
-    optimizer = torch.optim.AdamW(difference.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0.01)
-    draws, path, step, log = torch.Generator().manual_seed(0), WORK / "inpaint.pt", 0, []
-    if path.exists():
-        state = load_checkpoint(path)
-        difference.load_state_dict(state["net"])
-        optimizer.load_state_dict(state["optimizer"])
-        draws.set_state(state["generator"])
-        average, step, log = state["average"], state["step"], state["log"]
-    if step >= args.steps and (WEIGHTS / f"{NAME}.safetensors").exists():
+    difference, draws = Difference(base, RANK), torch.Generator().manual_seed(0)
+    run = Finetuning(difference, WORK / "inpaint.pt", draws, args.lr)
+    if run.step >= args.steps and (WEIGHTS / f"{NAME}.safetensors").exists():
         return
     made = examples(tensors, min(args.examples, args.steps * args.batch))
-    feed, began, losses = batches(made, args.batch, draws), time.monotonic(), []
 
-    def save() -> None:
-        save_checkpoint(
-            path, net=difference.state_dict(), average=average, optimizer=optimizer.state_dict(),
-            generator=draws.get_state(), step=step, log=log,
-        )  # fmt: skip
-
-    while step < args.steps and time.monotonic() - began < 60 * args.minutes:
-        fall = min(1.0, (args.steps - step) / (0.25 * args.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1.0, (step + 1) / 100) * fall
+    def loss(*batch) -> Tensor:
         weights = difference.weights()
         with autocast():
-            loss = loss_of(lambda *a, w=weights, **k: functional_call(net, w, a, k), *next(feed), draws)
-        loss.backward()
-        nn.utils.clip_grad_norm_(difference.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        decay = min(0.998, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(average.values()), list(difference.state_dict().values()), 1 - decay)
-        losses.append(loss.item())
-        if step % 100 == 0 or step == args.steps:
-            log.append({"step": step, "loss": round(sum(losses[-100:]) / len(losses[-100:]), 4)})
-            print(json.dumps(log[-1]), f"{time.monotonic() - began:.0f} s", flush=True)
-            save()
-    save()
+            return loss_of(lambda *a, **k: functional_call(net, weights, a, k), *batch, draws)
+
+    feed = batches(made, args.batch, draws)
+    run.go(feed, loss, args.steps, args.minutes, warm_up=100, longest=0.998, every=100)
     facts = {
         "command": f"python training/train_inpaint.py --steps {args.steps} --batch {args.batch} --lr {args.lr}",
-        "examples": len(made["latents"]), "steps": step, "rank": RANK, "loss": log,
+        "examples": len(made["latents"]), "steps": run.step, "rank": RANK, "loss": run.log,
         "parameters": sum(p.numel() for p in difference.parameters()),
         "grey": [round(float(v), 4) for v in made["grey"]],
     }  # fmt: skip
-    export(difference, average, tensors[VOCABULARY], facts)
-    if step < args.steps:
+    export(difference, run.average, tensors[VOCABULARY], facts)
+    if run.step < args.steps:
         print("stopped; run it again to go on")
 
 
