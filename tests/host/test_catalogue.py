@@ -162,6 +162,17 @@ def test_every_workflow_is_in_ui_format_with_a_tested_prompt(name):
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
+def test_every_node_of_a_workflow_is_seen_or_feeds_another(host, name):
+    """The host runs what ends in an output alone: a comparison without a preview would never be made."""
+    nodes = json.loads((ROOT / f"tests/prompts/{name}.json").read_text("utf-8"))
+    used = {value[0] for node in nodes.values() for value in node["inputs"].values() if isinstance(value, list)}
+    shown = lambda kind: getattr(host.nodes.NODE_CLASS_MAPPINGS[kind], "OUTPUT_NODE", False)
+    assert [
+        node["class_type"] for key, node in nodes.items() if key not in used and not shown(node["class_type"])
+    ] == []
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
 def test_every_workflow_opens_with_its_note_in_sight(name):
     """On a screen of 1600 x 900, below the bars; as a whole where its names stay readable. ATTUNE_WRITE=1 sets the view."""
     path = WORKFLOWS[name]
