@@ -39,8 +39,8 @@ def given_shares(frames: int, first: int, last: int = 0) -> Tensor:
     """Shares [f 1 1] of the run's level: 0 for the `first` and the `last` so many frames, 1 for those between."""
     if min(first, last) < 0 or first + last >= frames:
         raise ValueError(
-            f"Of {frames} frames {first} at the start and {last} at the end are given: that leaves none to sample. Give "
-            "fewer frames, or make the film longer."
+            f"Of {frames} frames {first} at the start and {last} at the end are given: that leaves none to sample. "
+            "Give fewer frames, or make the film longer."
         )
     shares = torch.ones(frames, 1, 1)
     shares[:first], shares[frames - last :] = 0, 0
