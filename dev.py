@@ -409,14 +409,10 @@ def serve(host: Host, words: list[str]) -> int:
 
 
 def check(host: Host, words: list[str]) -> int:
-    """Lint, types and the tests without a ComfyUI, at once: each needs one core for a part of the time."""
+    """Lint, types and the tests without a ComfyUI."""
     set_up(host, [*PACK_NEEDS, *CHECK_NEEDS], "the checks", comfyui=False)
     environment = {key: value for key, value in host.environment().items() if key != "COMFYUI_PATH"}
-    types = start_mypy(host, environment)
-    failed = lint(host, environment) or run_pytest(host, [*IN_PARALLEL, *WITHOUT_HOST, *words], environment)
-    said, _ = types.communicate()
-    print(said, end="")
-    return failed or types.returncode
+    return lint_and_test(host, [*WITHOUT_HOST, *words], environment)
 
 
 def test(host: Host, words: list[str]) -> int:
@@ -427,13 +423,16 @@ def test(host: Host, words: list[str]) -> int:
     if not chromium and (whole or selects_browser(host, words, environment)):
         chromium = set_up_chromium(host)
     environment["CHROMIUM_PATH"] = chromium or ""
-    if not whole:
-        return run_pytest(host, words, environment)
+    return lint_and_test(host, words, environment) if whole else run_pytest(host, words, environment)
+
+
+def lint_and_test(host: Host, words: list[str], environment: dict[str, str]) -> int:
+    """Types beside the tests: each needs one core for a part of the time."""
     types = start_mypy(host, environment)
-    failed = lint(host, environment)
+    failed = lint(host, environment) or run_pytest(host, [*IN_PARALLEL, *words], environment)
     said, _ = types.communicate()
     print(said, end="")
-    return failed or types.returncode or run_pytest(host, [*IN_PARALLEL, *words], environment)
+    return failed or types.returncode
 
 
 # Two workers; with one thread each they take half the time of one with two. Neighbouring tests stay together: they

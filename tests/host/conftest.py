@@ -13,6 +13,7 @@ import pytest
 
 from comfy_process import Host
 from graphs import Kit
+from nightly import daily
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTS: list[Host] = []  # the one that runs, once a test has asked for it
@@ -76,9 +77,9 @@ def imported_while_loading(host) -> set[str]:
     return IMPORTED
 
 
-@pytest.fixture(scope="module", params=["unet", "flow"])
+@pytest.fixture(scope="module", params=daily(["unet", "flow"], "flow"))
 def kit(host, request) -> Kit:
-    """Each demo model in turn, with its conditionings and the stock samplers."""
+    """Each demo model in turn, with its conditionings and the stock samplers; each day the one that takes less time."""
     return Kit(host, request.param)
 
 

@@ -30,6 +30,7 @@ def read(folder) -> list[dict]:
     return found
 
 
+@pytest.mark.parametrize("kit", ["unet", "flow"], indirect=True)
 def test_a_run_is_kept_at_its_levels_and_is_the_run_without(kit, folder):
     model = collect(kit)[0]
     asked = []

@@ -156,14 +156,12 @@ def test_a_video_model_keeps_the_zeros_of_its_given_frames(host, kit):
     torch.testing.assert_close(heard[0], level[:, None] * torch.tensor([0.0, 0.5, 1.0]), rtol=1e-5, atol=0)
 
 
-RUNS = [(node, sampler) for node in ("KSampler", "SamplerCustomAdvanced") for sampler in PLAIN]
-DAILY = [
-    ("KSampler", "euler"), ("KSampler", "dpmpp_sde"), ("SamplerCustomAdvanced", "heun"), ("SamplerCustomAdvanced", "dpmpp_2m"),
-]  # fmt: skip
+NODES = ("KSampler", "SamplerCustomAdvanced")
+RUNS = [(name, node, sampler) for name in ("unet", "flow") for node in NODES for sampler in PLAIN]
+DAILY = [("unet", "KSampler", "dpmpp_sde"), ("flow", "SamplerCustomAdvanced", "heun"), ("flow", "KSampler", "dpmpp_2m")]
 
 
-@pytest.mark.parametrize("name", ["unet", "flow"])
-@pytest.mark.parametrize(("node", "sampler"), daily(RUNS, *DAILY, names=2))
+@pytest.mark.parametrize(("name", "node", "sampler"), daily(RUNS, *DAILY, names=3))
 def test_a_map_works_in_every_solver_and_leaves_nothing_behind(kit, demo, flow, solve, name, sampler, node):
     model, a_map = case(kit, demo, flow, name)
     before = solve(model, sampler, node=node)

@@ -146,7 +146,7 @@ def test_what_runs_on_every_step_is_in_the_costs(family, runs, host):
     assert share == pytest.approx(size(*always, blocks[0]) / size(*always, *blocks))
 
 
-@pytest.mark.parametrize("family", ["SD15", "Flux", "CosmosT2IPredict2"])
+@pytest.mark.parametrize("family", daily(["SD15", "Flux", "CosmosT2IPredict2"], "Flux"))
 def test_a_network_that_another_pack_compiled_is_known_as_before(family, host, propagate, draw):
     """Some put torch.compile's module in the network's place; it passes for the network but by its class."""
     from pack.nodes._host.identity import identify

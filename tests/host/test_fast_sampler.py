@@ -54,6 +54,7 @@ class Drawn:
         return "Learned" in self.text
 
 
+@pytest.mark.parametrize("kit", ["unet", "flow"], indirect=True)
 def test_the_first_picture_is_the_users_own_to_the_bit_and_the_second_is_short(kit, host):
     first, stock = Drawn(kit), Drawn(kit, stock=True)
     assert torch.equal(first.latent, stock.latent)

@@ -65,7 +65,6 @@ def found(host, net, tmp_path_factory):
     return profile, report, shown, {path.suffix: shutil.copy(path, folder) for path in host.profiles.iterdir()}
 
 
-@pytest.mark.parametrize("kit", daily(["unet", "flow"], "flow"), indirect=True)
 def test_a_fit_becomes_a_sampler_that_is_nearer_than_plain_steps(kit, host, lenient):
     profile, sigmas, _, report, _ = fitted(kit, steps=5, long=16, latent=kit.empty(4))
     assert profile.kind == SAMPLER and profile.runs[0].pictures == 8 and "kept" in report
@@ -214,7 +213,6 @@ def test_what_was_proved_before_a_stop_is_kept(net, host, lenient, monkeypatch):
     assert [one.run.steps for one in load_profile(file).runs] == [4]
 
 
-@pytest.mark.parametrize("kit", daily(["unet", "flow"], "flow"), indirect=True)
 def test_the_fast_sampler_takes_a_fit_to_the_users_own_run_by_itself(kit, host, lenient):
     """Fitted, kept, found: the picture is that of Attune Apply Profile. Another set-up makes its own run in full."""
     (rescaled,) = host.call("RescaleCFG", model=kit.model, multiplier=0.7)

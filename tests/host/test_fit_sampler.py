@@ -109,8 +109,8 @@ def test_mini_needs_no_more_memory_than_one_sampling_and_the_latents_that_it_kee
     needs_little_memory(host, demo, encode, reference_steps=40)
 
 
-def test_a_fit_needs_no_more_memory_than_one_sampling_and_the_latents_that_it_keeps(host, demo, encode, tiny):
-    needs_little_memory(host, demo, encode, reference_steps=12)
+def test_a_fit_needs_no_more_memory_than_one_sampling_and_the_latents_that_it_keeps(host, flow, encode, tiny):
+    needs_little_memory(host, flow, encode, reference_steps=12)
 
 
 def needs_little_memory(host, demo, encode, reference_steps):
@@ -161,28 +161,28 @@ def test_the_error_on_the_report_is_what_the_stock_sampler_shows(host, demo, enc
 
 
 @pytest.mark.parametrize(
-    "sampler", daily(["dpmpp_2m", "uni_pc", "heun", "dpmpp_2m_sde", "euler_ancestral"], "uni_pc", "dpmpp_2m_sde")
+    "sampler", daily(["dpmpp_2m", "uni_pc", "heun", "dpmpp_2m_sde", "euler_ancestral"], "dpmpp_2m_sde")
 )
-def test_other_samplers_get_levels_without_an_alignment(host, demo, encode, tiny, counted, sampler):
-    (profile, sigmas, _, report, _), calls = counted(demo[0], lambda: tuned(host, demo, encode, sampler))
+def test_other_samplers_get_levels_without_an_alignment(host, flow, encode, tiny, counted, sampler):
+    (profile, sigmas, _, report, _), calls = counted(flow[0], lambda: tuned(host, flow, encode, sampler))
     assert profile.alignments == () and profile.solver == sampler
     assert calls <= profile.provenance["evaluations"] + 2
     sibling = {"dpmpp_2m_sde": "dpmpp_2m", "euler_ancestral": "euler"}.get(sampler)
     assert (sibling is not None) == ("Fitted with" in report) and profile.provenance["ran"] == (sibling or sampler)
-    assert torch.equal(tuned(host, demo, encode, sampler)[1], sigmas)  # nothing is left over from the run before
+    assert torch.equal(tuned(host, flow, encode, sampler)[1], sigmas)  # nothing is left over from the run before
 
 
-def test_a_batch_of_latents_is_fitted_together_with_a_prompt_each(host, demo, encode, tiny, counted):
+def test_a_batch_of_latents_is_fitted_together_with_a_prompt_each(host, flow, encode, tiny, counted):
     texts = ["a cat on a black background", "a rose on a white background"]
     both = [[torch.cat([encode(text)[0][0] for text in texts]), encode(texts[0])[0][1]]]
-    (profile, *_), calls = counted(demo[0], lambda: tuned(host, demo, encode, positive=both))
+    (profile, *_), calls = counted(flow[0], lambda: tuned(host, flow, encode, positive=both))
     assert profile.provenance["evaluations"] <= calls <= profile.provenance["evaluations"] + 2
     alone = {"samples": torch.zeros(1, 4, SIDE, SIDE)}
-    other, *_ = tuned(host, demo, encode, latent=alone, timesteps=False)
+    other, *_ = tuned(host, flow, encode, latent=alone, timesteps=False)
     assert other.metrics["known_schedules"] != profile.metrics["known_schedules"]
 
 
-@pytest.mark.parametrize("sampler", ["euler", "uni_pc"])
+@pytest.mark.parametrize("sampler", daily(["euler", "uni_pc"], "uni_pc"))
 def test_a_flow_model_and_a_schedule_of_the_users(host, flow, encode, tiny, sampler):
     """uni_pc writes into the levels that it is given: those of the user stay as they are."""
     own = torch.tensor([1.0, 0.93, 0.8, 0.5, 0.0])
@@ -243,7 +243,7 @@ def test_what_is_found_is_in_the_loader_at_once(host, demo, encode, tiny, monkey
     assert again.id == profile.id and "No space left on device. Make room" in report
 
 
-@pytest.mark.parametrize("at", [1, 20, 60])
+@pytest.mark.parametrize("at", daily([1, 20, 60], 20))
 def test_stopping_anywhere_leaves_nothing_behind_but_the_best_so_far(host, demo, encode, tiny, at, caplog):
     import comfy.model_management
 
@@ -288,14 +288,14 @@ def test_the_best_of_a_stopped_search_is_kept(kit, demo, host, caplog):
     assert "a known schedule" in caplog.text and not stopped()
 
 
-def test_the_budget_shrinks_the_preset_or_refuses(host, demo, encode, kit, tiny, monkeypatch, counted):
+def test_the_budget_shrinks_the_preset_or_refuses(host, flow, encode, kit, tiny, monkeypatch, counted):
     monkeypatch.setattr(kit.Solves, "seconds_per_evaluation", lambda *args: 1.0)
     needed = kit.TUNER_PRESETS["mini"].evaluations(4, 3, 1, True)
-    _, _, _, report, _ = tuned(host, demo, encode, preset="standard", budget_minutes=needed / 60 + 0.1)
+    _, _, _, report, _ = tuned(host, flow, encode, preset="standard", budget_minutes=needed / 60 + 0.1)
     assert "'standard' would take longer than the budget. Preset 'mini'" in report
     monkeypatch.setattr(kit.Solves, "seconds_per_evaluation", lambda *args: 100.0)
     with pytest.raises(ValueError, match="Allow more minutes, take fewer steps"):
-        tuned(host, demo, encode, budget_minutes=1.0)
+        tuned(host, flow, encode, budget_minutes=1.0)
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_the_contest_knows_the_hosts_schedules_and_ours(demo, flow, kit):
     assert "GITS" not in kit.known_schedules(flow[0], 8)
 
 
-@pytest.mark.parametrize("name", ["fit_sampler", "align_timesteps"])
+@pytest.mark.parametrize("name", daily(["fit_sampler", "align_timesteps"], "fit_sampler"))
 def test_the_prompts_run(host, tiny, name):
     outputs = host.run(json.loads((ROOT / "tests/prompts" / f"{name}.json").read_text("utf-8")))
     assert any(output.get("images") for output in outputs.values())

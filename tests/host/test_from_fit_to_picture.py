@@ -146,6 +146,7 @@ def ahead(host, model, what: str):
     return host.call("AttuneApplyProfile", model=model, profile=profile)[0]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("what", daily(["propagation", "timesteps", "noise shift"], "timesteps"))
 def test_a_fit_behind_our_own_nodes_finds_what_it_finds_without_them(host, demo, encode, what, monkeypatch):
     kit = host.module("nodes.fit_sampler")

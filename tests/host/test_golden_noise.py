@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import npnets
+from nightly import daily
 from pack.models.npnet_files import save_npnet
 
 STEPS = 3
@@ -76,8 +77,11 @@ def advanced(host, guider, noise, model, size=(2, 4, 16, 16)):
     return host.call("SamplerCustomAdvanced", **given)[0]["samples"]
 
 
-@pytest.mark.parametrize("kind", ["CFGGuider", "BasicGuider", "DualCFGGuider"])
-@pytest.mark.parametrize("size", [(2, 4, 16, 16), (1, 4, 12, 20)])
+SIZES, GUIDERS = [(2, 4, 16, 16), (1, 4, 12, 20)], ["CFGGuider", "BasicGuider", "DualCFGGuider"]
+GUIDED = [(size, kind) for size in SIZES for kind in GUIDERS]
+
+
+@pytest.mark.parametrize(("size", "kind"), daily(GUIDED, *GUIDED[::2], names=2))
 def test_the_model_node_equals_the_noise_node_bit_for_bit(host, demo, npnet, common, kind, size):
     patched = golden_model(host, demo[0], npnet)
     (plain,) = host.call("RandomNoise", noise_seed=5)

@@ -13,6 +13,7 @@ import torch
 
 from graphs import Kit
 from methods import METHODS
+from nightly import daily
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_fields_that_a_host_does_not_know_are_left_out(host):
     assert api.schema("X", "x", "", "", **given, search_aliases=["y"]).display_name == "x"
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", daily(METHODS, *list(METHODS)[::3]))
 def test_arguments_that_a_newer_host_adds_are_passed_on(kits, drawn, method):
     """Every wrapper of ours stands between one that adds an argument and one that looks for it."""
     from comfy.patcher_extension import WrappersMP
@@ -115,7 +116,7 @@ def containers(value):
     return [containers(one) for one in value] if isinstance(value, list) else value
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", daily(METHODS, *list(METHODS)[1::3]))
 def test_options_that_clones_share(kits, drawn, method, monkeypatch):
     import comfy.model_patcher
 

@@ -98,6 +98,7 @@ def heard(model, run):
         hook.remove()
 
 
+@pytest.mark.nightly
 def test_a_quick_fit_finds_what_the_model_hears_wrong_and_costs_896_evaluations(host, flow, prompts, clean, shift):
     """A network that hears every level 0.5 log units too high: the fit takes that back, and a shift on the MODEL is not
     in its way."""

@@ -47,7 +47,8 @@ def worst(got, want) -> float:
 # --- exact ---
 
 
-@pytest.mark.parametrize(("cfg", "eta"), daily(CASES, (0.0, 1.0), (7.5, 1.0), (7.5, 0.0), names=2))
+@pytest.mark.parametrize("kit", ["unet", "flow"], indirect=True)
+@pytest.mark.parametrize(("cfg", "eta"), daily(CASES, (7.5, 1.0), (7.5, 0.0), names=2))
 def test_a_replay_is_the_picture_at_every_guidance(kit, cfg, eta):
     picture, run = kit.picture(2), {"cfg": cfg}
     half = inverted(kit, picture, cfg, eta=eta)
@@ -94,7 +95,7 @@ def trips(host):
 
 
 CELLS = [(model, name) for model in ("unet", "flow") for name in REPLAYED]
-SEEN = [(("unet", "flow")[(i % 2) or name == "torch.compile"], name) for i, name in enumerate(REPLAYED)]
+SEEN = [("flow" if i % 4 or name == "torch.compile" else "unet", name) for i, name in enumerate(REPLAYED)]
 
 
 @pytest.mark.parametrize(("model", "name"), daily(CELLS, *SEEN, names=2))
@@ -113,7 +114,7 @@ def test_the_picture_comes_back_in_the_graph(trips, model, name):
 
 @pytest.mark.parametrize(
     "name",
-    daily(METHODS, "aligned timesteps", "encoder propagation", "block propagation", "one more step", "noise shift"),
+    daily(METHODS, "encoder propagation", "one more step", "noise shift"),
 )
 def test_the_picture_comes_back_behind_our_own_nodes(trips, name):
     method = METHODS[name]

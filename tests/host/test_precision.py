@@ -55,6 +55,7 @@ def test_without_a_file_it_says_what_is_rounded_and_changes_nothing(kit, rounded
     assert "choose the one that this model was made from in 'full_precision'" in report
 
 
+@pytest.mark.parametrize("kit", ["unet", "flow"], indirect=True)
 def test_full_weights_bring_it_nearer_and_leave_the_rounded_model_as_it_was(kit, rounded):
     exact, before = kit.ksampler(kit.model, steps=2), kit.ksampler(rounded, steps=2)
     model, report = guard(kit, rounded, full_precision=own_file(kit))

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from nightly import daily
 from pack.kernels.propagation import Reuse
 from pack.models.calibration import Calibration, CondLevels, KeySteps, Point
 from pack.models.profile_format import spell_profile
@@ -256,8 +257,10 @@ def test_uni_pc_cannot_spoil_the_levels_of_the_next_run(host, demo, encode):
     assert torch.equal(again, torch.tensor(VE.sigmas))
 
 
-@pytest.mark.parametrize(("mode", "steps"), [("exact", 6), ("comfy", 6), ("ays", 3)])
-@pytest.mark.parametrize("kind", ["unet", "flow"])
+MODES = [(kind, *how) for kind in ("unet", "flow") for how in (("exact", 6), ("comfy", 6), ("ays", 3))]
+
+
+@pytest.mark.parametrize(("kind", "mode", "steps"), daily(MODES, *MODES[::2], names=3))
 def test_img2img_in_every_denoise_mode_keeps_part_of_the_picture(host, demo, flow, encode, mode, steps, kind):
     model, profile = (demo[0], VE) if kind == "unet" else (flow[0], FLOW)
     patched, _, whole, _ = host.call("AttuneApplyProfile", model=model, profile=profile, steps=6)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nightly import daily
+
 STEPS = 3
 
 
@@ -85,8 +87,10 @@ def advanced(host, model, common, noise, sampler=None, latent=None, guider=None,
     return host.call("SamplerCustomAdvanced", **given)[0]["samples"]
 
 
-@pytest.mark.parametrize("kind", ["unet", "flow"])
-@pytest.mark.parametrize("mode", ["two-step", "direct"])
+RUNS = [(kind, mode) for kind in ("unet", "flow") for mode in ("two-step", "direct")]
+
+
+@pytest.mark.parametrize(("kind", "mode"), daily(RUNS, *RUNS[1:3], names=2))
 def test_a_run_is_the_plain_run_from_the_noise_it_made(host, demo, flow, common, kind, mode):
     model = {"unet": demo[0], "flow": flow}[kind]
     patched, calls, noises = counted(redenoise(host, model, rounds=2, mode=mode))
@@ -235,8 +239,10 @@ def wrapped(inner, factor, hidden=False):
     return comfy.samplers.KSAMPLER(sample)
 
 
-@pytest.mark.parametrize("kind", ["unet", "flow"])
-@pytest.mark.parametrize("strong", [0.0, 4.0])
+WRAPPED = [(kind, strong) for kind in ("unet", "flow") for strong in (0.0, 4.0)]
+
+
+@pytest.mark.parametrize(("kind", "strong"), daily(WRAPPED, *WRAPPED[1:3], names=2))
 def test_a_wrapped_zigzag_keeps_what_the_wrapper_and_the_mask_do(host, demo, flow, common, kind, strong):
     model, calls, _ = counted({"unet": demo[0], "flow": flow}[kind])
     (noise,) = host.call("RandomNoise", noise_seed=5)
