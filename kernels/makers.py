@@ -65,6 +65,16 @@ def logit_normal(steps: int, factor: float, spread: float) -> Sigmas:
     return torch.cat([levels[:-1], torch.zeros(1, dtype=torch.float64)])
 
 
+def equal_odds(steps: int, low: float, high: float) -> Sigmas:
+    """Equal steps of ln((1 - sigma) / sigma) from `low` to `high`, its ends moved to 1 and 0: float64 [steps+1].
+
+    How Stability AI runs Stable Audio 3, where the quantity is called log-SNR.
+    """
+    levels = (-torch.linspace(low, high, steps + 1, dtype=torch.float64)).sigmoid()
+    levels[0], levels[-1] = 1, 0
+    return levels
+
+
 def karras(steps: int, high: float, low: float, rho: float) -> Sigmas:
     """`steps` levels from `high` to `low` whose rho-th roots are equally far apart, then 0: float64 [steps+1].
 

@@ -55,9 +55,18 @@ class BySize:
 
 @dataclass(frozen=True)
 class Root:
-    """The square root of the pixels, over the side of the square where the factor is 1."""
+    """The square root of the pixels, over the side of a square; there mu is `mu`."""
 
     side: int
+    mu: float = 0.0
+
+
+@dataclass(frozen=True)
+class Odds:
+    """Equal steps of ln((1 - sigma) / sigma) from `low` to `high`, the ends at sigma 1 and 0."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,8 @@ class Published:
     families: class names of the host's model configurations; `only`: what a configuration must say besides. auto:
     whether it is the one for such a model; others are for relatives of the same class, chosen by name. size: the
     maker's own, `frames` latent frames of it; token: pixels a side. levels or timesteps: fixed ones, levels before
-    their `shift` if they have one. karras: levels of a model that is not of flow; spread: of the logit-normal grid.
+    their `shift` if they have one. karras: levels of a model that is not of flow; odds: levels that no shift moves;
+    spread: of the logit-normal grid.
     steps: the counts that a distilled model was made for. switch: the level from which the second of two experts runs.
     """
 
@@ -110,6 +120,7 @@ class Published:
     levels: tuple[float, ...] = ()
     timesteps: tuple[int, ...] | str = ()
     karras: Karras | None = None
+    odds: Odds | None = None
     spread: float = 0.0
     steps: tuple[int, ...] = ()
     switch: float | None = None
@@ -177,10 +188,14 @@ def _published(given: Any, maker: str, need: Any) -> Published:
     need(all(one["url"].startswith("https://") for one in sources), "a source has an https address", name)
     grid = given.get("grid", ONCE)
     need(grid in GRIDS, f'"grid" is one of {", ".join(GRIDS)}', name)
-    known_ways = ("shift", "levels", "timesteps", "karras")
+    known_ways = ("shift", "levels", "timesteps", "karras", "odds")
     ways = [key for key in known_ways if key in given] + [QUADRATIC] * (grid == QUADRATIC)
     one_way = len(ways) == 1 or ways == ["shift", "levels"]
-    need(one_way, "one of shift, levels, timesteps, karras and the quadratic grid, or levels that a shift moves", name)
+    need(
+        one_way,
+        "one of shift, levels, timesteps, karras, odds and the quadratic grid, or levels that a shift moves",
+        name,
+    )
     need((grid == LOGIT_NORMAL) == (given.get("spread", 0) > 0), "the logit-normal grid, and no other, a spread", name)
     shift = _shift(given["shift"], need, name) if "shift" in given else None
     needs_size = isinstance(shift, Linear | StepsToo | BySize | Root)
@@ -193,6 +208,8 @@ def _published(given: Any, maker: str, need: Any) -> Published:
     need(timesteps in (TRAILING, LCM) or all(0 <= one < 1000 for one in timesteps), "timesteps below 1000", name)
     karras = Karras(**given["karras"]) if "karras" in given else None
     need(karras is None or karras.high > karras.low > 0 < karras.rho, "karras falls from high to low", name)
+    odds = Odds(**given["odds"]) if "odds" in given else None
+    need(odds is None or odds.low < odds.high, "odds rise from low to high", name)
     for key in ("terminal", "switch", "threshold"):
         need(key not in given or 0 < given[key] < 1, f'"{key}" is between 0 and 1', name)
     return Published(
@@ -200,8 +217,8 @@ def _published(given: Any, maker: str, need: Any) -> Published:
         {key: tuple(kept) for key, kept in given.get("only", {}).items()},
         tuple(given["size"]) if "size" in given else None, given.get("frames", 0), given.get("token", 0), shift, grid,
         given.get("threshold", 0.0), given.get("terminal"), levels,
-        timesteps if isinstance(timesteps, str) else tuple(timesteps), karras, given.get("spread", 0.0),
-        tuple(given.get("steps", ())), given.get("switch"),
+        timesteps if isinstance(timesteps, str) else tuple(timesteps), karras, odds,
+        given.get("spread", 0.0), tuple(given.get("steps", ())), given.get("switch"),
     )  # fmt: skip
 
 
@@ -221,8 +238,8 @@ def _shift(given: Mapping[str, Any], need: Any, name: str) -> MakersShift:
         case ["factors", "sizes"]:
             need(len(given["sizes"]) == len(given["factors"]) > 0, "a factor for every size", name)
             return BySize(tuple(_pair(size) for size in given["sizes"]), tuple(map(float, given["factors"])))
-        case ["side"]:
-            return Root(given["side"])
+        case ["side"] | ["mu", "side"]:
+            return Root(given["side"], float(given.get("mu", 0.0)))
     need(False, f"no shift has {', '.join(given)}", name)
     raise AssertionError
 

@@ -61,7 +61,7 @@ EXPECTED = {
     "Flux.2 klein": {SCHEDULE: "auto"},
     "Qwen-Image": {SCHEDULE: "auto"},
     "Wan": {SCHEDULE: "auto"},
-    "AuraFlow": {},
+    "AuraFlow": {SCHEDULE: "auto"},
     "demo UNet": {SCHEDULE: "Attune demo unet, dpmpp_2m, 8 steps"},
     "demo flow": {SCHEDULE: "Attune demo flow, euler, 8 steps", TOLD: "Attune demo flow, euler, 8 steps"},
     "unknown model": {},
@@ -90,7 +90,7 @@ EXPECTED_EVERYTHING = {
     "Flux.2 klein": {SCHEDULE: "auto"},
     "Qwen-Image": {SCHEDULE: "auto", NOISE: "re-denoise", SPEED: "first block fresh, every 2"},
     "Wan": {SCHEDULE: "auto", NOISE: "re-denoise"},
-    "AuraFlow": {SCHEDULE: "KL-optimal, c = 1.4", NOISE: "re-denoise", SPEED: "first block fresh, every 2"},
+    "AuraFlow": {SCHEDULE: "auto", NOISE: "re-denoise", SPEED: "first block fresh, every 2"},
     "demo UNet": {
         **EXPECTED["demo UNet"], START: "attune_demo.safetensors", NOISE: "attune_demo_npnet.safetensors",
     },

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from pack.kernels.makers import lcm_timesteps, logit_normal, stretch, time_shift, trailing_timesteps, twice, uniform
+from pack.kernels.makers import (
+    equal_odds,
+    lcm_timesteps,
+    logit_normal,
+    stretch,
+    time_shift,
+    trailing_timesteps,
+    twice,
+    uniform,
+)
 from pack.kernels.schedules import check_sigmas
 from pack.models.calibration import ModelIdentity
 from pack.models.makers import (
@@ -135,6 +144,12 @@ def test_the_sentence_has_both_shifts_the_size_and_the_tokens(name, size, own, s
     assert told.removeprefix(f"{name} by {FOUND[name].maker}: ").startswith(said)
 
 
+def test_equal_odds_are_equal_steps_of_their_logarithm_between_the_ends():
+    sigmas = equal_odds(4, -6.0, 2.0)
+    torch.testing.assert_close(-torch.logit(sigmas[1:-1]), torch.tensor([-4.0, -2.0, 0.0], dtype=torch.float64))
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and equal_odds(1, -6.0, 2.0).tolist() == [1, 0]
+
+
 def test_without_a_size_the_makers_own_is_taken_and_said():
     sigmas, said = makers_schedule(FOUND["Qwen-Image"], model("Qwen-Image"), 8)
     assert torch.equal(
@@ -173,7 +188,7 @@ def test_what_a_configuration_says_tells_relatives_of_one_class():
 
 
 def test_a_child_of_a_known_class_is_not_served_as_its_parent():
-    assert published_for(ModelIdentity(("Boogu", "Omnigen2"), "flow", 0.001, 1.0)) is None
+    assert published_for(ModelIdentity(("ZImagePixelSpace", "ZImage"), "flow", 0.001, 1.0)) is None
 
 
 def test_one_schedule_alone_is_for_a_plain_model_of_a_class():
@@ -278,6 +293,7 @@ def test_every_number_has_a_source_and_a_date():
         ({"grid": "odd"}, '"grid" is one of'),
         ({"grid": "logit-normal"}, "the logit-normal grid, and no other, a spread"),
         ({"karras": {"high": 80, "low": 0.002, "rho": 7}}, "one of shift, levels"),
+        ({"odds": {"low": -6.2, "high": 2.0}}, "one of shift, levels"),
     ],
 )
 def test_a_file_that_is_wrong_says_what_in_which_schedule(changes, said):
@@ -301,13 +317,15 @@ def of_a_shift(one: Published) -> str:
             said = "shift " + ", ".join(
                 f"{factor:g} at {'x'.join(map(str, size))}" for size, factor in zip(sizes, factors, strict=True)
             )
-        case Root(side):
-            said = f"shift: root of the pixels / {side}"
+        case Root(side, mu):
+            said = f"shift: root of the pixels / {side}" + (f", mu {mu:g} beside it" if mu else "")
         case _:
             fixed = one.levels or one.timesteps
             said = f"{fixed} timesteps" if isinstance(fixed, str) else " ".join(f"{level:g}" for level in fixed)
             if one.karras:
                 said = f"Karras from {one.karras.high:g} to {one.karras.low:g}, rho {one.karras.rho:g}"
+            if one.odds:
+                said = f"equal steps of ln((1 − σ)/σ) from {one.odds.low:g} to {one.odds.high:g}"
             said = said or f"half linear to {1 - one.threshold:g}, then quadratic"
     if one.shift and one.levels:
         said = " ".join(f"{level:g}" for level in one.levels) + f", under {said}"

@@ -11,6 +11,7 @@ import torch
 from ...kernels.makers import (
     LCM_TIMESTEPS,
     dimension_factor,
+    equal_odds,
     karras,
     lcm_timesteps,
     linear_mu,
@@ -182,7 +183,7 @@ def moved(one: Published, steps: int, sampled: Sampled) -> Moved:
     assert size is not None
     unknown = "" if sampled.size else " (no latent tells the size: its maker's)"
     if isinstance(shift, Root):
-        return Moved(math.sqrt(math.prod(size)) / shift.side, "shift", size_text(size) + unknown)
+        return Moved(math.exp(shift.mu) * math.sqrt(math.prod(size)) / shift.side, "shift", size_text(size) + unknown)
     if isinstance(shift, BySize):
         near = min(range(len(shift.sizes)), key=lambda i: abs(math.log(math.prod(shift.sizes[i]) / math.prod(size))))
         told = size_text(shift.sizes[near])
@@ -220,6 +221,8 @@ def _levels(one: Published, steps: int, sampled: Sampled) -> Sigmas:
         return _resampled(sd_sigmas(one.timesteps), steps, "ve")
     if one.karras is not None:
         return karras(steps, one.karras.high, one.karras.low, one.karras.rho)
+    if one.odds is not None:
+        return equal_odds(steps, one.odds.low, one.odds.high)
     if one.grid == QUADRATIC:
         return quadratic(steps, one.threshold)
     factor = moved(one, steps, sampled).factor

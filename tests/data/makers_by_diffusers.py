@@ -18,6 +18,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from diffusers.pipelines.ideogram4.pipeline_ideogram4 import _logit_normal_sigmas, _resolution_aware_mu
 from diffusers.pipelines.mochi.pipeline_mochi import linear_quadratic_schedule
+from diffusers.pipelines.stable_audio_3.pipeline_stable_audio_3 import logsnr_sigma_schedule
+from diffusers.schedulers.scheduling_minimax_h3 import MiniMaxH3Scheduler
 
 STEPS = (1, 4, 20)
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
@@ -75,9 +77,23 @@ def karras(low):
     return lambda steps, *_: edm(steps) if steps > 1 else [80.0, 0.0]
 
 
-def ideogram4(steps, width, height, _):
-    mu = _resolution_aware_mu(height=height, width=width, base_mu=0.0)
-    return run(FlowMatchEulerDiscreteScheduler(), sigmas=_logit_normal_sigmas(steps, mu, std=1.5).tolist())
+def ideogram4(base_mu, std):
+    def levels(steps, width, height, _):
+        mu = _resolution_aware_mu(height=height, width=width, base_mu=base_mu)
+        return run(FlowMatchEulerDiscreteScheduler(), sigmas=_logit_normal_sigmas(steps, mu, std=std).tolist())
+
+    return levels
+
+
+def stable_audio3(steps, *_):
+    return run(FlowMatchEulerDiscreteScheduler(num_train_timesteps=1), sigmas=logsnr_sigma_schedule(steps, -6.2, 2.0))
+
+
+def minimax_h3(steps, *_):
+    """The 0 is one of as many as are asked for."""
+    scheduler = MiniMaxH3Scheduler(shift=12.0)
+    scheduler.set_timesteps(steps + 1)
+    return scheduler.sigmas
 
 
 def self_forcing(*_):
@@ -111,7 +127,9 @@ ROWS = {  # schedule -> (sizes and latent frames, steps and size -> sigmas)
     "FLUX.2": ((SQUARE, WIDE, (2048, 2048, 1)), flux2),
     "FLUX.2 klein": ((SQUARE, (2048, 2048, 1)), flux2),
     "Chroma": ((SQUARE, WIDE), by_tokens(FLUX)),
-    "Ideogram 4": ((SQUARE, (2048, 2048, 1)), ideogram4),
+    "Ideogram 4": ((SQUARE, (2048, 2048, 1)), ideogram4(0.0, 1.5)),
+    "Ideogram 4 Default": ((SQUARE, (2048, 2048, 1)), ideogram4(0.0, 1.75)),
+    "Ideogram 4 Turbo": ((SQUARE, (2048, 2048, 1)), ideogram4(0.5, 1.75)),
     "HiDream-O1 Full": (((2048, 2048, 1),), static(3.0)),
     "ACE-Step": ((SQUARE,), static_without_sigmas(3.0)),
     "Cosmos Predict1": ((P720,), karras(0.0002)),
@@ -163,6 +181,29 @@ ROWS = {  # schedule -> (sizes and latent frames, steps and size -> sigmas)
     "SDXL Lightning": ((SQUARE,), trailing),
     "Hyper-SDXL": ((SQUARE,), trailing),
     "LCM SDXL": ((SQUARE,), consistency),
+    "ACE-Step 1.5": ((SQUARE,), static(3.0)),
+    "ACE-Step 1.5 Turbo": ((SQUARE,), static(3.0)),
+    "AuraFlow": ((SQUARE,), static_without_sigmas(1.73)),
+    "Boogu-Image": ((SQUARE,), lambda steps, *_: dynamic(1.15, steps)),
+    "HunyuanImage 2.1 refiner": (((2048, 2048, 1),), static(4.0)),
+    "HunyuanVideo-I2V": ((P720,), static(7.0)),
+    "HunyuanVideo-I2V dynamic": ((P720,), static(17.0)),
+    "Lens": ((SQUARE, (1440, 1440, 1)), flux2),
+    "Lens Turbo": ((SQUARE, (1440, 1440, 1)), flux2),
+    "Mage-Flow": ((SQUARE,), static(6.0)),
+    "Mage-Flow Turbo": ((SQUARE,), static(6.0)),
+    "MiniMax H3": ((P720,), minimax_h3),
+    "MiniMax Music 3": ((SQUARE,), static(1.0)),
+    "SCAIL": ((P480,), static(5.0)),
+    "SCAIL 2": ((P480,), static(5.0)),
+    "SeedVR2": ((P720,), static(1.0)),
+    "SkyReels V1 I2V": ((P720,), static(7.0)),
+    "Stable Audio 3": ((SQUARE,), stable_audio3),
+    "TRELLIS.2 structure": ((SQUARE,), static(5.0)),
+    "TRELLIS.2 shape and texture": ((SQUARE,), static(3.0)),
+    "TripoSplat": ((SQUARE,), static(3.0)),
+    "Wan-Animate 2": ((P480,), static(5.0)),
+    "Wan-Dancer": ((P480,), static(5.0)),
 }
 FIXED = {"Hyper-SDXL one step": at([800]), "DMD2 SDXL": at([999, 749, 499, 249]), "DMD2 SDXL one step": at([399])}
 
