@@ -277,13 +277,15 @@ PARAMETERS = {  # where they are not Flux' own
 }  # fmt: skip
 
 
-def newer_settings(family: str) -> dict:
-    """What newer hosts ask of the networks of Flux' kind besides."""
-    if "axes_dim" not in TINY[family].settings:
-        return {}
+def settings_of(family: str) -> dict:
+    """Those of TINY; networks of Flux' kind are given what newer hosts ask besides, and not what older do not know."""
+    settings = TINY[family].settings
+    if "axes_dim" not in settings:
+        return settings
     module, _, name = PARAMETERS.get(family, "flux.model.FluxParams").rpartition(".")
     asked = getattr(importlib.import_module(f"comfy.ldm.{module}"), name).__dataclass_fields__
-    return {one: [3] if (one, family) == ("txt_ids_dims", "Flux2") else NEWER[one] for one in asked if one in NEWER}
+    more = {one: [3] if (one, family) == ("txt_ids_dims", "Flux2") else NEWER[one] for one in asked if one in NEWER}
+    return {**more, **{key: value for key, value in settings.items() if key in asked}}
 
 
 def tiny_network(family: str):
@@ -292,7 +294,7 @@ def tiny_network(family: str):
     import comfy.supported_models
 
     tiny, kind = TINY[family], getattr(comfy.supported_models, family)
-    settings = {**newer_settings(family), **tiny.settings}
+    settings = settings_of(family)
     config = kind({**kind.unet_config, **settings})
     config.unet_config |= settings  # for the class has its say after the caller
     config.set_inference_dtype(torch.float32, None)

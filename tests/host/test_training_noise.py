@@ -25,7 +25,6 @@ def patched(kit, model=None, **choice):
 def trained(kit, model, batch: int = PICTURES) -> tuple[list[float], torch.Tensor]:
     """The sigmas that Train LoRA drew in one step, and the noise that it added, [n c h w]."""
     node = kit.host.nodes.NODE_CLASS_MAPPINGS["TrainLoraNode"]
-    given = {one.id: [one.default] for one in node.GET_SCHEMA().inputs if hasattr(one, "default")}
     watched, sigmas, noises = model.clone(), [], []
 
     def watch(executor, x, sigma, *args, **kwargs):
@@ -38,11 +37,21 @@ def trained(kit, model, batch: int = PICTURES) -> tuple[list[float], torch.Tenso
 
     watched.add_wrapper_with_key("apply_model", "test", watch)
     torch.manual_seed(7)
-    given |= {
-        "model": [watched], "latents": [{"samples": _picture(kit)[None]}] * PICTURES, "positive": [kit.positive],
-        "batch_size": [batch], "steps": [1], "training_dtype": ["fp32"], "lora_dtype": ["fp32"], "rank": [1],
-        "gradient_checkpointing": [False], "existing_lora": ["[None]"],
+    given = {
+        "model": watched, "positive": kit.positive, "batch_size": batch, "steps": 1, "training_dtype": "fp32",
+        "lora_dtype": "fp32", "rank": 1, "gradient_checkpointing": False, "existing_lora": "[None]",
     }  # fmt: skip
+    pictures = [{"samples": _picture(kit)[None]}] * PICTURES
+    if hasattr(node, "GET_SCHEMA"):  # each input is a list
+        given = {one.id: one.default for one in node.GET_SCHEMA().inputs if hasattr(one, "default")} | given
+        given = {name: [value] for name, value in given.items()} | {"latents": pictures}
+    else:  # of 0.3.64: the pictures are one batch
+        optional = {
+            name: more[0]["default"]
+            for name, (_, *more) in node.INPUT_TYPES()["required"].items()
+            if more and "default" in more[0]
+        }
+        given = optional | given | {"latents": {"samples": torch.cat([one["samples"] for one in pictures])}}
     kit.host.call("TrainLoraNode", **given)
     return sigmas, noises[0]
 
