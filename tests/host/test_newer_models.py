@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import threading
 import types
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 
 from graphs import Kit
 from methods import METHODS
+from nightly import daily
+from tiny_networks import TINY, conditioning, tiny_network
 
 
 @pytest.fixture(scope="module")
@@ -161,3 +166,100 @@ def test_a_model_for_a_sampler_of_its_own_is_fitted_by_no_other(host, kits, seam
         (patched, _) = host.call(method.node, model=model, **method.inputs)
         assert torch.equal(kit.ksampler(patched), kit.ksampler(model))
     assert "stands aside, this model's latents are those of its own sampler" in caplog.text
+
+
+# --- one MODEL on several networks: a further GPU for the other prompt, and the DualModelGuider ---
+
+
+def on_another_network(model):
+    """The clone that newer hosts make for each further GPU: with the same patches, on a network of its own."""
+    from comfy.model_management import unload_all_models
+    from comfy.patcher_extension import CallbacksMP
+
+    unload_all_models()  # the other network comes from the file, without patches
+    config = model.model.model_config
+    base = copy.deepcopy(model.model, {id(model.model.current_patcher): None, id(config): config})
+    if "model_override" in inspect.signature(model.clone).parameters:
+        return model.clone(model_override=(base, ({}, {}, {}, set())))
+    clone = model.clone()
+    clone.model, clone.backup, clone.object_patches_backup = base, {}, {}
+    for callback in model.get_all_callbacks(CallbacksMP.ON_CLONE):
+        callback(model, clone)
+    return clone
+
+
+def apart(model):
+    """A clone of MODEL each of whose prompts is asked in a thread of its own, the second one on another network."""
+    from comfy.model_management import load_models_gpu
+    from comfy.patcher_extension import WrappersMP
+
+    other = on_another_network(model)
+    load_models_gpu([other])
+    other.pre_run()
+
+    def split(executor, base, conds, x, timestep, options):
+        answers, inference = [torch.zeros_like(x)] * len(conds), torch.is_inference_mode_enabled()
+
+        def ask(i: int):
+            with torch.inference_mode(inference):
+                alone = [cond if j == i else None for j, cond in enumerate(conds)]
+                answers[i] = executor([base, other.model][i], alone, x, timestep, options)[i]
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i, cond in enumerate(conds) if cond is not None]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return answers
+
+    clone = model.clone()
+    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "test.gpus", split)
+    return clone, other
+
+
+def near(got, want):
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("label", daily(METHODS, "encoder propagation", "block propagation", "forecasts"))
+def test_on_two_networks_a_method_does_what_it_does_on_one(kits, label):
+    method = METHODS[label]
+    kit = kits[method.model]
+    model = method.on(kit)(kit.model)
+    want, stock = kit.ksampler(model), kit.ksampler(kit.model)
+    clone, other = apart(model)
+    near(kit.ksampler(clone), want)
+    other.detach()
+    assert torch.equal(kit.ksampler(kit.model), stock) and torch.equal(kit.ksampler(model), want)
+
+
+@pytest.mark.parametrize("family", daily(["CosmosT2IPredict2", "Lumina2", "PixArtSigma"], "CosmosT2IPredict2"))
+def test_blocks_that_are_stood_in_for_are_those_of_the_network_that_is_asked(host, family):
+    model = tiny_network(family)
+    inputs = {**METHODS["block propagation"].inputs, "reuse": "automatic", "parallel": "auto"}
+    (patched,) = host.call("AttunePropagation", model=model, **inputs)
+
+    def draw(one):
+        return host.call(
+            "KSampler", model=one, seed=0, steps=8, cfg=3.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+            positive=conditioning(family, 1), negative=conditioning(family, 2),
+            latent_image={"samples": torch.zeros(TINY[family].latent)},
+        )[0]["samples"]  # fmt: skip
+
+    want = draw(patched)
+    clone, other = apart(patched)
+    asked = {id(one): 0 for one in (model, other)}
+
+    def listen(one):
+        def count(*_):
+            asked[id(one)] += 1
+
+        layers = [layer for layer in one.model.diffusion_model.modules() if isinstance(layer, torch.nn.Linear)]
+        return [layer.register_forward_hook(count) for layer in layers]
+
+    hooks = [*listen(model), *listen(other)]
+    near(draw(clone), want)
+    for hook in hooks:
+        hook.remove()
+    other.detach()
+    assert asked[id(model)] == asked[id(other)] > 0

@@ -20,7 +20,7 @@ from typing import Any
 
 import comfy.ldm.modules.diffusionmodules.openaimodel as openaimodel
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import CallbacksMP, WrappersMP
 from torch import Tensor, nn
 
 from ....kernels.propagation import Costs, Features, Reuse
@@ -89,6 +89,21 @@ class _Seats(threading.local):
     def __deepcopy__(self, memo: dict) -> _Seats:
         return self
 
+    def take(self, model: Any) -> None:
+        """Sit in the blocks of this MODEL's own network."""
+        for i, block in enumerate(row_of(network_of(model))):
+            place = f"diffusion_model.{block}.forward"
+            model.add_object_patch(place, self.of(i, model.get_model_object(place)))
+
+    def move(self, model: Any, clone: Any) -> None:
+        """ON_CLONE: newer hosts clone a MODEL onto another network for each further GPU, with these seats in it."""
+        if clone.model is model.model:
+            return
+        for place, seat in [*clone.object_patches.items()]:
+            if getattr(seat, "seats", None) is self:
+                del clone.object_patches[place]
+        self.take(clone)
+
     def of(self, i: int, forward: Callable) -> Callable:
         """The `forward` of block i, as the host's own blocks are offered: its first argument is the picture."""
 
@@ -110,6 +125,7 @@ class _Seats(threading.local):
             left = patch({"img": picture}, {"original_block": original})
             return left[ODD] if ODD in left else left["img"]
 
+        seated.seats = self  # type: ignore[attr-defined]
         return seated
 
 
@@ -150,13 +166,12 @@ class TransformerPropagation(Propagation):
 
     @classmethod
     def equip(cls, model: Any) -> None:
-        network = network_of(model)
-        if (SEATED, 0) not in blocks_of(network):
+        if (SEATED, 0) not in blocks_of(network_of(model)):
             return
         seats = model.model_options["transformer_options"][SEATS] = _Seats()
-        for i, block in enumerate(row_of(network)):
-            place = f"diffusion_model.{block}.forward"
-            model.add_object_patch(place, seats.of(i, model.get_model_object(place)))
+        seats.take(model)
+        model.remove_callbacks_with_key(CallbacksMP.ON_CLONE, SEATS)
+        model.add_callback_with_key(CallbacksMP.ON_CLONE, SEATS, seats.move)
 
     def inspect(self, noise: Tensor) -> None:
         network = network_of(self.model)
