@@ -168,6 +168,32 @@ def test_a_model_for_a_sampler_of_its_own_is_fitted_by_no_other(host, kits, seam
     assert "stands aside, this model's latents are those of its own sampler" in caplog.text
 
 
+class IMG_TO_IMG_VELOCITY:
+    """Of models that draw a mask or a depth map: the picture stands in the place of noise, and loses a velocity."""
+
+    def noise_scaling(self, sigma, noise, latent_image, max_denoise=False):
+        return latent_image
+
+    def calculate_denoised(self, sigma, model_output, model_input):
+        return model_input - model_output
+
+    def inverse_noise_scaling(self, sigma, latent):
+        return latent
+
+
+@pytest.mark.parametrize(
+    "label", daily([label for label in METHODS if METHODS[label].model == "flow"], "noise shift", "block propagation")
+)
+def test_a_model_that_has_a_velocity_from_a_picture_is_run_or_stood_aside_from(kits, label, caplog):
+    kit, method = kits["flow"], METHODS[label]
+    model, picture = sampled_by(kit.model, IMG_TO_IMG_VELOCITY), {"latent_image": kit.picture()}
+    stock = kit.ksampler(model, **picture)
+    with caplog.at_level("INFO"):
+        ours = kit.ksampler(method.on(kit)(model), **picture)
+    assert ours.isfinite().all() and (not torch.equal(ours, stock) or "Attune" in caplog.text)
+    assert torch.equal(kit.ksampler(model, **picture), stock)
+
+
 # --- one MODEL on several networks: a further GPU for the other prompt, and the DualModelGuider ---
 
 
@@ -263,3 +289,49 @@ def test_blocks_that_are_stood_in_for_are_those_of_the_network_that_is_asked(hos
         hook.remove()
     other.detach()
     assert asked[id(model)] == asked[id(other)] > 0
+
+
+def two_models(kit, model, other):
+    """Newer hosts' DualModelGuider: the negative is asked of another MODEL, with the first one's options."""
+    import comfy.sampler_helpers
+    import comfy.samplers
+
+    if "DualModelGuider" in kit.host.nodes.NODE_CLASS_MAPPINGS:
+        inputs = {"positive": kit.positive, "negative": kit.negative, "cfg": 3.0}
+        return kit.host.call("DualModelGuider", model=model, model_negative=other, **inputs)[0]
+
+    class Guider_DualModel(comfy.samplers.CFGGuider):
+        def outer_sample(self, noise, latent_image, *args, **kwargs):
+            conds = {"negative": [one.copy() for one in self.conds["negative"]]}
+            self.beside, conds, _ = comfy.sampler_helpers.prepare_sampling(
+                other, noise.shape, conds, other.model_options
+            )
+            other.pre_run()
+            here = other.load_device
+            self.apart = comfy.samplers.process_conds(self.beside, noise.to(here), conds, here, latent_image.to(here))
+            return super().outer_sample(noise, latent_image, *args, **kwargs)
+
+        def predict_noise(self, x, timestep, model_options={}, seed=None):  # noqa: B006 - as the host's
+            asked = [(self.inner_model, self.conds["positive"]), (self.beside, self.apart["negative"])]
+            cond, uncond = (
+                comfy.samplers.calc_cond_batch(one, [prompt], x, timestep, model_options)[0] for one, prompt in asked
+            )
+            return comfy.samplers.cfg_function(self.inner_model, cond, uncond, self.cfg, x, timestep, model_options)
+
+    guider = Guider_DualModel(model)
+    guider.set_conds(kit.positive, kit.negative)
+    guider.set_cfg(3.0)
+    return guider
+
+
+@pytest.mark.parametrize("label", daily(METHODS, "encoder propagation", "one-sided steps"))
+def test_a_guider_of_two_models_is_served(kits, label):
+    method = METHODS[label]
+    kit = kits[method.model]
+    other, model = on_another_network(kit.model), method.on(kit)(kit.model)
+    stock = kit.advanced(kit.model, two_models(kit, kit.model, other))
+    near(stock, kit.ksampler(kit.model))
+    ours = kit.advanced(model, two_models(kit, model, other))
+    assert ours.isfinite().all() and torch.equal(kit.advanced(model, two_models(kit, model, other)), ours)
+    assert torch.equal(kit.advanced(kit.model, two_models(kit, kit.model, other)), stock)
+    other.detach()
