@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from ..kernels.refine import ratio
-from ..models.calibration import NOISE_SHIFT, misfits
+from ..models.calibration import NOISE_SHIFT, PROPAGATION, misfits
 from ..models.store import shipped_profiles
 from ._draw.axes import to_image
 from ._draw.detail import draw_detail
@@ -19,6 +19,7 @@ from ._host.identity import identify
 from ._host.shelf import installed
 from ._plan.installed import listing
 from ._plan.profile_on_model import DENOISE_MODES, POLICIES
+from ._plan.propagation import FIDELITY
 from ._plan.refine import LATENT_SIDE
 
 LOG = logging.getLogger(__name__)
@@ -151,6 +152,12 @@ class AttuneApplyProfile(io.ComfyNode):
                     tooltip="The latent to sample, which tells the picture's size. A noise shift looks at the size "
                     "anew in every run.",
                 ),
+                io.Float.Input(
+                    "fidelity", default=0.0, min=0.0, max=100.0, step=1.0, optional=True,
+                    tooltip="For a profile of propagation, where 'speed' is 0: how near to the run without reuse, in "
+                    "dB. The fastest setting that proved it is taken. If there is none, every step runs whole. 0 takes "
+                    "45 dB, or else the most faithful setting.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="For the sampler or its guider."),
@@ -163,31 +170,32 @@ class AttuneApplyProfile(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, profile, steps=0, denoise=1.0, denoise_mode="exact", resolution_policy="ignore", strength=1.0,
-        speed=0.0, latent=None,
+        speed=0.0, latent=None, fidelity=0.0,
     ) -> io.NodeOutput:  # fmt: skip
-        choice = Use(steps, denoise, denoise_mode, resolution_policy, strength, speed)
+        choice = Use(steps, denoise, denoise_mode, resolution_policy, strength, speed, fidelity)
         ready = put_to_use(model, profile, choice, latent)
         said = list(ready.report)
         if latent is not None and latent.get("noise_mask") is not None:
             said.append("Note: the latent has a mask; profiles are measured on whole pictures.")
         LOG.info("Attune Apply Profile: %s", " ".join(said))
-        plot = None if cls.hidden is None else shown_on(cls, to_image(_plot(model, profile, ready, denoise)))
+        plot = None if cls.hidden is None else shown_on(cls, to_image(_plot(model, profile, ready, choice)))
         return io.NodeOutput(ready.model, ready.sampler, ready.sigmas, "\n".join(said), ui=plot)
 
 
-def _plot(model, profile, ready: Ready, denoise: float):
+def _plot(model, profile, ready: Ready, choice: Use):
     """What is applied: a schedule beside a stock one, the curves of a noise shift, or speed against fidelity."""
     if profile.kind == NOISE_SHIFT:
         return draw_shift(profile)
-    if ready.point is not None:
-        return draw_speeds(profile.key_steps.points, ready.point)
+    if profile.kind in PROPAGATION:
+        wanted = FIDELITY if choice.speed else choice.fidelity or FIDELITY
+        return draw_speeds(profile.key_steps.points, ready.point, wanted)
     steps = len(ready.sigmas) - 1
     if ready.short is not None:
         long = Curve(f"{profile.steps} steps of {profile.solver}", tuple(profile.sigmas))
         return draw_schedules([Curve(f"fitted, {steps} steps", ready.short.run.sigmas), long], profile.name)
     if steps < 1 or ready.applied is None:
         return draw_schedules([profile_curve(profile)], profile.name)
-    stock = Curve(f"stock '{STOCK}'", tuple(stock_levels(model, steps, denoise).tolist()))
+    stock = Curve(f"stock '{STOCK}'", tuple(stock_levels(model, steps, choice.denoise).tolist()))
     return draw_schedules([applied_curve(ready.applied), stock], profile.name)
 
 

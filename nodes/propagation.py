@@ -93,6 +93,12 @@ class AttunePropagation(io.ComfyNode):
                     tooltip="A calibration of this model by Attune Fit Propagation, for the modes calibrated profile "
                     "and speed target.",
                 ),
+                io.Float.Input(
+                    "fidelity", default=0.0, min=0.0, max=100.0, step=1.0, optional=True,
+                    tooltip="For calibrated profile: how near to the run without reuse, in dB. The fastest setting "
+                    "that proved it is taken. If there is none, every step runs whole. 0 takes 45 dB, or else the "
+                    "most faithful setting.",
+                ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model, to be sampled faster.")],
         )  # fmt: skip
@@ -109,8 +115,14 @@ class AttunePropagation(io.ComfyNode):
         settings = plan.ReuseSettings(mode, **inputs, calibration=calibration)
         patched, curve = add_propagation(model, settings), None
         if calibration is not None and mode in (plan.CALIBRATED, plan.TARGET):
-            curve = shown_on(cls, to_image(draw_speeds(calibration.points, plan.chosen_point(settings, calibration))))
+            curve = shown_on(cls, to_image(plot_of(settings, calibration)))
         return io.NodeOutput(patched, ui=curve)
+
+
+def plot_of(settings: plan.ReuseSettings, fit: KeySteps):
+    """Fidelity over speed, with what is asked for and the setting that runs."""
+    wanted = settings.fidelity if settings.mode == plan.CALIBRATED else 0.0
+    return draw_speeds(fit.points, plan.chosen_point(settings, fit), wanted or plan.FIDELITY)
 
 
 def _keeping() -> list:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -21,9 +22,11 @@ from pack.nodes._plan.propagation import (
     calibrated_point,
     choose,
     choose_blocks,
+    chosen_point,
     part_of_transformer,
     part_of_unet,
     reuse_by_name,
+    why_whole,
 )
 
 STEPS = 20
@@ -105,6 +108,15 @@ def test_a_calibration_serves_speeds_and_fidelity():
         chosen(mode="speed target", speed=3.0, calibration=FIT)
     with pytest.raises(ValueError, match="needs a profile"):
         chosen(mode="calibrated profile")
+
+
+def test_a_wanted_fidelity_takes_the_fastest_setting_that_proved_it_or_the_whole_run():
+    wanted = lambda db, mode="calibrated profile": ReuseSettings(mode, speed=1.8, calibration=FIT, fidelity=db)
+    at = {db: chosen_point(wanted(db), FIT) for db in (0, 30, 38, 46, 46.1, 51, 52)}
+    assert at == {0: POINTS[1], 30: POINTS[2], 38: POINTS[2], 46: POINTS[1], 46.1: POINTS[0], 51: POINTS[0], 52: None}
+    assert chosen_point(wanted(52, "speed target"), FIT) is POINTS[2]  # the other side of the slider
+    assert why_whole(wanted(51)) == why_whole(wanted(52, "speed target")) == ""
+    assert re.search(r"whole: .* proved 51\.0 dB at 1\.40x, less than the 'fidelity' of 52 dB", why_whole(wanted(52)))
 
 
 def test_transformers_choose_alike():

@@ -43,25 +43,30 @@ def draw_calibration(
     return picture
 
 
-def draw_speeds(points: Sequence[Point], chosen: Point) -> Image.Image:
-    """Fidelity over speed alone, of a profile that is applied."""
+def draw_speeds(points: Sequence[Point], chosen: Point | None, wanted: float = FIDELITY) -> Image.Image:
+    """Fidelity over speed alone, of a profile that is applied; chosen: None where none is as faithful as wanted."""
     picture, draw = sheet(SHEET_WIDTH // 2, SHEET_HEIGHT)
-    _speeds(draw, points, chosen, SECOND_ALONE)
+    _speeds(draw, points, chosen, SECOND_ALONE, wanted)
     return picture
 
 
-def _speeds(draw: ImageDraw.ImageDraw, points: Sequence[Point], chosen: Point, box: Box) -> None:
-    levels = [FIDELITY, *(point.psnr for point in points)]
+def _speeds(
+    draw: ImageDraw.ImageDraw, points: Sequence[Point], chosen: Point | None, box: Box, wanted: float = FIDELITY
+) -> None:
+    levels = [wanted, *(point.psnr for point in points)]
     low, high = 10 * math.floor(min(levels) / 10), 10 * math.ceil(max(levels) / 10 + 0.01)
     fastest = math.ceil(4 * max(point.speed for point in points)) / 4 + 0.25
     axes = Axes(draw, (1.0, fastest), (low, high), box)
     quarters = range(4, round(4 * fastest) + 1, max(1, round(fastest) - 1))
     axes.frame(
         [(n / 4, f"{n / 4:g}") for n in quarters], [(db, str(db)) for db in range(low, high + 1, 10)],
-        "Fidelity to the run without reuse", "times less computing; ring: the setting that runs", "dB",
+        "Fidelity to the run without reuse",
+        f"times less computing; {'every step runs whole' if chosen is None else 'ring: the setting that runs'}", "dB",
     )  # fmt: skip
-    axes.curve([(axes.x[0], FIDELITY), (fastest, FIDELITY)], COLOURS[4], dashed=True)
+    axes.curve([(axes.x[0], wanted), (fastest, wanted)], COLOURS[4], dashed=True)
     axes.curve([(point.speed, point.psnr) for point in points], COLOURS[0], dots=4)
+    if chosen is None:
+        return
     x, y = axes.at(chosen.speed, chosen.psnr)
     draw.ellipse((x - 9, y - 9, x + 9, y + 9), outline=INK, width=3)
 

@@ -47,6 +47,7 @@ class Use:
     policy: str = "ignore"
     strength: float = 1.0
     speed: float = 0.0
+    fidelity: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _shift(model: Any, profile: Calibration, choice: Use, latent: dict | None) -
 
 def _propagation(model: Any, profile: Calibration, choice: Use) -> Ready:
     about = identify(model, weights=True)
-    patched, chosen, said = with_calibration(model, profile, choice.speed or None)
+    patched, chosen, said = with_calibration(model, profile, choice.speed or None, choice.fidelity)
     measured_on = replace(profile, kind=SCHEDULE, key_steps=None)
     sigmas = apply_profile(measured_on, about, choice.steps, choice.denoise, choice.denoise_mode).sigmas
     report = [

@@ -56,6 +56,7 @@ class ReuseSettings:
     memory_limit: int = 0
     guidance: str = EVERY_STEP
     calibration: KeySteps | None = None
+    fidelity: float = 0.0  # dB that a calibrated setting must have proved; 0: FIDELITY, or the most faithful one
 
 
 def reuses_features(settings: ReuseSettings) -> bool:
@@ -161,6 +162,7 @@ def _choose(
         return Choice(keys, named()[0], settings.keep_last, f"every {settings.interval}")
     if (fit := settings.calibration) is not None:
         point = chosen_point(settings, fit)
+        assert point is not None  # where none is faithful enough the MODEL stays as it is
         return Choice(transfer_keys(point.keys, fit.sigmas, sigmas), point.reuse, 0, said_of(point, fit))
     if settings.mode == TARGET:
         return uncalibrated_target(settings, steps, costs, named())
@@ -197,11 +199,11 @@ def said_of(point: Point, fit: KeySteps) -> str:
     return f"calibrated with {fit.solver} over {len(fit.sigmas) - 1} steps: {point.speed:.2f}x at {point.psnr:.1f} dB"
 
 
-def chosen_point(settings: ReuseSettings, fit: KeySteps) -> Point:
+def chosen_point(settings: ReuseSettings, fit: KeySteps) -> Point | None:
     """The setting of a profile that the mode asks for: the most faithful that reaches the speed, or the fastest that
-    stays faithful. ValueError when none is fast enough."""
+    proved the fidelity, None where none did. ValueError when none is fast enough."""
     if settings.mode != TARGET:
-        return calibrated_point(fit)
+        return faithful_point(fit, settings.fidelity) if settings.fidelity else calibrated_point(fit)
     enough = [point for point in fit.points if point.speed >= settings.speed]
     if not enough:
         raise ValueError(
@@ -211,9 +213,24 @@ def chosen_point(settings: ReuseSettings, fit: KeySteps) -> Point:
     return max(enough, key=lambda point: point.psnr)
 
 
+def faithful_point(fit: KeySteps, fidelity: float) -> Point | None:
+    """The fastest setting that proved so many dB, None where none did."""
+    faithful = [point for point in fit.points if point.psnr >= fidelity]
+    return max(faithful, key=lambda point: point.speed, default=None)
+
+
 def calibrated_point(fit: KeySteps) -> Point:
     """The fastest setting that stays faithful, or else the most faithful one."""
-    faithful = [point for point in fit.points if point.psnr >= FIDELITY]
-    if faithful:
-        return max(faithful, key=lambda point: point.speed)
-    return max(fit.points, key=lambda point: point.psnr)
+    return faithful_point(fit, FIDELITY) or max(fit.points, key=lambda point: point.psnr)
+
+
+def why_whole(settings: ReuseSettings) -> str:
+    """Why every step of a calibrated run is whole, in the user's words; "" where it is not."""
+    fit = settings.calibration
+    if settings.mode != CALIBRATED or fit is None or chosen_point(settings, fit) is not None:
+        return ""
+    best = max(fit.points, key=lambda point: point.psnr)
+    return (
+        f"Every step runs whole: the profile's most faithful setting proved {best.psnr:.1f} dB at {best.speed:.2f}x, "
+        f"less than the 'fidelity' of {settings.fidelity:g} dB. Lower 'fidelity', or fit a run of more steps."
+    )

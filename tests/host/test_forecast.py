@@ -91,6 +91,23 @@ def test_they_are_better_than_as_many_plain_steps_on_other_prompts(kit, fitted, 
     assert fidelity(ours, whole) > fidelity(fewer, whole) + 3
 
 
+def test_a_wanted_fidelity_is_met_by_the_fastest_setting_that_proved_it_or_by_the_whole_run(
+    kit, host, fitted, propagate, caplog
+):
+    profile, points = fitted[0], fitted[0].key_steps.points
+    best = max(points, key=lambda point: point.psnr)
+    applied = lambda model, **given: host.call("AttuneApplyProfile", model=model, profile=profile, **given)
+    for model in (propagate(kit.model, fidelity=best.psnr), applied(kit.model, fidelity=best.psnr)[0]):
+        model, calls = asked_steps(model)
+        draw(kit, model)
+        assert len(calls) == len(best.keys)
+    with caplog.at_level("WARNING"):
+        assert propagate(kit.model, fidelity=best.psnr + 0.1) is kit.model
+    said = f"proved {best.psnr:.1f} dB at {best.speed:.2f}x, less than the 'fidelity' of"
+    model, _, _, report = applied(kit.model, fidelity=100.0)
+    assert model is kit.model and said in report and said in caplog.text
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [

@@ -38,6 +38,7 @@ from ..._plan.propagation import (
     forecasts_answers,
     reuses_features,
     said_of,
+    why_whole,
 )
 from ..calibrating import stands_aside
 from ..clock import Clock, conditioning_changes, noise_space, step_times, why_not
@@ -498,7 +499,9 @@ class WholeSteps(Propagation):
             return super().sides(guider, changes, active)
         fit = self.settings.calibration
         assert fit is not None
-        found = forecasts_of(fit, chosen_point(self.settings, fit), self.sampler, self.plan.sigmas, changes)
+        point = chosen_point(self.settings, fit)
+        assert point is not None  # where none is faithful enough the MODEL stays as it is
+        found = forecasts_of(fit, point, self.sampler, self.plan.sigmas, changes)
         if isinstance(found, str):
             LOG.warning("%s: every step is asked, for %s.", WHO, found)
             return None
@@ -547,7 +550,11 @@ def propagation_for(model: Any, settings: ReuseSettings | None = None) -> type[P
 
 
 def add_propagation(model: Any, settings: ReuseSettings) -> Any:
-    """A clone of a MODEL that samples with propagation; ValueError for a part that its network has not."""
+    """A clone of a MODEL that samples with propagation; the MODEL itself where no setting of a calibration is as
+    faithful as is asked for. ValueError for a part that its network has not."""
+    if said := why_whole(settings):
+        LOG.warning("%s: %s", WHO, said)
+        return model
     kind = WholeSteps if forecasts_answers(settings) else propagation_for(model, settings)
     kind.part(settings.reuse)
     return applied(model, kind, settings)
@@ -573,14 +580,17 @@ def key_steps_for(model: Any, profile: Calibration) -> KeySteps:
     return fit
 
 
-def with_calibration(model: Any, profile: Calibration, speed: float | None = None) -> tuple[Any, Point, list[str]]:
-    """A clone of a MODEL that samples as a profile of key steps says, which setting that is, and what to report.
+def with_calibration(
+    model: Any, profile: Calibration, speed: float | None = None, fidelity: float = 0.0
+) -> tuple[Any, Point | None, list[str]]:
+    """A MODEL that samples as a profile of key steps says, which setting that is, and what to report.
 
-    speed: how many times less computing; None takes the fastest setting that stays faithful.
+    speed: how many times less computing; None takes the fastest setting that proved `fidelity`, of which there may be
+    none: then it is the MODEL itself.
     """
+    fit = key_steps_for(model, profile)
     settings = ReuseSettings(
-        CALIBRATED if speed is None else TARGET, speed=speed or 1.0, calibration=key_steps_for(model, profile)
+        CALIBRATED if speed is None else TARGET, speed=speed or 1.0, calibration=fit, fidelity=fidelity
     )
-    assert settings.calibration is not None
-    point = chosen_point(settings, settings.calibration)
-    return add_propagation(model, settings), point, [said_of(point, settings.calibration)]
+    point = chosen_point(settings, fit)
+    return add_propagation(model, settings), point, [why_whole(settings) if point is None else said_of(point, fit)]
