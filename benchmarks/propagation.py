@@ -36,7 +36,7 @@ from PIL import Image, ImageDraw
 from comfy_process import ROOT, Host
 from harness import BATCH, CACHE, Cell, Lab, Task, code_digest, prompt, tasks
 from looks import look, summary
-from real_size import build
+from real_size import FLUX, build
 from results import DOCS, Table, markdown, record
 from schedules import number, progress
 
@@ -57,7 +57,7 @@ KEYS = ["psnr", "perceptual", "frechet", "object", "background"]
 # The published networks whose costs weigh the counts, by their name in `real_size` and the side of their latents.
 PUBLISHED = {
     "unet": {"SD1.5 512": ("SD1.5", 64), "SDXL 1024": ("SDXL", 128)},
-    "flow": {"SD3 medium": ("SD3-medium", 128)},
+    "flow": {"SD3 medium": ("SD3-medium", 128), "Flux.1": (FLUX, 128)},
 }
 COSTS_OF = {"unet": "SD1.5 512", "flow": "SD3 medium"}  # the first of them
 # Method -> how its settings' labels begin, and its line in the plot.

@@ -87,6 +87,15 @@ FAMILIES = {
         pixels=1024, tokens=154, text_width=4096, pooled_width=2048,
     ),
 }  # fmt: skip
+FLUX = Family(  # 24 GB of weights: for its shapes alone
+    "Flux",
+    {
+        "image_model": "flux", "in_channels": 16, "out_channels": 16, "patch_size": 2, "vec_in_dim": 768,
+        "context_in_dim": 4096, "hidden_size": 3072, "mlp_ratio": 4.0, "num_heads": 24, "depth": 19,
+        "depth_single_blocks": 38, "axes_dim": [16, 56, 56], "theta": 10000, "qkv_bias": True, "guidance_embed": True,
+    },
+    pixels=1024, tokens=512, text_width=4096, pooled_width=768,
+)  # fmt: skip
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------

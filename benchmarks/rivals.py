@@ -2,7 +2,7 @@
 
 Spectrum, TaylorSeer and MagCache forecast or hold a network's last features, per condition. Here they do so with its
 output, F = (x - D) / sigma, behind the guidance: their forecasts are sums with weights of the step alone, and so are
-the guidance and the head but for what the head knows of the noise level.
+the guidance and the head but for what the head knows of the noise level. DBCache stands in for a transformer's blocks.
 """
 
 from __future__ import annotations
@@ -160,6 +160,55 @@ def seacache(delta: float, flow: bool) -> Decide:
     return decide
 
 
+# --- DBCache of Cache-DiT, as F1B0: the first block decides whether what the others added last time is added again ---
+
+
+class DBCache:
+    """Of one run of a transformer, whose blocks the host offers to patches. asked: the steps whose blocks all ran.
+
+    Of the last such step it keeps what the first block added to the picture's tokens, and what the others added to
+    both streams. Where the former has changed by less than `threshold`, of means of absolute values over all that is
+    evaluated at once, the latter is added again. Of the steps at the start, `warmup` always run.
+    """
+
+    def __init__(self, threshold: float, warmup: int = 8):
+        self._threshold, self._warmup = threshold, warmup
+        self.step, self.asked = -1, list[int]()
+        self._first: Tensor | None = None
+        self._entered: dict[str, Tensor] = {}
+        self._added: dict[str, Tensor] = {}
+
+    def patches(self, blocks: int) -> list[Callable]:
+        """For each of so many blocks, in order."""
+        return [self._decide, *[self._passed] * (blocks - 2), self._last]
+
+    def _decide(self, args: dict, extra: dict) -> dict:
+        out = extra["original_block"](args)
+        self.step, first = self.step + 1, out["img"] - args["img"]
+        if self._holds(first):
+            return out
+        self.asked.append(self.step)
+        self._first, self._entered = first, {name: out[name].clone() for name in ("img", "txt")}
+        return out
+
+    def _holds(self, first: Tensor) -> bool:
+        if self._first is None or self.step < self._warmup:
+            return False
+        return float((self._first - first).abs().mean() / self._first.abs().mean()) < self._threshold
+
+    def _passed(self, args: dict, extra: dict) -> dict:
+        if self.asked[-1] == self.step:
+            return extra["original_block"](args)
+        return {name: args[name] for name in ("img", "txt")}
+
+    def _last(self, args: dict, extra: dict) -> dict:
+        if self.asked[-1] != self.step:
+            return {"txt": None} | {name: args[name] + added for name, added in self._added.items()}
+        out = extra["original_block"](args)  # of SD3's last block the prompt does not come out
+        self._added = {name: one - self._entered[name] for name, one in out.items() if one is not None}
+        return out
+
+
 RIVALS: dict[str, Callable[..., Decide]] = {
     "Spectrum": spectrum, "TaylorSeer": taylorseer, "FSampler": fsampler, "MagCache": magcache, "SeaCache": seacache,
 }  # fmt: skip
@@ -172,6 +221,11 @@ def with_rival(model, rival: Rival, sigmas: Sequence[float]):
     clone = model.clone()
     if rival.name == "Adaptive Guidance":
         clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, _cosine(*rival.numbers))
+        return clone
+    if rival.name == "DBCache":
+        blocks = len(clone.model.diffusion_model.joint_blocks)
+        for i, patch in enumerate(DBCache(*rival.numbers).patches(blocks)):
+            clone.set_model_patch_replace(patch, "dit", "double_block", i)
         return clone
     decide, known, at = RIVALS[rival.name](*rival.numbers), Known(sigmas, [], [], {}), [0]
 

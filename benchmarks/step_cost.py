@@ -3,11 +3,12 @@
 python dev.py bench step_cost [--runs unet:euler:50:3 flow:euler:50:3 unet:dpmpp_2m:20:3] [--tasks 16] [--only WORD ...]
 
 Every setting draws the same prompts and noises as the plain run of as many steps, through the host. Speed is counted:
-the rows that enter the network's first layer and its middle, of both prompts, a shorter step by the costs of a
-published network's blocks (SD1.5 at 512, SD3 medium). Ours, forecasts and fitted sampler: fitted by their nodes on a
-picture of each of four prompts. PSNR (dB, pixels) and perceptual distance are to the plain run, with the standard
-error over groups of seeds. The rivals are `rivals.py`'s, core's caches core's. MagCache's ratios and SeaCache's
-thresholds are measured on a run of another prompt. Writes docs/results/step_cost.json, docs/results.md and a plot.
+the rows that enter the network's first layer and its middle, of both prompts, a shorter step by the costs of the
+blocks of the demo model and of published networks (SD1.5 at 512, SDXL; SD3 medium, Flux.1). Ours, forecasts and fitted
+sampler: fitted by their nodes on a picture of each of four prompts. PSNR (dB, pixels) and perceptual distance are to
+the plain run, with the standard error over groups of seeds. The rivals are `rivals.py`'s, core's caches core's.
+MagCache's ratios and SeaCache's thresholds are measured on a run of another prompt. Plot and comparisons take the
+first published network's costs. Writes docs/results/step_cost.json, docs/results.md and a plot.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 import torch
 from peers import cache_node
-from propagation import COSTS_OF, ONE, REUSES, networks, node, pack
+from propagation import COSTS_OF, FIRST, ONE, REUSES, TOP, networks, node, pack
 
 from comfy_process import Host
 from harness import CACHE, Cell, Drawn, Lab, Task, code_digest, prompt, tasks
@@ -35,12 +36,16 @@ from rivals import Rival, sea_filtered, with_rival
 from schedules import number, progress
 
 FORECASTS, FITTED = "ours, forecasts", "ours, fitted sampler"
+FITTED_ONE_SIDED, FEWEST_ONE_SIDED = "ours, fitted and one-sided", 8  # its first and last three steps ask both
+FAMILIES = ("ours, features", "ours, one-sided", FORECASTS, FITTED, FITTED_ONE_SIDED)
 EVALUATIONS = (6, 8, 9, 10, 12, 16)
 FITTED_TASK = Task(100, 3, 987654321)  # no task that is drawn
 FITTED_PROMPTS = (prompt(100, 3), prompt(55, 9), prompt(13, 15), prompt(80, 0))
 SHARES = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)
 MOST_POINTS = 7
 UNITS = 10_000  # of an evaluation, in which a lab keeps what a run costs
+SHORTER = 1 << 32  # of these units of shorter evaluations are kept beside them, in one number
+OTHERS_AT = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)  # times less computing: ours and others' best are compared
 
 
 @dataclass(frozen=True)
@@ -58,12 +63,18 @@ class Run:
 class Row:
     run: str
     label: str
-    speed: float
+    speeds: dict[str, float]  # network -> how many times less computing than the plain run
     summary: dict[str, tuple[float, float]]
+
+    @property
+    def speed(self) -> float:
+        """By the costs that plot and comparisons take."""
+        return self.speeds[COSTS_OF[self.run.split(",")[0]]]
 
 
 class RivalLab(Lab):
-    """A lab that knows rivals, whose profiles are named by file, and whose runs tell their cost in evaluations."""
+    """A lab that knows rivals, whose profiles are named by file, and whose runs tell their cost in evaluations: of
+    whole ones, and SHORTER times of shorter ones, both in UNITS."""
 
     def given(self, name: str, value, part=()):
         if name == "profile" and isinstance(value, str):
@@ -77,15 +88,34 @@ class RivalLab(Lab):
             found = with_rival(found, Rival(name, numbers), sigmas)
         return found
 
+    def path(self, cell: Cell, part: list[Task]) -> Path:
+        found = super().path(cell, part)
+        return found.with_stem(f"{found.stem}-kinds") if reused(cell) else found
+
     def _draw(self, cell: Cell, part: list[Task]) -> Drawn:
-        share = networks(self, cell.model)[COSTS_OF[cell.model]].share
-        reuse = next((dict(inputs).get("reuse") for name, inputs in cell.nodes if name.startswith("Attune")), "")
         with rows(self.models[cell.model]) as counted:
             drawn = super()._draw(cell, part)
-        whole, all_ = counted["middle"], counted["first"]
-        part_cost = share(reuse) if reuse in REUSES[cell.model] else 1.0
-        evaluations = (whole + (all_ - whole) * part_cost) / (2 * len(part))
-        return Drawn(drawn.latents, round(UNITS * evaluations))
+        each = UNITS / (2 * len(part))
+        whole, shorter = counted["middle"], counted["first"] - counted["middle"]
+        return Drawn(drawn.latents, round(each * whole) + SHORTER * round(each * shorter))
+
+
+def reused(cell: Cell) -> str:
+    """What the shorter steps of a cell reuse, by its name in REUSES; "": it has none."""
+    if any(name == "rival" and inputs[0] == "DBCache" for name, inputs in cell.nodes):
+        return FIRST
+    said = next((dict(inputs).get("reuse", "") for name, inputs in cell.nodes if name.startswith("Attune")), "")
+    return said if said in REUSES[cell.model] else ""
+
+
+def speeds(lab: RivalLab, goal: Cell, cell: Cell, work: list[Task]) -> dict[str, float]:
+    """How many times less computing a cell takes than the plain run, by the costs of each network."""
+    shorter, whole = divmod(lab.run(cell, work).calls, SHORTER)
+    part = reused(cell)
+    return {
+        name: lab.run(goal, work).calls / (whole + (network.share(part) * shorter if part else shorter))
+        for name, network in networks(lab, goal.model).items()
+    }
 
 
 @contextlib.contextmanager
@@ -136,11 +166,16 @@ def settings(lab: RivalLab, run: Run) -> dict[str, Cell]:
     alone = node(interval=1, reuse=cheapest, keep_last=3, guidance="every second step")
     found["ours, one-sided steps alone"] = replace(plain, nodes=alone)
     for n in (2, 3, 5):
-        reused = {"reuse": cheapest, "interval": n, "keep_last": 4}
-        found[f"ours, features, every {n}"] = replace(plain, nodes=node(**reused))
+        every = {"reuse": cheapest, "interval": n, "keep_last": 4}
+        found[f"ours, features, every {n}"] = replace(plain, nodes=node(**every))
         found[f"ours, features, every {n}, one-sided"] = replace(
-            plain, nodes=node(**reused, guidance="every second step")
+            plain, nodes=node(**every, guidance="every second step")
         )
+    for reuse in ((TOP, ONE) if run.model == "unet" else (FIRST,)) if noisy else ():
+        calibrated = fitted(lab, run, reuse)
+        for point in pack("models.store").load_profile(calibrated).key_steps.points[-MOST_POINTS:]:
+            nodes = node(mode="speed target", reuse=reuse, speed=point.speed, profile=calibrated.name)
+            found[f"ours, features, {len(point.keys)} fitted key steps, {reuse}"] = replace(plain, nodes=nodes)
     profile = fitted(lab, run)
     points = pack("models.store").load_profile(profile).key_steps.points
     for point in points[:: -(-len(points) // MOST_POINTS)]:
@@ -150,7 +185,10 @@ def settings(lab: RivalLab, run: Run) -> dict[str, Cell]:
         path = fitted_sampler(lab, run, levels)
         for one in pack("models.store").load_profile(path).runs:
             used = ("AttuneApplyProfile", (("profile", path.name), ("steps", one.run.steps)))
-            found[f"{FITTED}, {one.run.steps}"] = replace(plain, sampler=used, sigmas=tuple(one.run.sigmas))
+            short = replace(plain, sampler=used, sigmas=tuple(one.run.sigmas))
+            found[f"{FITTED}, {one.run.steps}"] = short
+            if one.run.steps >= FEWEST_ONE_SIDED:
+                found[f"{FITTED_ONE_SIDED}, {one.run.steps}"] = replace(short, nodes=alone)
     return found
 
 
@@ -168,6 +206,8 @@ def rivals(lab: RivalLab, run: Run, levels: tuple[float, ...]) -> list[tuple[str
     for share in (0.6, 0.4):
         delta = sea_threshold(states, levels, run.model == "flow", share)
         found.append((f"SeaCache {share:g}", "SeaCache", (delta, run.model == "flow")))
+    if run.model == "flow":  # of transformers alone
+        found += [(f"DBCache R{r:g} W{w}", "DBCache", (r, w)) for r, w in ((0.08, 8), (0.2, 8), (0.4, 4))]
     return found
 
 
@@ -242,12 +282,14 @@ def fitted_sampler(lab: RivalLab, run: Run, levels: tuple[float, ...]) -> Path:
     return pack("models.store").save_profile(profile, lab.cache, stem)
 
 
-def fitted(lab: RivalLab, run: Run) -> Path:
-    """The node's own forecasts, on one picture each of four other prompts; two each where the solver adds noise."""
-    stem, path = kept(lab, run)
+def fitted(lab: RivalLab, run: Run, reuse: str = "nothing asked") -> Path:
+    """The node's own forecasts, on one picture each of four other prompts; two each where the solver adds noise. With
+    another `reuse` its key steps, on as many pictures of one prompt."""
+    features = reuse in REUSES[run.model]
+    stem, path = kept(lab, run, reuse if features else "")
     if path is not None:
         return path
-    model, pictures = lab.models[run.model], 2 if "ancestral" in run.sampler else 1
+    model, pictures = lab.models[run.model], (4 if features else 1) * (2 if "ancestral" in run.sampler else 1)
     channels = model.get_model_object("latent_format").latent_channels
     profile, *_ = lab.host.call(
         "AttuneFitPropagation", model=model, positive=lab.conditioning([FITTED_PROMPTS[0]]),
@@ -255,7 +297,7 @@ def fitted(lab: RivalLab, run: Run) -> Path:
         negative=lab.conditioning([""]),
         latent_image={"samples": torch.zeros(pictures, channels, 16, 16)},
         seed=FITTED_TASK.seed, steps=run.steps, cfg=run.cfg, sampler_name=run.sampler, scheduler="normal",
-        reuse="nothing asked", fastest=8.0, longest=4,
+        reuse=reuse, fastest=4.0 if features else 8.0, longest=4,
     )  # fmt: skip
     return pack("models.store").save_profile(profile, lab.cache, stem)
 
@@ -271,17 +313,20 @@ def measure(lab: RivalLab, run: Run, work: list[Task], only: list[str]) -> list[
     goal, found = labelled["plain"], []
     for label, cell in labelled.items():
         seen = look(lab, cell, work, progress(f"{run} {label}"), goal)
-        speed = lab.run(goal, work).calls / lab.run(cell, work).calls
-        found.append(Row(str(run), label, speed, summary(seen, work)))
-        shown = number(found[-1].summary["psnr"])
-        print(f"\r{run}: {label}: {speed:.2f} times less computing, {shown} dB", flush=True)
+        row = Row(str(run), label, speeds(lab, goal, cell, work), summary(seen, work))
+        found.append(row)
+        print(f"\r{run}: {label}: {row.speed:.2f} times less computing, {number(row.summary['psnr'])} dB", flush=True)
     return found
 
 
 def table(found: list[Row]) -> Table:
-    body = [[r.label, f"{r.speed:.2f}", *(None if r.label == "plain" else number(r.summary[k])
-             for k in ("psnr", "perceptual"))] for r in sorted(found, key=lambda r: r.speed)]  # fmt: skip
-    return Table(found[0].run, ["setting", "times less computing", "PSNR dB", "perceptual"], body)
+    told = lambda row: [None if row.label == "plain" else number(row.summary[k]) for k in ("psnr", "perceptual")]
+    body = [
+        [row.label, *(f"{speed:.2f}" for speed in row.speeds.values()), *told(row)]
+        for row in sorted(found, key=lambda row: row.speed)
+    ]
+    times = [f"times less, {name}" for name in found[0].speeds]
+    return Table(found[0].run, ["setting", *times, "PSNR dB", "perceptual"], body)
 
 
 def front(found: list[Row]) -> list[str]:
@@ -295,6 +340,26 @@ def fronts_table(blocks: list[list[Row]]) -> Table:
     return Table("What nothing beats in both speed and fidelity", ["run", "settings"], body)
 
 
+def beside_table(blocks: list[list[Row]]) -> Table:
+    """What is the most faithful at so many times less computing, ours and of others."""
+    body = []
+    for found in blocks:
+        for least in OTHERS_AT:
+            fast = [row for row in found if row.speed >= least - 0.005]
+            sides = [[row for row in fast if row.label.startswith("ours") == own] for own in (True, False)]
+            best = [max(side, key=lambda row: row.summary["psnr"][0], default=None) for side in sides]
+            if any(best):
+                told = [[row.label, number(row.summary["psnr"])] if row else ["–", None] for row in best]
+                body.append([found[0].run, f"{least:g}", *told[0], *told[1]])
+    columns = ["run", "times", "ours", "PSNR dB", "of others", "PSNR dB"]
+    return Table("The most faithful at so many times less computing, or more", columns, body)
+
+
+def family(label: str) -> str:
+    """The line that a setting lies on in the plot."""
+    return next((one for one in FAMILIES if label.startswith(one)), label.split(",")[0].split(" ")[0])
+
+
 def plot(blocks: list[list[Row]], path: Path) -> None:
     import matplotlib
 
@@ -306,16 +371,13 @@ def plot(blocks: list[list[Row]], path: Path) -> None:
     for axis, found in zip(axes.flat, blocks, strict=False):
         lines: dict[str, list[Row]] = {}
         for row in found[1:]:
-            family = FORECASTS if row.label.startswith(FORECASTS) else row.label.split(",")[0].split(" ")[0]
-            family = "ours, features" if row.label.startswith("ours, features") else family
-            family = FITTED if row.label.startswith(FITTED) else family
-            family = "ours, one-sided" if row.label.startswith("ours, one-sided") else family
-            lines.setdefault(family, []).append(row)
-        for n, (family, many) in enumerate(lines.items()):
+            lines.setdefault(family(row.label), []).append(row)
+        for n, (name, many) in enumerate(lines.items()):
             x, y, error = zip(*sorted((r.speed, *r.summary["psnr"]) for r in many), strict=True)
-            width = 2.2 if family.startswith("ours") else 0.9
-            axis.errorbar(x, y, error, fmt="o-", ms=3, lw=width, color=f"C{n % 10}", label=family, alpha=0.9)
-        axis.set(title=found[0].run, xlabel="times less computing", ylabel="PSNR to plain, dB", xscale="log")
+            width = 2.2 if name.startswith("ours") else 0.9
+            axis.errorbar(x, y, error, fmt="o-", ms=3, lw=width, color=f"C{n % 10}", label=name, alpha=0.9)
+        costs = COSTS_OF[found[0].run.split(",")[0]]
+        axis.set(title=found[0].run, xlabel=f"times less computing, {costs}", ylabel="PSNR to plain, dB", xscale="log")
         axis.set_xticks([1, 1.5, 2, 3, 4, 6, 8], ["1", "1.5", "2", "3", "4", "6", "8"])
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below: lines go all over
@@ -344,8 +406,12 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     plot(blocks, args.out / "step_cost.png")
     notes = [" ".join(__doc__.split("\n\n")[2].split()), f"{args.tasks} pictures; schedule normal."]
-    data = [{**vars(row), "summary": {k: list(v) for k, v in row.summary.items()}} for rows_ in blocks for row in rows_]
-    tables = [fronts_table(blocks), *map(table, blocks)]
+    data = [
+        {**vars(row), "speed": row.speed, "summary": {k: list(v) for k, v in row.summary.items()}}
+        for found in blocks
+        for row in found
+    ]
+    tables = [fronts_table(blocks), beside_table(blocks), *map(table, blocks)]
     record("step_cost", "Asking less", tables, began, ["step_cost.png"], notes, args.out, data)
     print("\r" + "\n".join(map(markdown, tables)))
 

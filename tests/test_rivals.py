@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from rivals import Known, fsampler, magcache, sea_filtered, seacache, spectrum, taylor_at, taylorseer
+from rivals import DBCache, Known, fsampler, magcache, sea_filtered, seacache, spectrum, taylor_at, taylorseer
 
 SIGMAS = [1 - i / 50 for i in range(51)]
 X = torch.zeros(1, 1, 8, 8)
@@ -77,3 +77,32 @@ def test_the_filter_keeps_the_mean_gain_and_passes_more_detail_with_less_noise()
     states = [x * (1 - i / 100) for i in range(50)]
     loose, tight = (len(run(seacache(d, True), polynomial(1.0), states=states)[0]) for d in (0.2, 0.02))
     assert 1 < loose < tight <= 50
+
+
+def through(cache: DBCache, x: torch.Tensor, blocks: list) -> torch.Tensor:
+    """A row of blocks under the patches of DBCache, each (picture, prompt) -> both; the last gives no prompt."""
+    streams = {"img": x, "txt": torch.ones(1, 2, 1)}
+    for block, patch in zip(blocks, cache.patches(len(blocks)), strict=True):
+        original = lambda args, block=block: dict(zip(("img", "txt"), block(args["img"], args["txt"]), strict=True))
+        streams = patch(streams, {"original_block": original})
+    return streams["img"]
+
+
+def test_dbcache_adds_what_the_others_added_while_the_first_block_adds_the_like():
+    ran, slope = [], [1.0]
+    inner = lambda img, txt: (ran.append(1) or img + slope[0] * txt.mean(), 2 * txt)
+    blocks = [lambda img, txt: (img + img * 0.1, txt + img.mean()), inner, lambda img, txt: (img + txt.sum(), None)]
+    whole, cache = lambda x: through(DBCache(0.0, 99), x, blocks), DBCache(0.02, warmup=3)
+    x, drift = torch.ones(1, 4, 1), 0.015  # what the first block adds changes by 1.5 % a step of what it was
+    seen = []
+    for step in range(9):
+        at = x * (1 + drift * step)
+        seen.append((at, through(cache, at, blocks), slope[0]))
+        slope[0] += 1.0
+    assert cache.asked == [0, 1, 2, 4, 6, 8] and len(ran) == 6  # two steps on it is 2.9 %, above the threshold
+    (before, at_whole, then), (at, held, now) = seen[2], seen[3]
+    assert torch.allclose(held, 1.1 * at + (at_whole - 1.1 * before), atol=1e-6)
+    slope[0] = now
+    assert not torch.allclose(held, whole(at), atol=1e-2)  # nothing of the inner blocks is new
+    slope[0] = then
+    assert torch.allclose(at_whole, whole(before), atol=1e-6)
