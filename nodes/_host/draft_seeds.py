@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...models.calibration import FORECAST, NOISE_SHIFT, SAMPLER, SCHEDULE, Calibration
+from .._plan.fitted_sampler import steps_at
 from .._plan.latents import refuse_nested
 from .._plan.propagation import place_in, said_of
 from .apply import Use, put_to_use
@@ -132,7 +133,7 @@ def by_profile(
             "Attune Fit Propagation or a fitted sampler, or none."
         )
     if profile.kind == SAMPLER:
-        ready = put_to_use(model, profile, Use())
+        ready = put_to_use(model, profile, Use(steps_at(profile, speed)))
         assert ready.short is not None
         if profile.solver != run.sampler_name or place_in(profile.sigmas, sigmas.tolist()) != 0:
             raise ValueError(_stands_for_another(profile, run, len(sigmas) - 1))

@@ -72,6 +72,13 @@ def best_run(profile: Calibration, steps: int = 0) -> ShortRun:
     return faithful[0] if faithful else max(profile.runs, key=lambda one: one.psnr)
 
 
+def steps_at(profile: Calibration, speed: float) -> int:
+    """Of which run `best_run` takes: of those that ask so many times less than the long run's steps the one with the
+    most steps, or else the fewest."""
+    counts = [one.run.steps for one in profile.runs]
+    return max((n for n in counts if n * speed <= profile.steps), default=min(counts))
+
+
 def proved(short: ShortRun) -> str:
     """What is known of a short run's fidelity."""
     if not short.pictures:

@@ -80,6 +80,13 @@ def test_a_profile_drafts_all_and_none_is_whole(kit, host, stock):
         drafts(kit, profile=profile, steps=12)
 
 
+@pytest.mark.parametrize(("speed", "asked"), [(5.0, 10), pytest.param(10.0, 6, marks=pytest.mark.nightly)])
+def test_a_fitted_sampler_drafts_in_as_many_evaluations_as_the_speed_allows(kit, host, speed, asked):
+    profile = host.module("models.store").shipped_profiles()["Attune demo unet, fitted sampler, euler 50 steps"]
+    drawn = drafts(kit, profile=profile, seeds=[5], speed=speed, steps=50, scheduler="karras")
+    assert drawn[2] == asked and f"in {asked} steps" in drawn[1]  # six at least, though five would do for 10 times
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
