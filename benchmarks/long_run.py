@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""A day of use in minutes: 1,000 prompts through a real server, methods on and off in turn, two in the queue at once.
+"""A day of use in minutes: 1,000 prompts through a real server, methods on and off in turn, from two pages at once.
 
-Small pictures and few steps of the shipped workflows. Watched from outside: memory, living objects and seconds per
-prompt, with the slope of each after a warm-up; and that the same prompt gives the same picture every time, also under
-ComfyUI's other caches, and after a restart with a saved profile. The same server with stock nodes alone is the control.
+Small pictures and few steps of all shipped workflows, and once in forty prompts a fit or a training. Watched from
+outside: memory, living objects and seconds per prompt, with the slope of each after a warm-up; that each page hears of
+its own prompts and of no other; and that the same prompt gives the same picture every time, also under ComfyUI's other
+caches, and after a restart with what was saved and learned. The same server with stock nodes alone is the control.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import copy
 import hashlib
 import importlib.util
@@ -16,52 +18,115 @@ import json
 import math
 import os
 import random
+import secrets
 import shutil
 import tempfile
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import cycle
 from pathlib import Path
 
+import aiohttp
 import numpy as np
 from PIL import Image
 
 from comfy_process import ROOT
 from results import DOCS, Table, markdown, record
 
-SIDE, STEPS, SEEDS, SAMPLES = 64, 4, 3, 50
+SIDE, STEPS, FRAMES, SEEDS, SAMPLES = 64, 4, 29, 3, 50
 WARM_UP = 0.2  # of the prompts: what grows there are caches of the host and of the allocator
 WORKFLOWS = [
-    "first_picture", "flow_model", "aligned_ksampler", "aligned_schedule", "apply_profile", "propagation",
-    "propagation_transformer", "noise_shift", "one_more_step", "golden_noise", "golden_noise_advanced", "redenoise",
-    "zigzag", "signal_leak", "one_more_step_colour", "img2img", "few_step", "everything_at_once",
+    "first_picture", "flow_model", "aligned_ksampler", "aligned_schedule", "apply_profile", "attention",
+    "calibration_set", "compare_profile", "draft_seeds", "everything_at_once", "fast_sampler", "few_step",
+    "golden_noise", "golden_noise_advanced", "img2img", "long_video", "noise_mask", "noise_shift", "noise_space",
+    "noise_space_keep", "noise_space_morph", "noise_space_variation", "one_more_step", "one_more_step_colour",
+    "one_more_step_few_steps", "precision", "propagation", "propagation_controlnet", "propagation_transformer",
+    "redenoise", "signal_leak", "timestep_field", "training_noise", "zigzag",
 ]  # fmt: skip
+FITS = [
+    "align_timesteps", "fit_attention", "fit_fast", "fit_noise_shift", "fit_propagation", "fit_sampler", "protect",
+    "share_a_profile", "train_npnet", "train_one_more_step",
+]  # fmt: skip
+FIT_EVERY = 40  # prompts: fits and trainings take long
 STOCK = ["first_picture", "flow_model"]
 MEASURED = ["memory, MB", "objects", "tensors", "objects of Attune", "model patchers"]
 SAVED = "long run"
+LEARNING = {"AttuneFastSampler": {"evaluations": 4, "fidelity": 10.0}, "AttuneDraftSeeds": {"drafts": 4}}
+LEARNED_STEPS = 12  # of a run that is to be made shorter
+OFF = {  # settings that leave the picture as it is without the node
+    "AttuneAttentionBySigma": {"kernel": "stock"}, "AttuneFastSampler": {"use": "full run"},
+    "AttuneProtectImage": {"budget": 0},
+}  # fmt: skip
 
 
 def small(prompt: dict, seed: int, on: bool) -> dict:
-    """A workflow at `SIDE` pixels and few steps; with `on` False, its methods at strength 0."""
+    """A workflow at `SIDE` pixels and few steps; with `on` False, its methods at strength 0. Where a picture is put
+    into another one, both keep their size."""
     prompt = copy.deepcopy(prompt)
+    placed = any("x" in node["inputs"] for node in prompt.values())
+    learns = any(node["class_type"] in LEARNING for node in prompt.values())
     for node in prompt.values():
-        given = node["inputs"]
+        given, kind = node["inputs"], node["class_type"]
         for name in given:
-            if name in ("width", "height"):
+            if name in ("width", "height") and not placed:
                 given[name] = SIDE
             elif name == "steps":
-                given[name] = min(given[name], STEPS)
-            elif name in ("seed", "noise_seed"):
+                given[name] = min(given[name], LEARNED_STEPS if learns else STEPS)
+            elif name in ("seed", "noise_seed") and not isinstance(given[name], list):
                 given[name] = seed
+            elif name == "length":
+                given[name] = min(given[name], FRAMES)
             elif name == "batch_size":
                 given[name] = min(given[name], 2)
-            elif not on and name in ("strength", "diversity") and node["class_type"].startswith("Attune"):
+            elif not on and name in ("strength", "diversity") and kind.startswith("Attune"):
                 given[name] = 0.0
             elif not on and name == "interval":
                 given[name] = 1
+        given |= {**LEARNING.get(kind, {}), **({} if on else OFF.get(kind, {}))}
     return prompt
+
+
+class Page(threading.Thread):
+    """An open page: it hears what the server sends to it, until the server ends."""
+
+    def __init__(self, url: str):
+        super().__init__(daemon=True)
+        self.url, self.client_id = url, secrets.token_hex(8)
+        self.ended: list[str] = []  # prompts
+        self.pictures = 0  # shown while nodes run
+        self.connected = threading.Event()
+        self.start()
+        assert self.connected.wait(60), "the server does not answer a page"
+
+    def run(self) -> None:
+        with suppress(aiohttp.ClientError, ConnectionError):
+            asyncio.run(self._listen())
+
+    def heard(self, prompts: list[str]) -> None:
+        """AssertionError unless the page hears of the end of these prompts and of no other since it was last asked."""
+        until = time.time() + 10
+        while len(self.ended) < len(prompts) and time.time() < until:
+            time.sleep(0.01)
+        assert self.ended == prompts, f"a page heard of {self.ended}, but its prompts were {prompts}"
+        self.ended.clear()
+
+    async def _listen(self) -> None:
+        async with (
+            aiohttp.ClientSession() as session,
+            session.ws_connect(f"{self.url}/ws?clientId={self.client_id}", max_msg_size=0) as socket,
+        ):
+            self.connected.set()
+            async for message in socket:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    self.pictures += 1
+                elif message.type == aiohttp.WSMsgType.TEXT:
+                    said = json.loads(message.data)
+                    if said["type"] == "execution_success":
+                        self.ended.append(said["data"]["prompt_id"])
 
 
 @dataclass
@@ -70,14 +135,25 @@ class Server:
 
     url: str
     output: Path
+    pages: list[Page] = field(default_factory=list)
     drawn: dict[str, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     compared: int = 0
 
     def run(self, named: list[tuple[str, dict]]) -> list[dict]:
-        """All prompts in the queue at once; every picture is compared with those drawn before under its name."""
-        queued = [ask(f"{self.url}/prompt", {"prompt": prompt})["prompt_id"] for _, prompt in named]
-        return [self._wait(name, id) for (name, _), id in zip(named, queued, strict=True)]
+        """All prompts in the queue at once, from the pages in turn; every picture is compared with those drawn before
+        under its name."""
+        pages = [page for page, _ in zip(cycle(self.pages or [None]), named, strict=False)]
+        queued = [self._queue(prompt, page) for (_, prompt), page in zip(named, pages, strict=True)]
+        outputs = [self._wait(name, id) for (name, _), id in zip(named, queued, strict=True)]
+        for page in self.pages:
+            own = [id for id, its in zip(queued, pages, strict=True) if its is page]
+            page.heard(own)
+        return outputs
+
+    def _queue(self, prompt: dict, page: Page | None) -> str:
+        whose = {"client_id": page.client_id} if page else {}
+        return ask(f"{self.url}/prompt", {"prompt": prompt, **whose})["prompt_id"]
 
     def _wait(self, name: str, id: str) -> dict:
         until = time.time() + 900
@@ -133,23 +209,32 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
     (folder / "custom_nodes").mkdir(exist_ok=True)
     shutil.copy(Path(__file__).with_name("count_objects.py"), folder / "custom_nodes")
     host = dev.Host(os.environ["COMFYUI_PATH"])
-    with dev.server(host, folder, "--base-directory", str(folder), *flags) as url:
-        yield Server(url, folder / "output")
+    shown = ("--preview-method", "latent2rgb")
+    with dev.server(host, folder, "--base-directory", str(folder), *shown, *flags) as url:
+        yield Server(url, folder / "output", [Page(url), Page(url)])
 
 
-def stream(names: list[str], count: int) -> Iterator[tuple[str, dict]]:
-    """Seeded prompts: a workflow, a seed, the methods on or off."""
-    rng = random.Random(0)
-    prompts = {name: json.loads((ROOT / "tests/prompts" / f"{name}.json").read_text("utf-8")) for name in names}
-    for _ in range(count):
+def prompt_of(name: str) -> dict:
+    return json.loads((ROOT / "tests/prompts" / f"{name}.json").read_text("utf-8"))
+
+
+def stream(names: list[str], count: int, fits: list[str]) -> Iterator[tuple[str, dict]]:
+    """Seeded prompts: a workflow, a seed, the methods on or off; of `fits` one in `FIT_EVERY`, each in turn."""
+    rng, turn = random.Random(0), cycle(fits)
+    prompts = {name: prompt_of(name) for name in [*names, *fits]}
+    for i in range(count):
         name, seed, on = rng.choice(names), rng.randrange(SEEDS), rng.random() < 0.5
+        if fits and i % FIT_EVERY == FIT_EVERY // 2:
+            name, seed, on = next(turn), 1, True
         yield f"{name}, seed {seed}, {'on' if on else 'off'}", small(prompts[name], seed, on)
 
 
-def day(server: Server, names: list[str], count: int, minutes: float, say: Callable) -> list[list[float]]:
+def day(
+    server: Server, names: list[str], count: int, minutes: float, say: Callable, fits: list[str] | None = None
+) -> list[list[float]]:
     """Run `count` prompts, two at a time, or as many as `minutes` allow; [prompts so far, *MEASURED] now and then."""
     until = time.time() + 60 * minutes
-    prompts, counted, every = list(stream(names, count)), [], max(count // SAMPLES // 2 * 2, 2)
+    prompts, counted, every = list(stream(names, count, fits or [])), [], max(count // SAMPLES // 2 * 2, 2)
     for start in range(0, count, 2):
         if time.time() > until:
             break
@@ -184,15 +269,18 @@ def rows(label: str, counted: np.ndarray, seconds: list[float]) -> list[list]:
     return found
 
 
-def saved_profile(server: Server, save: bool) -> None:
-    """Draw with a profile that this server, or an earlier one, has saved."""
-    prompt = small(json.loads((ROOT / "tests/prompts/apply_profile.json").read_text("utf-8")), 1, True)
+def saved_before(server: Server, save: bool) -> None:
+    """Draw with a profile that this server, or an earlier one, has saved, and with what it has learned."""
+    prompt = small(prompt_of("apply_profile"), 1, True)
     loader = next(id for id, node in prompt.items() if node["class_type"] == "AttuneLoadProfile")
+    learn = small(prompt_of("fast_sampler"), 1, True)
     if save:
         given = {"profile": [loader, 0], "name": SAVED}
         server.run([("", {**prompt, "save": {"class_type": "AttuneSaveProfile", "inputs": given}})])
+        server.run([("the run that is learned from", learn)])
     prompt[loader]["inputs"]["profile_name"] = f"{SAVED}.json"
-    server.run([("the saved profile", prompt)])
+    server.run([("the saved profile", prompt), ("what was learned", learn)])
+    server.seconds.clear()
 
 
 def plot(results: dict[str, tuple[np.ndarray, list[float]]], path: Path) -> None:
@@ -233,15 +321,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with serving(folder) as server:
-            saved_profile(server, save=True)
-            counted = np.array(day(server, WORKFLOWS, args.prompts, args.minutes, say))
-            drawn, seconds, compared = server.drawn, server.seconds[2:], server.compared
+            saved_before(server, save=True)
+            counted = np.array(day(server, WORKFLOWS, args.prompts, args.minutes, say, FITS))
+            drawn, seconds, compared = server.drawn, server.seconds, server.compared
+            shown = sum(page.pictures for page in server.pages)
         caches = []
         for cache in args.caches:
             with serving(folder, *f"--cache-{cache}".split()) as server:
                 server.drawn = drawn
-                saved_profile(server, save=False)  # by the server before the restart
-                for start in range(0, len(prompts := list(stream(WORKFLOWS, short))), 2):
+                saved_before(server, save=False)  # by the server before the restart
+                for start in range(0, len(prompts := list(stream(WORKFLOWS, short, []))), 2):
                     server.run(prompts[start : start + 2])
                 caches.append([f"--cache-{cache}", server.compared, float(np.median(server.seconds))])
                 say(f"{caches[-1]}")
@@ -263,7 +352,8 @@ def main() -> None:
             ["server", "pictures compared", "seconds a prompt"],
             [["as it comes", compared, float(np.median(seconds))], *caches],
             "All are equal, bit for bit, to the first server's; each server but the first began by drawing with the "
-            "profile that the first one had saved.",
+            "profile that the first one had saved, and with what it had learned. Each of two pages heard of the end of "
+            f"its own prompts and of no other; the first server showed them {shown} pictures while it worked.",
         ),
     ]
     notes = [" ".join(part.split()) for part in __doc__.split("\n\n")[1:]]
