@@ -51,6 +51,7 @@ FITS = [
     "align_timesteps", "fit_attention", "fit_fast", "fit_noise_shift", "fit_propagation", "fit_sampler", "protect",
     "share_a_profile", "train_npnet", "train_one_more_step",
 ]  # fmt: skip
+PATIENCE = 900  # seconds that two prompts may take
 FIT_EVERY = 40  # prompts: fits and trainings take long
 STOCK = ["first_picture", "flow_model"]
 MEASURED = ["memory, MB", "objects", "tensors", "objects of Attune", "model patchers"]
@@ -98,9 +99,9 @@ class Page(threading.Thread):
         self.url, self.client_id = url, secrets.token_hex(8)
         self.ended: list[str] = []  # prompts
         self.pictures = 0  # shown while nodes run
-        self.connected = threading.Event()
+        self.connected, self._told = threading.Event(), threading.Condition()
         self.start()
-        assert self.connected.wait(60), "the server does not answer a page"
+        assert self.connected.wait(300), "the server does not answer a page"
 
     def run(self) -> None:
         with suppress(aiohttp.ClientError, ConnectionError):
@@ -108,11 +109,10 @@ class Page(threading.Thread):
 
     def heard(self, prompts: list[str]) -> None:
         """AssertionError unless the page hears of the end of these prompts and of no other since it was last asked."""
-        until = time.time() + 10
-        while len(self.ended) < len(prompts) and time.time() < until:
-            time.sleep(0.01)
-        assert self.ended == prompts, f"a page heard of {self.ended}, but its prompts were {prompts}"
-        self.ended.clear()
+        with self._told:
+            self._told.wait_for(lambda: len(self.ended) >= len(prompts), PATIENCE)
+            assert self.ended == prompts, f"a page heard of {self.ended}, but its prompts were {prompts}"
+            self.ended.clear()
 
     async def _listen(self) -> None:
         async with (
@@ -125,8 +125,10 @@ class Page(threading.Thread):
                     self.pictures += 1
                 elif message.type == aiohttp.WSMsgType.TEXT:
                     said = json.loads(message.data)
-                    if said["type"] == "execution_success":
-                        self.ended.append(said["data"]["prompt_id"])
+                    if said["type"] in ("execution_success", "execution_error"):
+                        with self._told:
+                            self.ended.append(said["data"]["prompt_id"])
+                            self._told.notify()
 
 
 @dataclass
@@ -145,18 +147,16 @@ class Server:
         under its name."""
         pages = [page for page, _ in zip(cycle(self.pages or [None]), named, strict=False)]
         queued = [self._queue(prompt, page) for (_, prompt), page in zip(named, pages, strict=True)]
-        outputs = [self._wait(name, id) for (name, _), id in zip(named, queued, strict=True)]
         for page in self.pages:
-            own = [id for id, its in zip(queued, pages, strict=True) if its is page]
-            page.heard(own)
-        return outputs
+            page.heard([id for id, its in zip(queued, pages, strict=True) if its is page])
+        return [self._wait(name, id) for (name, _), id in zip(named, queued, strict=True)]
 
     def _queue(self, prompt: dict, page: Page | None) -> str:
         whose = {"client_id": page.client_id} if page else {}
         return ask(f"{self.url}/prompt", {"prompt": prompt, **whose})["prompt_id"]
 
     def _wait(self, name: str, id: str) -> dict:
-        until = time.time() + 900
+        until = time.time() + PATIENCE
         while not (entry := ask(f"{self.url}/history/{id}").get(id)):
             assert time.time() < until, f"{name} did not end"
             time.sleep(0.01)
@@ -330,8 +330,10 @@ def main() -> None:
             with serving(folder, *f"--cache-{cache}".split()) as server:
                 server.drawn = drawn
                 saved_before(server, save=False)  # by the server before the restart
-                for start in range(0, len(prompts := list(stream(WORKFLOWS, short, []))), 2):
-                    server.run(prompts[start : start + 2])
+                until, prompts = time.time() + 60 * args.minutes / 4, list(stream(WORKFLOWS, short, []))
+                for start in range(0, short, 2):
+                    if time.time() < until:
+                        server.run(prompts[start : start + 2])
                 caches.append([f"--cache-{cache}", server.compared, float(np.median(server.seconds))])
                 say(f"{caches[-1]}")
         results = {"all methods": (counted, seconds)}
