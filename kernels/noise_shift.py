@@ -89,9 +89,9 @@ def calibration_levels(count: int, space: NoiseSpace, limits: Limits) -> Tensor:
 
 def fit_joint(
     denoise: ToldDenoiser, x0: Latent, preset: ShiftPreset, space: NoiseSpace, limits: Limits, seed: int = 0
-) -> Generator[int, None, Shift]:
+) -> Generator[tuple[int, dict[float, float]], None, Shift]:
     """One smooth curve of offsets for all levels, kept only if it lowers the loss of held-out pictures; yields the
-    evaluations so far.
+    evaluations so far, and of the levels that are done the offset with the least loss.
 
     With L_i(d) the mean loss at level i, told d log units more, the curve minimises
     sum_i L_i(d_i) / L_i(0) + mu sum_i (d_{i+1} - d_i)^2, exactly, over a fine grid on splines of the losses. Every
@@ -102,10 +102,12 @@ def fit_joint(
     tried = torch.linspace(-WIDEST, WIDEST, preset.offsets, dtype=torch.float64)
     search = Losses(denoise, x0, sigmas, space, limits, seed, preset.noises)
     losses = torch.empty(len(x0), len(sigmas), len(tried), dtype=torch.float64)
+    least: dict[float, float] = {}
     for i in range(len(sigmas)):
         for j, offset in enumerate(tried.tolist()):
             losses[:, i, j] = search.losses(i, offset)
-            yield search.evaluations
+            yield search.evaluations, least
+        least = {**least, float(sigmas[i]): float(tried[losses[:, i].mean(0).argmin()])}
     return joint_shift(losses, tried, sigmas, space, limits)
 
 

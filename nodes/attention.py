@@ -10,6 +10,7 @@ from ._draw.axes import to_image
 from ._host.api import ExecutionBlocker, Profile, advanced, check_choices, io, schema, shown_on
 from ._host.attention import FastBetween, fit_attention_profile, kernels, levels_of_profile, with_attention
 from ._host.folders import keep_fit
+from ._host.live import show_live
 from ._host.sampling import scheduler_names
 from ._host.solvers import sampler_names
 
@@ -113,10 +114,13 @@ class AttuneFitAttention(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         check_choices(cls, kernel=kernel, scheduler=scheduler)
         profile, errors = fit_attention_profile(
-            model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, kernel, wanted
-        )
+            model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, kernel, wanted,
+            draw_errors,
+        )  # fmt: skip
         exact = None if profile is None or profile.key_steps is None else profile.key_steps.points[0].keys
-        plot = to_image(draw_errors(errors, exact))
+        drawn = draw_errors(errors, exact)
+        show_live(drawn)
+        plot = to_image(drawn)
         report = fit_report(profile, kernel, wanted, steps)
         LOG.info("Attune Fit Attention: %s", report.replace("\n", " "))
         if profile is None:

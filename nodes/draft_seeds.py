@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 
+import torch
+
 from ._draw.axes import to_image
 from ._draw.draft_seeds import draw_contact_sheet
 from ._host.api import ExecutionBlocker, Profile, advanced, io, say_on_node, schema, shown_on
 from ._host.draft_seeds import WholeRun, draw_drafts, pictures_of
+from ._host.live import ProgressBar, coloured, show_live
 from ._host.sampling import scheduler_names
 from ._host.solvers import sampler_names
 from ._plan.draft_seeds import Drafts, picked
@@ -84,10 +87,18 @@ class AttuneDraftSeeds(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         seeds = [(seed + i) % MOST_SEEDS for i in range(drafts)]
         run = WholeRun(positive, negative, latent_image, steps, cfg, sampler_name, scheduler, denoise)
-        latents, report = draw_drafts(model, run, seeds, speed, at_once, profile)
-        images = pictures_of(vae, latents)
         labels = [f"{number}: seed {one}" for number, one in enumerate(seeds, start=1)]
-        sheet = to_image(draw_contact_sheet(images, labels, min(SHEET, images.shape[2])))
+        bar = ProgressBar(drafts)
+
+        def told(latents: torch.Tensor) -> None:
+            quick = torch.cat([to_image(coloured(model, one)) for one in latents.split(1)])
+            bar.update(len(latents), draw_contact_sheet(quick, labels[: len(latents)], SHEET))
+
+        latents, report = draw_drafts(model, run, seeds, speed, at_once, profile, told)
+        images = pictures_of(vae, latents)
+        drawn = draw_contact_sheet(images, labels, min(SHEET, images.shape[2]))
+        show_live(drawn)
+        sheet = to_image(drawn)
         LOG.info("Attune Draft Seeds: %s", report)
         return io.NodeOutput(Drafts(tuple(seeds)), images, sheet, report, ui=shown_on(cls, sheet))
 

@@ -18,7 +18,8 @@ from ._host.card import Shown, card_of, keep_card
 from ._host.fit_run import Task, fit_run, rival_schedules, rivals_of
 from ._host.folders import keep_fit, keep_profile
 from ._host.identity import identify, pixels
-from ._host.session import REFERENCE, ProgressBar, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
+from ._host.live import ProgressBar, show_live
+from ._host.session import REFERENCE, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
 from ._host.stock_schedules import known_schedules
 from ._plan.fit_run import (
     EXACT_PATH,
@@ -183,7 +184,7 @@ class AttuneFitSampler(io.ComfyNode):
         LOG.info("Attune Fit Sampler:\n%s", report)
         profile, plot = tuned_profile(tuned, setting, preset, took), _plot(tuned, known, setting)
         text_on(cls)(f"{'Fitted' if tuned.changed else 'Nothing better found'}, {duration(took)}.")
-        ProgressBar(1).update(1, plot)  # the page shows the last live preview rather than what a node hands out
+        show_live(plot)
         picture = to_image(plot)
         if tuned.changed:
             report = f"{report}\n{keep_fit(profile)}"
@@ -250,7 +251,7 @@ def _sampler(
     shown = [one.run for one in (profile.runs if profile else proofs)]
     curves = [Curve(f"{one.steps} steps", one.sigmas) for one in shown[:5]]
     plot = draw_schedules([Curve(f"{len(long) - 1} steps of {followed.runs}", tuple(long)), *curves], "Fitted sampler")
-    ProgressBar(1).update(1, plot)
+    show_live(plot)
     text_on(cls)(in_short(profile, took))
     picture = to_image(plot)
     if profile is None:

@@ -13,11 +13,12 @@ from ..kernels.noise_shift import FEWEST, SHIFT_PRESETS, Shift
 from ..models.calibration import ModelIdentity, Size
 from ..models.store import SUFFIX, file_stem
 from ._draw.axes import to_image
-from ._draw.noise_shift import draw_shift
+from ._draw.noise_shift import draw_search, draw_shift
 from ._host.api import Profile, advanced, io, schema, shown_on
 from ._host.calibrating import calibrating
 from ._host.folders import find_profile, keep_fit, keep_profile, keep_update, profile_path
 from ._host.identity import identify, pixels, pixels_a_side
+from ._host.live import ProgressBar, show_live
 from ._host.noise_shift import (
     STEPS,
     calibrate,
@@ -28,7 +29,6 @@ from ._host.noise_shift import (
     prompts_of,
     without_text,
 )
-from ._host.session import ProgressBar
 from ._plan.noise_shift import continues, noise_shift_profile, parse_sizes, shift_plan, shift_report
 
 LOG = logging.getLogger(__name__)
@@ -135,10 +135,14 @@ class AttuneFitNoiseShift(io.ComfyNode):
         if pictures is None and left:
             images = draw_own(calibrating(model), vae, prompts, negative, cfg, native, count, seed)
         bar, done = ProgressBar(max(len(left) * effort.evaluations, 1)), 0
+
+        def told(evaluations: int, least: dict[float, float] | None) -> None:
+            bar.update(done + evaluations, None if least is None else draw_search(least, kept.space, size))
+
         for size in left:
             x0 = (encoded_at(vae, images, size) if latent is None else latent["samples"].float())[:count]
             chunk = max(1, 2 * math.prod(native) // math.prod(size))
-            shift = calibrate(model, prompts, x0, chunk, effort, seed, bar, done)
+            shift = calibrate(model, prompts, x0, chunk, effort, seed, told)
             done += effort.evaluations
             lines.append(shift_report(size, shift, kept.space))
             LOG.info("Attune Fit Noise Shift: %s", lines[-1])
@@ -150,7 +154,9 @@ class AttuneFitNoiseShift(io.ComfyNode):
             lines.append("Nothing is to be gained at any of these sizes: the profile changes nothing.")
         elif not save_as.strip():
             lines.append(keep_fit(profile))
-        plot = to_image(draw_shift(profile))
+        drawn = draw_shift(profile)
+        show_live(drawn)
+        plot = to_image(drawn)
         return io.NodeOutput(profile, plot, "\n".join(lines), ui=shown_on(cls, plot))
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 
+from PIL import Image
+
 from ..models.calibration import KeySteps, Point
 from ._draw.axes import to_image
 from ._draw.propagation import draw_calibration, draw_speeds
 from ._host.api import Profile, advanced, io, schema, shown_on
 from ._host.folders import keep_fit
+from ._host.live import show_live
 from ._host.propagation import DEVICES, DTYPES, add_propagation, key_steps_for
 from ._host.propagation.fit import fit_profile, measures_too_few
 from ._host.sampling import scheduler_names
@@ -228,13 +231,21 @@ class AttuneFitPropagation(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, **inputs) -> io.NodeOutput:
-        profile, fit, changes = fit_profile(model, **inputs)
+        profile, fit, changes = fit_profile(model, draw=_drawn, **inputs)
         chosen = plan.calibrated_point(fit)
         too_few = measures_too_few(inputs["sampler_name"], inputs["latent_image"])
         report = report_of(profile.name, fit, chosen, too_few)
         LOG.info("Attune Fit Propagation: %s", report.replace("\n", "; "))
-        plot = to_image(draw_calibration(changes, len(fit.sigmas) - 1, fit.points, chosen))
+        drawn = _drawn(fit, changes)
+        show_live(drawn)
+        plot = to_image(drawn)
         return io.NodeOutput(profile, plot, f"{report}\n{keep_fit(profile)}", ui=shown_on(cls, plot))
+
+
+def _drawn(fit: KeySteps, changes: dict[str, list[float]]) -> Image.Image:
+    """The calibration as far as it is."""
+    chosen = plan.calibrated_point(fit) if fit.points else None
+    return draw_calibration(changes, len(fit.sigmas) - 1, fit.points, chosen)
 
 
 def report_of(name: str, fit: KeySteps, chosen: Point, too_few: bool = False) -> str:

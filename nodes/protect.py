@@ -10,8 +10,8 @@ from PIL import Image
 
 from ..kernels.protect import Protection
 from ._host.api import advanced, io, say_on_node, schema
+from ._host.live import ProgressBar
 from ._host.protect import check_inpainting, cropped, fitted_masks, memory_needed, protected
-from ._host.session import ProgressBar
 from ._plan.protect import masks_for, memory_said, protection_report
 
 LOG = logging.getLogger(__name__)

@@ -14,12 +14,14 @@ from ..models.npnet import NPNet
 from ..models.npnet_files import save_npnet
 from ..models.train_npnet import ALONE, NPNET_SIZES, NPNetTraining, Pairs, Recipe, Share
 from ..models.training import MADE, UNFINISHED, check_writable, find_place, keep_result, spelled
+from ._draw.learning import draw_learning
 from ._host.api import ExecutionBlocker, advanced, io, schema
 from ._host.folders import NPNETS, folder_of
 from ._host.golden_noise import HostNPNet, NPNetType
+from ._host.live import ProgressBar, coloured
 from ._host.noise_pairs import Source, collect, pairs_folder
 from ._host.redenoise import Redenoise
-from ._host.session import ProgressBar, empty_latent, stop_if_asked, training_device
+from ._host.session import empty_latent, stop_if_asked, training_device
 
 LOG = logging.getLogger(__name__)
 ALL = "1/1"
@@ -173,8 +175,8 @@ def collected(
     missing = remaining(folder, shards, part, source.facts(lines[0]))
     bar = ProgressBar(sum(len(shards[index]) for index in missing))
     with contextlib.closing(collect(source, shards, missing, folder)) as counts:
-        for done in counts:
-            bar.update(done)
+        for done, change in counts:
+            bar.update(done, coloured(source.model, change))
     there = len(list(folder.glob("pairs-*.safetensors")))
     said = f"{done} new pairs of {len(lines)} prompts, {there} of {len(shards)} files in {folder}"
     LOG.info("Attune Train NPNet: %s.", said)
@@ -194,7 +196,8 @@ def trained(folder: Path, name: str, recipe: Recipe, share: Share = ALONE) -> Pa
     bar, state = ProgressBar(recipe.epochs), path.with_suffix(UNFINISHED)
     with contextlib.closing(training.run(state, writes=first)) as epochs:
         for epoch in epochs:
-            bar.update(epoch)
+            shares = [1 - error / pairs.error for error in training.losses]
+            bar.update(epoch, draw_learning(shares, recipe.epochs))
             if first:
                 LOG.info("Attune Train NPNet: epoch %d, the best explains %.2f %%.", epoch, 100 * training.explained)
     measured, net = training.report(), cast(NPNet, training.result())

@@ -6,7 +6,8 @@ import math
 
 from PIL import Image
 
-from ...models.calibration import Calibration
+from ...kernels.space import NoiseSpace
+from ...models.calibration import Calibration, Size
 from .._plan.noise_shift import noise_word, shift_for
 from .axes import COLOURS, INK, Axes, line, sheet
 
@@ -20,16 +21,10 @@ LEVELS = {
 
 def draw_shift(profile: Calibration) -> Image.Image:
     """The ratio told / true of a flow's odds or of sigma, over sigma, with dots at the calibrated levels."""
-    picture, draw = sheet()
     curves = {one.resolution: shift_for(profile, one.resolution)[0] for one in profile.alignments}
     ends = [at for curve in curves.values() for at in curve.at]
-    reach = 1.1 * max(LEAST_REACH, *(abs(offset) for curve in curves.values() for offset in curve.offset))
-    axes = Axes(draw, (min(ends), max(ends)), (-reach, reach))
-    levels = [(math.log(s / (1 - s) if profile.space == "flow" else s), f"{s:g}") for s in LEVELS[profile.space]]
-    ratios = [(math.log(ratio), f"{ratio:g}") for ratio in RATIOS if abs(math.log(ratio)) <= reach]
-    levels = [(at, text) for at, text in levels if axes.x[0] <= at <= axes.x[1]]
-    axes.frame(levels, ratios, profile.name, "sigma", f"told / true {noise_word(profile.space)}")
-    line(draw, [axes.at(axes.x[0], 0), axes.at(axes.x[1], 0)], INK)
+    offsets = [offset for curve in curves.values() for offset in curve.offset]
+    picture, axes = _ratios(profile.space, ends, offsets, profile.name)
     rows = []
     for i, (size, curve) in enumerate(curves.items()):
         colour, dashed = COLOURS[i % len(COLOURS)], i >= len(COLOURS)
@@ -39,3 +34,31 @@ def draw_shift(profile: Calibration) -> Image.Image:
         rows.append(("x".join(map(str, size)), colour, dashed))
     axes.legend(rows)
     return picture
+
+
+def draw_search(least: dict[float, float], space: NoiseSpace, size: Size) -> Image.Image:
+    """The offset with the least loss at each level that is done, of a fit that goes on."""
+    points = [(_place(sigma, space.kind), offset) for sigma, offset in least.items()]
+    whole = [_place(sigma, space.kind) for sigma in (LEVELS[space.kind][0], LEVELS[space.kind][-1])]
+    title = f"Best so far, {'x'.join(map(str, size))}"
+    picture, axes = _ratios(space.kind, whole, [offset for _, offset in points], title)
+    axes.curve(points, COLOURS[0], dots=4)
+    return picture
+
+
+def _place(sigma: float, space: str) -> float:
+    """Where a level stands on the axis."""
+    return math.log(sigma / (1 - sigma) if space == "flow" else sigma)
+
+
+def _ratios(space: str, ends: list[float], offsets: list[float], title: str) -> tuple[Image.Image, Axes]:
+    """Paper with axes for the ratio told / true over sigma, and the line of what is told truly."""
+    picture, draw = sheet()
+    reach = 1.1 * max(LEAST_REACH, *map(abs, offsets))
+    axes = Axes(draw, (min(ends), max(ends)), (-reach, reach))
+    levels = [(_place(sigma, space), f"{sigma:g}") for sigma in LEVELS[space]]
+    ratios = [(math.log(ratio), f"{ratio:g}") for ratio in RATIOS if abs(math.log(ratio)) <= reach]
+    levels = [(at, text) for at, text in levels if axes.x[0] <= at <= axes.x[1]]
+    axes.frame(levels, ratios, title, "sigma", f"told / true {noise_word(space)}")
+    line(draw, [axes.at(axes.x[0], 0), axes.at(axes.x[1], 0)], INK)
+    return picture, axes

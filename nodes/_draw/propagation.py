@@ -18,15 +18,16 @@ KEY_STEP = (255, 225, 170)
 
 
 def draw_calibration(
-    changes: Mapping[str, Sequence[float]], steps: int, points: Sequence[Point], chosen: Point
+    changes: Mapping[str, Sequence[float]], steps: int, points: Sequence[Point], chosen: Point | None
 ) -> Image.Image:
-    """Left the change of every feature per step, with the chosen key steps; right fidelity over speed."""
+    """Left the change of every feature per step, with the chosen key steps; right fidelity over speed, where a setting
+    was tried."""
     picture, draw = sheet(SHEET_WIDTH, SHEET_HEIGHT)
     values = [value for row in changes.values() for value in row if value > 0] or [0.1, 1.0]
     low = math.floor(math.log10(min(values)))
     high = max(math.ceil(math.log10(max(values))), low + 1)
     axes = Axes(draw, (0, max(steps - 1, 1)), (low, high), CHANGES)
-    for key in chosen.keys:
+    for key in chosen.keys if chosen else ():
         draw.line((*axes.at(key, low), *axes.at(key, high)), KEY_STEP, 5)
     axes.frame(
         [(step, str(step)) for step in range(0, steps, max(1, steps // 8))],
@@ -39,7 +40,8 @@ def draw_calibration(
         axes.curve([(i, math.log10(max(value, 1e-9))) for i, value in enumerate(row, start=1)], colour)
         rows.append((name, colour, False))
     axes.legend(rows[:: max(1, len(rows) // 8)])
-    _speeds(draw, points, chosen, CURVE)
+    if chosen:
+        _speeds(draw, points, chosen, CURVE)
     return picture
 
 

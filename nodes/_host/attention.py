@@ -10,6 +10,7 @@ from typing import Any
 import comfy.samplers
 from comfy.ldm.modules import attention as host_attention
 from comfy.patcher_extension import WrappersMP
+from PIL import Image
 from torch import Tensor
 
 from ...kernels.attention import best_windows
@@ -20,8 +21,8 @@ from .._plan.latents import refuse_nested
 from .calibrating import calibrating, stands_aside
 from .clock import noise_space, why_not
 from .identity import identify, pixels
+from .live import Interim, last_on_bar
 from .sampling import run_stock_node, sample
-from .session import last_on_bar
 from .solvers import known
 
 LOG = logging.getLogger(__name__)
@@ -145,21 +146,23 @@ def errors_of(model: Any, run: Callable[[Any], Tensor], kernel: str, sigmas: Ten
 
 def fit_attention(
     model: Any, run: Callable[[Any], Tensor], kernel: str, solver: str, sigmas: Tensor, wanted: float
-) -> Generator[tuple[str, float], None, tuple[KeySteps, list[float]]]:
+) -> Generator[Interim, None, tuple[KeySteps, list[float]]]:
     """The longest stretch of steps that keeps `wanted` dB to the exact run, by halving: each trial is a run.
 
     Returns one setting for each stretch that was tried and is faithful enough, none where not even a step is, and the
     errors by step.
     """
-    yield "the exact run", 0.0
+    yield "the exact run", 0.0, None
     exact, errors = errors_of(model, run, kernel, sigmas)
     weights = step_weights(sigmas.tolist(), noise_space(model.get_model_object("model_sampling")))
     windows = best_windows([error * abs(weight) for error, weight in zip(errors, weights, strict=True)])
-    steps, points = len(windows) + 1, []
+    steps = len(windows) + 1
+    points: list[Point] = []
     low, high = 0, len(windows)
     while low < high:
         count = (low + high + 1) // 2
-        yield f"trying {count} of {steps} steps", 0.2 + 0.7 * (1 - (high - low) / len(windows))
+        found = errors, points[-1].keys if points else None
+        yield f"trying {count} of {steps} steps", 0.2 + 0.7 * (1 - (high - low) / len(windows)), found
         tried = {}
         for start in dict.fromkeys((windows[count - 1][1], 1, steps - count)):  # the cheapest, the first, the last
             levels = FastBetween(kernel, float(sigmas[start]), float(sigmas[start + count - 1]))
@@ -174,9 +177,10 @@ def fit_attention(
 
 def fit_attention_profile(
     model: Any, positive, negative, latent_image: dict, seed: int, steps: int, cfg: float, sampler_name: str,
-    scheduler: str, kernel: str, wanted: float,
+    scheduler: str, kernel: str, wanted: float, draw: Callable[[list[float], tuple[int, ...] | None], Image.Image],
 ) -> tuple[Calibration | None, list[float]]:  # fmt: skip
-    """The calibration, None where no step tolerates the kernel, and the errors by step; with a progress bar."""
+    """The calibration, None where no step tolerates the kernel, and the errors by step; with a progress bar, beside
+    which the errors and the steps that stay exact so far are drawn."""
     sampler = comfy.samplers.sampler_object(sampler_name)
     known(sampler, FIT)
     refuse_nested(latent_image["samples"], "latent_image")
@@ -188,7 +192,8 @@ def fit_attention_profile(
     def run(patched: Any) -> Tensor:
         return sample(patched, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"].float()
 
-    found, errors = last_on_bar(fit_attention(model, run, kernel, sampler_name, sigmas, wanted), FIT)
+    work = fit_attention(model, run, kernel, sampler_name, sigmas, wanted)
+    found, errors = last_on_bar(work, FIT, lambda now: draw(*now))
     if not found.points:
         return None, errors
     best = min(found.points, key=lambda point: len(point.keys))

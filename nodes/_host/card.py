@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import comfy.model_management
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from ...models.calibration import Calibration, size_text
 from ...models.store import written_whole
 from .._plan.fitted_sampler import proved
+from .live import coloured
 
 LOG = logging.getLogger(__name__)
 Draw: TypeAlias = Callable[[Calibration, Sequence[str], Sequence[tuple[str, Image.Image]]], Image.Image]
@@ -45,7 +45,7 @@ def card_of(patcher: Any, profile: Calibration, shown: Shown, draw: Draw) -> Ima
     ]
     names = (f"{profile.steps} steps", f"{shown.steps} evaluations")
     try:
-        pictures = [(name, _preview(patcher, end)) for name, end in zip(names, shown.ends, strict=True)]
+        pictures = [(name, coloured(patcher, end)) for name, end in zip(names, shown.ends, strict=True)]
         return draw(profile, facts, pictures)
     except (OSError, ValueError, RuntimeError) as error:
         LOG.warning("The card of '%s' could not be drawn: %s", profile.name, error)
@@ -83,15 +83,3 @@ def processor() -> str:
         lines = []
     named = next((line.partition(":")[2] for line in lines if line.startswith(("model name", "Model"))), "")
     return " ".join(named.split()) or platform.processor() or platform.machine()
-
-
-def _preview(patcher: Any, latent: Tensor) -> Image.Image:
-    """The first picture of latents, as the host's quick previews show it: a linear map to colours."""
-    space = patcher.get_model_object("latent_format")
-    one = latent[0].float().cpu()
-    one = one if one.ndim == 3 else one[:, 0]
-    factors = torch.tensor(space.latent_rgb_factors or [[1.0, 1.0, 1.0]] * len(one)).float()
-    bias = getattr(space, "latent_rgb_factors_bias", None)
-    colours = torch.einsum("chw,cr->hwr", one[: len(factors)], factors[: len(one)])
-    colours = colours + torch.tensor(bias or [0.0, 0.0, 0.0])
-    return Image.fromarray(((colours + 1) / 2).clamp(0, 1).mul(255).byte().numpy().astype(np.uint8))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,13 @@ class _Seeds:
 
 
 def draw_drafts(
-    model: Any, run: WholeRun, seeds: list[int], speed: float, at_once: int, profile: Calibration | None
+    model: Any, run: WholeRun, seeds: list[int], speed: float, at_once: int, profile: Calibration | None,
+    told: Callable[[Tensor], None] = lambda _: None,
 ) -> tuple[Tensor, str]:  # fmt: skip
-    """Latents [n c ...] of the seeds, and a word on how they were drawn; ValueError for what cannot be drafted."""
+    """Latents [n c ...] of the seeds, and a word on how they were drawn; ValueError for what cannot be drafted.
+
+    told: of the latents that are there so far, in the model's scale, the first seed's first.
+    """
     latent = run.latent
     refuse_nested(latent["samples"], "latent_image", "a latent of a picture or of one video")
     if len(latent["samples"]) != 1:
@@ -78,7 +82,9 @@ def draw_drafts(
     solver = comfy.samplers.sampler_object(run.sampler_name)
     each = 1 if adds_noise(solver) else at_once  # the noise that a solver adds is of the first seed of a batch
 
-    def draw(patched: Any, some: list[int], by: Any = solver, over: Tensor = sigmas) -> Tensor:
+    def draw(
+        patched: Any, some: list[int], by: Any = solver, over: Tensor = sigmas, before: Sequence[Tensor] = ()
+    ) -> Tensor:
         (guider,) = run_stock_node(
             "CFGGuider", model=patched, positive=run.positive, negative=run.negative, cfg=run.cfg
         )
@@ -91,6 +97,7 @@ def draw_drafts(
                 sigmas=over.clone(), latent_image=batch,
             )  # fmt: skip
             parts.append(drawn["samples"])
+            told(model.get_model_object("latent_format").process_in(torch.cat([*before, *parts])))
         return torch.cat(parts)
 
     if profile is not None:
@@ -119,7 +126,7 @@ def by_first(
         f"{len(sigmas) - 1} steps asked, {len(kinds.one_sided)} of them the positive alone, "
         f"{(len(sigmas) - 1) / kinds.cost():.2f} times less computing."
     )
-    return (torch.cat([whole, draw(faster, rest)]) if rest else whole), said
+    return (torch.cat([whole, draw(faster, rest, before=[whole])]) if rest else whole), said
 
 
 def by_profile(

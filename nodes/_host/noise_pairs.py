@@ -72,8 +72,9 @@ class Source:
 
 def collect(
     source: Source, shards: list[list[Job]], missing: list[int], folder: Path, batch: int = 8
-) -> Generator[int, None, None]:
-    """Makes the missing shards, in order; yields how many pairs are done after each batch.
+) -> Generator[tuple[int, Tensor], None, None]:
+    """Makes the missing shards, in order; yields how many pairs are done after each batch, and of its last pair what is
+    golden in the noise, [1 c h w] of variance 1.
 
     Every pair is drawn from its own seed, as the host would for it alone. What is done of a shard is kept when the
     caller closes the generator: use contextlib.closing.
@@ -93,7 +94,8 @@ def collect(
                 rows = slice(len(golden), len(golden) + batch)
                 golden = torch.cat([golden.to(noise), _golden(source, [encoded[i] for i in which[rows]], noise[rows])])
                 done += len(noise[rows])
-                yield done
+                change = golden[-1:] - noise[len(golden) - 1 : len(golden)]
+                yield done, change / change.std().clamp(min=1e-6)
         finally:
             n = len(golden)
             if n:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import comfy.model_management
@@ -21,7 +21,6 @@ from .calibrating import calibrating, inside_run
 from .conditioning import Remap, options_for_solve, told_at, with_choice_per_solve, with_conditioning
 from .identity import identify, pixels_a_side
 from .sampling import run_stock_node, sample
-from .session import ProgressBar
 
 STEPS = 20  # of the model's own pictures
 SDXL_ADM = {2816, 2560}  # inputs of SDXL's and its refiner's second condition: pooled text and sizes
@@ -54,11 +53,13 @@ def with_noise_shift(model, profile: Calibration, strength: float):
 
 
 def calibrate(
-    model, positive: Sequence, latents: Tensor, chunk: int, effort: ShiftPreset, seed: int, bar: ProgressBar, done: int
-) -> Shift:
+    model, positive: Sequence, latents: Tensor, chunk: int, effort: ShiftPreset, seed: int,
+    told: Callable[[int, dict[float, float] | None], None],
+) -> Shift:  # fmt: skip
     """The shift that clean latents of one size ask for; `positive`: one prompt a latent, or one for all.
 
-    `chunk` pictures go through the network at once. The bar moves on from the evaluations `done` before.
+    `chunk` pictures go through the network at once. told: of the evaluations, and whenever a level is done of the
+    offsets with the least loss so far, by level.
     """
     about = identify(model)
     space, limits = about.noise_space, Limits(about.sigma_min, about.sigma_max)
@@ -77,9 +78,12 @@ def calibrate(
             return torch.cat(parts)
 
         fit = fit_joint(denoise, latent.float(), effort, space, limits, seed)
+        seen = 0
         while True:
             try:
-                bar.update(done + next(fit))
+                evaluations, least = next(fit)
+                told(evaluations, least if len(least) > seen else None)
+                seen = len(least)
             except StopIteration as end:
                 return end.value
 

@@ -251,18 +251,6 @@ def last(work: Generator[Any, None, Any], told: Callable[[], None] = lambda: Non
             return end.value
 
 
-def last_on_bar(work: Generator[tuple[str, float], None, Any], who: str) -> Any:
-    """What a generator returns in the end; each sentence goes to the log, each share done moves the host's bar."""
-    bar = comfy.utils.ProgressBar(1000)
-    while True:
-        try:
-            said, done = next(work)
-            LOG.info("%s: %s", who, said)
-            bar.update_absolute(round(1000 * done), 1000)
-        except StopIteration as end:
-            return end.value
-
-
 def stop_if_asked() -> None:
     """Raise the host's interruption if the user pressed stop."""
     comfy.model_management.throw_exception_if_processing_interrupted()
@@ -270,14 +258,3 @@ def stop_if_asked() -> None:
 
 def training_device() -> torch.device:
     return comfy.model_management.get_torch_device()
-
-
-class ProgressBar:
-    """The node's bar, with a picture beside it."""
-
-    def __init__(self, total: int):
-        self._bar = comfy.utils.ProgressBar(total)
-
-    def update(self, done: int, picture=None) -> None:
-        preview = None if picture is None else ("JPEG", picture, max(picture.size))
-        self._bar.update_absolute(done, preview=preview)

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
-import latent_preview
 import torch
 from torch import Tensor
 
@@ -20,6 +18,7 @@ from ...models.train_one_more_step import MODULE_SIZES, ModuleTraining
 from ...models.training import MADE, UNFINISHED, digest, find_place, keep_result, outline, spelled
 from .._plan.latents import refuse_nested
 from .folders import MODULES, find_folder, folder_of
+from .live import ProgressBar, coloured
 from .one_more_step import Module, check_model, load_module
 from .timeless_unet import TimelessUNet, diffusers_names, initialise
 
@@ -201,16 +200,14 @@ def _train(
 
 def _watch(training: ModuleTraining, state: Path, model, shown: Examples, device: torch.device) -> None:
     """Train with a bar, a preview of the first caption, and an ear for the stop button."""
-    bar = comfy.utils.ProgressBar(training.steps)
-    previewer = latent_preview.get_previewer(device, model.get_model_object("latent_format"))
+    bar = ProgressBar(training.steps)
     noise = torch.randn(shown.latents[:1].shape, generator=torch.Generator().manual_seed(0)).to(device)
     with contextlib.closing(training.run(state, KEPT_EVERY)) as steps:
         for step in steps:
             picture = None
-            if previewer is not None and step % SHOWN_EVERY == 0:
-                v = training.say(noise, shown.texts[:1].to(device))
-                picture = previewer.decode_latent_to_preview_image("JPEG", clean_of_v(v))
-            bar.update_absolute(step, training.steps, picture)
+            if step % SHOWN_EVERY == 0:
+                picture = coloured(model, clean_of_v(training.say(noise, shown.texts[:1].to(device))))
+            bar.update(step, picture)
             comfy.model_management.throw_exception_if_processing_interrupted()
 
 

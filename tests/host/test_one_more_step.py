@@ -670,16 +670,16 @@ def test_a_stopped_module_goes_on_with_the_same_pictures_seed_and_rate_alone(hos
 
 
 def test_a_preview_of_the_training_leaves_the_global_random_numbers_alone(host, kit, demo, pictures, monkeypatch):
+    import comfy.utils
+
     shown = []
-
-    class Previewer:
-        def decode_latent_to_preview_image(self, form, x0):
-            shown.append(x0.shape)
-
-    monkeypatch.setattr(kit.training.latent_preview, "get_previewer", lambda *_: Previewer())
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar, "update_absolute", lambda bar, done, total=None, preview=None: shown.append(preview)
+    )
     before = torch.get_rng_state()
     train(host, demo, "seen", steps=41)
-    assert len(shown) == 2 and torch.equal(torch.get_rng_state(), before)
+    assert [picture[1].size for picture in shown if picture] == [(8, 8)] * 2
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_folders_are_read_inside_input_and_output_alone(host, pictures, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from nightly import daily
 from pack.models.one_more_step import colour_map
 from pack.nodes._draw.axes import COLOURS
 
@@ -89,6 +90,78 @@ def test_the_predicted_colours_are_shown_as_the_live_preview_would(host):
     red, _, blue = maps[0].reshape(-1, 3).mean(0)
     assert blue > red + 40  # the background that the prompt names
     assert np.abs(maps[0].mean((0, 1)) - decoded.mean((0, 1))).max() < 40
+
+
+@pytest.fixture
+def live(host, demo, encode, monkeypatch):
+    """The pictures that the page is sent while a node runs, the host's own of latents left out; and the node's plot."""
+    import comfy.utils
+
+    def run(node: str, latent: bool = True, **inputs) -> tuple[list[np.ndarray], list]:
+        sent: list[np.ndarray] = []
+
+        def hear(bar, value, total=None, preview=None):
+            sent.extend([] if preview is None else [np.asarray(preview[1])])
+
+        monkeypatch.setattr(comfy.utils.ProgressBar, "update_absolute", hear)
+        given = {"positive": encode("a cat on a black background"), "negative": encode("")}
+        empty = {"latent_image": {"samples": torch.zeros(1, 4, 8, 8)}} if latent else {}
+        all_inputs = {key: value for key, value in {**given, **empty, **inputs}.items() if value is not None}
+        return sent, host.call(node, model=demo[0], **all_inputs)
+
+    return run
+
+
+SHORT = {"seed": 1, "steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "normal"}
+FITS = {  # node, inputs, and the plot among the outputs
+    "attention": ("AttuneFitAttention", {**SHORT, "kernel": "split", "wanted": 45.0}, 1),
+    "features": ("AttuneFitPropagation", {**SHORT, "reuse": "top level fresh", "fastest": 1.5, "longest": 2}, 1),
+    "forecasts": ("AttuneFitPropagation", {**SHORT, "reuse": "nothing asked", "fastest": 1.5}, 1),
+}
+
+
+@pytest.mark.parametrize("kind", daily(FITS, "forecasts"))
+def test_a_fit_shows_what_it_found_by_then_and_its_plot_in_the_end(live, kind):
+    node, inputs, plot = FITS[kind]
+    sent, outputs = live(node, **inputs)
+    assert len(sent) >= 2 and not np.array_equal(sent[0], sent[-1])
+    assert np.array_equal(sent[-1], (outputs[plot][0].numpy() * 255).round().astype(np.uint8))
+
+
+@pytest.mark.nightly
+def test_a_noise_shift_shows_each_level_that_is_done_and_its_plot_in_the_end(live, demo):
+    pictures = torch.rand(6, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    sent, outputs = live(
+        "AttuneFitNoiseShift", latent=False, sizes="64x64", native_width=128, native_height=128, vae=demo[2],
+        images=pictures,
+    )  # fmt: skip
+    dots = [(picture == COLOURS[0]).all(-1).sum() for picture in sent[:-1]]
+    assert len(dots) >= 5 and dots == sorted(dots) and dots[0] < dots[-1]
+    assert np.array_equal(sent[-1], (outputs[1][0].numpy() * 255).round().astype(np.uint8))
+
+
+@pytest.mark.nightly
+def test_drafts_are_shown_as_they_come(live, demo):
+    sent, outputs = live("AttuneDraftSeeds", vae=demo[2], drafts=5, speed=1.5, at_once=2, **SHORT)
+    *tried, (four, five, decoded) = [*sent[:-3], sent[-3:]]
+    assert tried and {picture.shape for picture in tried} == {tried[0].shape}  # the first two, by what is tried on them
+    assert tried[0].shape[0] < four.shape[0] and four.shape[1] < five.shape[1]
+    assert np.array_equal(decoded, (outputs[2][0].numpy() * 255).round().astype(np.uint8))
+
+
+@pytest.mark.nightly
+def test_training_an_npnet_shows_what_is_golden_in_the_noise_and_then_what_is_learned(live, demo, encode):
+    prompts = "\n".join(f"a {word} on a {c} background" for word in ("cat", "star", "apple", "heart", "panda")
+                        for c in ("black", "white", "green", "blue"))  # fmt: skip
+    sent, _ = live(
+        "AttuneTrainNPNet", clip=demo[1], prompts=prompts, name="shown", seeds_per_prompt=2, strong_cfg=4.0, epochs=4,
+        size="small", positive=None,
+    )  # fmt: skip
+    pairs = [picture for picture in sent if picture.shape == (8, 8, 3)]
+    learned = [picture for picture in sent if picture.shape == (600, 960, 3)]
+    assert len(pairs) >= 2 and len(learned) == 4 and len(pairs) + len(learned) == len(sent)
+    dots = [(picture == COLOURS[0]).all(-1).sum() for picture in learned]
+    assert dots == sorted(dots) and dots[0] < dots[-1]
 
 
 def test_a_direct_call_writes_no_preview(host, demo):

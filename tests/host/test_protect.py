@@ -58,6 +58,18 @@ def test_the_copies_say_what_the_hosts_own_sampling_is_told(host, given, inpaint
     torch.testing.assert_close(alpha**2 * start - alpha * sigma * v, denoised, rtol=1e-3, atol=2e-3)
 
 
+@pytest.mark.nightly
+def test_the_picture_as_it_is_by_then_is_shown(host, given, monkeypatch):
+    import comfy.utils
+
+    sent = []
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar, "update_absolute", lambda bar, done, total=None, preview=None: sent.append(preview)
+    )
+    protect(host, given, steps=20)
+    assert len(sent) == 20 and [picture[1].size for picture in sent if picture] == [(SIDE, SIDE)] * 2
+
+
 def test_the_first_estimate_grows_inside_the_budget_and_outside_of_the_mask(host, given):
     out, report = protect(host, given)
     change = (out - given["image"]).abs() * 255

@@ -12,6 +12,7 @@ import comfy.samplers
 import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
+from PIL import Image
 from torch import Tensor
 
 from ....kernels.fitted_sampler import EQUAL, fidelity
@@ -22,12 +23,12 @@ from ..._plan.latents import is_nested
 from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, network_of, pixels
+from ..live import Interim, last_on_bar
 from ..sampling import run_stock_node, sample
-from ..session import last_on_bar
 from ..solvers import adds_noise, known
 from . import KEY, Propagation, WholeSteps, applied, outer_sample, propagation_for, run_of
 from .forecast import can_forecast
-from .forecast_fit import beats, fit_forecasts
+from .forecast_fit import best_of, fit_forecasts
 from .transformer import blocks_of
 from .unet import blocks_a_side, top_blocks, unet_of
 
@@ -116,8 +117,9 @@ def _compare(executor, x, sigma, model_options, *args, **kwargs):
 def fit(
     model: Any, run: Callable[[Any], Tensor], solver: str, levels: Tensor, kind: type[Propagation],
     reuses: list[Reuse], fastest: float, longest: int,
-) -> Generator[tuple[str, float], None, tuple[KeySteps, dict[str, list[float]]]]:  # fmt: skip
-    """Measure each of `reuses`, choose key steps for speeds up to `fastest`, run them; yields what it does and how far.
+) -> Generator[Interim, None, tuple[KeySteps, dict[str, list[float]]]]:  # fmt: skip
+    """Measure each of `reuses`, choose key steps for speeds up to `fastest`, run them; yields what it does, how far,
+    and what it would return by then.
 
     run: a MODEL to the latents that it samples over `levels`. Returns the calibration (settings that no other beats in
     speed and fidelity) and how much each feature changes.
@@ -127,8 +129,10 @@ def fit(
     weights = step_weights(sigmas, noise_space(model.get_model_object("model_sampling")))
     candidates: dict[tuple[Reuse, frozenset[int]], float] = {}
     changes: dict[str, list[float]] = {}
+    found = KeySteps(kind.blocks_in(model), solver, tuple(sigmas), ())
     for number, reuse in enumerate(reuses):
-        yield f"measuring {number + 1} of {len(reuses)} parts", 0.5 * number / len(reuses)
+        known_by_now = (found, changes) if changes else None
+        yield f"measuring {number + 1} of {len(reuses)} parts", 0.5 * number / len(reuses), known_by_now
         measuring_kind, runs = measuring(kind, reuse, longest - 1, steps)
         replaced = {WrappersMP.OUTER_SAMPLE: outer_sample(measuring_kind), WrappersMP.PREDICT_NOISE: _compare}
         reference = run(applied(model, kind, plan.ReuseSettings(), replaced))
@@ -144,23 +148,23 @@ def fit(
         raise ValueError(
             f"No setting is {1 + SPEED_STEP:g} times faster: set 'reuse' to a part that costs less, or raise 'longest'."
         )
-    found = KeySteps(kind.blocks_in(model), solver, tuple(sigmas), ())
-    points = []
+    points: list[Point] = []
     for number, ((reuse, keys), speed) in enumerate(candidates.items()):
-        yield f"trying {number + 1} of {len(candidates)} settings", 0.5 + 0.5 * number / len(candidates)
+        share = 0.5 + 0.5 * number / len(candidates)
+        yield f"trying {number + 1} of {len(candidates)} settings", share, (best_of(found, points), changes)
         trial = Point(reuse, tuple(sorted(keys)), speed, EQUAL)
         settings = plan.ReuseSettings(plan.CALIBRATED, calibration=replace(found, points=(trial,)))
         points.append(replace(trial, psnr=fidelity(run(applied(model, kind, settings)), reference)))
-    kept = sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: p.speed)
-    return replace(found, points=tuple(kept)), changes
+    return best_of(found, points), changes
 
 
 def fit_profile(
     model: Any, positive, negative, latent_image: dict, seed: int, steps: int, cfg: float, sampler_name: str,
-    scheduler: str, reuse: str = plan.AUTOMATIC, fastest: float = 2.5, longest: int = 4, search: int = 0,
-    **more_positives,
+    scheduler: str, draw: Callable[[KeySteps, dict[str, list[float]]], Image.Image], reuse: str = plan.AUTOMATIC,
+    fastest: float = 2.5, longest: int = 4, search: int = 0, **more_positives,
 ) -> tuple[Calibration, KeySteps, dict[str, list[float]]]:  # fmt: skip
-    """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes.
+    """Calibrate a MODEL for one kind of run, with the host's progress bar: profile, calibration, feature changes, of
+    which the last two are drawn meanwhile.
 
     search: of forecasts, see `fit_forecasts`. more_positives: of forecasts, further prompts, which its pictures have in
     turn, by the inputs' names.
@@ -193,7 +197,7 @@ def fit_profile(
     else:
         part = _reuses(model, kind, reuse, adds_noise(sampler))
         work = fit(calibrating(model, KEY), run, sampler_name, sigmas, kind, part, fastest, longest)
-    calibration, changes = last_on_bar(work, WHO)
+    calibration, changes = last_on_bar(work, WHO, lambda now: draw(*now))
     evidence = {name: [getattr(point, name) for point in calibration.points] for name in ("psnr", "speed")}
     what, how = ("forecasts", "recorded run") if kind is WholeSteps else ("propagation", "measured errors")
     profile = fitted(

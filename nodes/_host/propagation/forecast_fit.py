@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from ....kernels.forecast import (
 from ....kernels.propagation import Reuse, step_weights
 from ....models.calibration import KeySteps, Point
 from ..._plan.propagation import CALIBRATED, ReuseSettings
+from ..live import Interim
 from . import OneSided, WholeSteps, applied, outer_sample
 from .guidance import why_not_one_sided
 
@@ -196,29 +197,31 @@ class Programme:
 def fit_forecasts(
     model: Any, run: Callable[[Any, int], Tensor], solver: str, levels: Tensor, fastest: float, seed: int,
     search: int = 0,
-) -> Generator[tuple[str, float], None, tuple[KeySteps, dict[str, list[float]]]]:  # fmt: skip
-    """Record, plan, fit each plan's forecasts, try them on another noise; yields what it does and how far.
+) -> Generator[Interim, None, tuple[KeySteps, dict[str, list[float]]]]:  # fmt: skip
+    """Record, plan, fit each plan's forecasts, try them on another noise; yields what it does, how far, and what it
+    would return by then.
 
     run: a MODEL and a seed to the latents that it samples over `levels`. search: short runs of hill climbing from each
     plan of SEARCHED_FROM and faster; what it finds is kept where the other noise prefers it, too. Returns the
     calibration (settings that no other beats in speed and fidelity) and how much the answer changes. ValueError where a
     run passes levels by.
     """
-    yield "recording a whole run", 0.0
+    yield "recording a whole run", 0.0, None
     fit = Fit(model, lambda patched: run(patched, seed), solver, levels)
     plans = fit.programme.plans([one for one in TRIED_SPEEDS if one <= fastest])
     if not plans:
         raise ValueError(f"No setting of so few steps is {TRIED_SPEEDS[0]:g} times faster: raise 'steps' or 'fastest'.")
-    yield "drawing another noise whole, to try them on", 0.1
-    whole, points = run(model, seed + 1), []
+    changed = {"answer": fit.programme.changed}
+    yield "drawing another noise whole, to try them on", 0.1, (fit.keys, changed)
+    whole = run(model, seed + 1)
+    points: list[Point] = []
     for number, kinds in enumerate(plans):
         share = lambda part, number=number: 0.2 + 0.8 * (number + part) / len(plans)
-        yield f"fitting {number + 1} of {len(plans)} settings", share(0)
+        yield f"fitting {number + 1} of {len(plans)} settings", share(0), (best_of(fit.keys, points), changed)
         tries = search if fit.steps / kinds.cost() >= SEARCHED_FROM else 0
         for found in dict.fromkeys([kinds, (yield from fit.climbed(kinds, tries, share))]):
             points.append(_tried(fit.point(found), fit, lambda patched: run(patched, seed + 1), whole))
-    kept = sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: p.speed)
-    return replace(fit.keys, points=tuple(kept)), {"answer": fit.programme.changed}
+    return best_of(fit.keys, points), changed
 
 
 def _tried(trial: Point, fit: Fit, run: Callable[[Any], Tensor], whole: Tensor) -> Point:
@@ -256,14 +259,14 @@ class Fit:
 
     def climbed(
         self, start: Kinds, tries: int, share: Callable[[float], float]
-    ) -> Generator[tuple[str, float], None, Kinds]:  # fmt: skip
+    ) -> Generator[Interim, None, Kinds]:  # fmt: skip
         """The best plan that so many short runs find from `start` on, by the end of the recorded run."""
         search = climb(start, self.programme.around, self.programme.expected, tries)
         try:
             tried = next(search)
             for count in range(tries + 1):
                 psnr = self.point(tried).psnr
-                yield f"searching from there: {count} of {tries}, {psnr:.1f} dB", share(count / (tries + 1))
+                yield f"searching from there: {count} of {tries}, {psnr:.1f} dB", share(count / (tries + 1)), None
                 tried = search.send(psnr)
         except StopIteration as end:
             return end.value
@@ -299,6 +302,12 @@ def _heard_whole(runs: list[Any], solver: str, steps: int) -> Any:
 
 def beats(a: Point, b: Point) -> bool:
     return a.speed >= b.speed and a.psnr >= b.psnr and (a.speed, a.psnr) != (b.speed, b.psnr)
+
+
+def best_of(keys: KeySteps, points: Sequence[Point]) -> KeySteps:
+    """A calibration with those settings that no other beats in speed and fidelity, the slowest first."""
+    kept = sorted((p for p in points if not any(beats(q, p) for q in points)), key=lambda p: p.speed)
+    return replace(keys, points=tuple(kept))
 
 
 def _with(model: Any, kind: type[WholeSteps], settings: ReuseSettings | None = None) -> Any:
