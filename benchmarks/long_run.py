@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A day of use in minutes: 1,000 prompts through a real server, methods on and off in turn, from two pages at once.
 
-Small pictures and few steps of all shipped workflows, and once in forty prompts a fit or a training. Watched from
+Small pictures and few steps of all shipped workflows, and in between each fit and each training twice. Watched from
 outside: memory, living objects and seconds per prompt, with the slope of each after a warm-up; that each page hears of
 its own prompts and of no other; and that the same prompt gives the same picture every time, also under ComfyUI's other
 caches, and after a restart with what was saved and learned. The same server with stock nodes alone is the control.
@@ -52,7 +52,7 @@ FITS = [
     "share_a_profile", "train_npnet", "train_one_more_step",
 ]  # fmt: skip
 PATIENCE = 900  # seconds that two prompts may take
-FIT_EVERY = 40  # prompts: fits and trainings take long
+FIT_EVERY = 20  # prompts at least: fits and trainings take long
 STOCK = ["first_picture", "flow_model"]
 MEASURED = ["memory, MB", "objects", "tensors", "objects of Attune", "model patchers"]
 SAVED = "long run"
@@ -69,7 +69,7 @@ def small(prompt: dict, seed: int, on: bool) -> dict:
     into another one, both keep their size."""
     prompt = copy.deepcopy(prompt)
     placed = any("x" in node["inputs"] for node in prompt.values())
-    learns = any(node["class_type"] in LEARNING for node in prompt.values())
+    learns = any(node["class_type"] in LEARNING or "AttuneFit" in node["class_type"] for node in prompt.values())
     for node in prompt.values():
         given, kind = node["inputs"], node["class_type"]
         for name in given:
@@ -79,6 +79,8 @@ def small(prompt: dict, seed: int, on: bool) -> dict:
                 given[name] = min(given[name], LEARNED_STEPS if learns else STEPS)
             elif name in ("seed", "noise_seed") and not isinstance(given[name], list):
                 given[name] = seed
+            elif name == "sizes":
+                given[name] = f"{SIDE}x{SIDE}"
             elif name == "length":
                 given[name] = min(given[name], FRAMES)
             elif name == "batch_size":
@@ -219,12 +221,12 @@ def prompt_of(name: str) -> dict:
 
 
 def stream(names: list[str], count: int, fits: list[str]) -> Iterator[tuple[str, dict]]:
-    """Seeded prompts: a workflow, a seed, the methods on or off; of `fits` one in `FIT_EVERY`, each in turn."""
-    rng, turn = random.Random(0), cycle(fits)
+    """Seeded prompts: a workflow, a seed, the methods on or off; now and then one of `fits`, each twice in the end."""
+    rng, turn, every = random.Random(0), cycle(fits), max(count // (2 * len(fits) or 1), FIT_EVERY)
     prompts = {name: prompt_of(name) for name in [*names, *fits]}
     for i in range(count):
         name, seed, on = rng.choice(names), rng.randrange(SEEDS), rng.random() < 0.5
-        if fits and i % FIT_EVERY == FIT_EVERY // 2:
+        if fits and i % every == every // 2:
             name, seed, on = next(turn), 1, True
         yield f"{name}, seed {seed}, {'on' if on else 'off'}", small(prompts[name], seed, on)
 

@@ -1,6 +1,7 @@
 """The workflows that we ship: templates in the order in which a person would try them, and what else help pages show.
 
-The page lists a template by the name of its file, sorted by it or as the file system has it: hence titles with numbers.
+The page lists a template by the name of its file, as the file system has it or, sorted alphabetically, by that name:
+hence titles with numbers. Which page does which: docs/robustness.md.
 """
 
 from __future__ import annotations
