@@ -41,7 +41,8 @@ class AttuneNoiseMask(io.ComfyNode):
                 *advanced(
                     io.Int.Input(
                         "feather", default=8, min=0, max=512,
-                        tooltip="Over how many pixels around a hole the noise rises to its full amount.",
+                        tooltip="For a warped picture: over how many pixels around a hole the noise rises to its "
+                        "full amount.",
                     )
                 ),
                 io.Image.Input("other", optional=True, tooltip="For two pictures: the other upscale or restoration."),

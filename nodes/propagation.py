@@ -40,8 +40,8 @@ class AttunePropagation(io.ComfyNode):
                 io.Combo.Input(
                     "mode", options=plan.MODES, default=plan.UNIFORM,
                     tooltip="Which steps compute the whole network. uniform: every n-th step. speed target: as few "
-                    "as 'speed' needs. calibrated profile: those measured for this model. published keys: those of "
-                    "the paper.",
+                    "as 'speed' needs. calibrated profile: those measured for this model; 'reuse' and 'forecast' are "
+                    "then the profile's own. published keys: those of the paper.",
                 ),
                 io.Int.Input(
                     "interval", default=3, min=1, max=12,
@@ -199,8 +199,8 @@ class AttuneFitPropagation(io.ComfyNode):
                 *advanced(
                     io.Int.Input(
                         "longest", default=4, min=2, max=8,
-                        tooltip="The most steps from one key step to the next. The measuring time grows with the "
-                        "square of this number.",
+                        tooltip="For reused features: the most steps from one key step to the next. The measuring "
+                        "time grows with the square of this number.",
                     ),
                 ),
                 *advanced(

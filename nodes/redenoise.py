@@ -65,7 +65,8 @@ class AttuneRedenoise(io.ComfyNode):
                 io.Int.Input(
                     "zigzag_steps", default=0, min=0, max=10000,
                     tooltip="0: the zigzag happens once, before the run. A higher number: before each of that many "
-                    "first steps (Z-Sampling). The output 'sampler' does it, and the model stays as it is.",
+                    "first steps (Z-Sampling). The output 'sampler' does it, and the model stays as it is: 'strength' "
+                    "and the advanced inputs do not count then.",
                 ),
             ],
             outputs=[
