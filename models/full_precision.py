@@ -20,7 +20,13 @@ PREFIXES = (
 
 
 def full_weights(path: Path, wanted: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """The weights of these names and shapes, at most float32; those that the file itself rounds are left out.
+    """All of `each_full_weight` at once."""
+    return dict(each_full_weight(path, wanted))
+
+
+def each_full_weight(path: Path, wanted: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of these names and shapes, at most float32, one by one; those that the file itself rounds are left
+    out.
 
     ValueError where the file is no safetensors file, or one of another network: each shape is compared before anything
     is read.
@@ -41,8 +47,9 @@ def full_weights(path: Path, wanted: Mapping[str, Sequence[int]]) -> dict[str, T
                     f"In '{path.name}' the weight '{name}' has the shape {list(part.get_shape())}, in this MODEL "
                     f"{list(wanted[name])}: it is another model. Choose the file that the smaller one was made from."
                 )
-        kept = [name for name, part in parts.items() if part.get_dtype() in FULL]
-        return {name: _at_most_float32(file.get_tensor(prefix + name)) for name in kept}
+        for name, part in parts.items():
+            if part.get_dtype() in FULL:
+                yield name, _at_most_float32(file.get_tensor(prefix + name))
 
 
 def _at_most_float32(weight: Tensor) -> Tensor:

@@ -57,6 +57,41 @@ def test_rounding_to_three_bits_errs_by_what_is_uniform_within_a_step():
     assert kernel.relative_error(x.to(torch.float8_e5m2), x) == pytest.approx(2 * found, rel=0.01)
 
 
+KINDS = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spacing_is_that_of_the_types_own_values(kind):
+    values = torch.arange(256, dtype=torch.uint8).view(kind).float()
+    values = values[values.isfinite() & (values >= 0)].unique()
+    torch.testing.assert_close(kernel.spacing(values[:-1], kind), values.diff(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("bits", [1, 3])
+def test_each_bit_put_back_halves_the_error(kind, bits):
+    """Exactly where the error is uniform within a spacing, as of even weights inside of a binade."""
+    step = float(kernel.spacing(torch.ones(1), kind))
+    even = torch.rand(16, 9999, generator=torch.Generator().manual_seed(2))  # no multiple of eight
+    full = 1 + step / 2 + (1 - step) * even
+    low = full.to(kind)
+    more = kernel.MoreBits.of(low, full, bits)
+    error = lambda found: float((found - full).square().mean().sqrt())
+    assert error(low.float()) / error(more(low.float())) == pytest.approx(2**bits, rel=0.02)
+    assert more.size == bits * math.ceil(full.numel() / 8) + 4 * 16
+    half = more(low.to(torch.bfloat16))
+    assert half.dtype == torch.bfloat16 and error(half.float()) < 1.05 * error(more(low.float()))
+
+
+def test_no_channel_gets_farther_away_not_even_one_that_nothing_was_taken_off():
+    full = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
+    full[0], full[1] = 0, full[1].to(torch.float8_e4m3fn).float()
+    low = full.to(torch.float8_e4m3fn)
+    found = kernel.MoreBits.of(low, full, 1)(low.float())
+    torch.testing.assert_close(found[:2], full[:2], rtol=0, atol=0)
+    assert (found[2] - full[2]).norm() < 0.6 * (low[2].float() - full[2]).norm()
+
+
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "full.safetensors"

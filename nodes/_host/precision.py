@@ -9,11 +9,24 @@ from typing import Any
 
 import folder_paths
 import torch
+from comfy.model_management import get_torch_device
+from comfy.ops import fp8_ops
 from torch import Tensor
 from torch.nn import Parameter
 
-from ...kernels.precision import OTHER, OUTERMOST, TIME, outermost, relative_error, sensitive_part, time_embedding
-from ...models.full_precision import full_weights
+from ...kernels.precision import (
+    MANTISSA,
+    OTHER,
+    OUTERMOST,
+    TIME,
+    MoreBits,
+    outermost,
+    relative_error,
+    sensitive_part,
+    time_embedding,
+)
+from ...models.full_precision import each_full_weight, full_weights
+from .._plan.precision import BitsPutBack
 from .identity import network_of
 
 NONE = "none"
@@ -25,12 +38,16 @@ NETWORK = "diffusion_model."
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight of a network: its part of it, how it is kept, and whether a full one can be put in its place."""
+    """One weight of a network: its part of it, how it is kept, and whether a full one can be put in its place.
+
+    layer: what computes with it.
+    """
 
     name: str
     part: str
     value: Tensor
     scale: Tensor | None
+    layer: Any = None
 
     @property
     def kept(self) -> str:
@@ -41,6 +58,17 @@ class Weight:
     @property
     def low(self) -> bool:
         return type(self.value) in (Parameter, Tensor) and self.value.dtype in LOW
+
+    @property
+    def in_8_bits(self) -> bool:
+        """Multiplied in 8 bits, too, as weight_dtype fp8_e4m3fn_fast has it: nothing finer reaches the product."""
+        return isinstance(self.layer, fp8_ops.Linear)
+
+    @property
+    def takes_bits(self) -> bool:
+        """Rounded, and unpacked by a layer of the host's that lets others add to what it unpacks."""
+        own = self.name.endswith(".weight") and hasattr(self.layer, "weight_function")
+        return self.low and own and self.value.dtype in MANTISSA and not self.in_8_bits
 
     @property
     def read_only(self) -> bool:
@@ -80,15 +108,21 @@ def weights_of(model: Any) -> list[Weight]:
     network, found = network_of(model), []
     parameters = dict(network.named_parameters())
     ends = outermost(list(parameters))
-    for name, value in parameters.items():
+    for name, value in (parameters | _rounded_buffers(network)).items():
         if name.rpartition(".")[2].startswith("scale_"):
             continue
         parent = network.get_submodule(name.rpartition(".")[0])
         scale = getattr(parent, "scale_weight", None) if name.endswith(".weight") else None
         part = sensitive_part(name, value.ndim)
         part = OUTERMOST if part == OTHER and name in ends else part
-        found.append(Weight(name, part, _own(model, NETWORK + name, value), scale))
+        found.append(Weight(name, part, _own(model, NETWORK + name, value), scale, parent))
     return found
+
+
+def _rounded_buffers(network: Any) -> dict[str, Tensor]:
+    """Of what a network keeps beside its parameters and reads from its file, as SD3 its embedding of places."""
+    found = {name: value for name, value in network.named_buffers() if value.dtype in LOW}
+    return {name: value for name, value in found.items() if name in network.state_dict()} if found else {}
 
 
 def _own(model: Any, key: str, value: Tensor) -> Tensor:
@@ -111,8 +145,53 @@ def with_full(model: Any, weights: list[Weight], full: Mapping[str, Tensor]) -> 
     for one in weights:
         if one.name in full:
             value = full[one.name] if one.scale is None else full[one.name].float() / one.scale.detach().cpu().float()
-            clone.add_object_patch(NETWORK + one.name, Parameter(value, requires_grad=False))
+            _take_back(clone, NETWORK + one.name)
+            kept = Parameter(value, requires_grad=False) if isinstance(one.value, Parameter) else value
+            clone.add_object_patch(NETWORK + one.name, kept)
     return clone
+
+
+class _PutBack:
+    """More bits of a weight as the host's layers take them: they call it with the weight unpacked for their use, and
+    the host moves it to the layers' device and back."""
+
+    def __init__(self, more: MoreBits):
+        self.more = more
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return weight if weight.dtype in LOW else self.more(weight)
+
+    def move_to(self, device: torch.device) -> int:
+        self.more = self.more.to(device)
+        return self.more.size
+
+
+def with_more_bits(model: Any, weights: list[Weight], chosen: str, bits: int) -> tuple[Any, BitsPutBack]:
+    """A clone of MODEL whose rounded weights are made finer by bits of the full file's, and what that gives."""
+    clone, device = model.clone(), get_torch_device()
+    by_name = {one.name: one for one in weights}
+    count = size = 0
+    before, after, exact = (torch.zeros((), dtype=torch.float64) for _ in range(3))
+    for name, full in each_full_weight(file_of(chosen), {one.name: tuple(one.value.shape) for one in weights}):
+        one, wanted = by_name[name], full.to(device).float()
+        wanted = wanted if one.scale is None else wanted / one.scale.to(wanted)
+        low = one.value.detach().to(device)
+        more = MoreBits.of(low, wanted, bits)
+        before += (low.float() - wanted).double().square().sum().cpu()
+        after += (more(low.float()) - wanted).double().square().sum().cpu()
+        exact += wanted.double().square().sum().cpu()
+        _take_back(clone, NETWORK + name)
+        clone.add_weight_wrapper(NETWORK + name, _PutBack(more.to(torch.device("cpu"))))
+        count, size = count + 1, size + more.size
+    errors = [float((error / exact).sqrt()) if count else 0.0 for error in (before, after)]
+    return clone, BitsPutBack(bits, count, size / 1e6, *errors)
+
+
+def _take_back(clone: Any, key: str) -> None:
+    """What an earlier guard has put back to a weight of a clone."""
+    others = [one for one in clone.weight_wrapper_patches.get(key, []) if not isinstance(one, _PutBack)]
+    if key in clone.weight_wrapper_patches:
+        clone.weight_wrapper_patches[key] = others
 
 
 def embedding_error(model: Any, weights: list[Weight], full: Mapping[str, Tensor]) -> float | None:

@@ -22,12 +22,32 @@ class PartFound:
     error: float | None = None
 
 
+@dataclass(frozen=True)
+class BitsPutBack:
+    """How many bits of how many weights were put back, of `megabytes` together, and the weights' relative rms error
+    before and after."""
+
+    bits: int
+    count: int
+    megabytes: float
+    before: float
+    after: float
+
+
 def precision_report(
-    parts: Sequence[PartFound], embedding: float | None, placed: int, megabytes: float, file: str, packed: Sequence[str]
+    parts: Sequence[PartFound],
+    embedding: float | None,
+    placed: int,
+    megabytes: float,
+    file: str,
+    packed: Sequence[str],
+    more: BitsPutBack | None = None,
+    in_8_bits: int = 0,
 ) -> str:
     """A line for each sensitive part, then what was done and what is left to the user.
 
-    placed: weights in place, of `megabytes` together; packed: classes that are read only.
+    placed: weights in place, of `megabytes` together; packed: classes that are read only; in_8_bits: matrices that are
+    multiplied in 8 bits, so that no bits could be put back to them.
     """
     lines = [_line(part) for part in parts]
     if embedding is not None:
@@ -45,6 +65,16 @@ def precision_report(
         lines.append(
             "Nothing was changed. What rounding took away is known to the full file alone: choose the one that this "
             "model was made from in 'full_precision'."
+        )
+    if more and more.count:
+        lines.append(
+            f"{more.count} other weights get {more.bits} more bit{'s' * (more.bits > 1)} each, {more.megabytes:.1f} "
+            f"MB: they were rounded by {more.before:.2%} and now are by {more.after:.2%}."
+        )
+    if in_8_bits:
+        lines.append(
+            f"{in_8_bits} matrices are multiplied in 8 bits, so more bits would not reach them: choose 'fp8_e4m3fn' "
+            "in place of 'fp8_e4m3fn_fast' in Load Diffusion Model."
         )
     if packed:
         kinds = ", ".join(packed)

@@ -321,9 +321,16 @@ def test_a_lora_is_trained_with_the_stock_noise_and_with_another(tmp_path, run_h
 @pytest.mark.host
 def test_an_fp8_model_comes_nearer_by_its_sensitive_weights(tmp_path, run_here):
     run_here("precision", tmp_path, *SMOKE["precision"])
-    (table,) = json.loads((tmp_path / "results" / "precision.json").read_text())["tables"]
-    gains = {(row[0], row[1]): float(row[3]) for row in table["rows"]}
-    assert all(gains[dtype, "none"] == 0 < gains[dtype, "sensitive"] for dtype in ("fp8_e4m3fn", "fp8_e5m2"))
+    table, where, without = json.loads((tmp_path / "results" / "precision.json").read_text())["tables"]
+    gains = {(row[0], row[1], row[2]): float(row[4]) for row in table["rows"]}
+    for dtype in ("fp8_e4m3fn", "fp8_e5m2"):
+        few, finer = (gains[dtype, "sensitive", bits] for bits in (0, 2))
+        assert gains[dtype, "none", 0] == 0 < few and finer > few + 6
+    *parts, none = where["rows"]
+    assert sum(row[3] for row in parts) == pytest.approx(100) and len(parts) >= 5
+    assert none[2] == "the full model's, bit for bit"
+    wider, in_8_bits = without["rows"]
+    assert len(set(wider[1:])) == 1 and float(in_8_bits[1]) < float(wider[1])
 
 
 @pytest.mark.nightly

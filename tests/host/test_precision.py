@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch.nn import Parameter
@@ -66,6 +68,47 @@ def test_full_weights_bring_it_nearer_and_leave_the_rounded_model_as_it_was(kit,
     assert "full weights from 'checkpoints/" in report and "The time embedding's answer is " in report
     again, said = guard(kit, model, full_precision=own_file(kit))
     assert again is model and "already keeps" in said
+
+
+def test_more_bits_bring_it_nearer_still_and_the_rounded_model_stays_as_it_was(kit, rounded):
+    exact, before = kit.ksampler(kit.model, steps=2), kit.ksampler(rounded, steps=2)
+    few = guard(kit, rounded, full_precision=own_file(kit))[0]
+    model, report = guard(kit, rounded, full_precision=own_file(kit), more_bits=2)
+    found = distance(kit, few, exact), distance(kit, model, exact)
+    assert found[1] < 0.4 * found[0]  # each bit halves what is left, and the embedding of places has none of it
+    assert re.search(
+        r"other weights get 2 more bits each, .* MB: they were rounded by (2|3)\.\d+% and now are by 0\.", report
+    )
+    assert torch.equal(kit.ksampler(rounded, steps=2), before)
+    again = guard(kit, model, full_precision=own_file(kit), more_bits=1)[0]  # the earlier bits are not added twice
+    put_back = [one for (one,) in again.weight_wrapper_patches.values()]
+    assert {len(one.more.planes) for one in put_back} == {1}
+
+
+def test_with_every_rounded_weight_in_full_it_is_the_full_model(kit, rounded):
+    module = kit.host.module("nodes._host.precision")
+    weights = [one for one in module.weights_of(rounded) if one.low]
+    model = module.with_full(rounded, weights, module.read_full(own_file(kit), weights))
+    assert torch.equal(kit.ksampler(model, steps=2), kit.ksampler(kit.model, steps=2))
+
+
+def test_full_weights_take_the_place_of_bits_put_back_before(unet, rounded_unet):
+    bits = guard(unet, rounded_unet, full_precision=own_file(unet), more_bits=1)[0]
+    key = "diffusion_model.input_blocks.1.0.in_layers.2.weight"
+    assert bits.weight_wrapper_patches[key]
+    full = guard(unet, bits, full_precision=own_file(unet), parts="sensitive and outermost blocks")[0]
+    assert full.weight_wrapper_patches[key] == [] and key in full.object_patches
+    assert bits.weight_wrapper_patches[key]
+
+
+def test_where_products_are_in_8_bits_more_bits_are_not_promised(unet, rounded_unet):
+    import comfy.ops
+
+    module = unet.host.module("nodes._host.precision")
+    value = torch.zeros(2, 2).to(FLOAT8)
+    fast, plain = (kind.Linear(2, 2) for kind in (comfy.ops.fp8_ops, comfy.ops.manual_cast))
+    weights = [module.Weight("middle_block.0.weight", "all others", value, None, layer) for layer in (fast, plain)]
+    assert [(one.in_8_bits, one.takes_bits) for one in weights] == [(True, False), (False, True)]
 
 
 def test_a_lora_stays_on_the_full_weights(unet, rounded_unet):
