@@ -64,14 +64,18 @@ SMOKE = {
     "training_noise": [
         "--models",
         "flow",
+        "--batches",
+        "1",
+        "2",
         "--seeds",
         "1",
         "--steps",
-        "15",
+        "8",
         "--drawn",
         "2",
         "--only",
         "flat prediction",
+        "immiscible batch",
     ],
     "precision": ["--models", "unet", "--tasks", "2", "--steps", "3"],
     "attention": ["--models", "unet", "--tasks", "2", "--steps", "8"],
@@ -310,11 +314,14 @@ def test_given_frames_and_what_is_far_from_a_hole_stay(tmp_path, run_here, monke
 @pytest.mark.host
 def test_a_lora_is_trained_with_the_stock_noise_and_with_another(tmp_path, run_here):
     run_here("training_noise", tmp_path, *SMOKE["training_noise"])
-    found = json.loads((tmp_path / "results" / "training_noise.json").read_text())["data"]["flow"]
-    assert list(found) == ["stock", "flat prediction"]
-    assert all(curve["clean"].keys() == curve["prediction"].keys() == {"15"} for (curve,) in found.values())
-    (stock,), (flat,) = found.values()
-    assert stock["clean"] != flat["clean"] and all(isinstance(one["distance"], float) for one in (stock, flat))
+    result = json.loads((tmp_path / "results" / "training_noise.json").read_text())
+    single, batched = result["data"].values()
+    assert list(single) == ["stock", "flat prediction"] and list(batched) == [*single, "immiscible batch"]
+    curves = [curve for (curve,) in [*single.values(), *batched.values()]]
+    assert all(one["clean"].keys() == one["prediction"].keys() == {"8"} for one in curves)
+    assert len({one["clean"]["8"] for one in curves}) == len(curves)
+    assert [len(table["rows"]) for table in result["tables"]] == [2, 2, 3, 3]
+    assert all(0 <= float(row[1].split()[0]) <= 100 for row in result["tables"][1]["rows"])
 
 
 @pytest.mark.nightly
