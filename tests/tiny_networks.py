@@ -76,6 +76,11 @@ def _one_layer_for_lyrics(network: Any) -> None:
     del network.lyric_encoder.encoders[1:]
 
 
+def _no_adapter(network: Any) -> None:
+    """Of a prompt's encoder, 130 million weights that no size can be given."""
+    network.llm_adapter = None
+
+
 POOLED = {"pooled_output": (1, 16)}
 TINY = {
     "SD15": Tiny({**UNET}, (1, 4, 16, 16), spread=0.04),
@@ -260,6 +265,102 @@ TINY = {
             "axes_dims_rope": (8, 8, 8),
         },
         (1, 16, 1, 8, 8),
+    ),
+}  # fmt: skip
+
+
+# Those that ComfyUI 0.3.75 does not know.
+TINY |= {
+    "Lens": Tiny(
+        {"num_layers": 10, "attention_head_dim": 24, "num_attention_heads": 2, "enc_hidden_dim": 8, "axes_dims_rope": (8, 8, 8),
+         "selected_layer_index": (0, 1)},
+        (1, 128, 8, 8),
+    ),
+    "MageFlow": Tiny(
+        {"num_layers": 10, "attention_head_dim": 24, "num_attention_heads": 2, "joint_attention_dim": WIDTH,
+         "axes_dims_rope": (8, 8, 8)},
+        (1, 128, 8, 8),
+    ),
+    "ErnieImage": Tiny(
+        {"hidden_size": 48, "num_attention_heads": 2, "num_layers": 10, "ffn_hidden_size": 32, "text_in_dim": WIDTH,
+         "rope_axes_dim": (8, 8, 8)},
+        (1, 128, 8, 8),
+    ),
+    "Krea2": Tiny(
+        {"features": 64, "tdim": 16, "txtdim": WIDTH, "heads": 2, "kvheads": 1, "multiplier": 2, "layers": 10,
+         "txtlayers": 1, "txtheads": 2, "txtkvheads": 2},
+        (1, 16, 1, 8, 8),
+    ),
+    "Ideogram4": Tiny(
+        {"num_layers": 10, "num_attention_heads": 2, "attention_head_dim": 24, "intermediate_size": 32, "adaln_dim": 16,
+         "llm_features_dim": WIDTH, "mrope_section": (4, 4, 4)},
+        (1, 128, 8, 8),
+    ),
+    "JoyImage": Tiny(
+        {"hidden_size": 48, "num_attention_heads": 2, "text_dim": WIDTH, "mlp_width_ratio": 2.0, "num_layers": 10,
+         "rope_dim_list": [8, 8, 8]},
+        (1, 16, 1, 8, 8),
+    ),
+    "Boogu": Tiny(
+        {"hidden_size": 48, "num_layers": 10, "num_double_stream_layers": 2, "num_refiner_layers": 1,
+         "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": (8, 8, 8),
+         "axes_lens": (64, 64, 64), "instruction_feat_dim": WIDTH},
+        (1, 16, 8, 8), extras={"attention_mask": torch.ones(1, 6, dtype=torch.long)},
+    ),
+    "Anima": Tiny({**COSMOS, "in_channels": 16, "use_adaln_lora": False}, (1, 16, 1, 8, 8), trim=_no_adapter),
+    "Kandinsky5": Tiny(
+        {"in_text_dim": WIDTH, "in_text_dim2": 16, "time_dim": 16, "model_dim": 48, "ff_dim": 32, "num_text_blocks": 1,
+         "num_visual_blocks": 10, "axes_dims": (8, 8, 8)},
+        (1, 16, 2, 8, 8), extras=POOLED, makes=VIDEO,
+    ),
+    "PixelDiTT2I": Tiny(
+        {"num_groups": 2, "hidden_size": 48, "pixel_hidden_size": 8, "pixel_attn_hidden_size": 32,
+         "pixel_num_groups": 2, "patch_depth": 10, "pixel_depth": 2, "patch_size": 4, "txt_embed_dim": WIDTH,
+         "txt_max_length": 6},
+        (1, 3, 32, 32),
+    ),
+    "PiD": Tiny(
+        {"num_groups": 2, "hidden_size": 48, "pixel_hidden_size": 8, "pixel_attn_hidden_size": 32,
+         "pixel_num_groups": 2, "patch_depth": 10, "pixel_depth": 1, "patch_size": 16, "txt_embed_dim": WIDTH,
+         "txt_max_length": 6, "lq_hidden_dim": 32, "lq_num_res_blocks": 1},
+        (1, 3, 64, 64), extras={"lq_latent": (1, 16, 2, 2), "degrade_sigma": torch.zeros(1)},
+    ),
+    "ZImagePixelSpace": Tiny(
+        {
+            **TINY["ZImage"].settings, "in_channels": 3, "patch_size": 8, "decoder_hidden_size": 32,
+            "decoder_num_res_blocks": 1, "decoder_max_freqs": 2,
+        },
+        (1, 3, 64, 64), spread=0.04,
+    ),
+    "WAN21_CausalAR_T2V": Tiny({**WAN}, (1, 16, 2, 8, 8), makes=VIDEO),
+    "WAN21_SCAIL": Tiny({**WAN, "in_dim": 20}, (1, 16, 2, 8, 8), makes=VIDEO),
+    "WAN21_SCAIL2": Tiny({**WAN, "in_dim": 20}, (1, 16, 2, 8, 8), makes=VIDEO),
+    "WAN22_WanDancer": Tiny(
+        {**WAN, "in_dim": 36, "audio_inject_layers": [0, 4, 8], "music_dim": 16, "music_heads": 2, "music_latent_dim": 16},
+        (1, 16, 2, 8, 8), makes=VIDEO,
+    ),
+    "WAN_Animate2": Tiny({**WAN, "in_dim": 36}, (1, 16, 2, 8, 8), makes=VIDEO),
+    "CogVideoX_T2V": Tiny(
+        {"num_attention_heads": 2, "attention_head_dim": 24, "time_embed_dim": 16, "text_embed_dim": WIDTH,
+         "num_layers": 10, "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": 6},
+        (1, 16, 2, 8, 8), makes=VIDEO,
+    ),
+    "HiDreamO1": Tiny(
+        {
+            "text_config_overrides": {
+                "hidden_size": 64, "num_hidden_layers": 10, "num_attention_heads": 2, "num_key_value_heads": 1,
+                "head_dim": 32, "intermediate_size": 64,
+            },
+            "vision_config_overrides": {"hidden_size": 32, "depth": 1, "num_heads": 2, "intermediate_size": 32},
+        },
+        (1, 3, 64, 64), extras={"text_input_ids": torch.arange(8)[None]},
+    ),
+    "ACEStep15": Tiny(
+        {"hidden_size": 48, "text_hidden_dim": WIDTH, "num_dit_layers": 10, "num_lyric_layers": 1,
+         "num_timbre_layers": 1, "num_tokenizer_layers": 1, "num_heads": 2, "num_kv_heads": 1, "head_dim": 24,
+         "intermediate_size": 32, "fsq_dim": 48, "encoder_hidden_size": 48, "encoder_intermediate_size": 32,
+         "encoder_num_heads": 2},
+        (1, 64, 32), extras={"conditioning_lyrics": (1, 8, WIDTH)}, makes=SOUND,
     ),
 }  # fmt: skip
 

@@ -85,6 +85,10 @@ class _Seats(threading.local):
 
     def __init__(self) -> None:
         self.patches: dict[Block, Callable] = {}
+        self.streams = self.seen = 1  # how many tensors a block moves, and as was seen since the patches are these
+
+    def sit(self, patches: dict[Block, Callable]) -> None:
+        self.patches, self.streams = patches, self.seen
 
     def __deepcopy__(self, memo: dict) -> _Seats:
         return self
@@ -105,28 +109,40 @@ class _Seats(threading.local):
         self.take(clone)
 
     def of(self, i: int, forward: Callable) -> Callable:
-        """The `forward` of block i, as the host's own blocks are offered: its first argument is the picture."""
+        """The `forward` of block i, as the host's own blocks are offered: its first argument is the picture.
+
+        Some blocks (CogVideoX, PixelDiT) give a tuple of their first arguments, moved: that is seen in the first whole
+        step, and the next ones offer as many.
+        """
 
         @functools.wraps(forward)
         def seated(*args, **kwargs):
             patch = self.patches.get((SEATED, i))
             if patch is None:
                 return forward(*args, **kwargs)
-            (name, picture), *_ = [(None, one) for one in args[:1]] or kwargs.items()
+            given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+            names = [*given][: self.streams]
+            picture = tuple(given[name] for name in names) if self.streams > 1 else given[names[0]]
 
             def original(now: dict) -> dict:
-                if name is None:
-                    out = forward(now["img"], *args[1:], **kwargs)
-                else:
-                    out = forward(**{**kwargs, name: now["img"]})
-                alike = isinstance(out, Tensor) and out.shape == picture.shape
-                return {"img" if alike else ODD: out}
+                moved = {**given, **dict(zip(names, now["img"] if self.streams > 1 else [now["img"]], strict=True))}
+                out = forward(*(moved[j] for j in range(len(args))), **{name: moved[name] for name in kwargs})
+                if isinstance(out, tuple) and _alike(out, tuple(given.values())[: len(out)]):
+                    self.seen = len(out)
+                return {"img" if _alike(out, picture) else ODD: out}
 
             left = patch({"img": picture}, {"original_block": original})
             return left[ODD] if ODD in left else left["img"]
 
         seated.seats = self  # type: ignore[attr-defined]
         return seated
+
+
+def _alike(out: Any, given: Any) -> bool:
+    """Whether a block gave what it took: a tensor of the same shape, or a tuple of several."""
+    if isinstance(out, tuple) and isinstance(given, tuple):
+        return 1 < len(out) == len(given) and all(map(_alike, out, given))
+    return isinstance(out, Tensor) and isinstance(given, Tensor) and out.shape == given.shape
 
 
 def costs_of(network: nn.Module, blocks: Iterable[nn.Module]) -> Costs:
@@ -252,11 +268,11 @@ class TransformerPropagation(Propagation):
         if seats is None:
             yield {**options, "patches_replace": {**replaced, "dit": {**others, **patches}}}
             return
-        seats.patches = patches
+        seats.sit(patches)
         try:
             yield options
         finally:
-            seats.patches = {}
+            seats.sit({})
 
 
 def _not_compiled() -> contextlib.AbstractContextManager:
