@@ -83,6 +83,15 @@ def test_each_bit_put_back_halves_the_error(kind, bits):
     assert half.dtype == torch.bfloat16 and error(half.float()) < 1.05 * error(more(low.float()))
 
 
+@pytest.mark.parametrize(("kind", "worth"), [(torch.float8_e4m3fn, 5.8), (torch.float8_e5m2, 5.5)])
+def test_of_normal_weights_a_bit_is_worth_a_little_less(kind, worth):
+    """Next to a power of two half of a weight's place is empty."""
+    full = torch.randn(64, 4096, generator=torch.Generator().manual_seed(4))
+    low = full.to(kind)
+    left = (kernel.MoreBits.of(low, full, 1)(low.float()) - full).square().mean()
+    assert float(10 * torch.log10((low.float() - full).square().mean() / left)) == pytest.approx(worth, abs=0.1)
+
+
 def test_no_channel_gets_farther_away_not_even_one_that_nothing_was_taken_off():
     full = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
     full[0], full[1] = 0, full[1].to(torch.float8_e4m3fn).float()

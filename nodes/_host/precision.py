@@ -108,7 +108,7 @@ def weights_of(model: Any) -> list[Weight]:
     network, found = network_of(model), []
     parameters = dict(network.named_parameters())
     ends = outermost(list(parameters))
-    for name, value in (parameters | _rounded_buffers(network)).items():
+    for name, value in (parameters | _rounded_buffers(model, network)).items():
         if name.rpartition(".")[2].startswith("scale_"):
             continue
         parent = network.get_submodule(name.rpartition(".")[0])
@@ -119,9 +119,10 @@ def weights_of(model: Any) -> list[Weight]:
     return found
 
 
-def _rounded_buffers(network: Any) -> dict[str, Tensor]:
+def _rounded_buffers(model: Any, network: Any) -> dict[str, Tensor]:
     """Of what a network keeps beside its parameters and reads from its file, as SD3 its embedding of places."""
-    found = {name: value for name, value in network.named_buffers() if value.dtype in LOW}
+    own = {name: _own(model, NETWORK + name, value) for name, value in network.named_buffers()}
+    found = {name: value for name, value in own.items() if value.dtype in LOW}
     return {name: value for name, value in found.items() if name in network.state_dict()} if found else {}
 
 
