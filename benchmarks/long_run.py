@@ -27,6 +27,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -208,6 +209,7 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
     assert spec and spec.loader
     dev = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(dev)
+    dev.wait_for_server = partial(dev.wait_for_server, seconds=PATIENCE)
     (folder / "custom_nodes").mkdir(exist_ok=True)
     shutil.copy(Path(__file__).with_name("count_objects.py"), folder / "custom_nodes")
     host = dev.Host(os.environ["COMFYUI_PATH"])
