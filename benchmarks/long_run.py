@@ -100,7 +100,8 @@ class Page(threading.Thread):
     def __init__(self, url: str):
         super().__init__(daemon=True)
         self.url, self.client_id = url, secrets.token_hex(8)
-        self.ended: list[str] = []  # prompts
+        self.ended: list[str] = []  # prompts, since it was last asked
+        self._known: set[str] = set()  # of a prompt with a blocked part the host says an error, and later its success
         self.pictures = 0  # shown while nodes run
         self.connected, self._told = threading.Event(), threading.Condition()
         self.start()
@@ -129,9 +130,14 @@ class Page(threading.Thread):
                 elif message.type == aiohttp.WSMsgType.TEXT:
                     said = json.loads(message.data)
                     if said["type"] in ("execution_success", "execution_error"):
-                        with self._told:
-                            self.ended.append(said["data"]["prompt_id"])
-                            self._told.notify()
+                        self._end(said["data"]["prompt_id"])
+
+    def _end(self, prompt: str) -> None:
+        with self._told:
+            if prompt not in self._known:
+                self._known.add(prompt)
+                self.ended.append(prompt)
+                self._told.notify()
 
 
 @dataclass
