@@ -7,14 +7,16 @@ rows that enter the network, in percent of the whole runs'. *features*: Spearman
 prompt between drafts and whole pictures, mean over the 32 principal axes of the judge's features; *log p*: that of the
 judge's log-probability of what the prompt asks for; *same best*: in how many prompts the best draft by it is the best
 picture. Standard errors over the prompts. Ours, learned: Attune Draft Seeds without a profile; its ranks are of the
-seeds that are drafted, its computing is of all, the two whole ones and the fit included. Ours, by a profile: fitted to
-four other prompts. EasyCache and LazyCache have the smallest of some thresholds that is as fast as asked for, or the
-largest. Writes docs/results/draft_seeds.json, docs/results.md and a picture.
+seeds that are drafted, its computing is of all, the two whole ones and the fit included. Ours, by a profile of
+forecasts, or by a fitted sampler: fitted to four other prompts. EasyCache and LazyCache have the smallest of some
+thresholds that is as fast as asked for, or the largest. Writes docs/results/draft_seeds.json, docs/results.md and a
+picture.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import tempfile
 import time
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from peers import cache_node
 from propagation import node, pack
 from scipy.stats import spearmanr
-from step_cost import RivalLab, Run, fitted, rows
+from step_cost import EVALUATIONS, RivalLab, Run, fitted, fitted_sampler, rows
 from torch import Tensor
 
 import _pack  # noqa: F401 - makes the pack importable
@@ -34,7 +36,7 @@ from comfy_process import Host
 from harness import CACHE, Cell, Task, prompt
 from judge import load_judge
 from looks import data, measured
-from results import DOCS, Table, markdown, record
+from results import DOCS, Table, command_line, markdown, record
 from schedules import progress
 
 THRESHOLDS = (0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2.0)
@@ -78,6 +80,11 @@ def ways(lab: RivalLab, run: Run, work: list[Task], seeds: int, speed: float) ->
     fastest = max(point.speed for point in pack("models.store").load_profile(profile).key_steps.points)
     nodes = node(mode="speed target", reuse="automatic", speed=min(speed, fastest), profile=profile.name)
     cells["ours, by a profile"] = replace(plain, nodes=nodes)
+    sampler = fitted_sampler(lab, run, levels, EVALUATIONS if few in EVALUATIONS else (few,))
+    for one in pack("models.store").load_profile(sampler).runs if sampler else ():
+        if one.run.steps == few:
+            used = ("AttuneApplyProfile", (("profile", sampler.name), ("steps", few)))
+            cells["ours, fitted sampler"] = replace(plain, sampler=used, sigmas=tuple(one.run.sigmas))
     found = []
     for label, cell in cells.items():
         drawn = lab.run(cell, work, progress(f"{run} {label}"))
@@ -140,6 +147,14 @@ def picture(lab: RivalLab, run: Run, found: list[Way], seeds: int, path: Path) -
     draw.draw_comparison(rows_, 0, False, 128, 6).save(path, quality=88)
 
 
+def kept_tables(out: Path, anew: list[Table]) -> list[Table]:
+    """The last record's tables of other runs, each with the command that made it."""
+    known = json.loads((out / "results" / "draft_seeds.json").read_text("utf-8"))
+    titles = {table.title for table in anew}
+    tables = [Table(**table) for table in known["tables"] if table["title"] not in titles]
+    return [replace(table, command=table.command or known["command"]) for table in tables]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -149,6 +164,7 @@ def main() -> None:
     parser.add_argument("--speed", type=float, default=5.0, help="times less computing that a draft is asked for")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--add", action="store_true", help="to the last record's other runs, and keep its picture")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=DOCS)
     args = parser.parse_args()
@@ -164,12 +180,17 @@ def main() -> None:
             body = [row(way, one, whole, work, args.seeds) for way, one in zip(found[1:], others, strict=True)]
             tables.append(Table(str(run), COLUMNS, body))
             print("\r" + markdown(tables[-1]), flush=True)
-            if not number:
+            if not number and not args.add:
                 picture(lab, run, found, args.seeds, args.out / "draft_seeds.jpg")
     notes = [
         " ".join(__doc__.split("\n\n")[2].split()),
         f"{args.prompts} prompts, {args.seeds} seeds each; schedule normal.",
     ]
+    if args.add:
+        tables = [
+            *kept_tables(args.out, tables),
+            *(replace(one, command=command_line("draft_seeds")) for one in tables),
+        ]
     record("draft_seeds", "Drafts of seeds", tables, began, ["draft_seeds.jpg"], notes, args.out)
 
 

@@ -36,7 +36,7 @@ from rivals import Rival, sea_filtered, with_rival
 from schedules import number, progress
 
 FORECASTS, FITTED = "ours, forecasts", "ours, fitted sampler"
-FITTED_ONE_SIDED, FEWEST_ONE_SIDED = "ours, fitted and one-sided", 8  # its first and last three steps ask both
+FITTED_ONE_SIDED, FEWEST_ONE_SIDED = "ours, fitted and one-sided", 12  # its first and last three steps ask both
 FAMILIES = ("ours, features", "ours, one-sided", FORECASTS, FITTED, FITTED_ONE_SIDED)
 EVALUATIONS = (6, 8, 9, 10, 12, 16)
 FITTED_TASK = Task(100, 3, 987654321)  # no task that is drawn
@@ -171,9 +171,12 @@ def settings(lab: RivalLab, run: Run) -> dict[str, Cell]:
         found[f"ours, features, every {n}, one-sided"] = replace(
             plain, nodes=node(**every, guidance="every second step")
         )
-    for reuse in ((TOP, ONE) if run.model == "unet" else (FIRST,)) if noisy else ():
+    if noisy:
+        reuse = TOP if run.model == "unet" else FIRST
+        every = node(reuse=reuse, interval=2, keep_last=4)
+        found[f"ours, features, every 2, {reuse}"] = replace(plain, nodes=every)
         calibrated = fitted(lab, run, reuse)
-        for point in pack("models.store").load_profile(calibrated).key_steps.points[-MOST_POINTS:]:
+        for point in pack("models.store").load_profile(calibrated).key_steps.points:
             nodes = node(mode="speed target", reuse=reuse, speed=point.speed, profile=calibrated.name)
             found[f"ours, features, {len(point.keys)} fitted key steps, {reuse}"] = replace(plain, nodes=nodes)
     profile = fitted(lab, run)
@@ -181,8 +184,8 @@ def settings(lab: RivalLab, run: Run) -> dict[str, Cell]:
     for point in points[:: -(-len(points) // MOST_POINTS)]:
         nodes = node(mode="speed target", reuse="automatic", speed=point.speed, profile=profile.name)
         found[f"{FORECASTS}, {len(point.keys)} asked, {len(point.one_sided)} one-sided"] = replace(plain, nodes=nodes)
-    if not noisy:
-        path = fitted_sampler(lab, run, levels)
+    path = None if noisy else fitted_sampler(lab, run, levels)
+    if path is not None:
         for one in pack("models.store").load_profile(path).runs:
             used = ("AttuneApplyProfile", (("profile", path.name), ("steps", one.run.steps)))
             short = replace(plain, sampler=used, sigmas=tuple(one.run.sigmas))
@@ -265,12 +268,14 @@ def kept(lab: RivalLab, run: Run, what: str = "") -> tuple[str, Path | None]:
     return stem, next(lab.cache.glob(f"{stem}.*"), None)
 
 
-def fitted_sampler(lab: RivalLab, run: Run, levels: tuple[float, ...]) -> Path:
-    """The node's own sampler in the place of the run, on one picture each of four other prompts."""
-    stem, path = kept(lab, run, f"{FITTED} {EVALUATIONS}")
+def fitted_sampler(
+    lab: RivalLab, run: Run, levels: tuple[float, ...], evaluations: tuple[int, ...] = EVALUATIONS
+) -> Path | None:
+    """The node's own sampler in the place of the run, on one picture each of four other prompts; None: not proved."""
+    stem, path = kept(lab, run, f"{FITTED} {evaluations}")
     if path is not None:
         return path
-    model, counts = lab.models[run.model], [n for n in EVALUATIONS if n <= 0.6 * run.steps]
+    model, counts = lab.models[run.model], [n for n in evaluations if n <= 0.6 * run.steps]
     channels = model.get_model_object("latent_format").latent_channels
     profile, *_ = lab.host.call(
         "AttuneFitSampler", model=model, positive=lab.conditioning(list(FITTED_PROMPTS)),
@@ -279,7 +284,7 @@ def fitted_sampler(lab: RivalLab, run: Run, levels: tuple[float, ...]) -> Path:
         latent={"samples": torch.zeros(len(FITTED_PROMPTS), channels, 16, 16)}, steps=counts[0], coefficients=True,
         more_steps=", ".join(map(str, counts[1:])), sigmas=torch.tensor(levels),
     )  # fmt: skip
-    return pack("models.store").save_profile(profile, lab.cache, stem)
+    return pack("models.store").save_profile(profile, lab.cache, stem) if hasattr(profile, "runs") else None
 
 
 def fitted(lab: RivalLab, run: Run, reuse: str = "nothing asked") -> Path:
@@ -297,7 +302,7 @@ def fitted(lab: RivalLab, run: Run, reuse: str = "nothing asked") -> Path:
         negative=lab.conditioning([""]),
         latent_image={"samples": torch.zeros(pictures, channels, 16, 16)},
         seed=FITTED_TASK.seed, steps=run.steps, cfg=run.cfg, sampler_name=run.sampler, scheduler="normal",
-        reuse=reuse, fastest=4.0 if features else 8.0, longest=4,
+        reuse=reuse, fastest=2.5 if features else 8.0, longest=4,
     )  # fmt: skip
     return pack("models.store").save_profile(profile, lab.cache, stem)
 
