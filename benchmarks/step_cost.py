@@ -43,6 +43,7 @@ FITTED_TASK = Task(100, 3, 987654321)  # no task that is drawn
 FITTED_PROMPTS = (prompt(100, 3), prompt(55, 9), prompt(13, 15), prompt(80, 0))
 SHARES = (0.8, 0.6, 0.5, 0.4, 0.3, 0.2)
 MOST_POINTS = 7
+KEYS = ("psnr", "perceptual")
 UNITS = 10_000  # of an evaluation, in which a lab keeps what a run costs
 SHORTER = 1 << 32  # of these units of shorter evaluations are kept beside them, in one number
 OTHERS_AT = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 6.0)  # times less computing: ours and others' best are compared
@@ -318,14 +319,15 @@ def measure(lab: RivalLab, run: Run, work: list[Task], only: list[str]) -> list[
     goal, found = labelled["plain"], []
     for label, cell in labelled.items():
         seen = look(lab, cell, work, progress(f"{run} {label}"), goal)
-        row = Row(str(run), label, speeds(lab, goal, cell, work), summary(seen, work))
+        told = {key: value for key, value in summary(seen, work).items() if key in KEYS}
+        row = Row(str(run), label, speeds(lab, goal, cell, work), told)
         found.append(row)
         print(f"\r{run}: {label}: {row.speed:.2f} times less computing, {number(row.summary['psnr'])} dB", flush=True)
     return found
 
 
 def table(found: list[Row]) -> Table:
-    told = lambda row: [None if row.label == "plain" else number(row.summary[k]) for k in ("psnr", "perceptual")]
+    told = lambda row: [None if row.label == "plain" else number(row.summary[key]) for key in KEYS]
     body = [
         [row.label, *(f"{speed:.2f}" for speed in row.speeds.values()), *told(row)]
         for row in sorted(found, key=lambda row: row.speed)
@@ -334,14 +336,19 @@ def table(found: list[Row]) -> Table:
     return Table(found[0].run, ["setting", *times, "PSNR dB", "perceptual"], body)
 
 
+def faster(found: list[Row]) -> list[Row]:
+    """The settings that save anything."""
+    return [row for row in found if row.speed > 1.005]
+
+
 def front(found: list[Row]) -> list[str]:
     """The labels that no other beats in speed and in fidelity."""
     better = lambda a, b: a.speed >= b.speed and a.summary["psnr"][0] > b.summary["psnr"][0]
-    return [r.label for r in found if not any(better(other, r) for other in found)]
+    return [r.label for r in faster(found) if not any(better(other, r) for other in found)]
 
 
 def fronts_table(blocks: list[list[Row]]) -> Table:
-    body = [[found[0].run, "; ".join(label for label in front(found) if label != "plain")] for found in blocks]
+    body = [[found[0].run, "; ".join(front(found))] for found in blocks]
     return Table("What nothing beats in both speed and fidelity", ["run", "settings"], body)
 
 
@@ -375,7 +382,7 @@ def plot(blocks: list[list[Row]], path: Path) -> None:
     figure, axes = plt.subplots(high, wide, figsize=(4.6 * wide, 4.8 * high), layout="constrained", squeeze=False)
     for axis, found in zip(axes.flat, blocks, strict=False):
         lines: dict[str, list[Row]] = {}
-        for row in found[1:]:
+        for row in faster(found):
             lines.setdefault(family(row.label), []).append(row)
         for n, (name, many) in enumerate(lines.items()):
             x, y, error = zip(*sorted((r.speed, *r.summary["psnr"]) for r in many), strict=True)
@@ -386,6 +393,8 @@ def plot(blocks: list[list[Row]], path: Path) -> None:
         axis.set_xticks([1, 1.5, 2, 3, 4, 6, 8], ["1", "1.5", "2", "3", "4", "6", "8"])
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.16))  # below: lines go all over
+    for axis in axes.flat[len(blocks) :]:
+        axis.remove()
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
