@@ -99,6 +99,14 @@ class AttuneFitAttention(io.ComfyNode):
                         tooltip="The seed of the picture that is measured.",
                     ),
                 ),
+                *(
+                    io.Conditioning.Input(
+                        f"positive_{number}", optional=True,
+                        tooltip="Another typical prompt. With two or more, nine in ten other prompts are to keep what "
+                        "is wanted; with one, only that one is measured.",
+                    )
+                    for number in (2, 3, 4)
+                ),
             ],
             outputs=[
                 Profile.Output(display_name="profile", tooltip="The two levels, for Attune Apply Profile."),
@@ -110,12 +118,12 @@ class AttuneFitAttention(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent_image, kernel, wanted=45.0, steps=20, cfg=7.0, sampler_name="euler",
-        scheduler="normal", seed=0,
+        scheduler="normal", seed=0, **more_positives,
     ) -> io.NodeOutput:  # fmt: skip
         check_choices(cls, kernel=kernel, scheduler=scheduler)
         profile, errors = fit_attention_profile(
             model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, kernel, wanted,
-            draw_errors,
+            draw_errors, **more_positives,
         )  # fmt: skip
         exact = None if profile is None or profile.key_steps is None else profile.key_steps.points[0].keys
         drawn = draw_errors(errors, exact)
@@ -135,8 +143,15 @@ def fit_report(profile: Calibration | None, kernel: str, wanted: float, steps: i
     (point,), levels = profile.key_steps.points, levels_of_profile(profile)
     return (
         f"{steps - len(point.keys)} of {steps} steps tolerate '{kernel}' at {point.psnr:.1f} dB: highest_sigma "
-        f"{levels.highest:.4g}, lowest_sigma {levels.lowest:.4g}."
+        f"{levels.highest:.4g}, lowest_sigma {levels.lowest:.4g}. {kept_by(profile.metrics['prompts'])}"
     )
+
+
+def kept_by(prompts: int) -> str:
+    """Which prompts keep the dB of a fit."""
+    if prompts > 1:
+        return f"By {prompts} prompts, nine in ten others keep this."
+    return "Other prompts may keep 10 dB less: connect 'positive_2' to 'positive_4' to fit for them."
 
 
 NODES = [AttuneAttentionBySigma, AttuneFitAttention]

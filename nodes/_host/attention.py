@@ -8,12 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.samplers
+import torch
 from comfy.ldm.modules import attention as host_attention
 from comfy.patcher_extension import WrappersMP
 from PIL import Image
 from torch import Tensor
 
-from ...kernels.attention import best_windows
+from ...kernels.attention import best_windows, kept_by_others
 from ...kernels.fitted_sampler import fidelity
 from ...kernels.propagation import Reuse, step_weights
 from ...models.calibration import ATTENTION, SAME_LEVEL, Calibration, KeySteps, Point, fitted
@@ -22,6 +23,7 @@ from .calibrating import calibrating, stands_aside
 from .clock import noise_space, why_not
 from .identity import identify, pixels
 from .live import Interim, last_on_bar
+from .propagation.fit import in_turn
 from .sampling import run_stock_node, sample
 from .solvers import known
 
@@ -145,13 +147,19 @@ def errors_of(model: Any, run: Callable[[Any], Tensor], kernel: str, sigmas: Ten
 
 
 def fit_attention(
-    model: Any, run: Callable[[Any], Tensor], kernel: str, solver: str, sigmas: Tensor, wanted: float
+    model: Any, run: Callable[[Any], Tensor], kernel: str, solver: str, sigmas: Tensor, wanted: float, prompts: int = 1
 ) -> Generator[Interim, None, tuple[KeySteps, list[float]]]:
     """The longest stretch of steps that keeps `wanted` dB to the exact run, by halving: each trial is a run.
 
-    Returns one setting for each stretch that was tried and is faithful enough, none where not even a step is, and the
-    errors by step.
+    prompts: how many the pictures of `run` have in turn; of two or more, nine in ten others are to keep it. Returns
+    one setting for each stretch that was tried and is faithful enough, none where not even a step is, and the errors by
+    step.
     """
+
+    def kept(levels: FastBetween) -> float:
+        end = run(with_attention(calibrating(model, KEY), levels))
+        return kept_by_others([fidelity(end[i::prompts], exact[i::prompts]) for i in range(prompts)])
+
     yield "the exact run", 0.0, None
     exact, errors = errors_of(model, run, kernel, sigmas)
     weights = step_weights(sigmas.tolist(), noise_space(model.get_model_object("model_sampling")))
@@ -166,7 +174,7 @@ def fit_attention(
         tried = {}
         for start in dict.fromkeys((windows[count - 1][1], 1, steps - count)):  # the cheapest, the first, the last
             levels = FastBetween(kernel, float(sigmas[start]), float(sigmas[start + count - 1]))
-            tried[start] = fidelity(run(with_attention(calibrating(model, KEY), levels)), exact)
+            tried[start] = kept(levels)
         start, psnr = max(tried.items(), key=lambda one: one[1])
         if psnr >= wanted:
             keys = tuple(i for i in range(steps) if not start <= i < start + count)
@@ -178,9 +186,13 @@ def fit_attention(
 def fit_attention_profile(
     model: Any, positive, negative, latent_image: dict, seed: int, steps: int, cfg: float, sampler_name: str,
     scheduler: str, kernel: str, wanted: float, draw: Callable[[list[float], tuple[int, ...] | None], Image.Image],
+    **more_positives,
 ) -> tuple[Calibration | None, list[float]]:  # fmt: skip
     """The calibration, None where no step tolerates the kernel, and the errors by step; with a progress bar, beside
-    which the errors and the steps that stay exact so far are drawn."""
+    which the errors and the steps that stay exact so far are drawn.
+
+    more_positives: further prompts, which the pictures have in turn, by the inputs' names.
+    """
     sampler = comfy.samplers.sampler_object(sampler_name)
     known(sampler, FIT)
     refuse_nested(latent_image["samples"], "latent_image")
@@ -188,18 +200,22 @@ def fit_attention_profile(
     if (reason := why_not(sampler, sigmas)) is not None:
         raise ValueError(f"There is nothing to fit: {reason}. Change 'sampler_name' or 'steps'.")
     with_attention(model, FastBetween(kernel, 1.0, 0.0))  # refuses a kernel that is not there
+    further = {name: one for name, one in more_positives.items() if one is not None}
+    prompts, positive = 1 + len(further), in_turn(positive, further, FIT)
+    latent_image = {**latent_image, "samples": torch.cat([latent_image["samples"]] * prompts)}
 
     def run(patched: Any) -> Tensor:
         return sample(patched, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"].float()
 
-    work = fit_attention(model, run, kernel, sampler_name, sigmas, wanted)
+    work = fit_attention(model, run, kernel, sampler_name, sigmas, wanted, prompts)
     found, errors = last_on_bar(work, FIT, lambda now: draw(*now))
     if not found.points:
         return None, errors
     best = min(found.points, key=lambda point: len(point.keys))
     profile = fitted(
         identify(model, weights=True), ATTENTION, f"attention {kernel}, {sampler_name} {steps} steps",
-        kernel, pixels(model, latent_image) or (1, 1), {"psnr": best.psnr, "fast_steps": steps - len(best.keys)},
+        kernel, pixels(model, latent_image) or (1, 1),
+        {"psnr": best.psnr, "fast_steps": steps - len(best.keys), "prompts": prompts},
         solver=sampler_name, cfg=cfg, sigmas=found.sigmas, key_steps=replace(found, points=(best,)), seed=seed,
         scheduler=scheduler, wanted=wanted,
     )  # fmt: skip

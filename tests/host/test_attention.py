@@ -99,6 +99,18 @@ def test_the_fit_finds_levels_that_keep_what_was_wanted(unet):
 
 
 @pytest.mark.nightly
+def test_with_more_prompts_each_counts_and_others_are_to_keep_it(unet):
+    given = {"positive": unet.positive, "negative": unet.negative, "latent_image": unet.empty()}
+    run = {"kernel": NAME, "steps": STEPS, "cfg": 3.0, "seed": 3, "wanted": 25.0}
+    more = {"positive_2": unet.encode("a cat"), "positive_3": unet.encode("a red car on a blue background")}
+    profile, _, report = unet.host.call("AttuneFitAttention", model=unet.model, **given, **run, **more)
+    alone = unet.host.call("AttuneFitAttention", model=unet.model, **given, **run)
+    assert "By 3 prompts, nine in ten others keep this." in report and profile.metrics["prompts"] == 3
+    assert "Other prompts may keep 10 dB less" in alone[2] and alone[0].metrics["prompts"] == 1
+    assert profile.metrics["psnr"] >= 25 and profile.metrics["fast_steps"] <= alone[0].metrics["fast_steps"]
+
+
+@pytest.mark.nightly
 def test_nothing_that_is_good_enough_is_told(unet):
     given = {"positive": unet.positive, "negative": unet.negative, "latent_image": unet.empty(), "steps": STEPS}
     report = unet.host.call("AttuneFitAttention", model=unet.model, kernel=NAME, wanted=120.0, cfg=3.0, **given)[2]

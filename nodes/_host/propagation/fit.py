@@ -185,7 +185,7 @@ def fit_profile(
 
     if kind is WholeSteps:
         further = {name: one for name, one in more_positives.items() if one is not None}
-        latent_image, positive = _enough(latent_image, 1 + len(further)), _in_turn(positive, further)
+        latent_image, positive = _enough(latent_image, 1 + len(further)), in_turn(positive, further)
 
     def run(patched: Any, noise: int = seed) -> Tensor:
         noise %= 2**64
@@ -216,7 +216,7 @@ def _enough(latent_image: dict, prompts: int) -> dict:
     return latent_image if samples.is_nested else {**latent_image, "samples": torch.cat([samples] * times)}
 
 
-def _in_turn(positive: list, others: dict[str, list]) -> list:
+def in_turn(positive: list, others: dict[str, list], who: str = WHO) -> list:
     """Prompts as one CONDITIONING whose pictures have them in turn; ValueError for one that cannot be put so.
 
     others: by the names of their inputs.
@@ -228,7 +228,7 @@ def _in_turn(positive: list, others: dict[str, list]) -> list:
         alike = len(positive) == len(other) == 1 and other[0][0].shape[2:] == positive[0][0].shape[2:]
         if not alike or (facts.keys() ^ other[0][1].keys()) - {"attention_mask"}:
             raise ValueError(
-                f"{WHO} needs in 'positive' and '{name}' one plain prompt each, of the same text encoder and without "
+                f"{who} needs in 'positive' and '{name}' one plain prompt each, of the same text encoder and without "
                 f"areas: connect 'CLIP Text Encode' directly, or leave '{name}' out."
             )
     each = [positive[0], *(other[0] for other in others.values())]
