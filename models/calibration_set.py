@@ -14,6 +14,7 @@ from .store import save_tensors, shortened
 from .training import MADE, differences
 
 SAMPLES = "samples"  # the key of a file's metadata: how many
+MOST_SAMPLES = 1 << 40  # that a file may say it holds
 
 
 def sample_path(folder: Path, run: str) -> Path:
@@ -31,9 +32,11 @@ def samples_in(folder: Path, made: Mapping[str, Any]) -> int:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
             count, other = int(facts[SAMPLES]), differences(dict(json.loads(facts[MADE])), made)
+            if not 0 <= count <= MOST_SAMPLES:
+                raise ValueError(f"it says that it has {shortened(count)}")
         except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} holds no samples ({shortened(error)}). Move it out of that folder.") from error
-        if other or count < 0:
+        if other:
             raise ValueError(
                 f"{path} was made with another model or other settings: {shortened(other, 300)}. Choose another "
                 "'name', or delete that folder."

@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from .store import shortened
+
 FULL = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 PREFIXES = (
     "model.diffusion_model.",
@@ -44,7 +46,7 @@ def each_full_weight(path: Path, wanted: Mapping[str, Sequence[int]]) -> Iterato
         for name, part in parts.items():
             if list(part.get_shape()) != list(wanted[name]):
                 raise ValueError(
-                    f"In '{path.name}' the weight '{name}' has the shape {list(part.get_shape())}, in this MODEL "
+                    f"In '{path.name}' the weight '{name}' has the shape {shortened(part.get_shape())}, in this MODEL "
                     f"{list(wanted[name])}: it is another model. Choose the file that the smaller one was made from."
                 )
         for name, part in parts.items():
@@ -63,5 +65,6 @@ def _opened(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"'{path.name}' cannot be read as a safetensors file ({error}). Choose another one in 'full_precision'."
+            f"'{path.name}' cannot be read as a safetensors file ({shortened(error)}). Choose another one in "
+            "'full_precision'."
         ) from error

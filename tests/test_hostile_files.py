@@ -29,8 +29,10 @@ from pack.kernels.noise_space import NoiseMaps, sample_replay
 from pack.kernels.propagation import Reuse
 from pack.kernels.schedules import check_sigmas
 from pack.kernels.space import NoiseSpace
-from pack.models.calibration import Calibration, CondLevels, KeySteps, Point, ShortRun, conditioning_map
+from pack.models.calibration import KINDS, Calibration, CondLevels, KeySteps, Point, ShortRun, conditioning_map
+from pack.models.calibration_set import sample_path, samples_in, save_samples
 from pack.models.demo import VOCABULARY_KEY, pack_vocabulary, unpack_vocabulary
+from pack.models.full_precision import full_weights
 from pack.models.noise_maps import InvertedPicture, load_maps, maps_in_words, save_maps
 from pack.models.noise_pairs import Job, Shard, load_shard, read_jobs, rows, save_shard, shard_path
 from pack.models.npnet_files import load_npnet, read_config, save_npnet
@@ -42,7 +44,7 @@ from pack.models.one_more_step import (
     read_leak,
     save_module,
 )
-from pack.models.profile_format import spell_profile
+from pack.models.profile_format import read_profile, spell_profile
 from pack.models.store import load_profile, load_tensors, save_profile, update_profile
 from pack.models.train_npnet import NPNetTraining, Pairs, Recipe
 from pack.models.train_one_more_step import ModuleTraining
@@ -70,6 +72,7 @@ def kinds() -> list[Calibration]:
     rows = ((), (), (0.1, -0.2, 0.3))
     point = Point(Reuse(0, 1), (0, 1), 2.0, 40.0, (1,), rows, (0.0, 0.2, 0.0))
     forecasts = KeySteps(1, "euler", levels, (point,))
+    tolerant = KeySteps(1, "euler", levels, (Point(Reuse(0, 1), (0,), 1.0, 50.0),))
     flow = tuple(CondLevels("", (n, n), (0.2, 0.8), (0.21, 0.82)) for n in (512, 768))
     numbers = ((-0.1, 0.2), (0.1, 0.1, 0.4))
     short = ShortRun(FittedRun((levels[0], levels[1], levels[-1]), numbers, (0.1, 0.2)), 44.0, 2)
@@ -80,7 +83,13 @@ def kinds() -> list[Calibration]:
         replace(made, kind="block_propagation", key_steps=reuse(1, 3)),
         replace(made, kind="step_forecast", alignments=(), key_steps=forecasts),
         replace(made, kind="fitted_sampler", alignments=(), setting="0" * 16, runs=(short,)),
+        replace(made, kind="attention_levels", method="split", alignments=(), key_steps=tolerant),
     ]
+
+
+def test_every_kind_of_profile_is_among_those_that_are_mutated():
+    assert {one.kind for one in kinds()} == set(KINDS)
+    assert [read_profile("it", spell_profile(one)) for one in kinds()] == kinds()
 
 
 def use_profile(path: Path) -> None:
@@ -207,6 +216,22 @@ def use_unfinished(path: Path) -> None:
     use_training(module_training(), path)
 
 
+COLLECTED = {"family": "SD15", "weights": "ab", "spacing": "uniform"}
+
+
+def use_samples(path: Path) -> None:
+    assert 0 <= samples_in(path.parent, COLLECTED) < 2**53
+
+
+WANTED = {"time_embed.0.weight": (8, 4), "out.2.bias": (4,)}
+
+
+def use_full_precision(path: Path) -> None:
+    """A weight whose numbers are no numbers is used as it is, as the host would."""
+    for name, weight in full_weights(path, WANTED).items():
+        assert tuple(weight.shape) == WANTED[name] and weight.dtype in (torch.float16, torch.bfloat16, torch.float32)
+
+
 def use_vocabulary(path: Path) -> None:
     held, _ = load_tensors(path)
     if VOCABULARY_KEY not in held:
@@ -269,6 +294,18 @@ def make_unfinished(folder: Path) -> Path:
     return folder / "good.safetensors"
 
 
+def make_samples(folder: Path) -> Path:
+    path = sample_path(folder, "good")
+    save_samples(path, {"x": torch.zeros(2, 4, 4, 4).half(), "sigma": torch.ones(2)}, COLLECTED)
+    return path
+
+
+def make_full_precision(folder: Path) -> Path:
+    tensors = {f"model.diffusion_model.{name}": torch.ones(shape) for name, shape in WANTED.items()}
+    save_file({**tensors, "vae.other": torch.ones(3)}, folder / "good.safetensors", {"format": "pt"})
+    return folder / "good.safetensors"
+
+
 def make_vocabulary(folder: Path) -> Path:
     packed = pack_vocabulary(["<start>", "<end>", "<unknown>", "cat"])
     save_file({VOCABULARY_KEY: packed, "other": torch.ones(3)}, folder / "good.safetensors")
@@ -308,7 +345,7 @@ class Reader:
 
 
 READERS = {
-    "profile": Reader(make_profile, use_profile, hostile_profile, share=0.5),
+    "profile": Reader(make_profile, use_profile, hostile_profile, share=0.4),
     "noise maps": Reader(make_maps, use_maps),
     "NPNet": Reader(make_npnet, use_npnet),
     "NPNet, .pth": Reader(make_pth, use_npnet, hostile.hostile_pickle),
@@ -319,6 +356,8 @@ READERS = {
     "NPNet training": Reader(make_state, use_state),
     "One More Step training": Reader(make_unfinished, use_unfinished),
     "vocabulary": Reader(make_vocabulary, use_vocabulary),
+    "calibration samples": Reader(make_samples, use_samples, named=True),
+    "full precision": Reader(make_full_precision, use_full_precision),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import hostile
 from nightly import daily
 from pack.kernels.propagation import Reuse
 from pack.models.calibration import Calibration, CondLevels, KeySteps, Point
@@ -693,6 +695,20 @@ def test_what_a_strangers_workflow_carries_is_checked_like_a_file(host, exchange
     assert "'mine.json' in the workflow" in caplog.text
     node = host.nodes.NODE_CLASS_MAPPINGS["AttuneLoadProfile"]
     assert "There is no profile 'mine.json'" in node.validate_inputs(profile_name="mine.json")
+
+
+@pytest.mark.nightly
+def test_a_mutated_workflow_never_stops_the_queue(exchange, fuzz):
+    """As a page may send it that a picture of a stranger was dropped on: the queued JSON, profiles and all."""
+    good = queued("mine.json", "AYS SDXL", **{"mine.json": spell_profile(VE)})
+    good["extra_data"]["extra_pnginfo"]["workflow"]["nodes"] = [{"id": 0, "widgets_values": ["mine.json"]}]
+    for i in range(fuzz):
+        rng, sent = random.Random(i), json.loads(json.dumps(good))
+        for _ in range(rng.choice([1, 1, 3, 8])):
+            sent = hostile.changed(rng, sent)
+        if isinstance(sent, dict):
+            assert exchange(sent) is sent
+            assert len(json.dumps(sent.get("extra_data"))) < 200_000
 
 
 @pytest.mark.parametrize(
