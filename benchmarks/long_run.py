@@ -58,7 +58,7 @@ STOCK = ["first_picture", "flow_model"]
 MEASURED = ["memory, MB", "objects", "tensors", "objects of Attune", "model patchers"]
 SAVED = "long run"
 LEARNING = {"AttuneFastSampler": {"evaluations": 4, "fidelity": 10.0}, "AttuneDraftSeeds": {"drafts": 4}}
-LEARNED_STEPS = 12  # of a run that is to be made shorter
+LEARNED_STEPS, FITTED_PICTURES = 12, 8  # of a run that is to be made shorter, and of what is fitted
 OFF = {  # settings that leave the picture as it is without the node
     "AttuneAttentionBySigma": {"kernel": "stock"}, "AttuneFastSampler": {"use": "full run"},
     "AttuneProtectImage": {"budget": 0},
@@ -85,7 +85,7 @@ def small(prompt: dict, seed: int, on: bool) -> dict:
             elif name == "length":
                 given[name] = min(given[name], FRAMES)
             elif name == "batch_size":
-                given[name] = min(given[name], 2)
+                given[name] = min(given[name], FITTED_PICTURES if learns else 2)
             elif not on and name in ("strength", "diversity") and kind.startswith("Attune"):
                 given[name] = 0.0
             elif not on and name == "interval":
