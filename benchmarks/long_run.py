@@ -70,7 +70,7 @@ def small(prompt: dict, seed: int, on: bool) -> dict:
     into another one, both keep their size."""
     prompt = copy.deepcopy(prompt)
     placed = any("x" in node["inputs"] for node in prompt.values())
-    learns = any(node["class_type"] in LEARNING or "AttuneFit" in node["class_type"] for node in prompt.values())
+    learns = any(node["class_type"].startswith((*LEARNING, "AttuneFit", "AttuneTrain")) for node in prompt.values())
     for node in prompt.values():
         given, kind = node["inputs"], node["class_type"]
         for name in given:
