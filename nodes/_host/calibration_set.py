@@ -84,7 +84,7 @@ class _Collected:
         self.levels, self.room, self.conditioning = levels, room, conditioning
         self.step = -1  # whose level is being asked
         self.seen: set[int] = set()
-        self.rows: dict[str, list[Tensor]] = {"x": [], "sigma": []}
+        self.rows: dict[tuple[int, ...], dict[str, list[Tensor]]] = {}  # by the size of what is asked
 
     def __deepcopy__(self, memo: dict) -> _Collected:
         return self
@@ -101,16 +101,19 @@ class _Collected:
             return
         count = min(len(x), self.room)
         self.room -= count
-        self.rows["x"].append(x[:count].half().cpu())
-        self.rows["sigma"].append(sigma.float().cpu().expand(len(x))[:count].clone())
+        rows = self.rows.setdefault(tuple(x.shape[1:]), {"x": [], "sigma": []})
+        rows["x"].append(x[:count].half().cpu())
+        rows["sigma"].append(sigma.float().cpu().expand(len(x))[:count].clone())
         if self.conditioning == EMBEDDINGS:
             for name in ("c_crossattn", "y"):
                 if isinstance(told.get(name), Tensor) and len(told[name]) == len(x):
-                    self.rows.setdefault(name, []).append(told[name][:count].half().cpu())
+                    rows.setdefault(name, []).append(told[name][:count].half().cpu())
 
     def tensors(self) -> dict[str, Tensor]:
-        """[n ...] each; tokens of unequal counts are filled up with zeros behind."""
-        return {name: _joined(rows) for name, rows in self.rows.items()}
+        """[n ...] each, of the size that most of them have: areas of a prompt are asked in smaller ones. Tokens of
+        unequal counts are filled up with zeros behind."""
+        most = max(self.rows.values(), key=lambda rows: sum(map(len, rows["sigma"])))
+        return {name: _joined(rows) for name, rows in most.items()}
 
 
 def _joined(rows: list[Tensor]) -> Tensor:
@@ -147,7 +150,7 @@ def _run(executor, guider, sigmas, extra_args, callback, noise, latent_image=Non
     wanted.say(said)
     options[COLLECTING] = found = _Collected(levels, wanted.samples - have, wanted.conditioning)
     out = run()
-    if found.rows["x"]:
+    if found.rows:
         wanted.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another process made the same run at that moment
             save_samples(path, found.tensors(), wanted.made)
