@@ -572,4 +572,4 @@ def test_twelve_prompts_leave_nothing_and_repeat_themselves(tmp_path):
     assert prompts == tuple(range(2, 13, 2)) and min(memory) > 100
     assert set(patchers) == {0} and len(set(tensors[1:])) == len(set(own[1:])) == 1  # the first use of each method
     assert max(objects[1:]) < 1.02 * objects[1]
-    assert "| --cache-none | 5 |" in printed and min(Image.open(tmp_path / "long_run.png").size) > 100
+    assert "| --cache-none | 6 |" in printed and min(Image.open(tmp_path / "long_run.png").size) > 100
