@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 
 from graphs import STEPS, Kit
 from pack.kernels.propagation import Reuse
 from pack.models.calibration import Calibration, CondLevels, KeySteps, Point
 from pack.models.store import shipped_profiles
+
+NUMBERS = count()
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,8 @@ class Method:
     off: dict
     needs: Callable[[Kit], dict] = lambda kit: {}
     where: dict | None = None  # graph -> why the method rightly changes nothing there
+    silent: str = ""  # why the method rightly changes nothing in any graph but those of `changes`
+    changes: tuple[str, ...] = ()
     refused: dict | None = None  # graph -> part of the sentence with which the method refuses it
     place: str = ""  # what a MODEL has one of: of two methods in one place the later counts
     asks: int = STEPS  # calls of the network in a run of KSampler, the first ones of a method with more
@@ -28,6 +33,10 @@ class Method:
     def beside(self, other: Method) -> bool:
         """Whether both can be on one MODEL."""
         return (self.place or self.node) != (other.place or other.node)
+
+    def same(self, graph: str) -> str:
+        """Why the method changes nothing in a graph; "" where it changes something."""
+        return (self.where or {}).get(graph) or ("" if graph in self.changes else self.silent)
 
     def on(self, kit: Kit) -> Callable:
         return self._put(kit, self.inputs)
@@ -154,4 +163,26 @@ METHODS = {
                "context windows": "Context windows know the run's own noise levels only: the method stands aside."},
         refused={"SamplerCustomAdvanced, BasicGuider": "no negative conditioning"},
     ),
+    "attention by sigma": Method(
+        "unet", "AttuneAttentionBySigma", {"kernel": "split", "highest_sigma": 10.0, "lowest_sigma": 0.1},
+        {"kernel": "stock"},
+    ),
+    "precision guard": Method(
+        "unet", "AttunePrecisionGuard",
+        {"full_precision": "checkpoints/attune_demo.safetensors", "parts": "sensitive and outermost blocks"},
+        {"full_precision": "none"}, silent="No weight of the model is rounded, so there is nothing to put back.",
+        changes=("fp8 weights",),
+    ),
+    "calibration set": Method(
+        "unet", "AttuneCalibrationSet",
+        {"samples": 1000000, "per_run": 2, "spacing": "uniform", "conditioning": "embeddings"}, {},
+        lambda kit: {"name": f"compatibility {next(NUMBERS)}"},  # a folder of its own: samples of two models do not mix
+        silent="The node reads what the model is asked and changes no picture.",
+    ),
+    "training noise": Method(
+        "flow", "AttuneTrainingNoise", {"timesteps": "logit-normal", "noise": "nearest of several"}, {},
+        silent="The node changes what a training draws, and no picture.",
+    ),
 }  # fmt: skip
+# Those that change what a run asks of its network or where it begins: each day more is asked of them than of the others.
+EVERY_DAY = [name for name, method in METHODS.items() if not method.silent and name != "attention by sigma"]

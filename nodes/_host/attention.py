@@ -29,6 +29,7 @@ from .solvers import known
 
 LOG = logging.getLogger(__name__)
 KEY = "attune.attention"
+KERNEL = f"{KEY}.kernel"
 RUNNING = f"{KEY}.running"  # of the current run: what it did
 OVERRIDE = "optimized_attention_override"
 WHO, FIT = "Attune Attention by Sigma", "Attune Fit Attention"
@@ -51,13 +52,38 @@ class FastBetween:
         return self.lowest * (1 - SAME_LEVEL) <= sigma <= self.highest * (1 + SAME_LEVEL)
 
 
+class Kernel:
+    """The registered function `name` in the host's form of an override, and whether a network has asked for it.
+
+    One for all runs of a MODEL, and never read inside of the network: torch.compile makes a network anew for every
+    other function, and for every other value that it reads.
+    """
+
+    def __init__(self, name: str):
+        self.name, self.asked = name, False
+        registered: Callable = host_attention.REGISTERED_ATTENTION_FUNCTIONS[name]
+
+        def override(_, *args, **kwargs):
+            self.asked = True
+            return registered(*args, **kwargs)
+
+        self._override = override
+
+    def __deepcopy__(self, memo: dict) -> Kernel:
+        return self
+
+    def options(self, model_options: dict) -> dict:
+        """The options of an evaluation all of whose attention is this function."""
+        changed = {**model_options["transformer_options"], OVERRIDE: self._override}
+        return {**model_options, "transformer_options": changed}
+
+
 @dataclass
 class _Ran:
-    """Of one run: evaluations, those with the other function, and how often that was called."""
+    """Of one run: evaluations, and those with the other function."""
 
     evaluations: int = 0
     fast: int = 0
-    calls: int = 0
 
 
 def with_attention(model: Any, choice: FastBetween) -> Any:
@@ -68,7 +94,7 @@ def with_attention(model: Any, choice: FastBetween) -> Any:
             "flash and xformers where their packages are installed and switched on."
         )
     clone = model.clone()
-    clone.model_options["transformer_options"][KEY] = choice
+    clone.model_options["transformer_options"] |= {KEY: choice, KERNEL: Kernel(choice.kernel)}
     for kind, wrapper in ((WrappersMP.SAMPLER_SAMPLE, _run), (WrappersMP.PREDICT_NOISE, _choose)):
         clone.remove_wrappers_with_key(kind, KEY)
         clone.add_wrapper_with_key(kind, KEY, wrapper)
@@ -83,12 +109,13 @@ def _run(executor, guider, sigmas, extra_args, *args, **kwargs):
     if OVERRIDE in options:
         LOG.warning("%s: another node chooses the attention of this MODEL, so this one stands aside.", WHO)
         return executor(guider, sigmas, extra_args, *args, **kwargs)
-    options[RUNNING] = ran = _Ran()
+    options[RUNNING], kernel = (ran := _Ran()), options[KERNEL]
+    kernel.asked = False
     try:
         return executor(guider, sigmas, extra_args, *args, **kwargs)
     finally:
-        said = f"{ran.fast} of {ran.evaluations} evaluations with '{options[KEY].kernel}'"
-        if ran.fast and not ran.calls:
+        said = f"{ran.fast} of {ran.evaluations} evaluations with '{kernel.name}'"
+        if ran.fast and not kernel.asked:
             LOG.warning("%s: %s, but this network asks for no attention there, so nothing changed.", WHO, said)
         else:
             LOG.info("%s: %s.", WHO, said)
@@ -103,19 +130,8 @@ def _choose(executor, x, sigma, model_options, *args, **kwargs):
     ran.evaluations += 1
     if choice.at(float(sigma.flatten()[0])):
         ran.fast += 1
-        model_options = with_kernel(model_options, choice.kernel, ran)
+        model_options = options[KERNEL].options(model_options)
     return executor(x, sigma, model_options, *args, **kwargs)
-
-
-def with_kernel(model_options: dict, kernel: str, ran: _Ran) -> dict:
-    """The options of an evaluation all of whose attention is the registered function `kernel`."""
-    registered: Callable = host_attention.REGISTERED_ATTENTION_FUNCTIONS[kernel]
-
-    def override(_, *args, **kwargs):
-        ran.calls += 1
-        return registered(*args, **kwargs)
-
-    return {**model_options, "transformer_options": {**model_options["transformer_options"], OVERRIDE: override}}
 
 
 # --- the fit ---
@@ -124,21 +140,21 @@ def with_kernel(model_options: dict, kernel: str, ran: _Ran) -> dict:
 def errors_of(model: Any, run: Callable[[Any], Tensor], kernel: str, sigmas: Tensor) -> tuple[Tensor, list[float]]:
     """Where the run of exact attention ends, and for each step what `kernel` changes in its guided answer, rms."""
     patched, errors = calibrating(model, KEY), [0.0] * (len(sigmas) - 1)
-    levels, ran = sigmas.tolist(), _Ran()
+    levels, other = sigmas.tolist(), Kernel(kernel)
 
     def compare(executor, x, sigma, model_options, *args, **kwargs):
         exact = executor(x, sigma, model_options, *args, **kwargs)
         level = float(sigma.flatten()[0])
         near = [i for i, one in enumerate(levels[:-1]) if abs(one - level) <= SAME_LEVEL * one]
         if near and not errors[near[0]]:
-            coarse = executor(x, sigma, with_kernel(model_options, kernel, ran), *args, **kwargs)
+            coarse = executor(x, sigma, other.options(model_options), *args, **kwargs)
             errors[near[0]] = float((coarse - exact).float().square().mean().sqrt())
         return exact
 
     patched.remove_wrappers_with_key(WrappersMP.PREDICT_NOISE, KEY)
     patched.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, compare)
     end = run(patched)
-    if not ran.calls:
+    if not other.asked:
         raise ValueError(
             f"This MODEL ({type(model.model).__name__}) asks for no attention that can be replaced, so there is "
             "nothing to fit."

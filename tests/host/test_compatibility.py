@@ -26,7 +26,7 @@ import pytest
 import torch
 
 from graphs import GRAPHS, REPLAYED, Kit
-from methods import METHODS
+from methods import EVERY_DAY, METHODS
 from nightly import daily
 from pack.kernels.fitted_sampler import fidelity
 
@@ -81,14 +81,15 @@ def asked_twice(model):
     return model
 
 
-@pytest.mark.parametrize("method", daily(METHODS, *[*METHODS][::3]))
+@pytest.mark.parametrize("method", daily(METHODS, *EVERY_DAY[::3]))
 def test_another_pack_may_deep_copy_the_options_while_it_samples(kits, alone, method):
     kit = kits[METHODS[method].model]
     assert torch.equal(kit.ksampler(asked_twice(METHODS[method].on(kit)(kit.model))), alone(method))
 
 
 def of_model(model: str) -> list[str]:
-    return [name for name, method in METHODS.items() if method.model == model]
+    """The methods of each day."""
+    return [name for name in EVERY_DAY if METHODS[name].model == model]
 
 
 def in_turn(model: str, kinds: Iterable) -> set[tuple]:
@@ -104,6 +105,10 @@ TELLING = {
     "block propagation": ("areas", "ControlNet", "context windows"),
     "one more step": ("KSampler (Advanced), two stages", "inpaint mask", "batch_index", "areas"),
     "golden noise": ("batch_index", "prompts in turn"),
+    "attention by sigma": ("KSampler",),
+    "precision guard": ("fp8 weights",),
+    "calibration set": ("KSampler",),
+    "training noise": ("KSampler",),
 }
 BOTH = ("ControlNet", "LoRA", "areas", "inpaint mask", "context windows")  # where the two models' networks differ
 ENTRIES = [(method, name) for method in METHODS for name in GRAPHS]
@@ -140,7 +145,7 @@ def test_the_method_in_the_graph(kits, stock_of, method, name):
         PASSED.add((method, name))
         return
     ours, ours_state = drawn(graph, kit, chosen.on(kit))
-    assert ours.isfinite().all() and torch.equal(ours, stock) == (name in (chosen.where or {}))
+    assert ours.isfinite().all() and torch.equal(ours, stock) == bool(chosen.same(name))
     assert torch.equal(ours_state, state)
     assert torch.equal(drawn(graph, kit, chosen.on(kit))[0], ours)
     assert torch.equal(drawn(graph, kit, chosen.idle(kit))[0], stock)  # and nothing was left behind
@@ -173,7 +178,7 @@ def test_the_first_run_of_a_graph_is_stocks_and_the_next_is_near_it(kits, host, 
     PASSED.add((LEARNS, name))
 
 
-@pytest.mark.parametrize("method", daily(METHODS, *[*METHODS][1::3]))
+@pytest.mark.parametrize("method", daily(METHODS, *EVERY_DAY[1::3]))
 def test_every_sampler_node_gives_the_same_bits(kits, alone, method):
     kit = kits[METHODS[method].model]
     for name in ("SamplerCustom", "SamplerCustomAdvanced, CFGGuider"):
@@ -236,7 +241,8 @@ def test_two_methods_together(kits, alone, a, b):
     assert together.isfinite().all()
     if first.beside(second):
         assert torch.equal(run(second.on(kit), first.on(kit)), together)
-        assert not torch.equal(together, alone(a)) and not torch.equal(together, alone(b))
+        assert torch.equal(together, alone(a)) == bool(second.same("KSampler"))
+        assert torch.equal(together, alone(b)) == bool(first.same("KSampler"))
     else:
         assert torch.equal(together, alone(b))
 
@@ -350,7 +356,7 @@ def table(passed: set[tuple[str, str]]) -> str:
                 cells.append("✗")
                 continue
             sentence = (method.refused or {}).get(name)
-            reason = f"Refused before the first step: “… {sentence} …”." if sentence else (method.where or {}).get(name)
+            reason = f"Refused before the first step: “… {sentence} …”." if sentence else method.same(name)
             if reason and reason not in notes:
                 notes.append(reason)
             said = "refused" if sentence else "same as without"
