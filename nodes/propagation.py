@@ -64,13 +64,11 @@ class AttunePropagation(io.ComfyNode):
                         tooltip="Extrapolate the features from the last two key steps instead of holding the last "
                         "ones.",
                     ),
-                ),
-                io.Int.Input(
-                    "keep_last", default=4, min=0, max=20,
-                    tooltip="For uniform and speed target: how many steps at the end run whole. No later step could "
-                    "repair their errors.",
-                ),
-                *advanced(
+                    io.Int.Input(
+                        "keep_last", default=4, min=0, max=20,
+                        tooltip="For uniform and speed target: how many steps at the end run whole. No later step could "
+                        "repair their errors.",
+                    ),
                     io.Float.Input(
                         "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
                         tooltip="Where in the sampling the node begins to work; before it every step runs whole.",

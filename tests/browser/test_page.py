@@ -142,7 +142,8 @@ def test_a_german_browser_sees_german_nodes(browser, server, tmp_path):
     assert node["help"] == german["texts"][said] != said
     assert {names[name] for name in ("model", "profile", "latent", "steps", "report")} <= set(node["sockets"])
     assert node["widgets"] == [
-        names[name] for name in ("steps", "denoise", "denoise_mode", "resolution_policy", "strength", "speed")
+        names[name]
+        for name in ("steps", "denoise", "denoise_mode", "resolution_policy", "strength", "speed", "fidelity")
     ]
     assert node["options"] == ["exact", "ignore"]
     page.evaluate("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
