@@ -64,7 +64,9 @@ def test_the_families_of_the_docs_are_as_the_host_states_them(host, name):
     import comfy.supported_models
 
     facts = FAMILIES[name].facts
-    config = getattr(comfy.supported_models, facts.family)
+    config = getattr(comfy.supported_models, facts.family, None)
+    if config is None:
+        pytest.skip(f"the host has no {facts.family}")
     made = config({"hidden_size": 6144, **config.unet_config})  # newer hosts take Flux.2's memory from it
     kinds = {"eps": comfy.model_base.ModelType.EPS, "v": comfy.model_base.ModelType.V_PREDICTION}
     if facts.model.prediction == "flow":
