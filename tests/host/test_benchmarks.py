@@ -80,6 +80,7 @@ SMOKE = {
     "precision": ["--models", "unet", "--tasks", "2", "--steps", "3"],
     "attention": ["--models", "unet", "--tasks", "2", "--steps", "8"],
     "protect": ["--pictures", "2", "--steps", "3", "--seeds", "1"],
+    "protect_bound": ["--pictures", "1", "--steps", "2"],
 }
 
 
@@ -364,6 +365,11 @@ def test_a_protected_picture_is_edited_beside_a_plain_one(tmp_path, run_here, mo
     moved = {row[0]: float(row[2].split()[0]) for row in right["rows"][1:]}
     assert moved["kept part replaced by noise"] > 10 * moved["Attune Protect Image"] > 0
     assert min(Image.open(tmp_path / "protect.jpg").size) > 100
+    run_here("protect_bound", tmp_path, *SMOKE["protect_bound"])
+    (table,) = json.loads((tmp_path / "results" / "protect_bound.json").read_text())["tables"]
+    plain, *attacks = table["rows"]
+    assert plain[0] == "as it is" and len({row[3] for row in attacks}) == len(attacks) == 5
+    assert all(20 < float(row[1]) < 60 for row in attacks)
 
 
 @pytest.mark.nightly
