@@ -220,8 +220,13 @@ class Looks:
         """The share that lies nearest to the learned picture's mean (a nearest class mean classifier)."""
         return float((torch.cdist(features.double(), self.means).argmin(1) == 0).double().mean())
 
-    def frechet(self, features: Tensor) -> float:
-        return frechet(self.learned, features.double() @ self.axes)
+    def distance(self, features: Tensor) -> str:
+        """Fréchet, of the pictures of all seeds [seeds drawn 256] together, with its standard error over the seeds."""
+        far = lambda kept: frechet(self.learned, features[kept].flatten(0, 1).double() @ self.axes)
+        if len(features) == 1:
+            return f"{far([0]):.3g}"
+        found, error = jackknife(far, len(features), len(features))
+        return f"{found:.3g} ± {error:.2g}"
 
 
 def sooner(curve: Curve, stock: Curve, kind: str, steps: int) -> float | None:
@@ -276,11 +281,7 @@ def picture_table(title: str, found: dict[str, list[Curve]], looks: Looks) -> Ta
         for step in at:
             row.append(spread([100 * looks.right(torch.tensor(c.features[step])) for c in curves]))
         for step in at:
-            each = torch.tensor([c.features[step] for c in curves])  # [seeds drawn 256]
-            far, error = jackknife(
-                lambda kept, each=each: looks.frechet(each[kept].flatten(0, 1)), len(each), len(each)
-            )
-            row.append(f"{far:.3g} ± {error:.2g}")
+            row.append(looks.distance(torch.tensor([c.features[step] for c in curves])))
         rows.append(row)
     columns = [f"right after {step}, %" for step in at] + [f"Fréchet after {step}" for step in at]
     note = (
