@@ -66,8 +66,8 @@ class AttunePropagation(io.ComfyNode):
                     ),
                     io.Int.Input(
                         "keep_last", default=4, min=0, max=20,
-                        tooltip="For uniform and speed target: how many steps at the end run whole. No later step could "
-                        "repair their errors.",
+                        tooltip="For uniform and speed target: how many steps at the end run whole. No later step "
+                        "could repair their errors.",
                     ),
                     io.Float.Input(
                         "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
