@@ -119,6 +119,8 @@ def test_torch_compile_makes_no_more_graphs_and_the_same_picture(flow, draw, pro
         return len(graphs), out
 
     stock, _ = compiled(flow.clone())
+    if not stock:
+        pytest.skip("torch.compile has given up in this process: it made nothing of the stock model either")
     count, ours = compiled(propagate())
     assert 0 < count <= stock  # in a process that has compiled other models the first makes one more
     want = draw(propagate(), steps=8, latent_image={"samples": torch.zeros(1, 16, 8, 8)})
