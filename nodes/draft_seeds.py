@@ -56,16 +56,18 @@ class AttuneDraftSeeds(io.ComfyNode):
                 *advanced(io.Float.Input(
                     "denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip="As for KSampler.",
                 )),
-                io.Float.Input(
-                    "speed", default=4.0, min=1.25, max=10.0, step=0.25,
-                    tooltip="How many times less is computed for a draft. If a profile is not as fast, its fastest "
-                    "setting is used.",
+                *advanced(
+                    io.Float.Input(
+                        "speed", default=4.0, min=1.25, max=10.0, step=0.25,
+                        tooltip="How many times less is computed for a draft. If a profile is not as fast, its fastest "
+                        "setting is used.",
+                    ),
+                    io.Int.Input(
+                        "at_once", default=4, min=1, max=64,
+                        tooltip="How many drafts are drawn in one batch. Solvers that add noise draw one at a time, "
+                        "because their noise belongs to the seed.",
+                    ),
                 ),
-                *advanced(io.Int.Input(
-                    "at_once", default=4, min=1, max=64,
-                    tooltip="How many drafts are drawn in one batch. Solvers that add noise draw one at a time, "
-                    "because their noise belongs to the seed.",
-                )),
                 Profile.Input(
                     "profile", optional=True,
                     tooltip="A profile of Attune Fit Propagation or of a fitted sampler, for this run. Without it "

@@ -75,6 +75,18 @@ def test_every_input_and_output_has_a_tooltip(schemas, node):
     assert schema.description and schema.category.startswith("attune/")
 
 
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+
+
+@pytest.mark.parametrize("node", IDS)
+def test_at_most_six_widgets_are_in_sight(host, node):
+    inputs = host.nodes.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()
+    given = {**inputs.get("required", {}), **inputs.get("optional", {})}
+    widgets = {name: more[0] if more else {} for name, (kind, *more) in given.items() if str(kind) in WIDGETS}
+    shown = [name for name, more in widgets.items() if not more.get("advanced") and not more.get("forceInput")]
+    assert len(shown) <= 6, shown
+
+
 @pytest.mark.parametrize("node", IDS)
 def test_every_node_has_help_and_a_workflow(node):
     page = (ROOT / "web/docs" / f"{node}.md").read_text("utf-8")

@@ -1171,12 +1171,3 @@ def refusal(host, prompt) -> str:
     if valid:
         return ""
     return " ".join(f"{one['message']} {one['details']}" for node in errors.values() for one in node["errors"])
-
-
-def test_at_most_six_widgets_are_in_sight(host):
-    for name in ("AttunePropagation", "AttuneFitPropagation"):
-        inputs = host.nodes.NODE_CLASS_MAPPINGS[name].INPUT_TYPES()
-        given = {**inputs["required"], **inputs.get("optional", {})}
-        sockets = {"MODEL", "CONDITIONING", "LATENT", "ATTUNE_PROFILE"}
-        shown = [key for key, (kind, *more) in given.items() if kind not in sockets and not more[0].get("advanced")]
-        assert len(shown) <= 6, shown
