@@ -275,11 +275,30 @@ class TransformerPropagation(Propagation):
             seats.sit({})
 
 
-def _not_compiled() -> contextlib.AbstractContextManager:
-    """While a shorter step runs, torch.compile compiles nothing: the whole steps' graphs are all there are."""
+_STANCE = threading.Lock()
+_eager: list[Any] = []  # one entry for each shorter step that runs now; the first holds what the compiler did before
+
+
+@contextlib.contextmanager
+def _not_compiled() -> Iterator[None]:
+    """While a shorter step runs, torch.compile compiles nothing: the whole steps' graphs are all there are.
+
+    The stance is the process's, and several GPUs run their steps in threads: the last that ends gives it back.
+    """
     in_use = "torch._dynamo" in sys.modules  # it takes seconds to import, and a model that is not compiled needs it not
     set_stance = getattr(torch.compiler, "set_stance", None)  # torch 2.6
-    return set_stance("force_eager") if in_use and set_stance else contextlib.nullcontext()
+    if not in_use or set_stance is None:
+        yield
+        return
+    with _STANCE:
+        _eager.append(_eager[0] if _eager else set_stance("force_eager"))  # in force from here on
+    try:
+        yield
+    finally:
+        with _STANCE:
+            stance = _eager.pop()
+            if not _eager:
+                stance.__exit__(None, None, None)
 
 
 def _control_of(features: Features) -> dict[str, list] | None:
