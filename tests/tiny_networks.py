@@ -425,6 +425,15 @@ def conditioning(family: str, seed: int) -> list:
     return [[drawn(1, tiny.tokens, tiny.width), extras]]
 
 
+def drawn(host, family: str, model, steps: int) -> torch.Tensor:
+    """What the stock KSampler draws with a MODEL of the family."""
+    return host.call(
+        "KSampler", model=model, seed=0, steps=steps, cfg=3.0, sampler_name="euler", scheduler="simple", denoise=1.0,
+        positive=conditioning(family, 1), negative=conditioning(family, 2),
+        latent_image={"samples": torch.zeros(TINY[family].latent)},
+    )[0]["samples"]  # fmt: skip
+
+
 class _Asked(Exception):
     pass
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nightly import daily
-from tiny_networks import TINY, conditioning, network_class, tiny_network
+from tiny_networks import TINY, drawn, network_class, tiny_network
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/networks.md"
 STEPS = 20
@@ -47,15 +47,7 @@ def propagate(host):
 
 @pytest.fixture(scope="module")
 def draw(host):
-    def run(family, model):
-        (out,) = host.call(
-            "KSampler", model=model, seed=0, steps=STEPS, cfg=3.0, sampler_name="euler", scheduler="simple",
-            denoise=1.0, positive=conditioning(family, 1), negative=conditioning(family, 2),
-            latent_image={"samples": torch.zeros(TINY[family].latent)},
-        )  # fmt: skip
-        return out["samples"]
-
-    return run
+    return lambda family, model: drawn(host, family, model, STEPS)
 
 
 def psnr(a, b):

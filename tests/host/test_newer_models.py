@@ -13,7 +13,7 @@ import torch
 from graphs import Kit
 from methods import METHODS
 from nightly import daily
-from tiny_networks import TINY, conditioning, tiny_network
+from tiny_networks import drawn, tiny_network
 
 
 @pytest.fixture(scope="module")
@@ -264,14 +264,7 @@ def test_blocks_that_are_stood_in_for_are_those_of_the_network_that_is_asked(hos
     model = tiny_network(family)
     inputs = {**METHODS["block propagation"].inputs, "reuse": "automatic", "parallel": "auto"}
     (patched,) = host.call("AttunePropagation", model=model, **inputs)
-
-    def draw(one):
-        return host.call(
-            "KSampler", model=one, seed=0, steps=8, cfg=3.0, sampler_name="euler", scheduler="simple", denoise=1.0,
-            positive=conditioning(family, 1), negative=conditioning(family, 2),
-            latent_image={"samples": torch.zeros(TINY[family].latent)},
-        )[0]["samples"]  # fmt: skip
-
+    draw = lambda one: drawn(host, family, one, 8)
     want = draw(patched)
     clone, other = apart(patched)
     asked = {id(one): 0 for one in (model, other)}

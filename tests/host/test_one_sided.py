@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nightly import daily
-from tiny_networks import TINY, conditioning, tiny_network
+from tiny_networks import TINY, drawn, tiny_network
 
 
 @pytest.fixture(scope="module")
@@ -168,21 +168,14 @@ FAMILIES = [family for family, one in TINY.items() if one.makes != "3D shapes"]
 @pytest.mark.parametrize("family", daily(FAMILIES, "Stable_Cascade_C", "Flux", "WAN21_T2V"))
 def test_every_network_is_served(host, propagate, family):
     """Also one whose features cannot be reused: no block is touched."""
-
-    def draw(model):
-        return host.call(
-            "KSampler", model=model, seed=0, steps=9, cfg=3.0, sampler_name="euler", scheduler="simple", denoise=1.0,
-            positive=conditioning(family, 1), negative=conditioning(family, 2),
-            latent_image={"samples": torch.zeros(TINY[family].latent)},
-        )[0]["samples"]  # fmt: skip
-
+    draw = lambda model: drawn(host, family, model, 9)
     model = tiny_network(family)
     if family.startswith("Stable_Cascade"):
         with pytest.raises(ValueError, match="works on a UNet"):
             propagate(model, interval=2)
     ours, asked = watched(propagate(model))
-    drawn, stock = draw(ours), draw(model)
+    picture, stock = draw(ours), draw(model)
     negatives = sum(n for (side, _), n in asked.items() if side == 1)
     assert negatives in (7, 8, 9)  # a random network may be predicted badly, and is then asked
-    assert drawn.isfinite().all() and torch.equal(drawn, stock) == (negatives == 9)
+    assert picture.isfinite().all() and torch.equal(picture, stock) == (negatives == 9)
     assert torch.equal(draw(propagate(model, guidance="every step")), stock)
