@@ -1023,6 +1023,22 @@ def test_calibrated_key_steps_are_better_than_even_ones(draw, stock, propagate, 
     assert psnr(calibrated, whole) > psnr(even, whole)
 
 
+def test_even_key_steps_are_kept_where_those_of_the_sums_end_farther_off(host, demo, encode, monkeypatch):
+    import sys
+
+    fit = sys.modules[host.module("nodes._host.propagation.fit").__name__]
+    chosen = fit.optimal_keys
+    in_a_row = lambda steps, count: (0.0, frozenset([0, *range(steps - count + 1, steps)]))
+    blind = lambda errors, weights: {count: in_a_row(errors.shape[-1], count) for count in chosen(errors, weights)}
+    monkeypatch.setattr(fit, "optimal_keys", blind)
+    profile, *_ = host.call(
+        "AttuneFitPropagation", model=demo[0], positive=encode("a cat on a black background"),
+        negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 8, 8)}, seed=0, steps=12, cfg=3.0,
+        sampler_name="euler", scheduler="normal", reuse="one block fresh", fastest=1.75, longest=3,
+    )  # fmt: skip
+    assert profile.key_steps.points[0].keys == (0, 2, 4, 6, 8, 9, 10, 11)
+
+
 def test_a_calibration_survives_its_file(host, fitted, tmp_path):
     from pack.models.store import load_profile
 

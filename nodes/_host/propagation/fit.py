@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ....kernels.fitted_sampler import EQUAL, fidelity
-from ....kernels.propagation import FeatureCache, Reuse, optimal_keys, speedup, step_weights
+from ....kernels.propagation import FeatureCache, Reuse, optimal_keys, speedup, step_weights, uniform_keys
 from ....models.calibration import Calibration, KeySteps, Point, fitted
 from ..._plan import propagation as plan
 from ..._plan.latents import is_nested
@@ -35,6 +35,7 @@ from .unet import blocks_a_side, top_blocks, unet_of
 LOG = logging.getLogger(__name__)
 WHO = "Attune Fit Propagation"
 SPEED_STEP = 0.25
+BY_HAND = (2, 3)  # intervals of even key steps that are tried, too
 FEWEST_PICTURES = 2  # that forecasts are fitted to, and tried on
 
 
@@ -121,6 +122,9 @@ def fit(
     """Measure each of `reuses`, choose key steps for speeds up to `fastest`, run them; yields what it does, how far,
     and what it would return by then.
 
+    Each error is measured with all other steps whole, so their sum does not see what several shorter steps in a row do
+    together, which is most where a solver adds noise: even key steps are run, too, and the pictures decide.
+
     run: a MODEL to the latents that it samples over `levels`. Returns the calibration (settings that no other beats in
     speed and fidelity) and how much each feature changes.
     """
@@ -144,6 +148,10 @@ def fit(
             counts = [count for count in best if speedup(steps, count, share) >= 1 + n * SPEED_STEP]
             if counts:
                 candidates[reuse, best[max(counts)][1]] = speedup(steps, max(counts), share)
+        last = frozenset(range(steps - plan.ReuseSettings.keep_last, steps))
+        for keys in (uniform_keys(steps, interval) | last for interval in BY_HAND if interval <= longest):
+            if 1 + SPEED_STEP <= speedup(steps, len(keys), share) <= fastest:
+                candidates[reuse, keys] = speedup(steps, len(keys), share)
     if not candidates:
         raise ValueError(
             f"No setting is {1 + SPEED_STEP:g} times faster: set 'reuse' to a part that costs less, or raise 'longest'."
