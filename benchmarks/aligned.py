@@ -37,8 +37,8 @@ from comfy_process import ROOT, Host
 from harness import BATCH, CACHE, Cell, Lab, Noise, Task, last, prompt, tasks
 from looks import CONVERGED, GROUPS, Look, converged, data, look, to_data
 from metrics import frechet, jackknife
-from results import DOCS, Table, markdown, record
-from schedules import CORE, STOCK, progress, write_page
+from results import DOCS, Table, fill, markdown, record
+from schedules import CORE, STOCK, progress
 
 sys.path.append(str(ROOT / "training"))
 import tune_profiles as shipped
@@ -54,7 +54,6 @@ ALIGNERS = {  # row -> loss
 GROUPS_OF_ROWS = ["free", "tuned", "aligned", "klub", "limit"]
 PLOTTED = ["normal", "KLUB minimised", f"{BASE}, published aligner, sequential", f"{BASE}, aligned", "tuned"]
 LIMIT_STEPS = 10  # of the search for what no schedule can win, or the nearest number measured
-BEGIN, END = "<!-- measured: python dev.py bench aligned -->", "<!-- end -->"
 TASKS = 48
 FORMAT = 1  # raise it when the way of fitting changes
 
@@ -626,7 +625,7 @@ def main() -> None:
             title = f"{model}, {sampler}: Fréchet distance to the data"
             tables.append(matrix(mine, title, lambda row: row.frechet))
     deviation_plot(rows, args.out / "tuned_deviation.png")
-    write_page(short, args.out, BEGIN, END)
+    fill(args.out / "schedules.md", "aligned", short)
     data = [
         {"model": r.model, "sampler": r.sampler, "steps": r.steps, "schedule": r.schedule, "deviation": r.deviation,
          "frechet": r.frechet, "objects": r.objects} for r in rows

@@ -41,7 +41,7 @@ from fitted_fewer import OF_2M, SCHEDULE, Own
 from fitted_lab import FitLab, Scene, learned_from, work_of
 from fitted_peers import SOLVERS
 from harness import CACHE, Task, counting, prompt
-from results import DOCS, Table, markdown, record
+from results import DOCS, Table, fill, markdown, record
 
 PARTS = ("fewer", "short", "path", "exact", "carries", "blind", "seconds")
 CFGS = {"unet": (3.0, 7.0, 1.5), "flow": (3.0, 5.0, 1.5)}
@@ -50,7 +50,6 @@ USED = 10  # evaluations, where one count must do
 SESSION, ARITHMETIC = "A session of two pictures", "The arithmetic of a step"
 LATENT = (1, 4, 128, 128)  # of SDXL at 1024 px
 STEP_GOAL, FIT_GOAL, FIT_STEPS = 2.0, 800, 8
-BEGIN, END = "<!-- measured: python dev.py bench fitted_sampler -->", "<!-- end -->"
 QUICK = {
     "models": ["flow"], "cfg_index": [0], "tasks": [4], "peers": [4], "fits": 1, "counts": [4, 6], "steps": 12,
     "short_steps": 6, "more": [], "solvers": ["euler", "heun"], "screen": 1, "finalists": 1, "caches": False,
@@ -168,15 +167,6 @@ def bars_of_cost(lab: FitLab, timed: Sequence[Table]) -> list[list]:
 def bars_table(rows: Sequence[list]) -> Table:
     body = [[figure, goal, found, "met" if met else "**missed**"] for figure, goal, found, met in rows]
     return Table("Goals", ["figure", "goal", "found", ""], body, "Set before any of this was built.")
-
-
-def fill_page(tables: Sequence[Table], path: Path) -> None:
-    """Put tables between the two marks of the method's page, where it is there."""
-    if path.exists():
-        head, found, tail = path.read_text("utf-8").partition(BEGIN)
-        if found:
-            body = "\n".join(map(markdown, tables))
-            path.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail.partition(END)[2]}", "utf-8")
 
 
 def last_seconds(out: Path) -> list[Table]:
@@ -303,7 +293,7 @@ def main() -> None:
     sheets = [fitted_blind.PICTURE] if picks else []
     notes = [" ".join(__doc__.split("\n\n")[2].split())]
     record("fitted_sampler", "A short run fitted to a long one", [*page, *further], began, sheets, notes, args.out)
-    fill_page(page, args.out / "fitted_sampler.md")
+    fill(args.out / "fitted_sampler.md", "fitted_sampler", page)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from judge import HERE, corner_colours, load_judge, nearest_colour
 from looks import GROUPS, data
 from metrics import frechet, jackknife
 from pack.kernels.space import NoiseSpace
-from results import DOCS, Table, markdown, record
+from results import DOCS, Table, fill, markdown, record
 
 NATIVE = 128
 RUN = {"unet": ("dpmpp_2m", "karras"), "flow": ("euler", "simple")}  # solver and schedule
@@ -60,7 +60,6 @@ SLOPES = (-0.3, 0.3)  # more offset per unit of ln(sigma / alpha)
 SHIFTS = (1.0, 1.5, 2.0, 5.0)  # of ModelSamplingSD3; the flow model's own is 3
 SWEEP_SEED = 100000
 INJECTED = 0.6  # log units, where the told level alone is wrong
-BEGIN, END = "<!-- measured: python dev.py bench noise_shift -->", "<!-- end -->"
 KNOTS = (0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.98)
 
 
@@ -398,15 +397,6 @@ def grid(bench: Bench, sides: list[int], work: list[Task], path: Path, tile: int
     canvas.save(path, quality=88)
 
 
-def write_page(tables: list[Table], out: Path) -> None:
-    """Put tables between the marks of docs/noise_shift.md."""
-    path = out / "noise_shift.md"
-    if path.exists():
-        head, _, tail = path.read_text("utf-8").partition(BEGIN)
-        body = "\n".join(map(markdown, tables))
-        path.write_text(f"{head}{BEGIN}\n\n{body}\n{END}{tail.partition(END)[2]}", "utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(TITLES), default=["sizes", "flow", "unet"])
@@ -444,7 +434,7 @@ def main() -> None:
             )
     print("\r" + " " * 70)
     plot(rows, args.out / "noise_shift.png")
-    write_page(tables, args.out)
+    fill(args.out / "noise_shift.md", "noise_shift", tables)
     notes = [" ".join(__doc__.split("\n\n")[2].split())]
     notes.append(f"{args.tasks} pictures per setting, {args.sweep} others for the sweeps; {GROUPS} groups of seeds.")
     facts = [

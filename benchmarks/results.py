@@ -94,6 +94,15 @@ def markdown(table: Table) -> str:
     return "\n\n".join([f"### {table.title}", body, *below]) + "\n"
 
 
+def fill(page: Path, name: str, tables: Sequence[Table]) -> None:
+    """Put tables between the marks of benchmark `name` on a page of the manual, where it has them."""
+    begin, end = f"<!-- measured: python dev.py bench {name} -->", "<!-- end -->"
+    head, found, tail = page.read_text("utf-8").partition(begin) if page.exists() else ("", "", "")
+    if found:
+        body = "\n".join(map(markdown, tables))
+        page.write_text(f"{head}{begin}\n\n{body}\n{end}{tail.partition(end)[2]}", "utf-8")
+
+
 def _text(value: str | float | int | None) -> str:
     if value is None:
         return "–"

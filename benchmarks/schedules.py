@@ -27,7 +27,7 @@ from harness import CACHE, Cell, Lab, Task, prompt, tasks
 from judge import BACKGROUNDS
 from looks import CONVERGED, GROUPS, Look, brightness, converged, data, look, summary, to_data
 from metrics import frechet, rank_stability
-from results import DOCS, Table, markdown, record
+from results import DOCS, Table, fill, markdown, record
 
 STOCK = ["normal", "karras", "exponential", "sgm_uniform", "simple", "ddim_uniform", "beta", "kl_optimal"]
 CORE = {"unet": ["core AYS", "core GITS"], "flow": ["core OptimalSteps"]}
@@ -35,7 +35,6 @@ OURS = {"unet": ["auto", "KL-optimal", "KL-optimal, c = 1.4"], "flow": ["KL-opti
 OURS_FOR = ("euler", "dpmpp_2m")  # up to 20 steps: where a schedule matters most
 SOLVERS = ["euler", "dpmpp_2m", "uni_pc", "heun", "euler_ancestral"]
 RANDOM = {"euler_ancestral"}  # adds its own noise: it has no converged picture
-BEGIN, END = "<!-- measured: python dev.py bench schedules -->", "<!-- end -->"
 PICTURED = 8
 
 
@@ -191,15 +190,6 @@ def write_picture(lab: Lab, work: list[Task], sampler: str, steps: int, path: Pa
     Image.fromarray((torch.cat(rows, dim=1) * 255).round().byte().permute(1, 2, 0).numpy()).save(path, quality=88)
 
 
-def write_page(tables: list[Table], out: Path, begin: str = BEGIN, end: str = END) -> None:
-    """Put tables between two marks of docs/schedules.md."""
-    path = out / "schedules.md"
-    if path.exists():
-        head, _, tail = path.read_text("utf-8").partition(begin)
-        body = "\n".join(map(markdown, tables))
-        path.write_text(f"{head}{begin}\n\n{body}\n{end}{tail.partition(end)[2]}", "utf-8")
-
-
 def brightness_table(rows: list[Row], work: list[Task]) -> Table:
     """How bright is the background that a word asks for? One column per row given."""
     backgrounds = torch.tensor([task.background for task in work])
@@ -290,7 +280,7 @@ def main() -> None:
     quality_plot(rows, "frechet", "Fréchet distance", args.out / "schedules_frechet.png")
     exact = [row for row in rows if row.sampler not in RANDOM]
     quality_plot(exact, "psnr", "PSNR to converged, dB", args.out / "schedules_psnr.png")
-    write_page(short, args.out)
+    fill(args.out / "schedules.md", "schedules", short)
     most = [row for row in normal if row.sampler == args.samplers[0] and row.steps == max(args.steps)]
     tables.insert(4, brightness_table(most, work))
     brightness_plot(most, args.out / "schedules_brightness.png")

@@ -1,6 +1,6 @@
 """What does asking less cost? Forecasts, one-sided steps and reused features beside what others published.
 
-python dev.py bench step_cost [--runs unet:euler:50:3 flow:euler:50:3 unet:dpmpp_2m:20:3] [--tasks 16] [--only WORD ...]
+python dev.py bench step_cost [--runs unet:euler:50:3 flow:euler:50:3 …] [--tasks 16] [--only WORD …] [--add]
 
 Every setting draws the same prompts and noises as the plain run of as many steps, through the host. Speed is counted:
 the rows that enter the network's first layer and its middle, of both prompts, a shorter step by the costs of the
@@ -16,11 +16,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass, fields, replace
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -347,6 +348,15 @@ def front(found: list[Row]) -> list[str]:
     return [r.label for r in faster(found) if not any(better(other, r) for other in found)]
 
 
+def before(out: Path, without: set[str]) -> list[list[Row]]:
+    """The blocks of the last record, but for these runs."""
+    rows = [
+        Row(*(row[field.name] for field in fields(Row)))
+        for row in json.loads((out / "results" / "step_cost.json").read_text("utf-8"))["data"]
+    ]
+    return [list(found) for run, found in groupby(rows, lambda row: row.run) if run not in without]
+
+
 def fronts_table(blocks: list[list[Row]]) -> Table:
     body = [[found[0].run, "; ".join(front(found))] for found in blocks]
     return Table("What nothing beats in both speed and fidelity", ["run", "settings"], body)
@@ -408,6 +418,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--only", nargs="*", default=[], help="settings whose names begin with one of these")
+    parser.add_argument("--add", action="store_true", help="to the last record's other runs")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=DOCS)
     args = parser.parse_args()
@@ -417,6 +428,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         lab, work = RivalLab(Host(Path(folder)), args.cache), tasks(args.tasks)
         blocks = [measure(lab, run, work, args.only) for run in runs]
+    blocks = [*(before(args.out, {block[0].run for block in blocks}) if args.add else []), *blocks]
     args.out.mkdir(parents=True, exist_ok=True)
     plot(blocks, args.out / "step_cost.png")
     notes = [" ".join(__doc__.split("\n\n")[2].split()), f"{args.tasks} pictures; schedule normal."]

@@ -32,6 +32,7 @@ SMOKE = {
     "exact": ["--solvers", "euler", "euler_ancestral", "--steps", "5", "--samples", "256"],
     "exact_fitted": ["--spaces", "ve", "--solvers", "euler", "--steps", "5", "--samples", "256"],
     "fitted_sampler": ["--quick"],
+    "fitted_limits": ["--runs", "flow:euler:3", "--pictures", "4"],
     "gate": ["--quick"],
     "real_size": ["--models", "SD1.5", "--pixels", "SD1.5=64", "--steps", "1"],
     "schedules": [
@@ -132,18 +133,19 @@ def test_the_demo_models_numbers_and_pictures(tmp_path):
         assert min(Image.open(tmp_path / picture).size) > 100
 
 
-@pytest.mark.parametrize("name", ["schedules", "noise_shift"])
-def test_tables_take_their_place_in_the_docs(name, tmp_path):
-    from results import Table
+def test_tables_take_their_place_in_the_docs(tmp_path):
+    from results import Table, fill
 
-    page, script = tmp_path / f"{name}.md", importlib.import_module(name)
+    page = tmp_path / "page.md"
     table = Table("Speed", ["steps", "time"], [[5, 0.5]])
-    script.write_page([table], tmp_path)
+    fill(page, "two", [table])
     assert not page.exists()
-    page.write_text(f"before <!-- measured: python dev.py bench {name} --> old <!-- end --> after")
-    script.write_page([table], tmp_path)
+    one, two = (f"<!-- measured: python dev.py bench {name} --> old <!-- end -->" for name in ("one", "two"))
+    page.write_text(f"{one} {two} after")
+    fill(page, "two", [table])
     text = page.read_text()
-    assert text.startswith("before ") and text.endswith(" after") and " old " not in text and "| 5 | 0.5 |" in text
+    assert text.startswith(f"{one} ") and text.endswith("<!-- end --> after")
+    assert text.count(" old ") == 1 and "| 5 | 0.5 |" in text
 
 
 @pytest.mark.host
@@ -219,6 +221,10 @@ def test_asking_less_is_counted_in_answers(tmp_path):
     forecasts = [row for label, row in rows.items() if label.startswith("ours, forecasts")]
     assert forecasts and all(row["speed"] > 1 and 10 < row["summary"]["psnr"][0] <= 100 for row in forecasts)
     assert min(Image.open(tmp_path / "step_cost.png").size) > 100
+    run("step_cost", tmp_path, "--add", "--runs", "flow:euler:6:3", "--tasks", "6", "--only", "fewer steps")
+    more = json.loads((tmp_path / "results" / "step_cost.json").read_text())["data"]
+    assert {r["label"]: r for r in more if r["run"] == rows["plain"]["run"]} == rows
+    assert {r["run"] for r in more} == {rows["plain"]["run"], "flow, euler, 6 steps, cfg 3"}
 
 
 @pytest.mark.nightly
@@ -426,6 +432,18 @@ def test_fits_on_exact_targets_are_weighed_against_the_best_free_schedule(tmp_pa
             error["KLUB minimised"] > 2 * error["best free"] and error["KLUB stopped early"] < error["KLUB minimised"]
         )
     assert len(result["tables"]) == 3 and result["tables"][1]["rows"][1][0] == "its name"
+
+
+@pytest.mark.nightly
+@pytest.mark.host
+def test_what_was_shown_the_picture_itself_bounds_every_other_fit(tmp_path):
+    (tmp_path / "fitted_sampler.md").write_text("<!-- measured: python dev.py bench fitted_limits --> old <!-- end -->")
+    run("fitted_limits", tmp_path, *SMOKE["fitted_limits"])
+    (table,) = json.loads((tmp_path / "results" / "fitted_limits.json").read_text())["tables"]
+    more = {row[1]: float(row[5].split()[0]) for row in table["rows"]}
+    *others, bound = more.values()
+    assert len(more) == 10 and bound > max(others) and min(others) > 30
+    assert "What keeps" in (tmp_path / "fitted_sampler.md").read_text()
 
 
 @pytest.mark.nightly
