@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +44,6 @@ from fitted_lab import (
 )
 from fitted_peers import Seen, seen
 from harness import CACHE, Task
-from metrics import psnr
 from results import DOCS, Table, fill, markdown, record
 from schedules import progress
 
@@ -53,6 +51,7 @@ RUNS = {"flow:euler:3": (8, 10), "unet:euler:7": (12, 15), "flow:euler:5": (12, 
 STEPS = {"euler": 50, "dpmpp_2m": 20}
 MANY, FITS = 8, 2  # pictures learned from at once; fits to one picture each
 NODE, ITSELF = "as the node does", "the bound: fitted to each picture itself"
+FORMAT = 1  # raise it when a way of fitting changes
 WIDEST, FINEST = 0.1, 0.002  # of the warp's numbers, in the search
 
 
@@ -64,31 +63,30 @@ class Ways:
         self.resample = lab.host.module("kernels.schedules").resample_theta
         self._last = lab.host.module("nodes._host.session").last
 
-    def of(self, name: str, run: Any, path: Any, space: Any, n: int) -> tuple[Any, Tensor]:
-        """The fitted run and where it ends on the pictures of the path."""
-        kernel, paper = self.kernel, self.kernel.OnPaper(path)
+    def of(self, name: str, run: Any, path: Any, space: Any, n: int) -> Any:
+        """The fitted run."""
+        kernel, paper, halves = self.kernel, self.kernel.OnPaper(path), self.kernel.half(path.states[0])
         own = self.own(path, space, n)
-        fit = lambda levels, part, history=kernel.HISTORY: self._last(
-            kernel.fit_steps(run._denoise_over(levels), levels, path, part, history)
-        )
-        halves = kernel.half(path.states[0])
-        nearest = lambda part: self._last(kernel._nearest(run._denoise_over, path, n, space, paper, part))
+
+        def over(levels: Tensor, history: int = kernel.HISTORY) -> Any:
+            return self._last(kernel.fit_steps(run._denoise_over(levels), levels, path, halves, history))[0]
+
+        def nearest(part: Tensor | None) -> Any:
+            return self._last(kernel._nearest(run._denoise_over, path, n, space, paper, part))[0]
+
         if name == "polished":
-            found, *_ = nearest(None)
-            polished = self._last(kernel.polish(run._denoise_over(torch.tensor(found.sigmas)), found, path))
-            return polished, path.end
+            found = nearest(None)
+            return self._last(kernel.polish(run._denoise_over(torch.tensor(found.sigmas)), found, path))
         if name.startswith("ridge"):
             with self._ridge(float(name.split()[1])):
-                found, _, end = nearest(halves)
-            return found, end
+                return nearest(halves)
         if name == "history":
-            return fit(own, halves, 3)
+            return over(own, 3)
         if name == "paper":
-            return fit(self.kernel.search_levels(paper, own, lowest(path), space), halves)
+            return over(kernel.search_levels(paper, own, lowest(path), space))
         if name == "warp":
-            return fit(warped(path, n, paper), halves)
-        found, _, end = nearest(None if name == "whole" else halves)
-        return found, end
+            return over(warped(path, n, paper))
+        return nearest(None if name == "whole" else halves)
 
     def own(self, path: Any, space: Any, n: int) -> Tensor:
         """The long run's levels, spread over fewer steps."""
@@ -153,30 +151,21 @@ def warped(path: Any, n: int, paper: Any) -> Tensor:
     return found
 
 
-def fitted(lab: FitLab, ways: Ways, own: Own, name: str, part: Sequence[Task], n: int) -> tuple[How, Path]:
-    """A run fitted to these pictures at once, and where its latents of these are kept."""
+def fitted(lab: FitLab, ways: Ways, own: Own, name: str, part: Sequence[Task], n: int) -> How:
+    """A run fitted to these pictures at once."""
     goal = own.goal(lab)
-    facts = [name, n, astuple(own.scene), astuple(goal), code_of_fits(), Path(__file__).read_text("utf-8")]
-    kept, ends = (lab.kept("limits", facts, part, end) for end in (".json", ".pt"))
+    kept = lab.kept("limits", [name, n, astuple(own.scene), astuple(goal), code_of_fits(), FORMAT], part, ".json")
     if not kept.exists():
-
-        def work(run: Any, path: Any, space: Any) -> None:
-            found, end = ways.of(name, run, path, space, n)
-            torch.save(end.float(), ends)
-            keep(kept, fields_of(found))
-
-        lab.taught(own.scene, goal, part, work)
+        lab.taught(own.scene, goal, part, lambda *given: keep(kept, fields_of(ways.of(name, *given, n))))
     run = tuple((key, frozen(one)) for key, one in json.loads(kept.read_text("utf-8")))
-    return Fit(run, 0.0).how, ends
+    return Fit(run, 0.0).how
 
 
 def itself(lab: FitLab, ways: Ways, own: Own, n: int, work: Sequence[Task]) -> Seen:
     """Each picture by the run that was fitted to it."""
-    ends = [fitted(lab, ways, own, "whole", [task], n)[1] for task in work]
-    latents = torch.cat([torch.load(path, weights_only=True) for path in ends])
-    goal = lab.drawn(own.scene, own.goal(lab), work).latents
-    shown = partial(lab.pictures, own.scene.model)
-    return Seen(n, psnr(shown(latents), shown(goal)).double(), lab.fidelity(latents, goal))
+    goal = own.goal(lab)
+    each = [seen(lab, own.scene, [fitted(lab, ways, own, "whole", [task], n)], goal, [task]) for task in work]
+    return Seen(n, torch.cat([one.pixels for one in each]), torch.cat([one.latents for one in each]))
 
 
 def measure(lab: FitLab, name: str, counts: Sequence[int], pictures: int) -> list[list]:
@@ -187,10 +176,10 @@ def measure(lab: FitLab, name: str, counts: Sequence[int], pictures: int) -> lis
     say, goal, single = progress(str(own)), own.goal(lab), learned_from(max(MANY, FITS))
     lines: dict[str, Callable[[int], Seen]] = {}
     for said, way in SINGLE.items():
-        hows = lambda n, way=way: [fitted(lab, ways, own, way, [task], n)[0] for task in single[:FITS]]
+        hows = lambda n, way=way: [fitted(lab, ways, own, way, [task], n) for task in single[:FITS]]
         lines[said] = lambda n, hows=hows: seen(lab, own.scene, hows(n), goal, work)
     for said, way in AT_ONCE.items():
-        how = lambda n, way=way: [fitted(lab, ways, own, way, single[:MANY], n)[0]]
+        how = lambda n, way=way: [fitted(lab, ways, own, way, single[:MANY], n)]
         lines[said] = lambda n, how=how: seen(lab, own.scene, how(n), goal, work)
     lines[ITSELF] = lambda n: itself(lab, ways, own, n, work)
     rows = []
