@@ -7,8 +7,10 @@ own Train LoRA: same steps, same seeds, same learning rate; only Attune Training
 on 4 other placements is measured while it trains, at fixed noise and levels evenly over the training time: of the clean
 picture, which the trainer minimises, and of the network's own prediction. After half of the steps and all of them the
 network draws pictures. The judge's features say how far these are from the learned ones (Fréchet), and how many lie
-nearer to the learned picture's mean than to that of each of the 128 pictures that it was to be told from. Writes
-docs/results/training_noise.json and docs/results.md; every training is kept, and a stopped benchmark goes on.
+nearer to the learned picture's mean than to that of each of the 128 pictures that it was to be told from. First, what
+pairing changes at all: how much nearer noise and picture lie, and by how many standard deviations the noise leans
+towards its picture. Writes docs/results/training_noise.json, where rows of other settings stay if their stock was the
+same, docs/results.md and docs/training_noise.png; every training is kept, and a stopped benchmark goes on.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from harness import CACHE, WEIGHTS, tasks
 from judge import BACKGROUNDS, OBJECTS, load_judge
 from looks import data
 from metrics import frechet, jackknife
-from results import DOCS, Table, markdown, record
+from results import DOCS, Table, command_line, markdown, record
 
 LEARNED, HELD_OUT, KNOWN, SIDE = 20, 4, 200, 128
 CAPTION = "a drawn apple"
@@ -42,7 +44,9 @@ LEVELS = 8  # of the held-out loss, evenly over the training time
 EVERY = 8  # steps between two of its measurements
 RATE, RANK = 1e-3, 8
 DRAWN_AT, DRAW_STEPS, CFG = 2, 8, 3.0  # how often pictures are drawn, and how
-FORMAT = 1  # of what is kept; raise it when a training changes
+PAIRED = 100  # batches of which the distance of noise and picture is measured
+MIDDLE = "the level in the middle of the training time"
+FORMAT = 2  # of what is kept; raise it when a training changes
 SETTINGS: dict[str, dict[str, Any]] = {
     "stock": {},
     "logit-normal": {"timesteps": "logit-normal"},
@@ -51,6 +55,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "min-SNR": {"timesteps": "min-SNR"},
     "clusters": {"timesteps": "clusters"},
     "curriculum": {"timesteps": "curriculum"},
+    "noisy half": {"lowest_sigma": MIDDLE},
+    "clean half": {"highest_sigma": MIDDLE},
     "immiscible batch": {"noise": "immiscible batch"},
     "nearest of 4": {"noise": "nearest of several"},
 }
@@ -59,10 +65,12 @@ BATCHED = ["stock", "immiscible batch", "nearest of 4", "logit-normal"]  # in ba
 
 @dataclass
 class Curve:
-    """Of one training, by step: held-out losses of clean picture and prediction, features of what was drawn."""
+    """Of one training, by step: held-out losses of clean picture and prediction, the latter also at each level from
+    noisy to clean, and features of what was drawn."""
 
     clean: dict[int, float] = field(default_factory=dict)
     prediction: dict[int, float] = field(default_factory=dict)
+    levels: dict[int, list[float]] = field(default_factory=dict)
     features: dict[int, list[list[float]]] = field(default_factory=dict)
 
     @staticmethod
@@ -122,7 +130,9 @@ class Training:
 
     def run(self, setting: dict, seed: int, steps: int) -> Curve:
         curve = Curve()
+        middle = float(self.model.get_model_object("model_sampling").percent_to_sigma(0.5))
         choice = {"planned_draws": steps * self.batch} | setting
+        choice = {name: middle if value == MIDDLE else value for name, value in choice.items()}
         (model, *_) = self.host.call("AttuneTrainingNoise", model=self.model, **choice)
         model = model.clone()
         draws_at = {steps * (i + 1) // DRAWN_AT for i in range(DRAWN_AT)} if self.drawn else set()
@@ -135,7 +145,8 @@ class Training:
                 told(loss)
                 done[0] += 1
                 if done[0] % EVERY == 0:
-                    curve.clean[done[0]], curve.prediction[done[0]] = self.losses(guider, args[1])
+                    curve.clean[done[0]], levels = self.losses(guider, args[1])
+                    curve.prediction[done[0]], curve.levels[done[0]] = statistics.fmean(levels), levels
                 if done[0] in draws_at:
                     curve.features[done[0]] = self.judge.features(self.draw(guider, args[1], seed)).tolist()
 
@@ -159,8 +170,8 @@ class Training:
         return self.host.call("TrainLoraNode", **given)
 
     @torch.no_grad()
-    def losses(self, guider, extra_args: dict) -> tuple[float, float]:
-        """Held-out, of the clean picture and of the prediction, means over the levels."""
+    def losses(self, guider, extra_args: dict) -> tuple[float, list[float]]:
+        """Held-out: of the clean picture, the mean over the levels, and of the prediction at each of them."""
         sampling = self.model.get_model_object("model_sampling")  # the stock one, whatever the trainer is given
         x0 = guider.inner_model.process_latent_in(self.held_out)
         conds = guider.conds["positive"]
@@ -175,7 +186,7 @@ class Training:
             clean.append(error)
             prediction.append(error / gain**2)
         guider.conds["positive"] = conds
-        return statistics.fmean(clean), statistics.fmean(prediction)
+        return statistics.fmean(clean), prediction
 
     @torch.no_grad()
     def draw(self, guider, extra_args: dict, seed: int) -> Tensor:
@@ -292,6 +303,59 @@ def picture_table(title: str, found: dict[str, list[Curve]], looks: Looks) -> Ta
     return Table(f"{title}: what it draws", ["training noise", *columns], rows, note)
 
 
+def half_table(title: str, found: dict[str, list[Curve]], steps: int) -> Table:
+    """Where a setting helps: the losses of the prediction over the noisier and the cleaner half of the levels."""
+    rows = []
+    for label, curves in found.items():
+        row: list = [label]
+        for part in (slice(None, LEVELS // 2), slice(LEVELS // 2, None)):
+            losses, stock = ([statistics.fmean(c.levels[steps][part]) for c in of] for of in (curves, found["stock"]))
+            less = [100 * (one / its - 1) for one, its in zip(losses, stock, strict=True)]
+            row += [spread(losses), "–" if label == "stock" else spread(less)]
+        rows.append(row)
+    columns = ["training noise"]
+    for half in ("noisy", "clean"):
+        columns += [f"loss of the prediction, {half} half", "to stock of the same seed, %"]
+    return Table(f"{title}: by level", columns, rows)
+
+
+def pairing_table(host: Host, name: str, latents: Tensor) -> Table:
+    """What pairing changes, of the learned pictures' latents as the trainer has them."""
+    kernel, draws, rows = host.module("kernels.training_noise"), torch.Generator().manual_seed(0), []
+    normal = lambda shape: torch.randn(shape, generator=draws)
+    for label, batch, several in (
+        *((f"immiscible batch of {n}", n, 1) for n in (4, 16)),
+        *((f"nearest of {n}", 1, n) for n in (4, 16)),
+    ):
+        near, far, lean, apart = [], [], [], []
+        for _ in range(PAIRED):
+            pictures = latents[torch.randperm(len(latents), generator=draws)[:batch]]
+            noise = normal(pictures.shape)
+            if several == 1:
+                chosen = kernel.assign(pictures, noise)
+                towards = pictures - pictures.mean(0)  # what they share decides nothing
+            else:
+                chosen = kernel.nearest(pictures, noise, several, lambda n=noise: normal(n.shape))
+                towards = pictures
+            near += (chosen - pictures).flatten(1).norm(dim=1).tolist()
+            far += (noise - pictures).flatten(1).norm(dim=1).tolist()
+            along = (chosen * towards).flatten(1).sum(1) / towards.flatten(1).norm(dim=1)
+            lean += along.tolist()
+            apart += [100 * one**2 / chosen[0].numel() for one in along.tolist()]
+        less = 100 * (1 - statistics.fmean(near) / statistics.fmean(far))
+        rows.append([label, f"{less:.2f}", spread(lean), f"{statistics.fmean(apart):.2f}"])
+    columns = [
+        "noise", "nearer than as drawn, %", "leans towards its picture, standard deviations",
+        "of the noise's variance in that direction, %",
+    ]  # fmt: skip
+    note = (
+        f"{PAIRED} batches of the {LEARNED} pictures' latents, {latents[0].numel()} numbers, in the model's scale. Of "
+        f"a batch, towards its picture less the batch's mean. As drawn {100 / latents[0].numel():.2f} % of the "
+        "variance lies in any one direction."
+    )
+    return Table(f"{name}: what pairing changes", columns, rows, note)
+
+
 def measure(host: Host, args: argparse.Namespace, say: Callable) -> tuple[list, dict]:
     tables, kept = [], {}
     looks = Looks() if args.drawn else None
@@ -303,14 +367,83 @@ def measure(host: Host, args: argparse.Namespace, say: Callable) -> tuple[list, 
                 found[label] = [training.curve(SETTINGS[label], seed, args.steps) for seed in range(args.seeds)]
                 say(f"{name}, batch {batch}, {label}: {spread([one.clean[args.steps] for one in found[label]])}")
         title = f"{name}, batch {batch}"
-        tables.append(loss_table(title, found, args.steps))
+        tables += [loss_table(title, found, args.steps), half_table(title, found, args.steps)]
         if looks:
             tables.append(picture_table(title, found, looks))
+        if not any(table.title.startswith(f"{name}: ") for table in tables):
+            scaled = training.model.model.process_latent_in(training.learned)
+            tables.append(pairing_table(host, name, scaled))
         kept[title] = {
             label: [{"clean": one.clean, "prediction": one.prediction} for one in curves]
             for label, curves in found.items()
         }
     return tables, kept
+
+
+def with_last(tables: list[Table], kept: dict, out: Path) -> tuple[list[Table], dict]:
+    """With rows, tables and curves of the last record that were not made again, where its stock was this one."""
+    path = out / "results" / "training_noise.json"
+    if not path.exists():
+        return tables, kept
+    last, command, new = json.loads(path.read_text("utf-8")), command_line("training_noise"), {t.title for t in tables}
+    same = {title for title in kept if _same_stock(kept[title]["stock"], last["data"].get(title, {}).get("stock", []))}
+    old = {table["title"]: Table(**table) for table in last["tables"]}
+    joined = []
+    for table in tables:
+        labels, rows = {row[0] for row in table.rows}, []
+        if table.title in old and table.title.partition(":")[0] in same:
+            rows = [row for row in old[table.title].rows if row[0] not in labels]
+        commands = dict.fromkeys([old[table.title].command or last["command"]] if rows else [])
+        joined.append(replace(table, rows=[*table.rows, *rows], command="`, `".join([*commands, command])))
+    rest = [replace(t, command=t.command or last["command"]) for title, t in old.items() if title not in new]
+    data = {**last["data"]}
+    for title, curves in kept.items():
+        data[title] = {**(data.get(title, {}) if title in same else {}), **curves}
+    return sorted([*joined, *rest], key=lambda t: t.title.partition(":")[0]), data
+
+
+def _same_stock(now: list[dict], then: list[dict]) -> bool:
+    """The same seeds and steps, and losses but for another processor's arithmetic."""
+    ends = lambda curves: [[float(one[kind][max(one[kind], key=int)]) for kind in one] for one in curves]
+    steps = lambda curves: [sorted(map(int, one["clean"])) for one in curves]
+    near = lambda: torch.allclose(torch.tensor(ends(now)), torch.tensor(ends(then)), rtol=2e-3)
+    return steps(now) == steps(then) and near()
+
+
+def plot(data: dict, path: Path) -> None:
+    """The held-out loss of the prediction by step, in percent of stock's with the same seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(data), figsize=(4.6 * len(data), 4.2), squeeze=False, sharey=True, layout="constrained"
+    )
+    colours = {label: f"C{i}" for i, label in enumerate(SETTINGS)}
+    for axis, (title, known) in zip(axes[0], data.items(), strict=True):
+        for label, curves in known.items():
+            at = sorted(curves[0]["prediction"], key=int)
+            less = [
+                [100 * (one["prediction"][step] / its["prediction"][step] - 1) for step in at]
+                for one, its in zip(curves, known["stock"], strict=True)
+            ]
+            values = torch.tensor(less)
+            error = values.std(0) / len(values) ** 0.5 if len(values) > 1 else None
+            given = {
+                "label": label,
+                "color": colours[label],
+                "linestyle": "--" if label in list(SETTINGS)[10:] else "-",
+            }
+            axis.errorbar([int(step) for step in at], values.mean(0), error, capsize=2, **given)
+        axis.set(title=title, xlabel="steps")
+    axes[0, 0].set_ylabel("held-out loss of the prediction, to stock, %")
+    handles = {
+        label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(handles.values(), handles, fontsize=8, loc="outside lower center", ncols=6)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
 
 
 def main() -> None:
@@ -332,7 +465,9 @@ def main() -> None:
         tables, kept = measure(Host(Path(folder)), args, lambda text: print(text, flush=True))
     print("\n" + "\n".join(map(markdown, tables)))
     notes = [f"Rank {RANK}, learning rate {RATE:g}, {LEARNED} pictures, {HELD_OUT} others held out."]
-    record("training_noise", "Noise for training a LoRA", tables, began, (), notes, args.out, kept)
+    tables, kept = with_last(tables, kept, args.out)
+    plot(kept, args.out / "training_noise.png")
+    record("training_noise", "Noise for training a LoRA", tables, began, ["training_noise.png"], notes, args.out, kept)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -81,7 +82,7 @@ SMOKE = {
     "precision": ["--models", "unet", "--tasks", "2", "--steps", "3"],
     "attention": ["--models", "unet", "--tasks", "2", "--steps", "8"],
     "protect": ["--pictures", "2", "--steps", "3", "--seeds", "1"],
-    "protect_bound": ["--pictures", "1", "--steps", "2"],
+    "protect_bound": ["--pictures", "1", "--steps", "2", "--long", "3", "--seeds", "1"],
 }
 
 
@@ -327,8 +328,45 @@ def test_a_lora_is_trained_with_the_stock_noise_and_with_another(tmp_path, run_h
     curves = [curve for (curve,) in [*single.values(), *batched.values()]]
     assert all(one["clean"].keys() == one["prediction"].keys() == {"8"} for one in curves)
     assert len({one["clean"]["8"] for one in curves}) == len(curves)
-    assert [len(table["rows"]) for table in result["tables"]] == [2, 2, 3, 3]
-    assert all(0 <= float(row[1].split()[0]) <= 100 for row in result["tables"][1]["rows"])
+    loss, halves, drawn, pairing, *_ = result["tables"]
+    assert [len(table["rows"]) for table in result["tables"]] == [2, 2, 2, 4, 3, 3, 3]
+    noisy, clean = (statistics.fmean(float(row[at].split()[0]) for row in halves["rows"]) for at in (1, 3))
+    assert (noisy + clean) / 2 == pytest.approx(
+        statistics.fmean(float(row[4].split()[0]) for row in loss["rows"]), 0.01
+    )
+    assert all(0 <= float(row[1].split()[0]) <= 100 for row in drawn["rows"])
+    batch, more, four, sixteen = (float(row[2].split()[0]) for row in pairing["rows"])
+    assert batch < more and four == pytest.approx(1.03, abs=0.2) and sixteen == pytest.approx(1.77, abs=0.2)
+    assert min(Image.open(tmp_path / "training_noise.png").size) > 100
+
+
+def test_rows_of_an_earlier_training_stay_beside_the_same_stock_alone(tmp_path, monkeypatch):
+    module = importlib.import_module("training_noise")
+    monkeypatch.setattr(sys, "argv", ["training_noise.py", "--only", "mode"])
+    (tmp_path / "results").mkdir()
+
+    def curves(end: float) -> list[dict]:
+        return [{"clean": {"8": end}, "prediction": {"8": end}}]
+
+    def joined(end: float) -> tuple[list, dict]:
+        table = module.Table("flow, batch 1: losses", ["", ""], [["stock", "1"], ["mode", "2"]])
+        return module.with_last([table], {"flow, batch 1": {"stock": curves(end), "mode": curves(2.0)}}, tmp_path)
+
+    assert len(joined(1.0)[0][0].rows) == 2
+    old = {"title": "flow, batch 1: losses", "columns": ["", ""], "rows": [["stock", "1"], ["clusters", "3"]]}
+    other = {"title": "flow, batch 4: losses", "columns": [""], "rows": [["stock"]]}
+    data = {"flow, batch 1": {"stock": curves(1.0), "clusters": curves(3.0)}}
+    last = {"command": "an earlier one", "tables": [old, other], "data": data}
+    (tmp_path / "results" / "training_noise.json").write_text(json.dumps(last))
+    (table, kept), found = joined(1.001)
+    assert [row[0] for row in table.rows] == ["stock", "mode", "clusters"] and kept.title == other["title"]
+    assert table.command.startswith("an earlier one`, `") and list(found["flow, batch 1"]) == [
+        "stock",
+        "clusters",
+        "mode",
+    ]
+    (table, _), found = joined(1.1)
+    assert [row[0] for row in table.rows] == ["stock", "mode"] and list(found["flow, batch 1"]) == ["stock", "mode"]
 
 
 @pytest.mark.nightly
@@ -372,19 +410,27 @@ def test_a_protected_picture_is_edited_beside_a_plain_one(tmp_path, run_here, mo
     assert moved["kept part replaced by noise"] > 10 * moved["Attune Protect Image"] > 0
     assert min(Image.open(tmp_path / "protect.jpg").size) > 100
     run_here("protect_bound", tmp_path, *SMOKE["protect_bound"])
-    (table,) = json.loads((tmp_path / "results" / "protect_bound.json").read_text())["tables"]
-    plain, *attacks = table["rows"]
-    assert plain[0] == "as it is" and len({row[3] for row in attacks}) == len(attacks) == 5
-    assert all(20 < float(row[1]) < 60 for row in attacks)
+    told, another, half = json.loads((tmp_path / "results" / "protect_bound.json").read_text())["tables"]
+    *_, thin, boxed = told["rows"]
+    assert float(thin[1].split()[0]) < 50 < float(thin[3].split()[0]) and boxed[1] == "0 ± 0"
+    for table, attacks in ((another, 5), (half, 7)):
+        plain, *rows = table["rows"]
+        assert plain[0] == "as it is" and len({row[3] for row in rows}) == len(rows) == attacks
+        assert all(20 < float(row[1]) < 60 for row in rows)
+    assert min(Image.open(tmp_path / "protect_bound.jpg").size) > 100
 
 
 @pytest.mark.nightly
 @pytest.mark.host
 def test_fewer_steps_of_a_coarse_attention_err_less(tmp_path, run_here):
     run_here("attention", tmp_path, *SMOKE["attention"])
-    shares, fits = json.loads((tmp_path / "results" / "attention.json").read_text())["tables"]
+    shares, fits, better, errors = json.loads((tmp_path / "results" / "attention.json").read_text())["tables"]
     assert [row[0] for row in shares["rows"]] == ["2 of 8", "4 of 8", "6 of 8", "8 of 8"]
     assert shares["rows"][0][4] > shares["rows"][3][4] and [row[1] for row in fits["rows"]] == [1, 4, 1, 4]
+    *_, four_bits, eight_bits = better["rows"]
+    assert eight_bits[4] > four_bits[4] + 12 > better["rows"][0][4] + 12  # 4 bits more are 24 dB
+    assert all(eight < four for four, eight in zip(*(row[1:] for row in errors["rows"][2:]), strict=True))
+    assert min(Image.open(tmp_path / "attention_kernels.png").size) > 100
 
 
 @pytest.mark.host
