@@ -21,7 +21,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +34,7 @@ from pack.kernels.attention import best_windows
 from pack.kernels.fitted_sampler import fidelity
 from pack.kernels.propagation import step_weights
 from pack.kernels.space import NoiseSpace
-from results import DOCS, Table, command_line, markdown, record
+from results import DOCS, Table, beside_last, markdown, record
 
 COARSE = "attune_every_second_key"
 BETTER = ("attune_three_of_four_keys", "attune_4_bit_keys", "attune_8_bit_keys")
@@ -222,20 +221,6 @@ def measure(host: Host, lab: Lab, args: argparse.Namespace, say: Callable) -> tu
     return tables, data
 
 
-def with_last(tables: list[Table], data: dict, out: Path) -> tuple[list[Table], dict]:
-    """The last record's tables and data of other models and parts before these."""
-    path = out / "results" / "attention.json"
-    if not path.exists():
-        return tables, data
-    last, new = json.loads(path.read_text("utf-8")), {table.title for table in tables}
-    kept = [Table(**table) for table in last["tables"] if table["title"] not in new]
-    kept = [table if table.command else replace(table, command=last["command"]) for table in kept]
-    return [*kept, *(replace(one, command=command_line("attention")) if kept else one for one in tables)], {
-        **(last["data"] or {}),
-        **data,
-    }
-
-
 def main() -> None:
     began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -256,7 +241,8 @@ def main() -> None:
         tables, data = measure(host, Lab(host, args.cache), args, lambda text: print(text, flush=True))
     print("\n" + "\n".join(map(markdown, tables)))
     notes = [f"{args.tasks} pictures, {args.steps} steps of {SOLVER} over '{SCHEDULER}', cfg {CFG:g}."]
-    tables, data = with_last(tables, data, args.out)
+    tables, path = beside_last("attention", tables, args.out), args.out / "results" / "attention.json"
+    data = {**(json.loads(path.read_text("utf-8"))["data"] or {} if path.exists() else {}), **data}
     if data:
         plot(data, args.out / "attention_kernels.png")
     shown = ["attention_kernels.png"] if data else []

@@ -8,8 +8,9 @@ the authors take, with momentum (Dong et al. 2018, arXiv 1710.06081) and with th
 the latent of the background alone as its goal; the predictions of that background, and for the edit with a prompt those
 without it, at several levels of runs of its own; and the end of the very runs that are judged, with mask, noise and
 prompt known, through all of their calls, away from the plain end or towards the background alone. No proof, but what
-the last cannot do, attacks that know less will hardly do. Changed pictures are kept, and a stopped benchmark goes on.
-Writes docs/results/protect_bound.json, docs/results.md and docs/protect_bound.jpg.
+the last cannot do, attacks that know less will hardly do. Changed pictures are kept, and a stopped benchmark goes on;
+tables of edits that are not asked for stay in the record. Writes docs/results/protect_bound.json, docs/results.md and
+docs/protect_bound.jpg.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor
 from comfy_process import ROOT, Host
 from harness import CACHE
 from metrics import psnr
-from results import DOCS, Table, markdown, record
+from results import DOCS, Table, beside_last, markdown, record
 
 RUN = 5  # steps of the runs that attacks are sought through; all are judged by the whole edit
 NOISES = 2  # runs whose calls stand for those of any run
@@ -256,7 +257,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     say = lambda text: print(text, flush=True)
-    titles = {"half": "The other half, without a prompt", "another": "Another object in a box, by a prompt"}
+    titles = {"half": "The other half, within the budget", "another": "Another object in a box, within the budget"}
     with tempfile.TemporaryDirectory() as folder:
         host = Host(Path(folder))
         tables, pictures = [controls(Bench(host, CONTROLS, args.steps, 1))], []
@@ -272,6 +273,7 @@ def main() -> None:
         f"{BUDGET}/255 of a picture in -1..1. Rows of protect_bound.jpg: for each row of the tables but the first one "
         "the pictures, then the first edits of them."
     ]
+    tables = beside_last("protect_bound", tables, args.out)
     record("protect_bound", "How far protection could go", tables, began, ["protect_bound.jpg"], notes, args.out)
 
 

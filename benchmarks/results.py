@@ -9,7 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,17 @@ def record(
     (out / "results" / f"{name}.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
     (out / "results.md").write_text(page(out), "utf-8")
     return result
+
+
+def beside_last(name: str, tables: list[Table], out: Path) -> list[Table]:
+    """After those of the last record that were not made again, each with the command that made it."""
+    path, made = out / "results" / f"{name}.json", {table.title for table in tables}
+    last = json.loads(path.read_text("utf-8")) if path.exists() else {"tables": []}
+    kept = [Table(**table) for table in last["tables"] if table["title"] not in made]
+    if not kept:
+        return tables
+    kept = [table if table.command else replace(table, command=last["command"]) for table in kept]
+    return [*kept, *(replace(table, command=command_line(name)) for table in tables)]
 
 
 def page(out: Path) -> str:
