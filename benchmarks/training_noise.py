@@ -465,7 +465,7 @@ def main() -> None:
         tables, kept = measure(Host(Path(folder)), args, lambda text: print(text, flush=True))
     print("\n" + "\n".join(map(markdown, tables)))
     notes = [f"Rank {RANK}, learning rate {RATE:g}, {LEARNED} pictures, {HELD_OUT} others held out."]
-    tables, kept = with_last(tables, kept, args.out)
+    tables, kept = with_last(tables, json.loads(json.dumps(kept)), args.out)
     plot(kept, args.out / "training_noise.png")
     record("training_noise", "Noise for training a LoRA", tables, began, ["training_noise.png"], notes, args.out, kept)
 

@@ -336,7 +336,7 @@ def test_a_lora_is_trained_with_the_stock_noise_and_with_another(tmp_path, run_h
     )
     assert all(0 <= float(row[1].split()[0]) <= 100 for row in drawn["rows"])
     batch, more, four, sixteen = (float(row[2].split()[0]) for row in pairing["rows"])
-    assert batch < more and four == pytest.approx(1.03, abs=0.2) and sixteen == pytest.approx(1.77, abs=0.2)
+    assert batch < more and four == pytest.approx(0.8, abs=0.25) and sixteen == pytest.approx(1.4, abs=0.25)
     assert min(Image.open(tmp_path / "training_noise.png").size) > 100
 
 
