@@ -7,7 +7,7 @@ import logging
 from ..models.calibration import Calibration
 from ._draw.attention import draw_errors
 from ._draw.axes import to_image
-from ._host.api import ExecutionBlocker, Profile, advanced, check_choices, io, schema, shown_on
+from ._host.api import ExecutionBlocker, Profile, advanced, check_choices, io, more_prompts, schema, shown_on
 from ._host.attention import FastBetween, fit_attention_profile, kernels, levels_of_profile, with_attention
 from ._host.folders import keep_fit
 from ._host.live import show_live
@@ -99,13 +99,9 @@ class AttuneFitAttention(io.ComfyNode):
                         tooltip="The seed of the picture that is measured.",
                     ),
                 ),
-                *(
-                    io.Conditioning.Input(
-                        f"positive_{number}", optional=True,
-                        tooltip="Another typical prompt. With two or more, nine in ten other prompts are to keep what "
-                        "is wanted; with one, only that one is measured.",
-                    )
-                    for number in (2, 3, 4)
+                *more_prompts(
+                    "Another typical prompt. With two or more, nine in ten other prompts are to keep what is wanted; "
+                    "with one, only that one is measured."
                 ),
             ],
             outputs=[

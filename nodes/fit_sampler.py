@@ -13,13 +13,13 @@ from ..kernels.tuner import TUNER_PRESETS, Progress, Runner, Tuned, check_candid
 from ._draw.axes import to_image
 from ._draw.card import draw_card
 from ._draw.schedules import Curve, draw_schedules
-from ._host.api import ExecutionBlocker, Profile, advanced, io, schema, shown_on, text_on
+from ._host.api import ExecutionBlocker, Profile, advanced, io, more_prompts, schema, shown_on, text_on
 from ._host.card import Shown, card_of, keep_card
 from ._host.fit_run import Task, fit_run, rival_schedules, rivals_of
 from ._host.folders import keep_fit, keep_profile
 from ._host.identity import identify, pixels
 from ._host.live import ProgressBar, show_live
-from ._host.session import REFERENCE, Solver, Solves, draw_noises, empty_latent, run_session, solver_of
+from ._host.session import REFERENCE, Solver, Solves, draw_noises, empty_latent, in_turn, run_session, solver_of
 from ._host.stock_schedules import known_schedules
 from ._plan.fit_run import (
     EXACT_PATH,
@@ -125,6 +125,10 @@ class AttuneFitSampler(io.ComfyNode):
                     tooltip="With 'coefficients' fitted to your run: its long schedule. Without 'coefficients': a "
                     "schedule of your own with 'steps' steps, which competes first and is kept if 'levels' is off.",
                 ),
+                *more_prompts(
+                    "Another typical prompt: what is fitted to four holds for others better than what is fitted to "
+                    "one, and costs four times as much."
+                ),
             ],
             outputs=[
                 Profile.Output(display_name="profile", tooltip="For Attune Apply Profile and Attune Save Profile."),
@@ -145,8 +149,11 @@ class AttuneFitSampler(io.ComfyNode):
     def execute(
         cls, model, positive, negative, cfg, sampler, latent, steps, preset="mini", levels=True, timesteps=True,
         budget_minutes=30.0, seed=0, coefficients=False, to=YOUR_RUN, more_steps="", sigmas=None,
+        **more_positives,
     ) -> io.NodeOutput:  # fmt: skip
         solver, setting, empty = _setting(model, cfg, sampler, latent, seed)
+        further = {name: one for name, one in more_positives.items() if one is not None}
+        positive, empty = in_turn(positive, further, "Attune Fit Sampler"), torch.cat([empty] * (1 + len(further)))
         if coefficients:
             counts = counts_of(steps, more_steps)
             check_looks(len(counts), TUNER_PRESETS[preset].held_out * len(empty), preset)

@@ -9,7 +9,7 @@ from PIL import Image
 from ..models.calibration import KeySteps, Point
 from ._draw.axes import to_image
 from ._draw.propagation import draw_calibration, draw_speeds
-from ._host.api import Profile, advanced, io, schema, shown_on
+from ._host.api import Profile, advanced, io, more_prompts, schema, shown_on
 from ._host.folders import keep_fit
 from ._host.live import show_live
 from ._host.propagation import DEVICES, DTYPES, add_propagation, key_steps_for
@@ -208,13 +208,9 @@ class AttuneFitPropagation(io.ComfyNode):
                         "and more. 10 to 30 are good.",
                     ),
                 ),
-                *(
-                    io.Conditioning.Input(
-                        f"positive_{number}", optional=True,
-                        tooltip="Another typical prompt, for forecasts: what is fitted to four holds for others far "
-                        "better than what is fitted to one.",
-                    )
-                    for number in (2, 3, 4)
+                *more_prompts(
+                    "Another typical prompt, for forecasts: what is fitted to four holds for others far better than "
+                    "what is fitted to one."
                 ),
             ],
             outputs=[

@@ -46,6 +46,11 @@ def advanced(*inputs: io.Input) -> list[io.Input]:
     return list(inputs)
 
 
+def more_prompts(tooltip: str) -> list[io.Input]:
+    """Optional inputs positive_2 to positive_4, for nodes that fit to several prompts."""
+    return [io.Conditioning.Input(f"positive_{n}", optional=True, tooltip=tooltip) for n in (2, 3, 4)]
+
+
 def check_choices(node: type[io.ComfyNode], **chosen) -> None:
     """ValueError for a value that the node's list of that name does not have: older hosts let it through."""
     lists = {one.id: one.options for one in node.define_schema().inputs if isinstance(one, io.Combo.Input)}

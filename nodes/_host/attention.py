@@ -23,8 +23,8 @@ from .calibrating import calibrating, stands_aside
 from .clock import noise_space, why_not
 from .identity import identify, pixels
 from .live import Interim, last_on_bar
-from .propagation.fit import in_turn
 from .sampling import run_stock_node, sample
+from .session import in_turn
 from .solvers import known
 
 LOG = logging.getLogger(__name__)

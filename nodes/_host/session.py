@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
@@ -224,6 +225,33 @@ def run_session(
         return work(Solves(solver, guided, extra_args, latent, space))
 
     return inside_run(guider, torch.zeros_like(latent), latent, sigmas.clone(), seed, solves)
+
+
+def in_turn(positive: list, others: dict[str, list], who: str) -> list:
+    """Prompts as one CONDITIONING whose pictures have them in turn; ValueError for one that cannot be put so.
+
+    others: by the names of their inputs.
+    """
+    if not others:
+        return positive
+    (_, facts), *_ = positive
+    for name, other in others.items():
+        alike = len(positive) == len(other) == 1 and other[0][0].shape[2:] == positive[0][0].shape[2:]
+        if not alike or (facts.keys() ^ other[0][1].keys()) - {"attention_mask"}:
+            raise ValueError(
+                f"{who} needs in 'positive' and '{name}' one plain prompt each, of the same text encoder and without "
+                f"areas: connect 'CLIP Text Encode' directly, or leave '{name}' out."
+            )
+    each = [positive[0], *(other[0] for other in others.values())]
+    tokens = math.lcm(*(text.shape[1] for text, _ in each))  # the host repeats them so, too, which no attention feels
+    texts = torch.cat([text.repeat(1, tokens // text.shape[1], 1) for text, _ in each])
+    kept = {key: value for key, value in facts.items() if key != "attention_mask"}
+    joined = {
+        key: torch.cat([own[key] for _, own in each])
+        for key, value in kept.items()
+        if isinstance(value, Tensor) and all(own[key].shape == value.shape for _, own in each)
+    }
+    return [[texts, {**kept, **joined}]]
 
 
 def empty_latent(model, latent: dict, name: str = "latent_image") -> Tensor:

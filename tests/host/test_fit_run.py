@@ -237,6 +237,25 @@ def test_the_fast_sampler_takes_a_fit_to_the_users_own_run_by_itself(kit, host, 
         assert said[-1].startswith("A full run"), changed
 
 
+def test_a_fit_to_two_prompts_is_one_to_their_batch_and_serves_a_run_of_one(net, host, lenient):
+    apple = net.encode("a red apple on a light blue background")
+    profile, *_ = fitted(net, positive_2=apple)
+    both = lambda of: torch.cat([of(net.positive[0]), of(apple[0])])
+    facts = {**net.positive[0][1], "pooled_output": both(lambda one: one[1]["pooled_output"])}
+    batch, *_ = fitted(net, positive=[[both(lambda one: one[0]), facts]], latent=net.empty(2))
+    assert profile.runs == batch.runs != fitted(net)[0].runs
+    (euler,) = host.call("KSamplerSelect", sampler_name="euler")
+    (sampler,) = host.call("AttuneFastSampler", sampler=euler, use="auto", evaluations=4, fidelity=1.0)
+    said: list[str] = []
+    sampler._say = said.append
+    with counting(net.model) as calls:
+        drawn(net, sampler, schedule(net, 12))
+    assert calls[0] == 4, said
+    areas = [*net.positive, *apple]
+    with pytest.raises(ValueError, match="Attune Fit Sampler needs in 'positive' and 'positive_2' one plain prompt"):
+        fitted(net, positive_2=areas)
+
+
 @pytest.mark.parametrize(
     "method", daily([name for name, one in METHODS.items() if one.model == "unet"], "golden noise")
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
@@ -25,6 +24,7 @@ from ..clock import noise_space, why_not
 from ..identity import identify, network_of, pixels
 from ..live import Interim, last_on_bar
 from ..sampling import run_stock_node, sample
+from ..session import in_turn
 from ..solvers import adds_noise, known
 from . import KEY, Propagation, WholeSteps, applied, outer_sample, propagation_for, run_of
 from .forecast import can_forecast
@@ -193,7 +193,7 @@ def fit_profile(
 
     if kind is WholeSteps:
         further = {name: one for name, one in more_positives.items() if one is not None}
-        latent_image, positive = _enough(latent_image, 1 + len(further)), in_turn(positive, further)
+        latent_image, positive = _enough(latent_image, 1 + len(further)), in_turn(positive, further, WHO)
 
     def run(patched: Any, noise: int = seed) -> Tensor:
         noise %= 2**64
@@ -222,33 +222,6 @@ def _enough(latent_image: dict, prompts: int) -> dict:
     samples = latent_image["samples"]
     times = prompts if prompts > 1 or len(samples) >= FEWEST_PICTURES else FEWEST_PICTURES
     return latent_image if samples.is_nested else {**latent_image, "samples": torch.cat([samples] * times)}
-
-
-def in_turn(positive: list, others: dict[str, list], who: str = WHO) -> list:
-    """Prompts as one CONDITIONING whose pictures have them in turn; ValueError for one that cannot be put so.
-
-    others: by the names of their inputs.
-    """
-    if not others:
-        return positive
-    (_, facts), *_ = positive
-    for name, other in others.items():
-        alike = len(positive) == len(other) == 1 and other[0][0].shape[2:] == positive[0][0].shape[2:]
-        if not alike or (facts.keys() ^ other[0][1].keys()) - {"attention_mask"}:
-            raise ValueError(
-                f"{who} needs in 'positive' and '{name}' one plain prompt each, of the same text encoder and without "
-                f"areas: connect 'CLIP Text Encode' directly, or leave '{name}' out."
-            )
-    each = [positive[0], *(other[0] for other in others.values())]
-    tokens = math.lcm(*(text.shape[1] for text, _ in each))  # the host repeats them so, too, which no attention feels
-    texts = torch.cat([text.repeat(1, tokens // text.shape[1], 1) for text, _ in each])
-    kept = {key: value for key, value in facts.items() if key != "attention_mask"}
-    joined = {
-        key: torch.cat([own[key] for _, own in each])
-        for key, value in kept.items()
-        if isinstance(value, Tensor) and all(own[key].shape == value.shape for _, own in each)
-    }
-    return [[texts, {**kept, **joined}]]
 
 
 def measures_too_few(sampler_name: str, latent_image: dict) -> bool:
