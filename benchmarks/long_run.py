@@ -150,6 +150,7 @@ class Server:
     drawn: dict[str, str] = field(default_factory=dict)
     seconds: list[float] = field(default_factory=list)
     compared: int = 0
+    faults: list[str] = field(default_factory=list)
 
     def run(self, named: list[tuple[str, dict]]) -> list[dict]:
         """All prompts in the queue at once, from the pages in turn; every picture is compared with those drawn before
@@ -169,14 +170,22 @@ class Server:
         while not (entry := ask(f"{self.url}/history/{id}").get(id)):
             assert time.time() < until, f"{name} did not end"
             time.sleep(0.01)
-        assert entry["status"]["status_str"] == "success", (name, entry["status"]["messages"][-1])
+        if entry["status"]["status_str"] != "success":
+            self._fault(f"{name}: {entry['status']['messages'][-1]}")
+            return entry["outputs"]
         at = {event: data["timestamp"] for event, data in entry["status"]["messages"]}
         self.seconds.append((at["execution_success"] - at["execution_start"]) / 1000)
         pictures = self._take(entry["outputs"])
         if pictures:
-            assert self.drawn.setdefault(name, pictures) == pictures, f"{name} drew another picture"
+            if self.drawn.setdefault(name, pictures) != pictures:
+                self._fault(f"{name} drew another picture")
             self.compared += 1
         return entry["outputs"]
+
+    def _fault(self, what: str) -> None:
+        """Said at once; the day goes on, so that it tells all of them."""
+        print(what, flush=True)
+        self.faults.append(what)
 
     def _take(self, outputs: dict) -> str:
         """A digest of the saved pictures, which are removed, with the host's memory of them."""
@@ -221,7 +230,9 @@ def serving(folder: Path, *flags: str) -> Iterator[Server]:
     host = dev.Host(os.environ["COMFYUI_PATH"])
     shown = ("--preview-method", "latent2rgb")
     with dev.server(host, folder, "--base-directory", str(folder), *shown, *flags) as url:
-        yield Server(url, folder / "output", [Page(url), Page(url)])
+        server = Server(url, folder / "output", [Page(url), Page(url)])
+        yield server
+    assert not server.faults, f"{len(server.faults)} prompts failed; the first: {server.faults[0]}"
 
 
 def prompt_of(name: str) -> dict:
@@ -314,6 +325,50 @@ def plot(results: dict[str, tuple[np.ndarray, list[float]]], path: Path) -> None
     plt.close(figure)
 
 
+def first_day(folder: Path, count: int, minutes: float, say: Callable) -> dict:
+    """All methods, on the server that saves and learns."""
+    with serving(folder) as server:
+        saved_before(server, save=True)
+        counted = day(server, WORKFLOWS, count, minutes, say, FITS)
+        shown = sum(page.pictures for page in server.pages)
+        return {"counted": counted, "seconds": server.seconds, "drawn": server.drawn, "compared": server.compared,
+                "shown": shown}  # fmt: skip
+
+
+def restarted(folder: Path, cache: str, drawn: dict[str, str], count: int, minutes: float) -> list:
+    """A server with another cache, on the files of the first one: it must draw the same."""
+    with serving(folder, *f"--cache-{cache}".split()) as server:
+        server.drawn = dict(drawn)
+        saved_before(server, save=False)  # by the server before the restart
+        until, prompts = time.time() + 60 * minutes / 4, list(stream(WORKFLOWS, count, []))
+        for start in range(0, count, 2):
+            if time.time() < until:
+                server.run(prompts[start : start + 2])
+        return [f"--cache-{cache}", server.compared, float(np.median(server.seconds))]
+
+
+def control(folder: Path, count: int, minutes: float, say: Callable) -> dict:
+    with serving(folder) as server:
+        return {"counted": day(server, STOCK, count, minutes, say), "seconds": server.seconds}
+
+
+def kept(path: Path, make: Callable):
+    """What `make` gave, or gave when it was last run: a server's part of the day lies in a file once it has ended."""
+    if not path.exists():
+        path.write_text(json.dumps(make()), "utf-8")
+    return json.loads(path.read_text("utf-8"))
+
+
+@contextmanager
+def files(cache: Path | None) -> Iterator[Path]:
+    if cache:
+        (cache / "long_run").mkdir(parents=True, exist_ok=True)
+        yield cache / "long_run"
+        return
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
 def main() -> None:
     began = time.perf_counter()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -323,34 +378,25 @@ def main() -> None:
         "--caches", nargs="*", default=["none", "lru 1", "lru 100"], help="ComfyUI's --cache-… to compare"
     )
     parser.add_argument("--control", type=int, default=500, help="prompts of stock nodes alone; 0: none")
-    parser.add_argument("--cache", type=Path, help="not used: nothing here is worth keeping")
+    parser.add_argument(
+        "--cache", type=Path, help="keep the servers' files and parts here, and go on from those that ended"
+    )
     parser.add_argument("--out", type=Path, default=DOCS)
     args = parser.parse_args()
     say = lambda text: print(text, flush=True)
     short = min(max(args.prompts // 20, 4), 50)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        with serving(folder) as server:
-            saved_before(server, save=True)
-            counted = np.array(day(server, WORKFLOWS, args.prompts, args.minutes, say, FITS))
-            drawn, seconds, compared = server.drawn, server.seconds, server.compared
-            shown = sum(page.pictures for page in server.pages)
+    with files(args.cache) as folder:
+        whole = kept(folder / "day.json", lambda: first_day(folder, args.prompts, args.minutes, say))
+        drawn, seconds = whole["drawn"], whole["seconds"]
+        results = {"all methods": (np.array(whole["counted"]), seconds)}
         caches = []
         for cache in args.caches:
-            with serving(folder, *f"--cache-{cache}".split()) as server:
-                server.drawn = drawn
-                saved_before(server, save=False)  # by the server before the restart
-                until, prompts = time.time() + 60 * args.minutes / 4, list(stream(WORKFLOWS, short, []))
-                for start in range(0, short, 2):
-                    if time.time() < until:
-                        server.run(prompts[start : start + 2])
-                caches.append([f"--cache-{cache}", server.compared, float(np.median(server.seconds))])
-                say(f"{caches[-1]}")
-        results = {"all methods": (counted, seconds)}
+            part = partial(restarted, folder, cache, drawn, short, args.minutes)
+            caches.append(kept(folder / f"{cache}.json", part))
+            say(f"{caches[-1]}")
         if args.control:
-            with serving(folder) as server:
-                stock = np.array(day(server, STOCK, args.control, args.minutes, say))
-                results["stock nodes alone"] = stock, server.seconds
+            stock = kept(folder / "stock.json", lambda: control(folder, args.control, args.minutes, say))
+            results["stock nodes alone"] = np.array(stock["counted"]), stock["seconds"]
     plot(results, args.out / "long_run.png")
     tables = [
         Table(
@@ -362,10 +408,10 @@ def main() -> None:
         Table(
             "The same picture every time",
             ["server", "pictures compared", "seconds a prompt"],
-            [["as it comes", compared, float(np.median(seconds))], *caches],
+            [["as it comes", whole["compared"], float(np.median(seconds))], *caches],
             "All are equal, bit for bit, to the first server's; each server but the first began by drawing with the "
             "profile that the first one had saved, and with what it had learned. Each of two pages heard of the end of "
-            f"its own prompts and of no other; the first server showed them {shown} pictures while it worked.",
+            f"its own prompts and of no other; the first server showed them {whole['shown']} pictures while it worked.",
         ),
     ]
     notes = [" ".join(part.split()) for part in __doc__.split("\n\n")[1:]]
