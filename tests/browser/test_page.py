@@ -138,7 +138,9 @@ def test_a_german_browser_sees_german_nodes(browser, server, tmp_path):
     names = german["names"]
     assert node["title"] == german["nodes"]["Attune Apply Profile"]
     assert node["category"].split("/") == [german["menu"][part] for part in ("attune", "profiles")]
-    said = json.loads((ROOT / "locales/en/nodeDefs.json").read_text("utf-8"))["AttuneApplyProfile"]["description"]
+    said = json.loads((ROOT / "locales/en/main.json").read_text("utf-8"))["nodeDefs"]["AttuneApplyProfile"][
+        "description"
+    ]
     assert node["help"] == german["texts"][said] != said
     assert {names[name] for name in ("model", "profile", "latent", "steps", "report")} <= set(node["sockets"])
     assert node["widgets"] == [

@@ -1,6 +1,6 @@
 """The pack's words in every language: nothing missing, nothing stale, and what must not be translated left alone.
 
-`locales/LANGUAGE.json` is written by hand: English phrase to translation. `locales/LANGUAGE/*.json`, which ComfyUI serves,
+`locales/LANGUAGE.json` is written by hand: English phrase to translation. `locales/LANGUAGE/main.json`, which ComfyUI serves,
 is made from it and from the node definitions: `ATTUNE_WRITE=1 python dev.py test tests/host/test_locales.py`.
 """
 
@@ -58,7 +58,8 @@ def phrases(schemas) -> dict[str, list[str]]:
 
 
 def served(schemas, book: dict) -> dict[str, dict]:
-    """The files of one language. Without a book: English."""
+    """What the file of one language holds. Without a book: English. ComfyUI reads a key of main.json as it reads the file
+    of that name beside it."""
     say = lambda section, phrase: book[section][phrase] if book else phrase
     spoken = lambda socket: {"name": say("names", socket["name"]), "tooltip": say("texts", socket["tooltip"])}
     definitions = {
@@ -71,7 +72,7 @@ def served(schemas, book: dict) -> dict[str, dict]:
         for name, node in english(schemas).items()
     }
     menu = {part: say("menu", part) for part in phrases(schemas)["menu"]}
-    return {"nodeDefs.json": definitions, "main.json": {"nodeCategories": menu}}
+    return {"nodeCategories": menu, "nodeDefs": definitions}
 
 
 @pytest.fixture(scope="module")
@@ -104,17 +105,17 @@ def test_every_phrase_has_its_translation_and_no_translation_lost_its_phrase(sch
 
 @pytest.mark.parametrize("language", ["en", *BOOKS])
 def test_what_comfyui_serves_is_made_from_the_nodes_and_the_phrase_book(schemas, language):
-    for name, content in served(schemas, BOOKS.get(language, {})).items():
-        path, text = LOCALES / language / name, json.dumps(content, ensure_ascii=False, indent=1) + "\n"
-        if os.environ.get("ATTUNE_WRITE"):
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(text, "utf-8")
-        assert path.read_text("utf-8") == text, f"{path.name} is stale: run this file with ATTUNE_WRITE=1"
+    path = LOCALES / language / "main.json"
+    text = json.dumps(served(schemas, BOOKS.get(language, {})), ensure_ascii=False, indent=1) + "\n"
+    if os.environ.get("ATTUNE_WRITE"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, "utf-8")
+    assert path.read_text("utf-8") == text, f"{path} is stale: run this file with ATTUNE_WRITE=1"
 
 
 @pytest.mark.parametrize("language", BOOKS)
 def test_titles_are_told_apart_and_inputs_of_one_node_too(schemas, language):
-    nodes = served(schemas, BOOKS[language])["nodeDefs.json"]
+    nodes = served(schemas, BOOKS[language])["nodeDefs"]
     assert max(Counter(node["display_name"] for node in nodes.values()).values()) == 1
     for name, node in nodes.items():
         names = Counter(socket["name"] for socket in node["inputs"].values())
