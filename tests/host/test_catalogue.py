@@ -87,15 +87,30 @@ def test_at_most_six_widgets_are_in_sight(host, node):
     assert len(shown) <= 6, shown
 
 
+SAME_PICTURE = dict.fromkeys(["calibration_set", "precision", "training_noise"], "attention")  # to the bit
+
+
 @pytest.mark.parametrize("node", IDS)
-def test_every_node_has_help_and_a_workflow(node):
+def test_every_node_has_help_with_a_picture_and_names_a_workflow(node):
     page = (ROOT / "web/docs" / f"{node}.md").read_text("utf-8")
-    (name,) = re.findall(r"!\[[^]]+\]\((\w+)\.jpg\)", page)
+    ((name, caption),) = re.findall(r"!\[[^]]+\]\((\w+)\.jpg\)\n\*(.+)\*\n", page)
     assert (ROOT / f"web/docs/{name}.jpg").stat().st_size > 1000
-    assert f'"type": "{node}"' in WORKFLOWS[name].read_text("utf-8")
+    told = set(re.findall(r"/docs/workflows/(\w+)\.json\)", caption))
+    told |= {stem for stem, title in TITLES.items() if f"“{title}”" in caption}
+    assert name in {SAME_PICTURE.get(one, one) for one in told} | told
+    assert [one for one in told if f'"type": "{node}"' in WORKFLOWS[one].read_text("utf-8")]
     (docs,) = re.findall(r"\[docs/(\w+)\.md\]\(https://github\.com/[\w/-]+/blob/main/docs/\1\.md\)", page)
     assert (ROOT / f"docs/{docs}.md").exists()
     assert len(page) > 300
+
+
+def test_every_picture_of_the_help_is_shown():
+    shown = {
+        name
+        for page in (ROOT / "web/docs").glob("*.md")
+        for name in re.findall(r"\((\w+\.jpg)\)", page.read_text("utf-8"))
+    }
+    assert shown == {path.name for path in (ROOT / "web/docs").glob("*.jpg")}
 
 
 @pytest.mark.parametrize("node", IDS)
