@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 
 from ..models.calibration import Calibration
-from ._draw.attention import draw_errors
 from ._draw.axes import to_image
+from ._draw.plots import draw_errors
 from ._host.api import ExecutionBlocker, Profile, advanced, check_choices, io, more_prompts, schema, shown_on
 from ._host.attention import FastBetween, fit_attention_profile, kernels, levels_of_profile, with_attention
 from ._host.folders import keep_fit

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._draw.axes import to_image
-from ._draw.compare import Batch, draw_comparison
+from ._draw.sheets import Batch, draw_comparison
 from ._host.api import io, schema
 
 MOST = 6  # batches side by side

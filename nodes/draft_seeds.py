@@ -7,7 +7,7 @@ import logging
 import torch
 
 from ._draw.axes import to_image
-from ._draw.draft_seeds import draw_contact_sheet
+from ._draw.sheets import draw_contact_sheet
 from ._host.api import ExecutionBlocker, Profile, advanced, io, say_on_node, schema, shown_on
 from ._host.draft_seeds import WholeRun, draw_drafts, pictures_of
 from ._host.live import ProgressBar, coloured, show_live

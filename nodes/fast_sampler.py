@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..models.calibration import SAMPLER
-from ._draw.card import draw_card
+from ._draw.sheets import draw_card
 from ._host.api import io, schema
 from ._host.fitted_sampler import fast_for, fast_stamp
 from ._host.folders import has_profile, missing_profile, profiles_of_kind

@@ -11,8 +11,8 @@ import torch
 from ..kernels.schedules import check_sigmas
 from ..kernels.tuner import TUNER_PRESETS, Progress, Runner, Tuned, check_candidates, reference_levels, tune
 from ._draw.axes import to_image
-from ._draw.card import draw_card
-from ._draw.schedules import Curve, draw_schedules
+from ._draw.plots import Curve, draw_schedules
+from ._draw.sheets import draw_card
 from ._host.api import ExecutionBlocker, Profile, advanced, io, more_prompts, schema, shown_on, text_on
 from ._host.card import Shown, card_of, keep_card
 from ._host.fit_run import Task, fit_run, rival_schedules, rivals_of

@@ -13,7 +13,7 @@ from ..kernels.noise_shift import FEWEST, SHIFT_PRESETS, Shift
 from ..models.calibration import ModelIdentity, Size
 from ..models.store import SUFFIX, file_stem
 from ._draw.axes import to_image
-from ._draw.noise_shift import draw_search, draw_shift
+from ._draw.plots import draw_search, draw_shift
 from ._host.api import Profile, advanced, io, schema, shown_on
 from ._host.calibrating import calibrating
 from ._host.folders import find_profile, keep_fit, keep_profile, keep_update, profile_path

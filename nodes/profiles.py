@@ -8,10 +8,7 @@ from ..kernels.refine import ratio
 from ..models.calibration import NOISE_SHIFT, PROPAGATION, misfits
 from ..models.store import shipped_profiles
 from ._draw.axes import to_image
-from ._draw.detail import draw_detail
-from ._draw.noise_shift import draw_shift
-from ._draw.propagation import draw_speeds
-from ._draw.schedules import Curve, applied_curve, draw_schedules, profile_curve
+from ._draw.plots import Curve, applied_curve, draw_detail, draw_schedules, draw_shift, draw_speeds, profile_curve
 from ._host.api import Profile, advanced, check_choices, io, say_on_node, schema, shown_on, ui
 from ._host.apply import STOCK, Ready, Use, put_to_use, stock_levels
 from ._host.folders import find_profile, has_profile, installed_files, keep_profile, missing_profile, profile_names

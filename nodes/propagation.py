@@ -8,7 +8,7 @@ from PIL import Image
 
 from ..models.calibration import KeySteps, Point
 from ._draw.axes import to_image
-from ._draw.propagation import draw_calibration, draw_speeds
+from ._draw.plots import draw_calibration, draw_speeds
 from ._host.api import Profile, advanced, io, more_prompts, schema, shown_on
 from ._host.folders import keep_fit
 from ._host.live import show_live

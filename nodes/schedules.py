@@ -6,7 +6,7 @@ import logging
 
 from ..models.calibration import SAMPLER, size_text
 from ..models.store import is_profile_file
-from ._draw.card import draw_card
+from ._draw.sheets import draw_card
 from ._host.api import advanced, io, say_on_node, schema
 from ._host.clock import matching_denoise
 from ._host.fitted_sampler import fast_for, fast_stamp

@@ -14,7 +14,7 @@ from ..models.npnet import NPNet
 from ..models.npnet_files import save_npnet
 from ..models.train_npnet import ALONE, NPNET_SIZES, NPNetTraining, Pairs, Recipe, Share
 from ..models.training import MADE, UNFINISHED, check_writable, find_place, keep_result, spelled
-from ._draw.learning import draw_learning
+from ._draw.plots import draw_learning
 from ._host.api import ExecutionBlocker, advanced, io, schema
 from ._host.folders import NPNETS, folder_of
 from ._host.golden_noise import HostNPNet, NPNetType

@@ -6,7 +6,7 @@ import logging
 
 from ..kernels.training_noise import STEEPEST_MODE, TimestepDensity, stages
 from ._draw.axes import to_image
-from ._draw.training_noise import draw_density
+from ._draw.plots import draw_density
 from ._host.api import advanced, check_choices, io, say_on_node, schema, shown_on
 from ._host.training_noise import AS_DRAWN, PAIRINGS, TrainingNoise, levels_of, with_training_noise
 from ._plan.training_noise import DENSITIES, training_report

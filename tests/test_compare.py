@@ -10,7 +10,7 @@ import torch
 
 from pack.nodes._draw import axes
 from pack.nodes._draw.axes import COLOURS
-from pack.nodes._draw.compare import (
+from pack.nodes._draw.sheets import (
     BINS,
     GAP,
     HEAD,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pack.nodes._draw.draft_seeds import LABEL, draw_contact_sheet
+from pack.nodes._draw.sheets import LABEL, draw_contact_sheet
 from pack.nodes._plan.draft_seeds import Drafts, picked
 
 DRAFTS = Drafts((7, 8, 9))

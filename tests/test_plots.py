@@ -10,8 +10,16 @@ from pack.kernels.propagation import Reuse
 from pack.models.calibration import Calibration, CondLevels, Point
 from pack.models.store import shipped_profiles
 from pack.nodes._draw.axes import BOTTOM, COLOURS, HEIGHT, INK, LEFT, PAPER, RIGHT, TOP, WIDTH, Axes, sheet, to_image
-from pack.nodes._draw.propagation import CURVE, KEY_STEP, SECOND_ALONE, draw_calibration, draw_speeds
-from pack.nodes._draw.schedules import Curve, draw_schedules, profile_curve
+from pack.nodes._draw.plots import (
+    CURVE,
+    KEY_STEP,
+    SECOND_ALONE,
+    Curve,
+    draw_calibration,
+    draw_schedules,
+    draw_speeds,
+    profile_curve,
+)
 
 
 def where(picture, colour, left=LEFT, right=WIDTH - RIGHT):

@@ -13,7 +13,7 @@ from pack.kernels.noise_shift import SHIFT_PRESETS, Shift
 from pack.kernels.space import NoiseSpace
 from pack.models.calibration import NOISE_SHIFT, CondLevels, ModelIdentity, refuse_unfit
 from pack.models.store import load_profile, save_profile, update_profile
-from pack.nodes._draw.noise_shift import draw_shift
+from pack.nodes._draw.plots import draw_shift
 from pack.nodes._plan.noise_shift import (
     continues,
     noise_shift_profile,

@@ -1,4 +1,4 @@
-"""Pictures side by side: a labelled grid, where they differ, and how bright they are. Drawn with Pillow alone."""
+"""Pictures laid out with labels: the grid of Attune Compare, the numbered drafts of a sheet, the card of a fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .axes import COLOURS, FAINT, INK, PAPER, font, writes
+from ...models.calibration import Calibration
+from .axes import COLOURS, FAINT, INK, PAPER, font, sheet, writes
+from .plots import Curve, draw_schedules
 
 GAP, HEAD = 8, 52  # pixels between pictures, and above each column
 MOST_PIXELS = 100_000_000  # pixels of a grid; as IMAGE they are 1.2 GB
@@ -164,3 +166,41 @@ def _draw_histogram(draw: ImageDraw.ImageDraw, batches: Sequence[Batch], top: in
             (left + (k + 0.5) / BINS * (right - left), bottom - h * (bottom - top)) for k, h in enumerate(heights)
         ]
         draw.line(points, COLOURS[i % len(COLOURS)], 2, joint="curve")
+
+
+LABEL = 24  # pixels above each picture
+
+
+def draw_contact_sheet(images: Tensor, labels: Sequence[str], side: int) -> Image.Image:
+    """Pictures [n h w 3] from 0 to 1, `side` pixels wide, as many columns as rows or more, each under its label."""
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    height = max(round(side * images.shape[1] / images.shape[2]), 1)
+    picture, draw = sheet(columns * (side + GAP) + GAP, rows * (LABEL + height + GAP) + GAP)
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        x, y = GAP + i % columns * (side + GAP), GAP + i // columns * (LABEL + height + GAP)
+        draw.text((x, y), fit_text(draw, label, side, 16), INK, font(16))
+        picture.paste(scaled(image, side, height), (x, y + LABEL))
+    return picture
+
+
+CARD_SIDE, CARD_SPACE, CARD_LINE = 300, 24, 26  # of the two pictures, between parts, of a line of text
+
+
+def draw_card(profile: Calibration, facts: Sequence[str], pictures: Sequence[tuple[str, Image.Image]]) -> Image.Image:
+    """The profile's name and facts above, its levels on the left, the pictures with their names on the right."""
+    long = Curve(f"{profile.steps} steps of {profile.solver}", profile.sigmas)
+    plot = draw_schedules([long, *(Curve(f"{one.run.steps} steps", one.run.sigmas) for one in profile.runs[:4])])
+    top = 2 * CARD_SPACE + CARD_LINE * (len(facts) + 2)
+    height = top + max(plot.height, len(pictures) * (CARD_SIDE + CARD_LINE + CARD_SPACE))
+    card, draw = sheet(plot.width + CARD_SIDE + 2 * CARD_SPACE, height)
+    draw.text((CARD_SPACE, CARD_SPACE), profile.name, INK, font(22, profile.name))
+    for i, fact in enumerate(facts):
+        draw.text((CARD_SPACE, CARD_SPACE + CARD_LINE * (i + 1.5)), fact, INK, font(16, fact))
+    card.paste(plot, (0, top))
+    for i, (name, picture) in enumerate(pictures):
+        y, scale = top + i * (CARD_SIDE + CARD_LINE + CARD_SPACE), CARD_SIDE / max(picture.size)
+        size = max(round(picture.width * scale), 1), max(round(picture.height * scale), 1)
+        draw.text((plot.width + CARD_SPACE, y), name, INK, font(16, name))
+        card.paste(picture.resize(size, Image.Resampling.BICUBIC), (plot.width + CARD_SPACE, y + CARD_LINE))
+    return card
