@@ -11,8 +11,7 @@ from ._host.api import ExecutionBlocker, Profile, advanced, check_choices, io, m
 from ._host.attention import FastBetween, fit_attention_profile, kernels, levels_of_profile, with_attention
 from ._host.folders import keep_fit
 from ._host.live import show_live
-from ._host.sampling import scheduler_names
-from ._host.solvers import sampler_names
+from ._host.solvers import sampler_names, scheduler_names
 
 LOG = logging.getLogger(__name__)
 CATEGORY = "attune/speed"

@@ -11,9 +11,8 @@ from ._host.folders import installed_files
 from ._host.identity import as_sampled, identify, is_distilled, network_of, sampled
 from ._host.propagation.transformer import blocks_of
 from ._host.propagation.unet import unet_of
-from ._host.sampling import run_stock_node, scheduler_names
 from ._host.shelf import installed
-from ._host.solvers import sampler_names
+from ._host.solvers import run_stock_node, sampler_names, scheduler_names
 from ._plan import auto as plan
 from ._plan.propagation import UNIFORM
 from .golden_noise import AttuneGoldenNoiseModel, AttuneLoadNPNet

@@ -11,8 +11,7 @@ from ._draw.sheets import draw_contact_sheet
 from ._host.api import ExecutionBlocker, Profile, advanced, io, say_on_node, schema, shown_on
 from ._host.draft_seeds import WholeRun, draw_drafts, pictures_of
 from ._host.live import ProgressBar, coloured, show_live
-from ._host.sampling import scheduler_names
-from ._host.solvers import sampler_names
+from ._host.solvers import sampler_names, scheduler_names
 from ._plan.draft_seeds import Drafts, picked
 
 LOG = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ._host.api import io, schema
-from ._plan.long_noise import LongNoise
+from ._plan.films import LongNoise
 
 
 class AttuneLongNoise(io.ComfyNode):

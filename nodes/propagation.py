@@ -14,8 +14,7 @@ from ._host.folders import keep_fit
 from ._host.live import show_live
 from ._host.propagation import DEVICES, DTYPES, add_propagation, key_steps_for
 from ._host.propagation.fit import fit_profile, measures_too_few
-from ._host.sampling import scheduler_names
-from ._host.solvers import sampler_names
+from ._host.solvers import sampler_names, scheduler_names
 from ._plan import propagation as plan
 
 LOG = logging.getLogger(__name__)

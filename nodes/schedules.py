@@ -12,8 +12,7 @@ from ._host.clock import matching_denoise
 from ._host.fitted_sampler import fast_for, fast_stamp
 from ._host.folders import find_profile, has_profile, missing_profile, profiles_of_kind, schedule_files
 from ._host.identity import identify, sampled
-from ._host.sampling import run_stock_node, sample, scheduler_names
-from ._host.solvers import sampler_names
+from ._host.solvers import run_stock_node, sample, sampler_names, scheduler_names
 from ._plan.fitted_sampler import NOT_FAST, USES, Wish
 from ._plan.named_schedules import AUTO, DETAIL, of_auto, schedule, schedule_names
 from ._plan.profile_on_model import apply_profile, listed

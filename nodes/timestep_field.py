@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from ._host.api import advanced, check_choices, io, schema
 from ._host.timestep_field import field_sampler
-from ._plan.films import film_of, frames_of
-from ._plan.timestep_field import FIRST_GIVEN, PRESETS, FieldWish
+from ._plan.films import FIRST_GIVEN, PRESETS, FieldWish, film_of, frames_of
 
 CATEGORY = "attune/video"
 ORDERS = {"euler": 1, "second order": 2}

@@ -30,7 +30,7 @@ from pack.models.demo import TEXT_WIDTH  # noqa: E402
 from pack.models.one_more_step import Architecture, save_module  # noqa: E402
 from pack.models.train_one_more_step import ModuleTraining  # noqa: E402
 from pack.models.training import digest  # noqa: E402
-from pack.nodes._host.timeless_unet import TimelessUNet, diffusers_names, initialise  # noqa: E402
+from pack.nodes._host.one_more_step import TimelessUNet, diffusers_names, initialise  # noqa: E402
 
 FOLDER = Path(os.environ.get("ATTUNE_ONE_MORE_STEP", ROOT / "models" / "one_more_step"))
 NAME = "attune_demo"

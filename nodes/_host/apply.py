@@ -30,8 +30,8 @@ from .fitted_sampler import fitted_sampler_of
 from .identity import identify, pixels, sampled
 from .noise_shift import with_noise_shift
 from .propagation import with_calibration
-from .sampling import run_stock_node
 from .session import named_sampler
+from .solvers import run_stock_node
 
 USUAL_STEPS = 20  # where neither the user nor the profile says how many
 STOCK = "simple"  # the schedule where the profile has none

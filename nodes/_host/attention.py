@@ -23,9 +23,8 @@ from .calibrating import calibrating, stands_aside
 from .clock import noise_space, why_not
 from .identity import identify, pixels
 from .live import Interim, last_on_bar
-from .sampling import run_stock_node, sample
 from .session import in_turn
-from .solvers import known
+from .solvers import known, run_stock_node, sample
 
 LOG = logging.getLogger(__name__)
 KEY = "attune.attention"

@@ -22,8 +22,7 @@ from .clock import why_not
 from .propagation import key_steps_for
 from .propagation.forecast import can_forecast, forecasts_of
 from .propagation.forecast_fit import forecasting
-from .sampling import run_stock_node
-from .solvers import adds_noise
+from .solvers import adds_noise, run_stock_node
 
 LOG = logging.getLogger(__name__)
 WHO = "Attune Draft Seeds"

@@ -20,7 +20,7 @@ from .._plan.noise_shift import Size, shift_for
 from .calibrating import calibrating, inside_run
 from .conditioning import Remap, options_for_solve, told_at, with_choice_per_solve, with_conditioning
 from .identity import identify, pixels_a_side
-from .sampling import run_stock_node, sample
+from .solvers import run_stock_node, sample
 
 STEPS = 20  # of the model's own pictures
 SDXL_ADM = {2816, 2560}  # inputs of SDXL's and its refiner's second condition: pooled text and sizes

@@ -15,14 +15,14 @@ import comfy.ops
 import comfy.sample
 import comfy.utils
 import torch
-from torch import Tensor
+from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock, UNetModel
+from torch import Tensor, nn
 
 from ...kernels.one_more_step import SignalLeak, clean_of_v, first_state, guided, keyed_noise, noise_for
 from ...models import one_more_step as files
 from .._plan.latents import latent_text, refuse_nested
 from .identity import SPACIAL, TEMPORAL, as_sampled
 from .start import Start, StartingRun, with_start
-from .timeless_unet import TimelessUNet, diffusers_names
 
 LOG = logging.getLogger(__name__)
 MODULE_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -30,6 +30,43 @@ SEEN_NOISE = ("ddpm", "ddim")  # a noise of its own, or the sampler's
 ZERO_SNR, SMALL_EFFECT = 500, 30  # sigma_max of models that begin at pure noise, and nearly there
 LATENT_NAMES = {"SD15": "SD1.x, SD2.x", "SDXL": "SDXL", "DemoLatent": "the demo model's"}
 REPOSITORIES = {"SD15": "h1t/oms_b_openclip_15_21", "SDXL": "h1t/oms_b_openclip_xl", "DemoLatent": "attune_demo"}
+
+
+class TimelessUNet(UNetModel):
+    """The host's UNet without its time path: noise [b c h w], text [b tokens width] -> v [b c h w]."""
+
+    def __init__(self, architecture: files.Architecture, operations=comfy.ops.disable_weight_init, **kwargs):
+        super().__init__(**architecture.unet_config(), operations=operations, **kwargs)
+        self.time_embed = nn.Identity()
+        for block in self.modules():
+            if isinstance(block, ResBlock):
+                block.skip_t_emb, block.emb_layers, block.exchange_temb_dims = True, None, False
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        return super().forward(x, timesteps=torch.zeros(len(x), device=x.device), context=context)
+
+
+def diffusers_names(architecture: files.Architecture) -> dict[str, str]:
+    """Name in a published file -> name in the host's class, for every tensor of a timeless network."""
+    with torch.device("meta"):
+        own = TimelessUNet(architecture, dtype=torch.float32).state_dict().keys()
+    return {theirs: ours for theirs, ours in comfy.utils.unet_to_diffusers(architecture.unet_config()).items()
+            if ours in own}  # fmt: skip
+
+
+def initialise(network: TimelessUNet, generator: torch.Generator) -> None:
+    """PyTorch's usual random weights, which the host's layers leave out, and no output at all to begin with."""
+    for layer in network.modules():
+        if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+            nn.init.ones_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.Linear | nn.Conv2d):
+            bound = layer.weight[0].numel() ** -0.5
+            for parameter in layer.parameters(recurse=False):
+                with torch.no_grad():
+                    parameter.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator))
+    for parameter in network.out[2].parameters():
+        nn.init.zeros_(parameter)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._plan.named_schedules import AUTO, CLOSED_FORMS, published_profiles, schedule
 from .identity import identify
-from .sampling import run_stock_node
+from .solvers import run_stock_node
 
 VE_FIRST = ("karras", "exponential", "beta", "normal")
 FLOW_FIRST = ("simple", "beta", "normal", "sgm_uniform")

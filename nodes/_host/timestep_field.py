@@ -22,8 +22,8 @@ from torch import Tensor
 
 from ...kernels.space import NoiseSpace
 from ...kernels.timestep_field import Timetable, sample_field
+from .._plan.films import STAIRCASE, FieldWish
 from .._plan.latents import latent_text
-from .._plan.timestep_field import STAIRCASE, FieldWish
 from .clock import noise_space
 from .conditioning import KEY as TOLD
 from .conditioning import options_over

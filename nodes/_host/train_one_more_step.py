@@ -19,8 +19,7 @@ from ...models.training import MADE, UNFINISHED, digest, find_place, keep_result
 from .._plan.latents import refuse_nested
 from .folders import MODULES, find_folder, folder_of
 from .live import ProgressBar, coloured
-from .one_more_step import Module, check_model, load_module
-from .timeless_unet import TimelessUNet, diffusers_names, initialise
+from .one_more_step import Module, TimelessUNet, check_model, diffusers_names, initialise, load_module
 
 HEAD_DIM = 32
 OLD_SCALE = 1 / 0.18215  # of .latent files from before they said their scale

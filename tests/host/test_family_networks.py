@@ -350,7 +350,7 @@ def sections() -> dict[str, re.Match]:
 
 def check_page(family: str, line: str):
     """The page is of some hosts, and a family in the table of the oldest that has it; others are not written down."""
-    from pack.nodes._host.version import host_version
+    from pack.nodes._host import host_version
 
     tables = sections()
     written = tables.pop(host_version(), None)
@@ -381,7 +381,7 @@ NOT_BUILT = {
 
 def test_each_family_of_the_host_has_its_network_in_the_table(host):
     """By the class of the network; a host of another version may know more, and this test says which."""
-    from pack.nodes._host.version import host_version
+    from pack.nodes._host import host_version
 
     assert {*missing()} <= NOT_BUILT
     assert len(of_host()) == len(missing()) + sum(1 + len(others) for others in relatives().values())

@@ -43,13 +43,13 @@ def test_a_host_that_is_too_old_is_told_so_at_import(host, monkeypatch, old):
 
 @pytest.mark.parametrize("new", ["0.3.64", "0.3.75", "0.28.0", "0.38.1", "1.0", "0.4.0rc1", "nightly", ""])
 def test_newer_hosts_and_those_that_do_not_say_pass(host, monkeypatch, new):
-    from pack.nodes._host import version
+    from pack.nodes import _host
 
     monkeypatch.setattr("comfyui_version.__version__", new)
-    version.check_host()
+    _host.check_host()
     monkeypatch.setitem(sys.modules, "comfyui_version", None)
-    assert version.host_version() == ""
-    version.check_host()
+    assert _host.host_version() == ""
+    _host.check_host()
 
 
 def fresh(module: str):

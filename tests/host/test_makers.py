@@ -71,7 +71,7 @@ def families(host):
 
 def check_page(served: list[str], stock: list[str]):
     """The list on the page is of one host; others are looked at, and not written down."""
-    from pack.nodes._host.version import host_version
+    from pack.nodes._host import host_version
 
     text = PAGE.read_text("utf-8")
     assert {*stock} <= {*re.findall(r"\w+", text)}  # what is missing is missing by name, on every host

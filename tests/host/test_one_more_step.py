@@ -59,7 +59,7 @@ def kit(host):
     from comfy.model_patcher import ModelPatcher
 
     from pack.models.one_more_step import Architecture
-    from pack.nodes._host import one_more_step, start, timeless_unet, train_one_more_step
+    from pack.nodes._host import one_more_step, start, train_one_more_step
 
     cpu = torch.device("cpu")
     architecture = Architecture(4, (32, 64, 128), (2, 2, 2), (0, 0, 1, 1, 1, 1), 1, (1,) * 6 + (0,) * 3, 48, False, 32)
@@ -78,7 +78,7 @@ def kit(host):
         return model
 
     return SimpleNamespace(
-        module=module, toy=toy, architecture=architecture, net=timeless_unet, oms=one_more_step,
+        module=module, toy=toy, architecture=architecture, net=one_more_step, oms=one_more_step,
         training=train_one_more_step, start=start,
     )  # fmt: skip
 

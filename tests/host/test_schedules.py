@@ -130,7 +130,7 @@ def test_a_sampler_that_is_not_installed_is_refused_by_name(host, demo, encode):
 
 
 def test_stock_nodes_of_the_old_and_the_new_api_can_be_run(host):
-    from pack.nodes._host.sampling import run_stock_node
+    from pack.nodes._host.solvers import run_stock_node
 
     (latent,) = run_stock_node("EmptyLatentImage", width=64, height=32, batch_size=2)
     assert latent["samples"].shape == (2, 4, 4, 8)

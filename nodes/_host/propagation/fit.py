@@ -23,9 +23,8 @@ from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, network_of, pixels
 from ..live import Interim, last_on_bar
-from ..sampling import run_stock_node, sample
 from ..session import in_turn
-from ..solvers import adds_noise, known
+from ..solvers import adds_noise, known, run_stock_node, sample
 from . import KEY, Propagation, WholeSteps, applied, outer_sample, propagation_for, run_of
 from .forecast import can_forecast
 from .forecast_fit import best_of, fit_forecasts
