@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..models.calibration import SAMPLER
+from ._draw.plots import draw_learned
 from ._draw.sheets import draw_card
 from ._host.api import io, schema
-from ._host.fitted_sampler import fast_for, fast_stamp
+from ._host.fitted_sampler import Drawing, fast_for, fast_stamp
 from ._host.folders import has_profile, missing_profile, profiles_of_kind
 from ._plan.fitted_sampler import AUTO, USES, Wish
 
@@ -70,7 +71,7 @@ class AttuneFastSampler(io.ComfyNode):
     @classmethod
     def execute(cls, sampler, use=AUTO, evaluations=10, fidelity=40.0, check_every=0) -> io.NodeOutput:
         wish = Wish(use, evaluations, fidelity, check_every)
-        return io.NodeOutput(fast_for(cls, wish, "use", draw_card)(sampler))
+        return io.NodeOutput(fast_for(cls, wish, "use", Drawing(draw_card, draw_learned))(sampler))
 
 
 NODES = [AttuneFastSampler]

@@ -6,10 +6,11 @@ import logging
 
 from ..models.calibration import SAMPLER, size_text
 from ..models.store import is_profile_file
+from ._draw.plots import draw_learned
 from ._draw.sheets import draw_card
 from ._host.api import advanced, io, say_on_node, schema
 from ._host.clock import matching_denoise
-from ._host.fitted_sampler import fast_for, fast_stamp
+from ._host.fitted_sampler import Drawing, fast_for, fast_stamp
 from ._host.folders import find_profile, has_profile, missing_profile, profiles_of_kind, schedule_files
 from ._host.identity import identify, sampled
 from ._host.solvers import run_stock_node, sample, sampler_names, scheduler_names
@@ -198,9 +199,10 @@ class AttuneKSampler(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         sigmas = _levels(cls, model, steps, denoise, schedule, latent_image, detail)
         given = (model, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)
-        return io.NodeOutput(
-            sample(*given) if fast == NOT_FAST else sample(*given, through=fast_for(cls, Wish(fast), "fast", draw_card))
-        )
+        if fast == NOT_FAST:
+            return io.NodeOutput(sample(*given))
+        drawing = Drawing(draw_card, draw_learned)
+        return io.NodeOutput(sample(*given, through=fast_for(cls, Wish(fast), "fast", drawing)))
 
 
 NODES = [AttuneScheduler, AttuneKSampler]

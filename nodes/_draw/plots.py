@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels.refine import kept_up_to, signal_to_noise
 from ...kernels.space import NoiseSpace
 from ...kernels.training_noise import Levels
-from ...models.calibration import Calibration, Point, Size, conditioning_map
+from ...models.calibration import Calibration, Point, ShortRun, Size, conditioning_map
 from .._plan.named_schedules import resample_profile
 from .._plan.noise_shift import noise_word, shift_for
 from .._plan.profile_on_model import Applied
@@ -78,6 +78,13 @@ def draw_schedules(curves: Sequence[Curve], title: str = "Noise levels") -> Imag
         rows.append((curve.label, colour, False))
     axes.legend(sorted(rows, key=lambda row: row[2]))
     return picture
+
+
+def draw_learned(long: Sequence[float], runs: Sequence[ShortRun]) -> Image.Image:
+    """The levels of a long run, and of the short ones that were learned from it by now."""
+    curves = [Curve(f"{one.run.steps} evaluations: {one.psnr:.1f} dB", one.run.sigmas) for one in runs]
+    title = "Learned" if runs else "Learning"
+    return draw_schedules([Curve(f"{len(long) - 1} steps", tuple(long)), *curves], title)
 
 
 def _points(sigmas: Sequence[float], low: float) -> list[tuple[float, float]]:

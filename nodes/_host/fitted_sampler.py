@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -16,6 +16,7 @@ import comfy.model_management
 import comfy.samplers
 import torch
 from comfy.k_diffusion.sampling import trange
+from PIL import Image
 from torch import Tensor
 
 from ...kernels.fitted_sampler import (
@@ -62,6 +63,7 @@ from .folders import (
     profiles_of_kind,
 )
 from .identity import identify, is_distilled, pixels_of
+from .live import ProgressBar
 from .propagation import KEY as PROPAGATION
 from .recorder import Recorder
 from .session import denoiser, last
@@ -136,6 +138,14 @@ def fitted_sampler_of(run: FittedRun, **options: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How to draw the card of what was learned; and, while it is learned, a long run's levels and the runs found."""
+
+    card: Draw
+    learned: Callable[[Sequence[float], Sequence[ShortRun]], Image.Image]
+
+
+@dataclass(frozen=True)
 class Scene:
     """A run that is about to begin, as calibrations are matched to it. refused: why it cannot be learned, or ""."""
 
@@ -152,7 +162,7 @@ class FastSampler(comfy.samplers.Sampler):
     """
 
     def __init__(
-        self, inner: Any, wish: Wish, draw: Draw | None = None, say: Callable[[str], None] = lambda _: None,
+        self, inner: Any, wish: Wish, draw: Drawing | None = None, say: Callable[[str], None] = lambda _: None,
         node_id: str = "", use_at: int = 0, progress: Callable[[str], None] = lambda _: None,
     ):  # fmt: skip
         self.inner, self.wish, self.draw, self._say, self.progress = inner, wish, draw, say, progress
@@ -193,7 +203,7 @@ class FastSampler(comfy.samplers.Sampler):
             remember(self.node_id, Ran(value, used, profile))
 
 
-def fast_for(node: type[io.ComfyNode], wish: Wish, widget: str, draw: Draw) -> Callable[[Any], FastSampler]:
+def fast_for(node: type[io.ComfyNode], wish: Wish, widget: str, draw: Drawing) -> Callable[[Any], FastSampler]:
     """SAMPLER -> the one that learns, which speaks on the running node and names in its `widget` what ran."""
     if node.hidden is None:
         return lambda sampler: FastSampler(sampler, wish, draw)
@@ -393,7 +403,7 @@ class _Run:
         if self.sampler.draw is not None:
             times = seconds / drawn, each * runs[-1].run.steps / drawn
             shown = Shown(times, (path.end, end), runs[-1].run.steps)
-            card = keep_card(card_of(self.guider.model_patcher, made, shown, self.sampler.draw), kept)
+            card = keep_card(card_of(self.guider.model_patcher, made, shown, self.sampler.draw.card), kept)
         proved = f"{best.run.steps} evaluations proved {best.psnr:.1f} dB"
         if best.psnr < wish.fidelity:
             return f"Learned, but {proved}, less than the 'fidelity' of {wish.fidelity:g} dB: full runs go on."
@@ -403,17 +413,30 @@ class _Run:
         """The runs that were tried, and the end of the last one. seconds: that an evaluation takes."""
         wish, paper, runs, end = self.sampler.wish, OnPaper(path), [], None
         counts = [n for n in ([wish.evaluations] if wish.evaluations else COUNTS) if n < len(path.sigmas) - 1]
-        left, made = TimeLeft(self.sampler.progress, 2 * sum(counts), seconds), itertools.count(1)
-        if counts:
-            left.update(0, "Learning")
+        if not counts:
+            return runs, end
+        most, made = 2 * sum(counts), itertools.count(1)
+        left, bar = TimeLeft(self.sampler.progress, most, seconds), ProgressBar(most)
+        left.update(0, "Learning")
+        bar.update(0, self._drawn(path, runs))
+
+        def told() -> None:
+            done = next(made)
+            left.update(done, "Learning")
+            bar.update(done)
+
         for steps in counts:
-            told = lambda: left.update(next(made), "Learning")
             found = last(learn(self._denoise_over, path, steps, space, paper), told)
             runs.append(ShortRun(found.run, round(max(found.psnr, 0.0), 2), len(path.end) // 2))
             end = found.end
+            bar.update(2 * sum(counts[: len(runs)]), self._drawn(path, runs))
             if found.psnr >= wish.fidelity:
                 break
         return runs, end
+
+    def _drawn(self, path: Trajectory, runs: Sequence[ShortRun]) -> Image.Image | None:
+        """What is learned by now, for the node that samples."""
+        return None if self.sampler.draw is None else self.sampler.draw.learned(path.sigmas.tolist(), runs)
 
     def _denoise_over(self, levels: Sigmas) -> Denoiser:
         """The guided model, for latents in main memory, as a run over `levels` asks it."""

@@ -128,6 +128,18 @@ def test_a_fit_shows_what_it_found_by_then_and_its_plot_in_the_end(live, kind):
     assert np.array_equal(sent[-1], (outputs[plot][0].numpy() * 255).round().astype(np.uint8))
 
 
+def test_a_sampler_that_learns_shows_the_levels_of_the_long_run_and_then_what_it_learned(live, host):
+    (sampler,) = host.call("KSamplerSelect", sampler_name="euler")
+    (fast,) = host.call("AttuneFastSampler", sampler=sampler, evaluations=4, fidelity=5.0)
+    sigmas = torch.cat([torch.linspace(14, 0.1, 9), torch.zeros(1)])
+    given = {"add_noise": True, "noise_seed": 1, "cfg": 1.0, "sampler": fast, "sigmas": sigmas}
+    for seed in (1, 2):  # of the second run, which is short, nothing is learned
+        sent, _ = live("SamplerCustom", **{**given, "noise_seed": seed})
+        plots = [picture for picture in sent if picture.shape == (600, 960, 3)]
+        drawn = [[bool((plot == colour).all(-1).sum() > 200) for colour in COLOURS[:2]] for plot in plots]
+        assert drawn == ([[True, False], [True, True]] if seed == 1 else [])
+
+
 @pytest.mark.nightly
 def test_a_noise_shift_shows_each_level_that_is_done_and_its_plot_in_the_end(live, demo):
     pictures = torch.rand(6, 64, 64, 3, generator=torch.Generator().manual_seed(0))
