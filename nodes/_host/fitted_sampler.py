@@ -407,7 +407,7 @@ class _Run:
         proved = f"{best.run.steps} evaluations proved {best.psnr:.1f} dB"
         if best.psnr < wish.fidelity:
             return f"Learned, but {proved}, less than the 'fidelity' of {wish.fidelity:g} dB: full runs go on."
-        return f"Learned as '{kept.name}': {proved}, and the next pictures take no more. {card}".strip()
+        return f"Learned: {proved}, so the next pictures take {best.run.steps}. Kept as '{kept.name}'. {card}".strip()
 
     def _learned(self, path: Trajectory, space: NoiseSpace, seconds: float) -> tuple[list[ShortRun], Tensor | None]:
         """The runs that were tried, and the end of the last one. seconds: that an evaluation takes."""
