@@ -45,7 +45,11 @@ def register_folders() -> None:
 
 def file_names(kind: str) -> list[str]:
     """The files of a folder kind, as the host lists them: the user's, then the pack's own where it has a folder."""
-    return folder_paths.get_filename_list(kind)
+    try:
+        return folder_paths.get_filename_list(kind)
+    except FileNotFoundError:  # a folder was deleted since the host listed it: without its list it looks again
+        folder_paths.filename_list_cache.pop(kind, None)
+        return folder_paths.get_filename_list(kind)
 
 
 def profile_names() -> list[str]:

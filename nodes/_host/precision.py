@@ -27,6 +27,7 @@ from ...kernels.precision import (
 )
 from ...models.full_precision import each_full_weight, full_weights
 from .._plan.precision import BitsPutBack
+from .folders import file_names
 from .identity import network_of
 
 NONE = "none"
@@ -85,7 +86,7 @@ class Weight:
 def files() -> list[str]:
     """Files that may hold a network in full precision, as FOLDER/NAME."""
     return [
-        f"{folder}/{name}" for folder in FOLDERS for name in folder_paths.get_filename_list(folder)
+        f"{folder}/{name}" for folder in FOLDERS for name in file_names(folder)
         if name.lower().endswith((".safetensors", ".sft"))
     ]  # fmt: skip
 

@@ -109,6 +109,20 @@ def test_what_is_saved_is_in_the_loader_and_the_scheduler_at_once(host, folder):
     assert profile.sigmas == VE.sigmas and profile.id == VE.id and "for AttuneDemo, euler, cfg 3, 128x128" in info
 
 
+def test_a_folder_that_is_deleted_while_the_host_runs_is_an_empty_one(host, folder):
+    """The host remembers when it listed a folder, and fails where that is gone: the page would have no node of ours."""
+    import shutil
+
+    _, path = host.call("AttuneSaveProfile", profile=VE, name="mine")
+    scheduler = host.nodes.NODE_CLASS_MAPPINGS["AttuneScheduler"]
+    listed = lambda: next(one for one in scheduler.GET_SCHEMA().inputs if one.id == "schedule").options
+    assert "mine.json" in listed()
+    shutil.rmtree(folder)
+    assert listed() and "mine.json" not in listed()
+    assert Path(host.call("AttuneSaveProfile", profile=VE, name="mine")[1]) == Path(path)
+    assert "mine.json" in listed()
+
+
 def test_a_changed_file_is_loaded_again(host, folder):
     save_profile(VE, folder)
     node = host.nodes.NODE_CLASS_MAPPINGS["AttuneLoadProfile"]
