@@ -1,4 +1,5 @@
-// What a node of ours said stays on it. Newer pages (1.58) take the text of a run away when the run ends.
+// What a node of ours said stays on it, and stays readable. Newer pages (1.58) take the text of a run away when the run ends;
+// classic nodes leave it two lines where the node shows a picture, too.
 
 import { api } from "../../scripts/api.js"
 import { app } from "../../scripts/app.js"
@@ -8,6 +9,7 @@ const OF_THE_PAGE = "$$node-text-preview"
 const TYPE = "progressText" // by which the page draws its own in Vue nodes
 const ENDS = ["execution_success", "execution_error", "execution_interrupted"]
 const AFTER_THE_PAGE = 500 // ms
+const HEIGHT = 120 // of a text at least, in pixels
 
 const said = new Map() // execution id of a node -> the text as the server sent it, for the run in progress
 
@@ -35,12 +37,17 @@ function show(node, text) {
     const widget = node.addDOMWidget(OURS, TYPE, element, {
         serialize: false,
         hideOnZoom: false,
-        getMinHeight: () => 100,
+        getMinHeight: () => HEIGHT,
         getValue: () => text,
         setValue: () => {},
     })
     widget.serialize = false
     node.setDirtyCanvas?.(true, true)
+}
+
+function giveRoom(node) {
+    const options = widgetOf(node, OF_THE_PAGE)?.options
+    if (options) options.getMinHeight = () => HEIGHT
 }
 
 function keep() {
@@ -59,6 +66,7 @@ app.registerExtension({
             if (!isOurs(node)) return
             forget(node)
             said.set(String(detail.nodeId), detail.text)
+            setTimeout(() => giveRoom(node))
         })
         for (const end of ENDS) api.addEventListener(end, () => setTimeout(keep, AFTER_THE_PAGE))
     },

@@ -416,7 +416,7 @@ class _Run:
         if not counts:
             return runs, end
         most, made = 2 * sum(counts), itertools.count(1)
-        left, bar = TimeLeft(self.sampler.progress, most, seconds), ProgressBar(most)
+        left, bar = TimeLeft(self.sampler.progress, most, seconds), ProgressBar(most, self.sampler.node_id)
         left.update(0, "Learning")
         bar.update(0, self._drawn(path, runs))
 
@@ -432,10 +432,11 @@ class _Run:
             bar.update(2 * sum(counts[: len(runs)]), self._drawn(path, runs))
             if found.psnr >= wish.fidelity:
                 break
+        bar.end()
         return runs, end
 
     def _drawn(self, path: Trajectory, runs: Sequence[ShortRun]) -> Image.Image | None:
-        """What is learned by now, for the node that samples."""
+        """What is learned by now."""
         return None if self.sampler.draw is None else self.sampler.draw.learned(path.sigmas.tolist(), runs)
 
     def _denoise_over(self, levels: Sigmas) -> Denoiser:

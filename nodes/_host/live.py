@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import comfy.utils
 import torch
+from comfy_execution.progress import get_progress_state
 from PIL import Image
 from torch import Tensor
 
@@ -17,10 +18,15 @@ Interim = tuple[str, float, Any]  # what is done now, the share done, and what w
 
 
 class ProgressBar:
-    """The node's bar, with a picture beside it."""
+    """The bar of the running node, or of the node `node_id`, with a picture beside it."""
 
-    def __init__(self, total: int):
-        self._bar = comfy.utils.ProgressBar(total)
+    def __init__(self, total: int, node_id: str = ""):
+        self._bar, self._node_id = comfy.utils.ProgressBar(total, node_id or None), node_id
+
+    def end(self) -> None:
+        """Of another node than the running one, whose bar the host ends."""
+        if self._node_id:
+            get_progress_state().finish_progress(self._node_id)
 
     def update(self, done: int, picture: Image.Image | None = None) -> None:
         preview = None if picture is None else ("JPEG", picture, max(picture.size))
