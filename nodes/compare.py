@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._draw.axes import to_image
+from ._draw.axes import labels_of, to_image
 from ._draw.sheets import Batch, draw_comparison
 from ._host.api import io, schema
 
@@ -49,7 +49,7 @@ class AttuneCompare(io.ComfyNode):
     @classmethod
     def execute(cls, labels="", difference=4.0, histogram=True, width=256, rows=4, **images) -> io.NodeOutput:
         given = [(key, images[key]) for key in sorted(images) if images[key] is not None]
-        names = [name.strip() for name in labels.split(",")] if labels.strip() else []
+        names = labels_of(labels)
         names += [key.replace("_", " ") for key, _ in given[len(names) :]]
         batches = [Batch(name, image.cpu()) for name, (_, image) in zip(names, given, strict=False)]
         return io.NodeOutput(to_image(draw_comparison(batches, difference, histogram, width, rows)))

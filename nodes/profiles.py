@@ -7,7 +7,7 @@ import logging
 from ..kernels.refine import ratio
 from ..models.calibration import NOISE_SHIFT, PROPAGATION, misfits
 from ..models.store import shipped_profiles
-from ._draw.axes import to_image
+from ._draw.axes import labels_of, to_image
 from ._draw.plots import Curve, applied_curve, draw_detail, draw_schedules, draw_shift, draw_speeds, profile_curve
 from ._host.api import Profile, advanced, check_choices, io, say_on_node, schema, shown_on, ui
 from ._host.apply import STOCK, Ready, Use, put_to_use, stock_levels
@@ -232,7 +232,7 @@ class AttunePlotSigmas(io.ComfyNode):
     def execute(cls, labels="", profile=None, show=PLOTS[0], model=None, **sigmas) -> io.NodeOutput:
         check_choices(cls, show=show)
         given = [(key, sigmas[key]) for key in sorted(sigmas) if sigmas[key] is not None]
-        names = [name.strip() for name in labels.split(",")] if labels.strip() else []
+        names = labels_of(labels)
         names += [key.replace("_", " ") for key, _ in given[len(names) :]]
         if show == PLOTS[1]:
             if model is None:

@@ -145,3 +145,11 @@ def test_labels_are_written_in_a_font_that_has_their_letters(monkeypatch):
     written = texts(monkeypatch, Batch("до", grey(0.5)), Batch("微调后", grey(0.6)))
     axes.font.cache_clear()
     assert "до" in written and "image 2" in written and "image 2: difference" in written
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [("stock, tuned", ["stock", "tuned"]), ("原图，调整后", ["原图", "调整后"]), ("元、後", ["元", "後"]), (" ", [])],
+)
+def test_labels_lie_between_commas_of_any_keyboard(text, names):
+    assert axes.labels_of(text) == names

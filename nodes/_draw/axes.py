@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -122,6 +123,11 @@ def font(size: int, text: str = "") -> Font:
         if writes(found, text):
             return found
     return own
+
+
+def labels_of(text: str) -> list[str]:
+    """The names in a text with commas between, those of Chinese and Japanese keyboards too."""
+    return [name.strip() for name in re.split("[,，、]", text)] if text.strip() else []
 
 
 def writes(one: Font, text: str) -> bool:
