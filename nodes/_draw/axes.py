@@ -127,7 +127,7 @@ def font(size: int, text: str = "") -> Font:
 
 def labels_of(text: str) -> list[str]:
     """The names in a text with commas between, those of Chinese and Japanese keyboards too."""
-    return [name.strip() for name in re.split("[,，、]", text)] if text.strip() else []
+    return [name.strip() for name in re.split("[,\uff0c\u3001]", text)] if text.strip() else []
 
 
 def writes(one: Font, text: str) -> bool:
