@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import comfy.samplers
-import comfy.utils
 import torch
 from comfy.patcher_extension import WrappersMP
 from PIL import Image
@@ -197,7 +196,8 @@ def fit_profile(
     def run(patched: Any, noise: int = seed) -> Tensor:
         noise %= 2**64
         drawn = sample(patched, noise, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"]
-        return (comfy.utils.pack_latents(drawn.unbind())[0] if is_nested(drawn) else drawn).float()
+        packed = torch.cat([one.flatten(1) for one in drawn.unbind()], 1)[:, None] if is_nested(drawn) else drawn
+        return packed.float()
 
     if kind is WholeSteps:
         work = fit_forecasts(calibrating(model, KEY), run, sampler_name, sigmas, fastest, seed, search)
