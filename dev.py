@@ -133,6 +133,8 @@ def set_up(host: Host, extra: list[str] | None = None, purpose: str = "", comfyu
     free = shutil.disk_usage(HOST).free / 1e9
     if free < GIGABYTES_NEEDED and not (HOST / "venv.done").exists():
         stop(f"Only {free:.1f} GB are free at {HOST}; the set-up needs {GIGABYTES_NEEDED}. Make room and run again.")
+    if not (HOST / "torch.done").exists():
+        say("A ComfyUI of its own is set up in .host/ once: 2 GB, three to eight minutes.")
     with step("venv", "a virtual environment") as todo:
         if todo:
             venv.create(HOST / "venv", with_pip=True, clear=True)
@@ -402,6 +404,8 @@ def serve(host: Host, words: list[str]) -> int:
     os.environ["ATTUNE_FRONTEND"] = asked.frontend
     command = server_command(host, asked.port, HOST / "serve")
     say(f"Open http://127.0.0.1:{command[command.index('--port') + 1]} when ComfyUI says so; Ctrl+C ends it.")
+    if host.own:
+        say("It will say that torchaudio and spandrel are missing, and media of templates: nothing here needs them.")
     try:
         return subprocess.run(command, cwd=host.folder, env=host.environment()).returncode
     except KeyboardInterrupt:
