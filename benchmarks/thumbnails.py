@@ -2,8 +2,8 @@
 
 For a help page, a strip: a workflow that compares shows a labelled row for each of its batches, another one the
 pictures that it saves; one whose sampler learns is queued twice, for a row each; one that drafts seeds shows the drafts
-above the pick; one that saves a card shows that. For a template, a square: two pictures before, and the same two after.
-Where the workflow itself draws no picture without our nodes, before is the workflow with them at strength 0.
+above the pick; one that saves a card, or only compares, shows that. For a template, a square: two pictures before, and
+the same two after. Where the workflow itself draws no picture without our nodes, before is the workflow with them at strength 0.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from comfy_process import ROOT, Host
 from pack.nodes._draw.axes import INK, PAPER, font
 
 HELP = ROOT / "web/docs"
+COMPARES = "compare_profile"  # whose strip is what the node that compares draws
 CARD = "Attune/card"  # where a workflow saves the card of a fit
 SIDE, MOST, LABEL = 192, 4, 150  # pixels of a picture, pictures in a row, pixels of the labels' column
 
@@ -42,6 +43,11 @@ def rows_of(prompt: dict) -> list[tuple[str, list]]:
     images = [compared[f"image_{i}"] for i in range(1, 7) if f"image_{i}" in compared]
     labels = [label.strip() for label in compared["labels"].split(",")]
     return list(zip(labels, images, strict=True))
+
+
+def compared_whole(prompt: dict) -> list[tuple[str, list]]:
+    """The grid of the node that compares, as it comes."""
+    return [("", [key, 0]) for key, node in prompt.items() if node["class_type"] == "AttuneCompare"]
 
 
 def learns(prompt: dict) -> bool:
@@ -104,7 +110,7 @@ def save_to(folder: str, link: list) -> dict:
 
 def run_rows(host: Host, name: str, prompt: dict) -> list[tuple[str, list[Path]]]:
     """(label, the pictures of the row) for each row of a workflow's strip."""
-    rows = rows_of(prompt)
+    rows = compared_whole(prompt) if name == COMPARES else rows_of(prompt)
     saves = {f"{name}_row{i}": save_to(f"{name}_row{i}", link) for i, (_, link) in enumerate(rows)}
     for queued in [[row] for row in saves] if learns(prompt) else [list(saves)]:
         host.run({**prompt, **{row: saves[row] for row in queued}})
