@@ -3,7 +3,8 @@
 For a help page, a strip: a workflow that compares shows a labelled row for each of its batches, another one the
 pictures that it saves; one whose sampler learns is queued twice, for a row each; one that drafts seeds shows the drafts
 above the pick; one that saves a card, or only compares, shows that. For a template, a square: two pictures before, and
-the same two after. Where the workflow itself draws no picture without our nodes, before is the workflow with them at strength 0.
+the same two after. Where the workflow itself draws no picture without our nodes, before is the workflow with them at
+strength 0.
 """
 
 from __future__ import annotations
