@@ -188,9 +188,9 @@ class Server:
         self.faults.append(what)
 
     def _take(self, outputs: dict) -> str:
-        """A digest of the saved pictures, which are removed, with the host's memory of them."""
+        """A digest of the saved pictures, in the order of their nodes: they end in another one with another cache."""
         digest = hashlib.sha256()
-        images = [image for output in outputs.values() for image in output.get("images", [])]
+        images = [image for _, output in sorted(outputs.items()) for image in output.get("images", [])]
         files = [self.output / image["subfolder"] / image["filename"] for image in images if image["type"] == "output"]
         for file in files:
             digest.update(np.asarray(Image.open(file)).tobytes())
