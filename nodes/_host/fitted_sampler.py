@@ -411,7 +411,8 @@ class _Run:
 
     def _learned(self, path: Trajectory, space: NoiseSpace, seconds: float) -> tuple[list[ShortRun], Tensor | None]:
         """The runs that were tried, and the end of the last one. seconds: that an evaluation takes."""
-        wish, paper, runs, end = self.sampler.wish, OnPaper(path), [], None
+        wish, paper, end = self.sampler.wish, OnPaper(path), None
+        runs: list[ShortRun] = []
         counts = [n for n in ([wish.evaluations] if wish.evaluations else COUNTS) if n < len(path.sigmas) - 1]
         if not counts:
             return runs, end
