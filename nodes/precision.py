@@ -16,6 +16,8 @@ from ._host.precision import (
     embedding_error,
     file_of,
     files,
+    is_dynamic,
+    not_dynamic,
     read_full,
     rounding_error,
     weights_of,
@@ -84,6 +86,8 @@ class AttunePrecisionGuard(io.ComfyNode):
         weights = [one for one in every if one.part in wanted]
         others = [one for one in every if one.part not in wanted] if more_bits and full_precision != NONE else []
         low = [one for one in weights if one.low]
+        if full_precision != NONE and is_dynamic(model) and any(one.low for one in (*low, *others)):
+            return cls.execute(not_dynamic(model), full_precision, parts, more_bits)
         full = read_full(full_precision, low) if low and full_precision != NONE else {}
         out = with_full(model, low, full) if full else model
         finer = [one for one in others if one.takes_bits]

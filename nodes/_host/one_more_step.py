@@ -117,10 +117,17 @@ def load_module(path: Path, latent_space: str, dtype: str, prediction: str, head
     patcher = comfy.model_patcher.ModelPatcher(
         network.train(False).requires_grad_(False), device, comfy.model_management.unet_offload_device()
     )
+    # Newer hosts ask for another one for each further GPU of the MODEL that it goes with.
+    patcher.cached_patcher_init = (_patcher_of, (path, latent_space, dtype, prediction, head_dim))
     runs = comfy.model_management.unet_manual_cast(kept, device) or kept
     return Module(
         path.stem, patcher, runs, architecture, space, files.prediction_of(header, prediction), files.read_leak(header)
     )  # fmt: skip
+
+
+def _patcher_of(*file: Any, disable_dynamic: bool = False) -> comfy.model_patcher.ModelPatcher:
+    """Of the arguments of `load_module`; it is never a dynamic one."""
+    return load_module(*file).patcher
 
 
 def check_model(model) -> None:

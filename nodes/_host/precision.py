@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ import folder_paths
 import torch
 from comfy.model_management import get_torch_device
 from comfy.ops import fp8_ops
+from comfy.patcher_extension import CallbacksMP
+from comfy.utils import get_attr
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -35,6 +38,7 @@ FOLDERS = ("diffusion_models", "checkpoints")
 LOW = tuple(getattr(torch, name) for name in dir(torch) if name.startswith("float8_"))
 TIMES = 32  # of the training time, at which the embedding is compared
 NETWORK = "diffusion_model."
+KEY = "attune.precision"
 
 
 @dataclass(frozen=True)
@@ -141,9 +145,50 @@ def read_full(chosen: str, weights: list[Weight]) -> dict[str, Tensor]:
     return full_weights(file_of(chosen), {one.name: tuple(one.value.shape) for one in weights if one.low})
 
 
+def is_dynamic(model: Any) -> bool:
+    """Whether newer hosts' dynamic VRAM loads a MODEL: it keeps the weights of a network's earlier runs, in the types
+    of its file, whatever another clone puts in their place."""
+    return bool(getattr(model, "is_dynamic", bool)())
+
+
+def not_dynamic(model: Any) -> Any:
+    """A clone of MODEL on a network that is loaded once more without dynamic VRAM, as the host does for LoRA hooks."""
+    try:
+        return model.clone(disable_dynamic=True)
+    except RuntimeError as error:
+        raise ValueError(
+            "Under dynamic VRAM the weights of this MODEL cannot be replaced, and the node that loads it does not say "
+            "how to load it without. Load it with Load Checkpoint or Load Diffusion Model, or start ComfyUI with "
+            "--disable-dynamic-vram."
+        ) from error
+
+
+def _guarded(model: Any) -> Any:
+    """A clone of MODEL to put weights in, which each further network of it gets as its own."""
+    clone = model.clone()
+    clone.remove_callbacks_with_key(CallbacksMP.ON_CLONE, KEY)
+    clone.add_callback_with_key(CallbacksMP.ON_CLONE, KEY, _own_on_another_network)
+    clone.patches_uuid = uuid.uuid4()  # else the host takes the weights for loaded where the network is
+    return clone
+
+
+def _own_on_another_network(model: Any, clone: Any) -> None:
+    """ON_CLONE: newer hosts clone a MODEL onto a network of its own for each further GPU, with all patches, and move
+    the weights of each network to its GPU."""
+    if clone.model is model.model:
+        return
+    for key, kept in clone.object_patches.items():
+        if isinstance(kept, Parameter):
+            device = get_attr(clone.model, key).device
+            clone.object_patches[key] = Parameter(kept.detach().to(device, copy=True), requires_grad=False)
+    for key, added in clone.weight_wrapper_patches.items():
+        own = [_PutBack(one.more) if isinstance(one, _PutBack) else one for one in added]
+        clone.weight_wrapper_patches[key] = own
+
+
 def with_full(model: Any, weights: list[Weight], full: Mapping[str, Tensor]) -> Any:
     """A clone of MODEL that runs with the full weights; what a LoRA adds to them stays."""
-    clone = model.clone()
+    clone = _guarded(model)
     for one in weights:
         if one.name in full:
             value = full[one.name] if one.scale is None else full[one.name].float() / one.scale.detach().cpu().float()
@@ -170,7 +215,7 @@ class _PutBack:
 
 def with_more_bits(model: Any, weights: list[Weight], chosen: str, bits: int) -> tuple[Any, BitsPutBack]:
     """A clone of MODEL whose rounded weights are made finer by bits of the full file's, and what that gives."""
-    clone, device = model.clone(), get_torch_device()
+    clone, device = _guarded(model), get_torch_device()
     by_name = {one.name: one for one in weights}
     count = size = 0
     before, after, exact = (torch.zeros((), dtype=torch.float64) for _ in range(3))

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
-import threading
 import types
 
 import pytest
@@ -13,6 +10,7 @@ import torch
 from graphs import Kit
 from methods import METHODS
 from nightly import daily
+from several_networks import apart, on_another_network
 from tiny_networks import drawn, tiny_network
 
 
@@ -197,52 +195,6 @@ def test_a_model_that_has_a_velocity_from_a_picture_is_run_or_stood_aside_from(k
 # --- one MODEL on several networks: a further GPU for the other prompt, and the DualModelGuider ---
 
 
-def on_another_network(model):
-    """The clone that newer hosts make for each further GPU: with the same patches, on a network of its own."""
-    from comfy.model_management import unload_all_models
-    from comfy.patcher_extension import CallbacksMP
-
-    unload_all_models()  # the other network comes from the file, without patches
-    config = model.model.model_config
-    base = copy.deepcopy(model.model, {id(model.model.current_patcher): None, id(config): config})
-    if "model_override" in inspect.signature(model.clone).parameters:
-        return model.clone(model_override=(base, ({}, {}, {}, set())))
-    clone = model.clone()
-    clone.model, clone.backup, clone.object_patches_backup = base, {}, {}
-    for callback in model.get_all_callbacks(CallbacksMP.ON_CLONE):
-        callback(model, clone)
-    return clone
-
-
-def apart(model):
-    """A clone of MODEL each of whose prompts is asked in a thread of its own, the second one on another network."""
-    from comfy.model_management import load_models_gpu
-    from comfy.patcher_extension import WrappersMP
-
-    other = on_another_network(model)
-    load_models_gpu([other])
-    other.pre_run()
-
-    def split(executor, base, conds, x, timestep, options):
-        answers, inference = [torch.zeros_like(x)] * len(conds), torch.is_inference_mode_enabled()
-
-        def ask(i: int):
-            with torch.inference_mode(inference):
-                alone = [cond if j == i else None for j, cond in enumerate(conds)]
-                answers[i] = executor([base, other.model][i], alone, x, timestep, options)[i]
-
-        threads = [threading.Thread(target=ask, args=(i,)) for i, cond in enumerate(conds) if cond is not None]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return answers
-
-    clone = model.clone()
-    clone.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, "test.gpus", split)
-    return clone, other
-
-
 def near(got, want):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
 
@@ -257,6 +209,20 @@ def test_on_two_networks_a_method_does_what_it_does_on_one(kits, label):
     near(kit.ksampler(clone), want)
     other.detach()
     assert torch.equal(kit.ksampler(kit.model), stock) and torch.equal(kit.ksampler(model), want)
+
+
+@pytest.mark.parametrize("label", daily(METHODS, "block propagation", "one more step"))
+def test_what_a_method_gives_the_host_to_load_can_be_loaded_for_a_further_gpu(kits, label):
+    method = METHODS[label]
+    kit = kits[method.model]
+    model = method.on(kit)(kit.model)
+    for one in model.get_additional_models():
+        load, given = one.cached_patcher_init
+        other = load(*given, disable_dynamic=True)
+        pairs = zip(one.model.parameters(), other.model.parameters(), strict=True)
+        assert other.model is not one.model and all(map(torch.equal, *zip(*pairs, strict=True)))
+    if hasattr(model, "deepclone_multigpu"):
+        assert model.deepclone_multigpu().model is not model.model
 
 
 @pytest.mark.parametrize("family", daily(["CosmosT2IPredict2", "Lumina2", "PixArtSigma"], "CosmosT2IPredict2"))

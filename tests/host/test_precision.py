@@ -9,6 +9,7 @@ import torch
 from torch.nn import Parameter
 
 from graphs import CHECKPOINTS
+from several_networks import apart
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -159,6 +160,58 @@ def test_packed_weights_are_read_only(unet):
     module = unet.host.module("nodes._host.precision")
     one = module.Weight("time_embed.0.weight", "time embedding", torch.zeros(2).as_subclass(Packed), None)
     assert one.read_only and not one.low and one.kept == "Packed"
+
+
+def test_a_further_gpus_network_has_weights_of_its_own(unet, rounded_unet):
+    """Else the host would move those of the first one to the other GPU with it."""
+    model = guard(unet, rounded_unet, full_precision=own_file(unet), more_bits=1)[0]
+    want, stock = unet.ksampler(model, steps=2), unet.ksampler(rounded_unet, steps=2)
+    clone, other = apart(model)
+    torch.testing.assert_close(unet.ksampler(clone, steps=2), want, rtol=1e-3, atol=1e-3 * float(want.abs().max()))
+    other.model.diffusion_model.double()  # a move, as the host's of the weights of a network in use
+    for one in (other, other.clone()):
+        for (bits,) in one.weight_wrapper_patches.values():
+            bits.move_to(torch.device("meta"))
+    assert torch.equal(unet.ksampler(model, steps=2), want)
+    other.detach()
+    assert torch.equal(unet.ksampler(rounded_unet, steps=2), stock)
+
+
+def test_the_weights_are_loaded_where_the_rounded_model_is_loaded(unet, rounded_unet):
+    from comfy.patcher_extension import CallbacksMP
+
+    unet.ksampler(rounded_unet, steps=1)
+    model, loaded = guard(unet, rounded_unet, full_precision=own_file(unet))[0], []
+    model.add_callback_with_key(CallbacksMP.ON_LOAD, "test", lambda *_: loaded.append(1))
+    unet.ksampler(model, steps=1)
+    assert loaded
+
+
+def dynamic(model, load_again):
+    """MODEL as dynamic VRAM has it on a GPU: its clones without are loaded again, as older hosts are taught here."""
+    clone, own = model.clone(), model.clone
+    clone.is_dynamic = lambda: True
+    clone.clone = lambda disable_dynamic=False: load_again() if disable_dynamic else own()
+    return clone
+
+
+def test_under_dynamic_vram_the_guarded_model_is_loaded_without(unet, rounded_unet):
+    model, said = guard(unet, dynamic(rounded_unet, lambda: in_fp8(unet)), full_precision=own_file(unet), more_bits=1)
+    want, report = guard(unet, rounded_unet, full_precision=own_file(unet), more_bits=1)
+    assert said == report and model.model is not rounded_unet.model
+    assert torch.equal(unet.ksampler(model, steps=2), unet.ksampler(want, steps=2))
+
+
+def test_a_dynamic_model_that_cannot_be_loaded_again_is_refused(unet, rounded_unet):
+    def none():
+        raise RuntimeError("cached_patcher_init is not initialized")
+
+    model = dynamic(rounded_unet, none)
+    with pytest.raises(
+        ValueError, match=r"Load it with Load Checkpoint or .*start ComfyUI with --disable-dynamic-vram"
+    ):
+        guard(unet, model, full_precision=own_file(unet))
+    assert guard(unet, model)[0] is model  # where it only says what is rounded
 
 
 def test_the_wrong_file_and_none_are_told(unet, rounded_unet):
