@@ -13,18 +13,20 @@ from torch import Tensor, nn
 
 WIDTH = 16  # of the conditioning, where the network is free to choose it
 PICTURES, VIDEO, SOUND, SHAPES = "pictures", "video", "sound", "3D shapes"
+SOUND_FILM = "video with sound"
 
 
 @dataclass(frozen=True)
 class Tiny:
     """Of one family: what its network's constructor is given, what is sampled, and the conditioning it wants.
 
-    extras: of the conditioning, the name -> a tensor's shape, or the value. weights: of a file, without which the host
-    builds no model. spread: of the weights, small enough that 20 steps of Euler stay finite.
+    latent: its shape, or those of several that are sampled at once. extras: of the conditioning, the name -> a tensor's
+    shape, or the value. weights: of a file, without which the host builds no model. spread: of the weights, small enough
+    that 20 steps of Euler stay finite.
     """
 
     settings: dict[str, Any]
-    latent: tuple[int, ...]
+    latent: tuple[Any, ...]
     width: int = WIDTH
     tokens: int = 6
     extras: dict[str, Any] = field(default_factory=dict)
@@ -366,6 +368,47 @@ TINY |= {
 }  # fmt: skip
 
 
+def _known_places(network: Any) -> None:
+    """Its file brings the frequencies of the embedding of places."""
+    network.rope.inv_freq.copy_(10000.0 ** -torch.linspace(0, 1, len(network.rope.inv_freq)))
+
+
+# Of several latents, and of a kind of their own.
+TINY |= {
+    "LTXAV": Tiny(
+        {
+            "in_channels": 128, "audio_in_channels": 128, "cross_attention_dim": 48, "audio_cross_attention_dim": 32,
+            "attention_head_dim": 24, "audio_attention_head_dim": 16, "num_attention_heads": 2,
+            "audio_num_attention_heads": 2, "caption_channels": WIDTH, "num_layers": 10,
+            "connector_attention_head_dim": 8, "connector_num_attention_heads": 2, "connector_num_layers": 1,
+        },
+        ((1, 128, 2, 4, 4), (1, 8, 8, 16)), width=2 * WIDTH, makes=SOUND_FILM,
+    ),
+    "MiniMaxH3": Tiny(
+        {
+            "hidden_size": 48, "num_layers": 10, "token_refiner_num_layers": 1, "num_attention_heads": 2,
+            "attention_head_dim": 24, "ffn_hidden_size": 32, "text_dim": WIDTH, "timestep_input_dim": 16,
+            "time_embed_hidden_size": 16, "time_embed_dim": 16, "rope_inv_freq_len": 4,
+        },
+        ((1, 24, 2, 4, 4), (1, 32, 2, 8)), makes=SOUND_FILM, trim=_known_places,
+    ),
+    "TripoSplat": Tiny(
+        {
+            "q_token_length": 32, "model_channels": 64, "cond_channels": WIDTH, "num_blocks": 10,
+            "num_refiner_blocks": 1, "num_head_channels": 32, "cond2_channels": 16, "mlp_ratio": 2,
+        },
+        ((1, 32, 16), (1, 1, 5)), makes=SHAPES,
+    ),
+    "SeedVR2": Tiny(
+        {
+            "norm_eps": 1e-5, "num_layers": 10, "mlp_type": "swiglu", "vid_dim": 48, "txt_in_dim": WIDTH, "heads": 2,
+            "head_dim": 24, "expand_ratio": 2, "rope_dim": 24, "vid_out_norm": True,
+        },
+        (1, 16, 1, 8, 8), extras={"condition": (1, 17, 1, 8, 8)}, makes=VIDEO,
+    ),
+}  # fmt: skip
+
+
 NEWER = {
     "txt_ids_dims": [],
     "vec_in_dim": None,
@@ -425,13 +468,24 @@ def conditioning(family: str, seed: int) -> list:
     return [[drawn(1, tiny.tokens, tiny.width), extras]]
 
 
+def empty_latent(family: str) -> Any:
+    """What is sampled of a family: zeros, of several latents as the host holds them together."""
+    shape = TINY[family].latent
+    if not isinstance(shape[0], tuple):
+        return torch.zeros(shape)
+    from comfy.nested_tensor import NestedTensor
+
+    return NestedTensor([torch.zeros(one) for one in shape])
+
+
 def drawn(host, family: str, model, steps: int) -> torch.Tensor:
-    """What the stock KSampler draws with a MODEL of the family."""
-    return host.call(
+    """What the stock KSampler draws with a MODEL of the family; of several latents in one row."""
+    samples = host.call(
         "KSampler", model=model, seed=0, steps=steps, cfg=3.0, sampler_name="euler", scheduler="simple", denoise=1.0,
         positive=conditioning(family, 1), negative=conditioning(family, 2),
-        latent_image={"samples": torch.zeros(TINY[family].latent)},
+        latent_image={"samples": empty_latent(family)},
     )[0]["samples"]  # fmt: skip
+    return torch.cat([one.flatten() for one in samples.unbind()]) if getattr(samples, "is_nested", False) else samples
 
 
 class _Asked(Exception):
