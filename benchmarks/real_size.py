@@ -107,7 +107,7 @@ def build(family: str | Family, device: str = "cpu", dtype: torch.dtype = torch.
     import comfy.supported_models
 
     family = FAMILIES[family] if isinstance(family, str) else family
-    config = getattr(comfy.supported_models, family.config)(family.unet_config)
+    config = getattr(comfy.supported_models, family.config)(family.unet_config | asked_besides(family))
     config.set_inference_dtype(dtype, None)
     model = config.get_model({}, device=torch.device("meta"))
     if device != "meta":
@@ -115,6 +115,14 @@ def build(family: str | Family, device: str = "cpu", dtype: torch.dtype = torch.
         fill(model.diffusion_model)
     target = torch.device(device)
     return comfy.model_patcher.ModelPatcher(model, load_device=target, offload_device=target)
+
+
+def asked_besides(family: Family) -> dict:
+    """What newer hosts ask of a configuration besides."""
+    from comfy.ldm.flux.model import FluxParams
+
+    newer = family.config == "Flux" and "txt_ids_dims" in FluxParams.__dataclass_fields__
+    return {"txt_ids_dims": []} if newer else {}
 
 
 def fill(network: nn.Module) -> None:

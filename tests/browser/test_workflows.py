@@ -45,6 +45,7 @@ def test_the_page_queues_it_and_shows_the_pictures(page, dev, server, name, tmp_
     fit_view(page)
     page.wait_for_function(f"() => {SHOWN}.every(n => n.imgs?.length && n.imgs[0].complete)", timeout=30_000)
     screenshot(page, name, tmp_path)
+    assert name not in TITLES or overlaps(page) == []  # what nodes say and show makes them higher
     assert not page.evaluate("() => app.lastNodeErrors && Object.keys(app.lastNodeErrors).length")
 
 
