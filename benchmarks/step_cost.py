@@ -389,15 +389,16 @@ def plot(blocks: list[list[Row]], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     wide, high = min(len(blocks), 3), -(-len(blocks) // 3)
+    names = list(dict.fromkeys([*FAMILIES, *(family(row.label) for found in blocks for row in found)]))
     figure, axes = plt.subplots(high, wide, figsize=(4.6 * wide, 4.8 * high), layout="constrained", squeeze=False)
     for axis, found in zip(axes.flat, blocks, strict=False):
         lines: dict[str, list[Row]] = {}
         for row in faster(found):
             lines.setdefault(family(row.label), []).append(row)
-        for n, (name, many) in enumerate(lines.items()):
+        for name, many in lines.items():
             x, y, error = zip(*sorted((r.speed, *r.summary["psnr"]) for r in many), strict=True)
-            width = 2.2 if name.startswith("ours") else 0.9
-            axis.errorbar(x, y, error, fmt="o-", ms=3, lw=width, color=f"C{n % 10}", label=name, alpha=0.9)
+            look = {"lw": 2.2 if name.startswith("ours") else 0.9, "color": f"C{names.index(name) % 10}"}
+            axis.errorbar(x, y, error, fmt="o-", ms=3, label=name, alpha=0.9, **look)
         costs = COSTS_OF[found[0].run.split(",")[0]]
         axis.set(title=found[0].run, xlabel=f"times less computing, {costs}", ylabel="PSNR to plain, dB", xscale="log")
         axis.set_xticks([1, 1.5, 2, 3, 4, 6, 8], ["1", "1.5", "2", "3", "4", "6", "8"])
