@@ -222,10 +222,10 @@ def test_asking_less_is_counted_in_answers(tmp_path):
     forecasts = [row for label, row in rows.items() if label.startswith("ours, forecasts")]
     assert forecasts and all(row["speed"] > 1 and 10 < row["summary"]["psnr"][0] <= 100 for row in forecasts)
     assert min(Image.open(tmp_path / "step_cost.png").size) > 100
-    run("step_cost", tmp_path, "--add", "--runs", "flow:euler:8:3", "--tasks", "6", "--only", "fewer steps")
+    run("step_cost", tmp_path, "--add", "--runs", "flow:euler:12:3", "--tasks", "6", "--only", "fewer steps")
     more = json.loads((tmp_path / "results" / "step_cost.json").read_text())["data"]
     assert {r["label"]: r for r in more if r["run"] == rows["plain"]["run"]} == rows
-    assert {r["run"] for r in more} == {rows["plain"]["run"], "flow, euler, 8 steps, cfg 3"}
+    assert {r["run"] for r in more} == {rows["plain"]["run"], "flow, euler, 12 steps, cfg 3"}
 
 
 @pytest.mark.nightly
