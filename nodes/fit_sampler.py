@@ -152,8 +152,8 @@ class AttuneFitSampler(io.ComfyNode):
         **more_positives,
     ) -> io.NodeOutput:  # fmt: skip
         solver, setting, empty = _setting(model, cfg, sampler, latent, seed)
-        further = {name: one for name, one in more_positives.items() if one is not None}
-        positive, empty = in_turn(positive, further, "Attune Fit Sampler"), torch.cat([empty] * (1 + len(further)))
+        positive, prompts = in_turn(positive, more_positives, "Attune Fit Sampler")
+        empty = torch.cat([empty] * prompts)
         if coefficients:
             counts = counts_of(steps, more_steps)
             check_looks(len(counts), TUNER_PRESETS[preset].held_out * len(empty), preset)

@@ -215,8 +215,7 @@ def fit_attention_profile(
     if (reason := why_not(sampler, sigmas)) is not None:
         raise ValueError(f"There is nothing to fit: {reason}. Change 'sampler_name' or 'steps'.")
     with_attention(model, FastBetween(kernel, 1.0, 0.0))  # refuses a kernel that is not there
-    further = {name: one for name, one in more_positives.items() if one is not None}
-    prompts, positive = 1 + len(further), in_turn(positive, further, FIT)
+    positive, prompts = in_turn(positive, more_positives, FIT)
     latent_image = {**latent_image, "samples": torch.cat([latent_image["samples"]] * prompts)}
 
     def run(patched: Any) -> Tensor:

@@ -227,13 +227,15 @@ def run_session(
     return inside_run(guider, torch.zeros_like(latent), latent, sigmas.clone(), seed, solves)
 
 
-def in_turn(positive: list, others: dict[str, list], who: str) -> list:
-    """Prompts as one CONDITIONING whose pictures have them in turn; ValueError for one that cannot be put so.
+def in_turn(positive: list, more: dict[str, list | None], who: str) -> tuple[list, int]:
+    """Prompts as one CONDITIONING whose pictures have them in turn, and how many; ValueError for one that cannot be put
+    so.
 
-    others: by the names of their inputs.
+    more: by the names of their inputs, None for those that are not connected.
     """
+    others = {name: one for name, one in more.items() if one is not None}
     if not others:
-        return positive
+        return positive, 1
     (_, facts), *_ = positive
     for name, other in others.items():
         alike = len(positive) == len(other) == 1 and other[0][0].shape[2:] == positive[0][0].shape[2:]
@@ -251,7 +253,7 @@ def in_turn(positive: list, others: dict[str, list], who: str) -> list:
         for key, value in kept.items()
         if isinstance(value, Tensor) and all(own[key].shape == value.shape for _, own in each)
     }
-    return [[texts, {**kept, **joined}]]
+    return [[texts, {**kept, **joined}]], len(each)
 
 
 def empty_latent(model, latent: dict, name: str = "latent_image") -> Tensor:

@@ -190,8 +190,8 @@ def fit_profile(
     kind = WholeSteps if asks_nothing else propagation_for(model)
 
     if kind is WholeSteps:
-        further = {name: one for name, one in more_positives.items() if one is not None}
-        latent_image, positive = _enough(latent_image, 1 + len(further)), in_turn(positive, further, WHO)
+        positive, prompts = in_turn(positive, more_positives, WHO)
+        latent_image = _enough(latent_image, prompts)
 
     def run(patched: Any, noise: int = seed) -> Tensor:
         noise %= 2**64
