@@ -203,16 +203,6 @@ class Calibration:
             said[last] = said.pop(last)
         return _without_empty(said)
 
-    def describe(self) -> str:
-        """What the calibration is, was made for and was measured to do, a few lines."""
-        run = f"{self.steps} steps" if self.sigmas else f"{len(self.alignments)} picture sizes"
-        cfg = "" if self.cfg is None else f"cfg {self.cfg:g}"
-        made = ", ".join(filter(None, [self.solver, cfg, size_text(self.resolution)]))
-        facts = [f"{key}: {json.dumps(value)}" for key, value in (*self.metrics.items(), *self.provenance.items())]
-        return "\n".join(
-            [f"{self.name} ({self.method}, {run})", f"for {self.families[0]}, {made}", self.source, *facts]
-        )
-
     def with_facts(self, metrics: Mapping[str, Any] | None = None, **provenance: Any) -> Calibration:
         """The same calibration with more `metrics` and more provenance."""
         return replace(self, metrics={**self.metrics, **(metrics or {})}, provenance={**self.provenance, **provenance})

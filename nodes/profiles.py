@@ -14,7 +14,7 @@ from ._host.apply import STOCK, Ready, Use, put_to_use, stock_levels
 from ._host.folders import find_profile, has_profile, installed_files, keep_profile, missing_profile, profile_names
 from ._host.identity import identify
 from ._host.shelf import installed
-from ._plan.installed import listing
+from ._plan.installed import about, listing
 from ._plan.profile_on_model import DENOISE_MODES, POLICIES
 from ._plan.propagation import FIDELITY
 from ._plan.refine import LATENT_SIDE
@@ -65,12 +65,12 @@ class AttuneLoadProfile(io.ComfyNode):
     @classmethod
     def execute(cls, profile_name, model=None) -> io.NodeOutput:
         profile = find_profile(profile_name)
-        about = None if model is None else identify(model, weights=True)
-        info = profile.describe()
-        if about is not None:
-            info += "\n" + ("\n".join(map(str, misfits(profile, about))) or "It suits this model.")
+        ours = None if model is None else identify(model, weights=True)
+        info = about(profile)
+        if ours is not None:
+            info += "\n" + ("\n".join(map(str, misfits(profile, ours))) or "It suits this model.")
         shelf, unread = installed()
-        listed = listing(shelf, unread, about)
+        listed = listing(shelf, unread, ours)
         say_on_node(cls, f"{info}\n\n{listed}")
         return io.NodeOutput(profile, info, listed, ui=ui.PreviewText(f"{info}\n\n{listed}"))
 

@@ -19,6 +19,7 @@ from pack.nodes._plan.fit_sampler import (
     tuned_profile,
     tuning_report,
 )
+from pack.nodes._plan.installed import about
 
 RANGE = ModelIdentity(("SDXL",), "ve", 0.0292, 14.6146, "eps", "0123456789abcdef")
 SETTING = Setting(RANGE, "euler", "euler", 6.0, (1024, 768), 3)
@@ -104,4 +105,4 @@ def test_a_stopped_search_leaves_a_profile_that_says_so(tmp_path):
     now = Progress("refining", 200, 392, LEVELS, 0.2)
     profile = load_profile(save_profile(stopped_profile(now, SETTING), tmp_path))
     assert profile.name.endswith(", tuned schedule, stopped") and list(profile.sigmas) == LEVELS.tolist()
-    assert "held_out" not in profile.metrics and "Stopped while refining: not proved" in profile.describe()
+    assert "held_out" not in profile.metrics and "Stopped while refining: not proved" in about(profile)

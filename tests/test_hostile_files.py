@@ -49,6 +49,7 @@ from pack.models.store import load_profile, load_tensors, save_profile, update_p
 from pack.models.train_npnet import NPNetTraining, Pairs, Recipe
 from pack.models.train_one_more_step import ModuleTraining
 from pack.models.training import Training
+from pack.nodes._plan.installed import about
 from pack.training.published_pairs import published_pairs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +95,7 @@ def test_every_kind_of_profile_is_among_those_that_are_mutated():
 
 def use_profile(path: Path) -> None:
     got = load_profile(path)
+    assert about(got)
     with hostile.unwatched():
         again = save_profile(got, path.parent / "again", "again")
         assert load_profile(again) == got

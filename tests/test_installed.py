@@ -1,4 +1,4 @@
-"""The list of what is installed."""
+"""The list of what is installed, and what is said of a profile."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from families import FAMILIES, FULL
 from pack.models.calibration import Calibration, CondLevels, ModelIdentity, fitted
 from pack.models.store import shipped_profiles
 from pack.nodes._plan.auto import Shelf
-from pack.nodes._plan.installed import listing, made_for
+from pack.nodes._plan.installed import about, listing, made_for
 
 MINE = replace(
     shipped_profiles()["Attune demo unet, euler, 8 steps"],
@@ -72,3 +72,26 @@ def test_no_star_for_another_network_other_weights_or_another_prediction(aspect)
 
 def test_a_full_shelf_names_its_networks():
     assert f"Golden noise, {len(FULL.npnets)}\n" in listing(FULL, []) and FULL.npnets
+
+
+def test_a_profile_says_in_sentences_what_it_is_and_what_was_measured():
+    said = about(shipped_profiles()["Attune demo unet, euler, 5 steps"]).splitlines()
+    assert said[0] == "Attune demo unet, euler, 5 steps: schedule for AttuneDemo, 128x128, euler, 5 steps, cfg 3."
+    assert said[2].startswith("Fitted on 2026-") and " with preset 'quick'." in said[2]
+    best, ours = (float(line[2:8]) for line in said[4:6])
+    assert "the best known schedule, karras" in said[4] and best > ours and said[5].endswith(": this profile")
+    assert "which this profile is" in about(shipped_profiles()["Attune demo unet, euler, 8 steps"])
+
+
+@pytest.mark.parametrize("profile", shipped_profiles().values(), ids=lambda one: one.name)
+def test_no_profile_of_ours_is_told_as_data(profile):
+    said = about(profile)
+    assert not any(sign in said for sign in '{}[]"') and len(said) < 1500
+    assert said.count("\n- ") >= len(profile.runs) + (len(profile.alignments) if not profile.sigmas else 0)
+
+
+@pytest.mark.parametrize("odd", [None, [], {}, "x", float("nan"), {"a": "b"}, [1], {"a": {}}, True])
+def test_free_form_facts_of_any_kind_are_passed_over(odd):
+    keys = ("held_out", "start", "refused", "date", "seconds", "preset")
+    plain = replace(MINE, metrics={}, provenance={})
+    assert about(replace(plain, metrics=dict.fromkeys(keys, odd), provenance=dict.fromkeys(keys, odd)))

@@ -106,7 +106,7 @@ def test_what_is_saved_is_in_the_loader_and_the_scheduler_at_once(host, folder):
         inputs = host.nodes.NODE_CLASS_MAPPINGS[node].GET_SCHEMA().inputs
         assert "mine_ v1_test.json" in next(one for one in inputs if one.id == widget).options
     profile, info, _ = host.call("AttuneLoadProfile", profile_name="mine_ v1_test.json")
-    assert profile.sigmas == VE.sigmas and profile.id == VE.id and "for AttuneDemo, euler, cfg 3, 128x128" in info
+    assert profile.sigmas == VE.sigmas and profile.id == VE.id and "schedule for AttuneDemo, 128x128, euler" in info
 
 
 def test_a_folder_that_is_deleted_while_the_host_runs_is_an_empty_one(host, folder):
