@@ -65,7 +65,7 @@ def test_twelve_prompts_leave_nothing_and_repeat_themselves(server):
     counted = long_run.day(day, long_run.WORKFLOWS, 12, math.inf, lambda _: None)
     prompts, memory, objects, tensors, own, patchers = zip(*counted, strict=True)
     assert not day.faults and prompts == tuple(range(2, 13, 2)) and min(memory) > 100
-    assert set(patchers) == {0} and len(set(tensors[1:])) == len(set(own[2:])) == 1  # after each method's first use
+    assert set(patchers) == {0} and len(set(tensors[1:])) == len(set(own[3:])) == 1  # after each method's first use
     assert max(objects[1:]) < 1.02 * objects[1]
 
 
