@@ -34,7 +34,7 @@ from ..live import Interim
 from . import OneSided, WholeSteps, applied, outer_sample
 from .guidance import why_not_one_sided
 
-TRIED_SPEEDS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0)
+TRIED_SPEEDS = (1.25, 1.33, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0)
 SEARCHED_FROM = 3.0  # times faster: where more is asked the programme's sums rank well
 FURTHEST_ASKED = 12  # steps from one asked step to the next, at most, or a quarter of a long run
 NO_FEATURES = Reuse(0, 1)  # of features: the steps in between compute none
