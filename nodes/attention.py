@@ -62,7 +62,7 @@ class AttuneFitAttention(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneFitAttention", "Attune Fit Attention", CATEGORY,
-            "Find on your model between which noise levels a faster attention keeps the picture.",
+            "Finds on your model between which noise levels a faster attention keeps the picture.",
             search_aliases=["calibrate", "sage attention", "flash attention", "attention by sigma"],
             is_experimental=True,
             inputs=[
@@ -99,8 +99,8 @@ class AttuneFitAttention(io.ComfyNode):
                     ),
                 ),
                 *more_prompts(
-                    "Another typical prompt. With two or more, nine in ten other prompts are to keep what is wanted; "
-                    "with one, only that one is measured."
+                    "Another typical prompt. With two or more prompts, the levels are chosen so that nine in ten "
+                    "other prompts should keep 'wanted'. With one prompt, only that one is measured."
                 ),
             ],
             outputs=[

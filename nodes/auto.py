@@ -27,7 +27,10 @@ LOG = logging.getLogger(__name__)
 
 def _switch(name: str, what: str) -> io.Combo.Input:
     shown, always, off = plan.WISHES
-    states = f"'{shown}': where a gain is measured for such models. '{always}': also where it is not. '{off}': never."
+    states = (
+        f"'{shown}': only where a gain was measured for models of this kind. "
+        f"'{always}': also where none was measured. '{off}': never."
+    )
     return io.Combo.Input(name, options=plan.WISHES, default=shown, tooltip=f"{what} {states}")
 
 
@@ -36,13 +39,13 @@ class AttuneAuto(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneAuto", "Attune Auto", "attune/auto",
-            "Looks at the run and at what is installed, uses what suits it, and says what and why.",
+            "Looks at the run and at what is installed, uses what suits the run, and says what it used and why.",
             search_aliases=["automatic", "align your steps", "sigmas", "one node", "preset", "faster", "better"],
             hidden=[io.Hidden.unique_id, io.Hidden.dynprompt],
             enable_expand=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled, with its LoRAs and patches."),
-                io.Latent.Input("latent", tooltip="The latent to sample: tells the picture's size."),
+                io.Latent.Input("latent", tooltip="The latent to sample, which tells the picture's size."),
                 io.Int.Input("steps", default=10, min=1, max=10000, tooltip="How many steps the sampler takes."),
                 io.Combo.Input(
                     "sampler_name", options=sampler_names(), default="dpmpp_2m",
@@ -62,14 +65,20 @@ class AttuneAuto(io.ComfyNode):
                 )),
                 _switch("schedule", "Levels and timesteps that fit the model."),
                 *advanced(
-                    _switch("one_more_step", "True darks and brights, where the start leaks."),
-                    _switch("noise_shift", "Small pictures of large models, from a profile."),
+                    _switch(
+                        "one_more_step",
+                        "One More Step: true darks and brights, for models that would drift to medium brightness.",
+                    ),
+                    _switch(
+                        "noise_shift",
+                        "Noise shift, from a profile: for pictures of other sizes than the model was trained on.",
+                    ),
                     _switch("golden_noise", "Noise fitted to the prompt, by a network or by re-denoising."),
                 ),
                 io.Combo.Input(
                     "speed", options=plan.SPEEDS, default=plan.OFF,
-                    tooltip="Reuses features between steps. faithful: the picture hardly changes (45 dB). fast: as "
-                    "far as was measured. off: every step is computed whole.",
+                    tooltip="Reuses features between steps. faithful: the picture hardly changes (45 dB). fast: the "
+                    "fastest setting that was measured. off: every step computes the whole network.",
                 ),
                 io.Conditioning.Input(
                     "positive", optional=True,

@@ -26,7 +26,7 @@ class AttuneCalibrationSet(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneCalibrationSet", "Attune Calibration Set", CATEGORY,
-            "Keeps what the network is asked in your runs, as calibration data for quantisers.",
+            "Records what goes into the network during your runs, as calibration data for quantisers.",
             search_aliases=["quantization", "calibration data", "Q-Diffusion", "PTQ4DM", "GPTQ"],
             is_experimental=True,
             hidden=[io.Hidden.unique_id],

@@ -18,11 +18,11 @@ class AttuneCompare(io.ComfyNode):
         ]
         return schema(
             "AttuneCompare", "Attune Compare", "attune/tools",
-            "Pictures side by side, where they differ from the first, and how bright they are.",
+            "Shows pictures side by side, where they differ from the first, and how bright they are.",
             search_aliases=["difference", "side by side", "compare images", "histogram", "xy plot", "grid"],
             essentials_category="Image Tools",
             inputs=[
-                io.Image.Input("image_1", tooltip="What the others are compared with: mostly the stock run."),
+                io.Image.Input("image_1", tooltip="What the others are compared with, usually the stock run."),
                 *more,
                 io.String.Input("labels", default="", tooltip="Names for the columns, separated by commas."),
                 io.Float.Input(

@@ -20,8 +20,8 @@ class AttuneFastSampler(io.ComfyNode):
             node_id="AttuneFastSampler",
             display_name="Attune Fast Sampler",
             category=CATEGORY,
-            description="The first picture is your own long run. The node learns from it, and the next pictures take "
-            "a fifth.",
+            description="Makes the first picture with your own long run and learns from it. The next pictures take a "
+            "fifth of the evaluations.",
             search_aliases=[
                 "speed", "faster", "fast sdxl", "fast flux", "fewer steps", "fitted sampler", "learn", "distill",
                 "teacache",
@@ -35,10 +35,10 @@ class AttuneFastSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "use", options=[*USES, *profiles_of_kind(SAMPLER)], default=AUTO,
-                    tooltip="auto: the short run, if one was learned for this model, schedule, cfg, size and set-up; "
-                    "otherwise a full run to learn from. full run: your own run, bit for bit. learn again: a full "
-                    "run that replaces what was learned. forget: a full run, and what was learned is deleted. A "
-                    "file: this calibration, or an error. A saved picture that you open again asks here for what "
+                    tooltip="auto: the short run, if one was learned for this model, schedule, cfg, size and "
+                    "set-up; otherwise a full run to learn from. full run: your own run, bit for bit. learn again: a "
+                    "full run that replaces what was learned. forget: a full run, and what was learned is deleted. A "
+                    "file: this calibration, or an error. When you open a saved picture again, this input names what "
                     "made it.",
                 ),
                 io.Int.Input(
@@ -48,8 +48,8 @@ class AttuneFastSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "fidelity", default=40.0, min=0.0, max=100.0, step=1.0,
-                    tooltip="How near the short run must come to the long one, in dB of the latents, on the part "
-                    "that it was not fitted to. From about 45 on the pictures look the same.",
+                    tooltip="How near the short run must come to the long one, in dB of the latents, on the part of "
+                    "the picture that it was not fitted to. From about 45 dB on the pictures look the same.",
                 ),
                 io.Int.Input(
                     "check_every", default=0, min=0, max=100000,

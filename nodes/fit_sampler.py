@@ -48,8 +48,9 @@ def _run_inputs():
         io.Conditioning.Input("negative", tooltip="The negative prompt that you usually take."),
         io.Float.Input(
             "cfg", default=7.0, min=0.0, max=100.0, step=0.1, round=0.01,
-            tooltip="The guidance that you will sample with. A schedule holds from about half to twice of it; "
-            "'coefficients' from half to 1.2 times, beyond which they are worse than plain steps.",
+            tooltip="The guidance that you will sample with. A fitted schedule stays good from about half of this "
+            "value to twice of it, 'coefficients' from half of it to 1.2 times. Beyond that, they are worse than "
+            "plain steps.",
         ),
         io.Sampler.Input(
             "sampler",
@@ -68,7 +69,7 @@ class AttuneFitSampler(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneFitSampler", "Attune Fit Sampler", CATEGORY,
-            "Fit a short run to your own long one, or a schedule to your sampler, and prove the gain.",
+            "Fits a short run to your own long one, or a schedule to your sampler, and proves the gain.",
             search_aliases=["align your steps", "optimize schedule", "sigmas", "timestep aligner", "TTA", "calibrate"],
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -79,9 +80,10 @@ class AttuneFitSampler(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "preset", options=list(TUNER_PRESETS), default="mini",
-                    tooltip="How thorough: at 8 steps at most about 800, 1700 or 3400 evaluations of the model. "
-                    "'coefficients' are fitted to 1, 2 or 4 noises and proved on 6, 9 or 12 others: about 480, 1120 or "
-                    "1970 for a long run of 30 steps. The time is measured before it starts.",
+                    tooltip="How thorough the fit is. At 8 steps, mini, quick and standard take at most about 800, "
+                    "1700 and 3400 evaluations of the model. 'coefficients' are fitted to 1, 2 or 4 noises and "
+                    "proved on 6, 9 or 12 others, which takes about 480, 1120 or 1970 evaluations for a long run of "
+                    "30 steps. The node estimates the time before it starts.",
                 ),
                 io.Boolean.Input(
                     "levels", default=True,
@@ -126,7 +128,7 @@ class AttuneFitSampler(io.ComfyNode):
                     "schedule of your own with 'steps' steps, which competes first and is kept if 'levels' is off.",
                 ),
                 *more_prompts(
-                    "Another typical prompt: what is fitted to four holds for others better than what is fitted to "
+                    "Another typical prompt. A fit to four prompts holds for other prompts better than a fit to "
                     "one, and costs four times as much."
                 ),
             ],

@@ -17,7 +17,8 @@ class AttuneLoadNPNet(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneLoadNPNet", "Attune Load NPNet", CATEGORY,
-            "The weights of a noise prompt network: the published files, or one you trained.",
+            "Loads a noise prompt network (NPNet), which fits the starting noise to the prompt: a published file, "
+            "or one that you trained.",
             search_aliases=["golden noise", "NPNet", "noise prompt network", "load npnet"],
             inputs=[
                 io.Combo.Input(
@@ -28,7 +29,7 @@ class AttuneLoadNPNet(io.ComfyNode):
             ],
             outputs=[
                 NPNetType.Output(display_name="npnet", tooltip="For Attune Golden Noise."),
-                io.String.Output(display_name="info", tooltip="What it was made for, as the file says."),
+                io.String.Output(display_name="info", tooltip="What the network was made for, as its file says."),
             ],
         )  # fmt: skip
 
@@ -47,7 +48,8 @@ class AttuneGoldenNoiseModel(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneGoldenNoiseModel", "Attune Golden Noise", CATEGORY,
-            "A MODEL whose samplers, the stock KSampler too, start from noise fitted to their prompt.",
+            "Gives a MODEL whose samplers, the stock KSampler too, start from noise that a network has fitted to "
+            "the prompt.",
             search_aliases=["golden noise", "NPNet", "noise prompt", "KSampler"],
             is_experimental=True,
             inputs=[

@@ -15,7 +15,7 @@ class AttuneNoise(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneNoise", "Attune Noise", "attune/noise",
-            "Gives the start of a patched MODEL as NOISE, for guiders that ignore the MODEL's options.",
+            "Gives the starting noise of a patched MODEL as NOISE, for guiders that ignore the MODEL's options.",
             search_aliases=["custom noise", "golden noise", "one more step noise", "signal leak noise"],
             inputs=[
                 io.Noise.Input(

@@ -50,9 +50,9 @@ class AttuneNoiseMask(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "floor", default=0.4, min=0.0, max=1.0, step=0.05,
-                    tooltip="The least noise that a region gets, also a certain one. For edges and two pictures: a "
-                    "share of the first noise level, 0.4 as published. For a warped picture: a share of the run's "
-                    "timesteps, 0.3 to 0.6.",
+                    tooltip="The least noise that any region gets, even where the picture is certain. For edges and "
+                    "two pictures: a share of the first noise level, 0.4 as published. For a warped picture: a share "
+                    "of the run's timesteps, 0.3 to 0.6.",
                 ),
                 *advanced(
                     io.Int.Input(

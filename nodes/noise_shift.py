@@ -41,7 +41,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneFitNoiseShift", "Attune Fit Noise Shift", CATEGORY,
-            "Measure what to tell the network about the noise at picture sizes it was not trained on.",
+            "Measures what to tell the network about the noise at picture sizes it was not trained on.",
             search_aliases=["noiseshift", "low resolution", "small pictures", "calibrate", "resolution"],
             inputs=[
                 io.Model.Input("model", tooltip="The model to calibrate, with the LoRAs that it will run with."),

@@ -47,14 +47,16 @@ class AttuneInvert(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneInvert", "Attune Invert", CATEGORY,
-            "Finds the noise of a real picture: maps that give it back exactly, at every guidance, or an edit of it.",
+            "Finds the noise of a real picture. Replayed, this noise gives the picture back exactly at any "
+            "guidance, or an edit of it.",
             search_aliases=["inversion", "unsample", "edit-friendly DDPM", "DDIM inversion", "noise maps", "LEDITS"],
             hidden=[io.Hidden.unique_id],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will replay it, with its LoRAs and patches."),
                 io.Conditioning.Input("positive", tooltip="What the picture shows, in a sentence: the source prompt."),
                 io.Conditioning.Input("negative", tooltip="The negative prompt, usually empty."),
-                io.Latent.Input("latent", tooltip="The picture from VAE Encode, without a noise mask. Batches too."),
+                io.Latent.Input("latent", tooltip="The picture from VAE Encode, without a noise mask. A batch "
+                "works, too."),
                 io.Sigmas.Input(
                     "sigmas",
                     tooltip="The noise levels of the run, such as BasicScheduler's; 20 to 50 steps are good. They "
@@ -69,8 +71,8 @@ class AttuneInvert(io.ComfyNode):
                 *advanced(
                     io.Float.Input(
                         "eta", default=1.0, min=0.0, max=1.0, step=0.05,
-                        tooltip="1: maps that hold the picture's structure, as published. 0: DDIM inversion with what "
-                        "it misses, at twice the calls, for Attune Morph.",
+                        tooltip="1: the maps hold the picture's structure, as published. 0: DDIM inversion with its "
+                        "errors recorded, for Attune Morph; it takes twice as many evaluations.",
                     ),
                     io.Combo.Input(
                         "precision", options=list(PRECISIONS), default="half",
@@ -83,7 +85,8 @@ class AttuneInvert(io.ComfyNode):
                 NoiseMapsType.Output(
                     display_name="noise_maps", tooltip="For Attune Replay, Attune Morph and Attune Save Noise Maps."
                 ),
-                io.String.Output(display_name="report", tooltip="What it took, and how the maps look."),
+                io.String.Output(display_name="report", tooltip="What the inversion cost in time and memory, and "
+                "figures of its maps."),
             ],
         )  # fmt: skip
 
@@ -105,7 +108,8 @@ class AttuneReplay(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneReplay", "Attune Replay", CATEGORY,
-            "A sampler from noise maps: the picture itself, an edit by another prompt, a variation, a blend of two.",
+            "Makes a sampler from noise maps. It draws the picture itself, an edit by another prompt, a variation, "
+            "or a blend of two pictures.",
             search_aliases=["edit picture", "noise maps", "edit-friendly DDPM", "variation", "inversion", "unsampler"],
             inputs=[
                 NoiseMapsType.Input("noise_maps", tooltip="From Attune Invert or Attune Load Noise Maps."),
@@ -120,8 +124,8 @@ class AttuneReplay(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "focus", default=0.3, min=0.0, max=1.0, step=0.05,
-                    tooltip="Keeps the picture where the new prompt asks for less than this share of its largest "
-                    "change; 0: off. A variation takes no part in it.",
+                    tooltip="Keeps the picture wherever the new prompt asks for less than this share of its largest "
+                    "change. 0 switches this off. It has no effect on a variation.",
                 ),
                 io.Float.Input(
                     "variation", default=0.0, min=0.0, max=1.0, step=0.05,
@@ -194,8 +198,9 @@ class AttuneMorph(io.ComfyNode):
             search_aliases=["interpolate pictures", "NoiseDiffusion", "morphing", "slerp", "between two images"],
             inputs=[
                 io.Model.Input("model", tooltip="The model of the noise maps, which samples the frames."),
-                NoiseMapsType.Input("maps_1", tooltip="Where it begins: one inverted picture, best at eta 0."),
-                NoiseMapsType.Input("maps_2", tooltip="Where it ends: inverted on the same sigmas, with the same eta."),
+                NoiseMapsType.Input("maps_1", tooltip="The first picture of the morph, inverted; eta 0 is best."),
+                NoiseMapsType.Input("maps_2", tooltip="The last picture of the morph, inverted on the same sigmas, "
+                "with the same eta."),
                 io.Int.Input(
                     "frames", default=8, min=1, max=4096,
                     tooltip="How many pictures, both ends included. 1: the one at 'factor'.",
@@ -234,7 +239,8 @@ class AttuneMorph(io.ComfyNode):
                 io.Conditioning.Output(
                     display_name="positive", tooltip="From the first prompt to the second, one for each frame."
                 ),
-                io.String.Output(display_name="report", tooltip="Frames, level, and what the latent is good for."),
+                io.String.Output(display_name="report", tooltip="How many frames there are, their noise level, and "
+                "how to sample them."),
             ],
         )  # fmt: skip
 
@@ -270,7 +276,7 @@ class AttuneSaveNoiseMaps(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneSaveNoiseMaps", "Attune Save Noise Maps", CATEGORY,
-            "Keep an inverted picture in models/noise_maps, where Attune Load Noise Maps lists it.",
+            "Keeps an inverted picture in models/noise_maps, where Attune Load Noise Maps lists it.",
             search_aliases=["save inversion", "noise maps"],
             is_output_node=True,
             inputs=[

@@ -33,7 +33,7 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneLoadOneMoreStep", "Attune Load One More Step", CATEGORY,
-            "The small network that predicts brightness and colours of a prompt before sampling.",
+            "Loads the small network that predicts the brightness and colours of a prompt before sampling.",
             search_aliases=["oms", "one more step", "terminal snr", "dark images"],
             inputs=[
                 io.Combo.Input(
@@ -84,8 +84,8 @@ class AttuneOneMoreStep(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneOneMoreStep", "Attune One More Step", CATEGORY,
-            "Starts every run from the prompt's own brightness and colours: true darks and brights from "
-            "SD 1.x, SD 2.x and SDXL.",
+            "Starts every run from the prompt's own brightness and colours, so that SD 1.x, SD 2.x and SDXL draw "
+            "true darks and brights.",
             search_aliases=["oms", "brightness", "terminal snr", "dark images", "zero snr", "offset noise"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled, with its LoRAs."),
@@ -173,7 +173,8 @@ class AttuneSignalLeak(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneSignalLeak", "Attune Signal Leak", CATEGORY,
-            "Starts every run from a random draw of what example pictures look like from afar. No network.",
+            "Starts every run from coarse brightness and colours, drawn at random from those of example pictures. "
+            "It needs no network.",
             search_aliases=["brightness", "offset noise", "style", "diversity"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled."),

@@ -36,8 +36,8 @@ class AttunePrecisionGuard(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttunePrecisionGuard", "Attune Precision Guard", CATEGORY,
-            "Says which sensitive weights an fp8 model keeps rounded, and puts the full ones of its file in their "
-            "place.",
+            "Says which sensitive weights of an fp8 model are rounded, and replaces them with the unrounded ones of "
+            "the full model's file.",
             search_aliases=["fp8", "quantization", "float8", "precision", "TFMQ", "time embedding"],
             hidden=[io.Hidden.unique_id],
             inputs=[

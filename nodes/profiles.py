@@ -30,7 +30,7 @@ class AttuneLoadProfile(io.ComfyNode):
         names = profile_names()
         return schema(
             "AttuneLoadProfile", "Attune Load Profile", CATEGORY,
-            "A calibration from models/attune, or one that comes with the pack; lists what is there.",
+            "Loads a calibration from models/attune, or one that comes with the pack, and lists what is there.",
             search_aliases=["schedule profile", "load schedule", "calibration", "installed", "inventory"],
             hidden=[io.Hidden.unique_id],
             inputs=[
@@ -45,7 +45,7 @@ class AttuneLoadProfile(io.ComfyNode):
             ],
             outputs=[
                 Profile.Output(display_name="profile", tooltip="For Attune Apply Profile."),
-                io.String.Output(display_name="info", tooltip="What it was made for and what was measured."),
+                io.String.Output(display_name="info", tooltip="What the profile was made for, and what was measured."),
                 io.String.Output(
                     display_name="installed",
                     tooltip="A line for each profile, One More Step module and NPNet, and why a file cannot be read.",
@@ -80,7 +80,7 @@ class AttuneSaveProfile(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneSaveProfile", "Attune Save Profile", CATEGORY,
-            "Keep a calibration in models/attune, where Attune Load Profile lists it.",
+            "Keeps a calibration in models/attune, where Attune Load Profile lists it.",
             search_aliases=["schedule profile", "save schedule", "calibration"],
             is_output_node=True,
             inputs=[
@@ -108,7 +108,7 @@ class AttuneApplyProfile(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneApplyProfile", "Attune Apply Profile", CATEGORY,
-            "Puts a profile of any kind to use: MODEL, SAMPLER and SIGMAS as it was fitted.",
+            "Applies a profile of any kind: it gives MODEL, SAMPLER and SIGMAS as they were fitted.",
             search_aliases=["schedule profile", "sigmas", "timestep alignment", "calibration", "noise shift"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that will be sampled. It must be of the profile's family."),
@@ -151,9 +151,10 @@ class AttuneApplyProfile(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "fidelity", default=0.0, min=0.0, max=100.0, step=1.0, optional=True,
-                    tooltip="For a profile of propagation, where 'speed' is 0: how near to the run without reuse, in "
-                    "dB. The fastest setting that proved it is taken. If there is none, every step runs whole. 0 takes "
-                    "45 dB, or else the most faithful setting.",
+                    tooltip="For a profile of propagation, where 'speed' is 0: how near the pictures must stay to "
+                    "the run without reuse, in dB. The node takes the fastest setting that was measured to stay so "
+                    "near. If there is none, every step computes the whole network. 0 means 45 dB or, if no setting "
+                    "reaches that, the most faithful one.",
                 ),
             ],
             outputs=[
@@ -204,7 +205,8 @@ class AttunePlotSigmas(io.ComfyNode):
         ]
         return schema(
             "AttunePlotSigmas", "Attune Plot Sigmas", CATEGORY,
-            "Draws up to four schedules and a profile in one picture, or what detail their starts keep of a picture.",
+            "Draws up to four schedules and a profile in one picture, or how much detail of a picture the start of "
+            "each schedule keeps.",
             search_aliases=["plot schedule", "sigmas graph", "compare schedulers"],
             inputs=[
                 io.Sigmas.Input("sigmas_1", optional=True, tooltip="A schedule."),

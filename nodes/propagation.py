@@ -27,7 +27,7 @@ class AttunePropagation(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttunePropagation", "Attune Propagation", CATEGORY,
-            "Fewer seconds per picture: most steps reuse what the inner layers made on a few key steps.",
+            "Saves time on every picture: most steps reuse what the inner layers computed on a few key steps.",
             search_aliases=[
                 "encoder propagation", "block propagation", "faster diffusion", "deepcache", "first block cache",
                 "teacache", "spectrum", "easycache", "cache", "speed",
@@ -65,16 +65,18 @@ class AttunePropagation(io.ComfyNode):
                     ),
                     io.Int.Input(
                         "keep_last", default=4, min=0, max=20,
-                        tooltip="For uniform and speed target: how many steps at the end run whole. No later step "
-                        "could repair their errors.",
+                        tooltip="For uniform and speed target: how many steps at the end compute the whole network, "
+                        "because no later step could repair their errors.",
                     ),
                     io.Float.Input(
                         "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
-                        tooltip="Where in the sampling the node begins to work; before it every step runs whole.",
+                        tooltip="Where in the sampling the node begins to work. Before that, every step computes "
+                        "the whole network.",
                     ),
                     io.Float.Input(
                         "end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
-                        tooltip="Where in the sampling the node stops working; after it every step runs whole.",
+                        tooltip="Where in the sampling the node stops working. After that, every step computes the "
+                        "whole network.",
                     ),
                     io.Float.Input(
                         "prior_noise", default=0.0, min=0.0, max=0.01, step=0.0005,
@@ -95,9 +97,10 @@ class AttunePropagation(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "fidelity", default=0.0, min=0.0, max=100.0, step=1.0, optional=True,
-                    tooltip="For calibrated profile: how near to the run without reuse, in dB. The fastest setting "
-                    "that proved it is taken. If there is none, every step runs whole. 0 takes 45 dB, or else the "
-                    "most faithful setting.",
+                    tooltip="For calibrated profile: how near the pictures must stay to the run without reuse, in "
+                    "dB. The node takes the fastest setting that was measured to stay so near. If there is none, "
+                    "every step computes the whole network. 0 means 45 dB or, if no setting reaches that, the most "
+                    "faithful one.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The model, to be sampled faster.")],
@@ -154,7 +157,7 @@ class AttuneFitPropagation(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneFitPropagation", "Attune Fit Propagation", CATEGORY,
-            "Measure on your model which steps need the network, and what each speed costs in fidelity.",
+            "Measures on your model which steps need the network, and what each speed costs in fidelity.",
             search_aliases=[
                 "calibrate", "faster diffusion", "deepcache", "block propagation", "encoder propagation", "spectrum",
                 "taylorseer", "forecast",
@@ -185,9 +188,9 @@ class AttuneFitPropagation(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "reuse", options=plan.FITTED_PARTS, default=plan.AUTOMATIC,
-                    tooltip="What the steps in between compute. automatic: nothing asked, which forecasts their "
-                    "answers from those before, on every network. The others reuse features of a UNet or a "
-                    "transformer; 'encoder reused' takes longest.",
+                    tooltip="What the steps in between compute. automatic: 'nothing asked', which forecasts the "
+                    "network's answers from earlier ones and works on every network. The others reuse features of a "
+                    "UNet or a transformer; 'encoder reused' takes longest.",
                 ),
                 io.Float.Input(
                     "fastest", default=8.0, min=1.25, max=10.0, step=0.25,
@@ -208,8 +211,8 @@ class AttuneFitPropagation(io.ComfyNode):
                     ),
                 ),
                 *more_prompts(
-                    "Another typical prompt, for forecasts: what is fitted to four holds for others far better than "
-                    "what is fitted to one."
+                    "Another typical prompt, for forecasts. A fit to four prompts holds for other prompts far "
+                    "better than a fit to one."
                 ),
             ],
             outputs=[

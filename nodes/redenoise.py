@@ -14,7 +14,8 @@ class AttuneRedenoise(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneRedenoise", "Attune Redenoise", CATEGORY,
-            "Golden noise without weights: one guided step down, one weakly guided step back.",
+            "Fits the starting noise to the prompt without a trained network, by one step down with strong guidance "
+            "and one step back with weak guidance.",
             search_aliases=["golden noise", "re-denoise", "zigzag", "Z-Sampling", "noise refinement"],
             is_experimental=True,
             inputs=[
@@ -31,7 +32,7 @@ class AttuneRedenoise(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "rounds", default=1, min=1, max=10,
-                    tooltip="How many zigzags follow each other. Each costs 2 calls of the model.",
+                    tooltip="How many zigzags follow each other. Each takes 2 evaluations of the model.",
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=2.0, step=0.05,
@@ -40,8 +41,8 @@ class AttuneRedenoise(io.ComfyNode):
                 *advanced(
                     io.Combo.Input(
                         "mode", options=["two-step", "direct"], default="two-step",
-                        tooltip="two-step: down and back, as published. direct: the same to first order, both calls at "
-                        "the start.",
+                        tooltip="two-step: down and back, as published. direct: an approximation of the same, with "
+                        "both evaluations at the first level.",
                     ),
                     io.Float.Input(
                         "depth", default=0.39, min=0.0, max=0.95, step=0.01,
@@ -64,9 +65,9 @@ class AttuneRedenoise(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "zigzag_steps", default=0, min=0, max=10000,
-                    tooltip="0: the zigzag happens once, before the run. A higher number: before each of that many "
-                    "first steps (Z-Sampling). The output 'sampler' does it, and the model stays as it is: 'strength' "
-                    "and the advanced inputs do not count then.",
+                    tooltip="0: one zigzag before the run. A higher number: a zigzag before each of that many first "
+                    "steps (Z-Sampling). The output 'sampler' then makes the zigzags, the output 'model' is the "
+                    "MODEL as it came, and 'strength' and the advanced inputs have no effect.",
                 ),
             ],
             outputs=[

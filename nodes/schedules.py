@@ -145,7 +145,7 @@ class AttuneKSampler(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneKSampler", "Attune KSampler", CATEGORY,
-            "The stock KSampler with schedules that fit the model in place of the stock scheduler list.",
+            "Samples as the stock KSampler does, with schedules that fit the model in place of the stock list.",
             search_aliases=["KSampler", "sampler", "align your steps", "AYS"],
             essentials_category="Image Generation",
             inputs=[

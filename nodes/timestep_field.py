@@ -15,7 +15,8 @@ class AttuneTimestepField(io.ComfyNode):
     def define_schema(cls):
         return schema(
             "AttuneTimestepField", "Attune Timestep Field", CATEGORY,
-            "A sampler that gives each frame of a film its own noise level: continue, fill in, extend without end.",
+            "Makes a sampler that gives each frame of a film its own noise level, to continue a film, to fill it "
+            "in, or to extend it without end.",
             search_aliases=[
                 "diffusion forcing", "image to video", "I2V", "interpolate frames", "extend video", "long video",
                 "Pusa", "SkyReels", "FVDM", "per-frame noise",
@@ -41,8 +42,8 @@ class AttuneTimestepField(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "solver", options=list(ORDERS), default="second order",
-                    tooltip="second order: each frame by its last two slopes (Adams-Bashforth). euler: with equal "
-                    "levels the stock euler. Both call the model once a step.",
+                    tooltip="second order: each frame moves by its own last two slopes (Adams-Bashforth). euler: "
+                    "Euler's method; with equal levels it is the stock euler. Both take one evaluation a step.",
                 ),
                 io.String.Input(
                     "levels", default="",
@@ -96,7 +97,7 @@ class AttuneFilm(io.ComfyNode):
                     "start", optional=True,
                     tooltip="From VAE Encode: a picture, a batch of frames, or a film. They become the first frames.",
                 ),
-                io.Latent.Input("end", optional=True, tooltip="Likewise: the film's last frames."),
+                io.Latent.Input("end", optional=True, tooltip="The same for the film's last frames."),
             ],
             outputs=[
                 io.Latent.Output(display_name="film", tooltip="For the sampler, with Attune Timestep Field."),

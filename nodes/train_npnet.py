@@ -103,7 +103,7 @@ class AttuneTrainNPNet(io.ComfyNode):
 
 
 def _source() -> list:
-    tip = "Leave all four inputs out to train on the pairs that are there."
+    tip = "Leave all four inputs unconnected to train on the pairs that are there."
     return [
         io.Model.Input("model", optional=True, tooltip=f"The model to make golden noise for. {tip}"),
         io.Clip.Input("clip", optional=True, tooltip="The text encoder of this model."),

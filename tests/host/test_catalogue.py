@@ -72,7 +72,9 @@ def test_every_input_and_output_has_a_tooltip(schemas, node):
     schema = schemas[node]
     missing = [socket.id or socket.display_name for socket in [*schema.inputs, *schema.outputs] if not socket.tooltip]
     assert missing == []
-    assert schema.description and schema.category.startswith("attune/")
+    assert schema.category.startswith("attune/")
+    verb = schema.description.split()[0]  # the node is the subject: "Draws ...", not "Draw ..." or "A picture of ..."
+    assert verb.endswith("s") and schema.description.endswith("."), schema.description
 
 
 WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}

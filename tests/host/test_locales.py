@@ -138,6 +138,21 @@ def test_every_text_is_written_in_its_language(language):
     assert [said for text, said in texts.items() if said == text or not letters.search(said)] == []
 
 
+RIVALS = {  # words of a language for what the book calls by another one throughout
+    "es": ["muestreador", "calendario", "según se publicó", "como se publicó"],
+    "fr": ["échantillonneur", "calendrier", "graine", " node ", "passage court", "passage long"],
+    "ja": ["計測", "校正", "絵"],
+    "ru": ["картинк", "вызов"],
+    "zh": ["噪声", "图片", "忠实度", "级别"],
+}
+
+
+@pytest.mark.parametrize("language", RIVALS)
+def test_a_thing_has_one_name_in_a_language(language):
+    texts = BOOKS[language]["texts"].values()
+    assert [said for said in texts if any(word in said.lower() for word in RIVALS[language])] == []
+
+
 def kept(text: str, options: list[str], book: dict) -> list[str]:
     """What a translation of `text` must hold: names as this language shows them; options, folders, endings as they are."""
     found = [option for option in options if f"{option}:" in text or f"'{option}'" in text]
