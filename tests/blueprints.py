@@ -27,7 +27,7 @@ class Spec:
 SPECS = {
     "Attune Fast KSampler": Spec(
         "fast_sampler", ("5", "6", "7", "8"),
-        "A sampler that learns: the first picture takes all its steps, the next ones a fifth of the evaluations.",
+        "Learns from your own run: the first picture takes all its steps, the next ones take a fifth of the evaluations.",
         {
             "seed": [("8", "noise_seed")], "steps": [("5", "steps")], "cfg": [("8", "cfg")],
             "sampler_name": [("6", "sampler_name")], "scheduler": [("5", "scheduler")], "denoise": [("5", "denoise")],
@@ -37,14 +37,14 @@ SPECS = {
     ),
     "Attune Edit Picture": Spec(
         "noise_space", ("3", "7", "8", "9", "10", "11"),
-        "A real picture, changed by a second prompt and kept elsewhere: positive says what it shows, edit what it should show.",
+        "Changes a real picture and keeps the rest of it: positive says what it shows, edit says what it should show.",
         {"steps": [("7", "steps")], "skip": [("9", "skip")], "focus": [("9", "focus")], "cfg": [("10", "cfg")]},
         {"image": ("11", 0)},
         {("2", 0): "image", ("6", 0): "edit"},
     ),
     "Attune Draft and Draw": Spec(
         "draft_seeds", ("5", "6", "8"),
-        "Many seeds as a sheet of fast drafts, and the one whose number you set, drawn whole.",
+        "Draws many seeds as a sheet of fast drafts, and then the seed whose number you set, with all its steps.",
         {
             "seed": [("5", "seed")], "drafts": [("5", "drafts")], "number": [("6", "number")],
             **{name: [("5", name), ("8", name)] for name in ("steps", "cfg", "sampler_name", "scheduler", "denoise")},
@@ -54,7 +54,7 @@ SPECS = {
     ),
     "Attune Film Sampler": Spec(
         "timestep_field", ("5", "10", "11", "12"),
-        "A film that goes on from given frames, for video models that read a noise level for each frame.",
+        "Continues a film from given frames, with video models that read a noise level for each frame.",
         {
             "seed": [("12", "noise_seed")], "steps": [("5", "steps")], "cfg": [("12", "cfg")],
             "scheduler": [("5", "scheduler")], "preset": [("11", "preset")], "given_frames": [("11", "given_frames")],
