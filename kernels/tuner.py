@@ -263,8 +263,8 @@ class _Work:
         if self.reference_error <= EXACT_ENOUGH * error:
             return True
         self.refused.append(
-            f"No search: the reference's own error {self.reference_error:.3g} is not small against the error of "
-            f"{self.start}, {error:.3g}."
+            f"The levels were not searched: the reference itself is off by {self.reference_error:.3g}, which is not "
+            f"small beside the error of {self.start}, {error:.3g}."
         )
         return False
 

@@ -297,59 +297,59 @@ def _model_misfits(one: Calibration, model: ModelIdentity) -> Iterable[Misfit]:
         )
         yield Misfit("noise", f"for noise up to {one.sigmas[0]:.3g}", said, True)
     if not set(one.families) & set(model.families):
-        said = f"'{one.name}' was made for another architecture: {one.families[0]}, this MODEL is {model.family}."
+        said = f"'{one.name}' was made for another architecture: {one.families[0]}, but this MODEL is {model.family}."
         yield Misfit("family", "for another network", said, True)
     elif one.families[0] != model.family and not one.config_hash:
-        said = f"'{one.name}' was published for {one.families[0]}, this MODEL is {model.family}."
+        said = f"'{one.name}' was published for {one.families[0]}, but this MODEL is {model.family}."
         yield Misfit("shift", "for a relative", said)
     if one.prediction and model.prediction and one.prediction != model.prediction:
-        said = f"'{one.name}' was made for {one.prediction} prediction, this MODEL has {model.prediction}."
+        said = f"'{one.name}' was made for {one.prediction} prediction, but this MODEL has {model.prediction}."
         yield Misfit("prediction", f"for {one.prediction} prediction", said, exact)
     if one.config_hash and model.config_hash and one.config_hash != model.config_hash:
         said = f"'{one.name}' was fitted on another network configuration of the family {one.families[0]}."
         yield Misfit("network", "for another network", said, one.kind in (*PROPAGATION, SAMPLER, ATTENTION))
     elif one.weights_hash and model.weights_hash and one.weights_hash != model.weights_hash:
         said = (
-            f"'{one.name}' was fitted on other weights than the model has, of the same architecture; its gain was not "
-            "measured with these."
+            f"'{one.name}' was fitted on other weights of the same architecture; its gain was not measured with the "
+            "weights of this MODEL."
         )
         yield Misfit("weights", "for other weights", said)
     if one.patches and model.patches and one.patches != model.patches:
         had = "without LoRAs" if one.patches == UNPATCHED else "with LoRAs or other weight patches"
         has = "none" if model.patches == UNPATCHED else "some" if one.patches == UNPATCHED else "others"
-        yield Misfit("patches", had, f"'{one.name}' was fitted {had}, this MODEL has {has}.")
+        yield Misfit("patches", had, f"'{one.name}' was fitted {had}, but this MODEL has {has}.")
     shift = one.provenance.get("shift")
     if model.shift is not None and isinstance(shift, int | float) and abs(shift - model.shift) > 0.01 * model.shift:
         said = (
-            f"'{one.name}' was fitted beside a shift of {shift:g}, this MODEL has {model.shift:g}; levels of a profile "
-            "are absolute and do not move with it."
+            f"'{one.name}' was fitted beside a shift of {shift:g}, but this MODEL has {model.shift:g}; the levels of a "
+            "profile are absolute and do not move with the shift."
         )
         yield Misfit("shift", f"for a shift of {shift:g}", said)
     scale = one.provenance.get("noise_scale", 1.0)
     if one.config_hash and isinstance(scale, int | float) and abs(scale - model.noise_scale) > 0.01 * scale:
-        said = f"'{one.name}' was fitted on noise of scale {scale:g}, this MODEL has {model.noise_scale:g}."
+        said = f"'{one.name}' was fitted on noise of scale {scale:g}, but this MODEL has {model.noise_scale:g}."
         yield Misfit("prediction", f"for noise of scale {scale:g}", said)
 
 
 def _run_misfits(one: Calibration, run: Planned) -> Iterable[Misfit]:
     long = one.kind in (SAMPLER, FORECAST)  # what stands in for one long run alone
     if one.solver and run.solver and one.solver != run.solver:
-        said = f"'{one.name}' was fitted with {one.solver}, the run has {run.solver}."
+        said = f"'{one.name}' was fitted with {one.solver}, but the run has {run.solver}."
         yield Misfit("solver", f"for {one.solver}", said)
     sized = long or (one.kind == SCHEDULE and one.config_hash)
     if sized and run.size and not (run.size == one.resolution if long else same_size(run.size, one.resolution)):
-        said = f"'{one.name}' was made at {size_text(one.resolution)}, the latent is {size_text(run.size)}."
+        said = f"'{one.name}' was made at {size_text(one.resolution)}, but the latent is {size_text(run.size)}."
         yield Misfit("size", f"for {size_text(one.resolution)}", said)
     if long and run.levels and not _same_levels(run.levels, one.sigmas):
         said = f"'{one.name}' stands in for {one.steps} steps of another schedule, or with another 'denoise'."
         yield Misfit("steps", f"for {one.steps} steps", said)
     counted = not long and one.config_hash and one.steps and run.steps
     if counted and not 1 / NEAR_STEPS <= run.steps / one.steps <= NEAR_STEPS:
-        said = f"'{one.name}' was fitted at {one.steps} steps; fit one for {run.steps}."
+        said = f"'{one.name}' was fitted for {one.steps} steps, but the run has {run.steps}; fit one for that number."
         yield Misfit("steps", f"for {one.steps} steps", said)
     most = MOST_CFG if long else NEAR_CFG
     if one.cfg and run.cfg is not None and not 1 / NEAR_CFG <= run.cfg / one.cfg <= most:
-        said = f"'{one.name}' was fitted at cfg {one.cfg:g}, the run has {run.cfg:g}."
+        said = f"'{one.name}' was fitted at cfg {one.cfg:g}, but the run has {run.cfg:g}."
         yield Misfit("cfg", f"for cfg {one.cfg:g}", said)
     if long and one.setting and run.setting and one.setting != run.setting:
         said = f"'{one.name}' was fitted with another guider, kind of conditioning, sampler option or model patch."

@@ -59,7 +59,7 @@ def part_of(shards: int, part: str) -> list[int]:
     """The shards of a part "2/4": the second machine of four; ValueError for anything else."""
     number, _, parts = part.partition("/")
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
-        raise ValueError(f"'part' is {part!r}; expected such as 1/1, or 2/4 for the second of four machines.")
+        raise ValueError(f"'part' must be such as 1/1, or 2/4 for the second of four machines, but it is {part!r}.")
     return list(range(int(number) - 1, shards, int(parts)))
 
 
@@ -107,7 +107,9 @@ def load_shard(path: Path) -> Shard:
 def read_jobs(path: Path) -> tuple[tuple[Job, ...], Mapping[str, Any]]:
     """What was drawn and with what, from the file's header alone; ValueError as `load_shard`."""
     if path.stat().st_size > LARGEST_SHARD:
-        raise ValueError(f"{path.name} is larger than {LARGEST_SHARD:,} bytes. Collect smaller shards.")
+        raise ValueError(
+            f"{path.name} is larger than {LARGEST_SHARD:,} bytes. Delete it, lower 'shard_size' and collect again."
+        )
     try:
         with safe_open(path, framework="pt") as file:
             facts = file.metadata() or {}

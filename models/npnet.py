@@ -75,10 +75,12 @@ def prompt_texts(config: NPNetConfig, tokens: Tensor | None, pooled: Tensor | No
     """
     if config.text == "pooled":
         if pooled is None:
-            raise ValueError("This NPNet needs the pooled embedding; the conditioning has none.")
+            raise ValueError(
+                f"This NPNet needs the pooled embedding of the prompt, but the conditioning has none. {INSTEAD}"
+            )
         if pooled.shape[-1] != config.width:
             raise ValueError(
-                f"This NPNet expects pooled embeddings of {config.width} numbers; the conditioning has "
+                f"This NPNet expects pooled embeddings of {config.width} numbers, but the conditioning has "
                 f"{pooled.shape[-1]}. {INSTEAD}"
             )
         return [pooled]
@@ -91,14 +93,13 @@ def prompt_texts(config: NPNetConfig, tokens: Tensor | None, pooled: Tensor | No
         size = f"{config.tokens} x {config.width}" if config.text == "flat" else f"n x {config.width}"
         family = " (SDXL family)" if (config.tokens, config.width) == (77, 2048) else ""
         raise ValueError(
-            f"This NPNet expects {size} prompt embeddings{family}; the conditioning has {n} x {width}. {INSTEAD}"
+            f"This NPNet expects {size} prompt embeddings{family}, but the conditioning has {n} x {width}. {INSTEAD}"
         )
     if config.text == "mean":
         return [tokens.mean(dim=1)]
     if n < config.tokens:
         raise ValueError(
-            f"This NPNet reads {config.tokens} tokens of a prompt; the conditioning has {n} tokens, {config.tokens} "
-            f"are needed. {INSTEAD}"
+            f"This NPNet needs {config.tokens} tokens of a prompt, but the conditioning has {n} tokens. {INSTEAD}"
         )
     parts = n // config.tokens if long_prompt == "average" else 1
     return [part.flatten(1) for part in tokens[:, : parts * config.tokens].split(config.tokens, dim=1)]

@@ -99,13 +99,13 @@ def _opened(path: Path, whole: bool) -> Iterator[_Content]:
     """The content of a file of either format; whole: with its numbers, else these are left on the disk."""
     size, suffix = path.stat().st_size, path.suffix.lower()
     if size > LARGEST_FILE:
-        raise ValueError(f"{path.name} has {size:,} bytes, an NPNet at most {LARGEST_FILE:,}. Is it an NPNet?")
+        raise ValueError(f"{path.name} is no NPNet: it has {size:,} bytes, and an NPNet has at most {LARGEST_FILE:,}.")
     if suffix in PICKLED:
         weights = _unpickled(path, whole)
         yield _Content({name: tuple(w.shape) for name, w in weights.items()}, weights.__getitem__, {})
         return
     if suffix not in SAFE:
-        raise ValueError(f"{path.name} is not an NPNet: expected {', '.join((*SAFE, *PICKLED))}.")
+        raise ValueError(f"{path.name} is not an NPNet: its name must end in {' or '.join((*SAFE, *PICKLED))}.")
     try:
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
@@ -238,10 +238,10 @@ def _config(name: str, shapes: dict[str, tuple[int, ...]], facts: Mapping[str, s
     if text not in ("flat", "mean", "pooled") or (text == "flat" and text_size % tokens):
         raise ValueError(
             f"{name} is damaged: its text layer takes {text_size} numbers, which are not {tokens} tokens "
-            f"(text mode '{shortened(text, 20)}')."
+            f"(text mode '{shortened(text, 20)}'). Get it again."
         )
     if not stages or any(heads < 1 or depth > 64 for depth, heads in stages) or side < 1:
-        raise ValueError(f"{name} is damaged: no Swin transformer of the published kind can be found in it.")
+        raise ValueError(f"{name} is damaged: no Swin transformer of the published kind is in it. Get it again.")
     return NPNetConfig(
         channels=channels, side=side, text=text, tokens=tokens,  # type: ignore[arg-type]
         width=text_size // (tokens if text == "flat" else 1), signs=signs,  # type: ignore[arg-type]

@@ -102,11 +102,13 @@ def architecture_of(header: Header, head_dim: int = 0) -> Architecture:
     if any(key.startswith(("time_embedding.", "model.diffusion_model.", "time_embed.")) or "time_emb_proj" in key
            for key in shapes):  # fmt: skip
         raise ValueError(
-            f"'{name}' is an ordinary UNet: it knows a timestep. Choose a One More Step module, such as "
-            "oms_b_openclip_15_21 or oms_b_openclip_xl."
+            f"'{name}' is an ordinary UNet, which reads a timestep, and no One More Step module. Choose a module in "
+            "'oms_name', such as oms_b_openclip_15_21 or oms_b_openclip_xl."
         )
     if len(shapes.get("conv_in.weight", ())) != 4:
-        raise ValueError(f"'{name}' is not a One More Step module: expected the keys of a diffusers UNet.")
+        raise ValueError(
+            f"'{name}' is not a One More Step module: it has no weights of a diffusers UNet. Choose another file."
+        )
     try:
         found = _architecture(shapes, head_dim or int(header.metadata.get("oms.head_dim", 0)))
     except (LookupError, ValueError, ZeroDivisionError, StopIteration) as error:
@@ -173,7 +175,8 @@ def latent_space_of(header: Header, context_dim: int, chosen: str = "") -> str:
     if "15" in stem or "21" in stem:
         return "SD15"
     raise ValueError(
-        f"Nothing tells which latents '{header.path.name}' is for: choose 'latent_space' in Load One More Step."
+        f"Neither the file '{header.path.name}' nor its name tells which latents it is for: set 'latent_space' in "
+        "Attune Load One More Step."
     )
 
 

@@ -76,7 +76,7 @@ def load_profile(path: Path) -> Calibration:
         raise ValueError(f"{path.name} cannot be read: {error.strerror}. Allow reading it, or take it away.") from error
     if len(content) > LARGEST_PROFILE:
         raise ValueError(
-            f"{path.name} has more than the {LARGEST_PROFILE} bytes of a profile at most. Is it a profile?"
+            f"{path.name} is no profile: it is larger than the {LARGEST_PROFILE:,} bytes that a profile may have."
         )
     return parse_profile(path.name, content)
 

@@ -114,7 +114,7 @@ def config_for(shard: Shard, recipe: Recipe) -> NPNetConfig:
     """
     _, channels, h, w = shard.noise.shape
     if h != w:
-        raise ValueError(f"An NPNet is square, but the pairs are {h} x {w} latents. Collect square ones.")
+        raise ValueError(f"An NPNet needs square latents, but the pairs are {h} x {w}. Collect pairs of square ones.")
     tokens, width = shard.tokens.shape[1:]
     text = recipe.text_mode
     if text == "auto":

@@ -104,8 +104,12 @@ def test_one_frame_is_a_picture_and_two_are_not(net):
 @pytest.mark.parametrize(
     ("shape", "sizes", "message"),
     [
-        ((1, 16, 128, 128), "windows", "works on 4-channel latents; this model's latent has 16"),
-        ((1, 4, 112, 144), "refuse", r"128 x 128 latents \(1024 x 1024 px\); got 112 x 144. Set other_sizes"),
+        ((1, 16, 128, 128), "windows", "needs latents of 4 channels, but this model's latent has 16"),
+        (
+            (1, 4, 112, 144),
+            "refuse",
+            r"128 x 128 latents \(1024 x 1024 px\), but the sampler got 112 x 144. Set 'other_sizes'",
+        ),
         ((1, 1, 4096), "windows", r"latents of pictures, .* but got a video with its sound"),
         ((1, 16, 21, 60, 104), "windows", r"latents of pictures, .* but got \[1, 16, 21, 60, 104\]"),
     ],
@@ -118,10 +122,10 @@ def test_latents_that_do_not_fit_are_refused_with_both_sizes(shape, sizes, messa
 @pytest.mark.parametrize(
     ("config", "tokens", "message"),
     [
-        (NPNetConfig(), (1, 77, 768), r"77 x 2048 prompt embeddings \(SDXL family\); the conditioning has 77 x 768.*Redenoise"),
-        (NPNetConfig(), (1, 40, 2048), "the conditioning has 40 tokens, 77 are needed"),
+        (NPNetConfig(), (1, 77, 768), r"77 x 2048 prompt embeddings \(SDXL family\), but the conditioning has 77 x 768.*Redenoise"),
+        (NPNetConfig(), (1, 40, 2048), "needs 77 tokens of a prompt, but the conditioning has 40 tokens"),
         (NPNetConfig(), None, "holds no encoded text. Connect CLIP Text Encode"),
-        (NPNetConfig(text="pooled", width=768), (1, 77, 768), "needs the pooled embedding; the conditioning has none"),
+        (NPNetConfig(text="pooled", width=768), (1, 77, 768), "needs the pooled embedding of the prompt, but the conditioning has none"),
         (NPNetConfig(text="mean", width=64), (1, 3, 32), "expects n x 64"),
     ],
 )  # fmt: skip
@@ -131,7 +135,7 @@ def test_prompts_that_do_not_fit_are_refused_with_both_sizes(config, tokens, mes
 
 
 def test_a_pooled_embedding_of_another_model_is_refused():
-    with pytest.raises(ValueError, match=r"pooled embeddings of 768 numbers; the conditioning has 1280"):
+    with pytest.raises(ValueError, match=r"pooled embeddings of 768 numbers, but the conditioning has 1280"):
         prompt_texts(NPNetConfig(text="pooled", width=768), None, torch.zeros(1, 1280), "first part")
 
 
@@ -346,10 +350,10 @@ def test_oversized_files_other_endings_and_newer_formats_are_refused(net, tmp_pa
     path = tmp_path / "big.safetensors"
     with path.open("wb") as file:
         file.truncate((1 << 30) + 1)
-    with pytest.raises(ValueError, match=r"big.safetensors has 1,073,741,825 bytes"):
+    with pytest.raises(ValueError, match=r"big.safetensors is no NPNet: it has 1,073,741,825 bytes"):
         load_npnet(path)
     (tmp_path / "x.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"x.ckpt is not an NPNet: expected .safetensors"):
+    with pytest.raises(ValueError, match=r"x.ckpt is not an NPNet: its name must end in .safetensors"):
         load_npnet(tmp_path / "x.ckpt")
     for facts, what in (({"npnet_version": "2"}, "format 2"), ({"arch": '{"attention": false}'}, "without attention")):
         with pytest.raises(ValueError, match=f"needs NPNet {what}|needs NPNet format {what}"):

@@ -200,7 +200,7 @@ def test_one_schedule_alone_is_for_a_plain_model_of_a_class():
 def test_a_named_schedule_refuses_a_model_of_another_family(name):
     other = ModelIdentity(("Flux",), "flow", 0.001, 1.0)
     with pytest.raises(
-        ValueError, match=rf"'{name}' is for models of the family .*, this MODEL is Flux\. Choose 'auto'"
+        ValueError, match=rf"'{name}' is for models of the family .*, but this MODEL is Flux\. Choose 'auto'"
     ):
         schedule(name, other, 8)
 

@@ -107,14 +107,14 @@ def test_a_size_within_a_tenth_is_the_same():
 
 
 def test_strict_refuses_another_size_and_ignore_says_it():
-    with pytest.raises(ValueError, match="'mine' was made at 512x512, the latent is 1024x768"):
+    with pytest.raises(ValueError, match="'mine' was made at 512x512, but the latent is 1024x768"):
         apply_profile(FITTED, SD15, policy="strict", resolution=(1024, 768))
-    assert "made at 512x512, the latent is 1024x768" in said(apply_profile(FITTED, SD15, resolution=(1024, 768)))
+    assert "made at 512x512, but the latent is 1024x768" in said(apply_profile(FITTED, SD15, resolution=(1024, 768)))
 
 
 @pytest.mark.parametrize("policy", ["strict", "shift"])
 def test_a_policy_that_needs_the_size_asks_for_the_latent(policy):
-    with pytest.raises(ValueError, match=f"'{policy}' needs to know the picture size: connect 'latent'"):
+    with pytest.raises(ValueError, match=f"'{policy}', which needs the picture's size: connect 'latent'"):
         apply_profile(FITTED, SD15, policy=policy)
 
 
@@ -132,7 +132,7 @@ def test_strength_zero_has_no_map():
 def test_another_parameterisation_keeps_the_schedule_and_skips_the_map():
     applied = apply_profile(FITTED, replace(SD15, prediction="v"))
     assert applied.conditioning is None and torch.equal(applied.sigmas, torch.tensor(FITTED.sigmas))
-    assert "timestep alignment skipped: made for eps prediction, this MODEL has v" in said(applied)
+    assert "timestep alignment skipped: made for eps prediction, but this MODEL has v" in said(applied)
 
 
 SHIFT = Calibration(
@@ -164,7 +164,7 @@ def test_where_no_schedule_is_needed_each_kind_names_those_that_are():
     [
         (FITTED, SD3, r"'mine' is for models with Stable Diffusion's noise.*\(SD3\)"),
         (FLOW, SD15, r"'mine' is for flow models.*\(SD15\)"),
-        (FITTED, replace(SD15, families=("SDXL",)), "another architecture: SD15, this MODEL is SDXL"),
+        (FITTED, replace(SD15, families=("SDXL",)), "another architecture: SD15, but this MODEL is SDXL"),
         (replace(FITTED, sigmas=(700.0, 1.0, 0.0)), SD15, "starts at sigma 700.*up to 14.61"),
     ],
 )
@@ -180,21 +180,25 @@ def test_a_profile_for_another_model_is_refused_with_both_names(profile, model, 
         (
             {"weights_hash": "1"},
             replace(SD15, weights_hash="2"),
-            "fitted on other weights than the model has, of the same architecture",
+            "fitted on other weights of the same architecture",
         ),
         (
             {"patches": "none"},
             replace(SD15, patches="some"),
-            "fitted without LoRAs, this MODEL has some",
+            "fitted without LoRAs, but this MODEL has some",
         ),
         (
             {"patches": "some"},
             replace(SD15, patches="none"),
-            "fitted with LoRAs or other weight patches, this MODEL has none",
+            "fitted with LoRAs or other weight patches, but this MODEL has none",
         ),
-        ({"patches": "some"}, replace(SD15, patches="more"), "LoRAs or other weight patches, this MODEL has others"),
+        (
+            {"patches": "some"},
+            replace(SD15, patches="more"),
+            "LoRAs or other weight patches, but this MODEL has others",
+        ),
         ({}, replace(SD15, sigma_max=4518.0), "starts at sigma 14.61, below this model's 4518"),
-        ({"alignments": ()}, replace(SD15, prediction="v"), "made for eps prediction, this MODEL has v"),
+        ({"alignments": ()}, replace(SD15, prediction="v"), "made for eps prediction, but this MODEL has v"),
         ({}, SD15, "Fitted for euler at cfg 7"),
     ],
 )
@@ -211,8 +215,8 @@ def test_the_weights_are_compared_where_both_are_known():
 
 
 def test_a_step_count_far_from_the_fitted_one_is_said():
-    assert "was fitted at 4 steps" in said(apply_profile(FITTED, SD15, 8))
-    assert "was fitted at" not in said(apply_profile(FITTED, SD15, 5))
+    assert "was fitted for 4 steps, but the run has 8" in said(apply_profile(FITTED, SD15, 8))
+    assert "was fitted for" not in said(apply_profile(FITTED, SD15, 5))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +232,7 @@ def test_a_shift_other_than_the_fits_is_noted_and_moves_no_level():
     fitted = FLOW.with_facts(shift=3.0)
     for shift, noted in ((3.0, False), (None, False), (5.0, True)):
         applied = apply_profile(fitted, replace(SD3, shift=shift))
-        assert ("fitted beside a shift of 3, this MODEL has 5" in said(applied)) == noted
+        assert ("fitted beside a shift of 3, but this MODEL has 5" in said(applied)) == noted
         assert torch.equal(applied.sigmas, apply_profile(FLOW, SD3).sigmas)
 
 
@@ -237,9 +241,9 @@ def test_a_fit_for_noise_of_one_scale_is_told_where_the_model_has_another():
     made = fitted(loud, "schedule", "8 steps", "tuner", (1024, 1024), {}, sigmas=(1.0, 0.5, 0.0))
     assert made.provenance["noise_scale"] == 8 and not misfits(made, loud)
     (misfit,) = misfits(made, SD3)
-    assert str(misfit) == "'SD3 8 steps' was fitted on noise of scale 8, this MODEL has 1." and not misfit.fatal
+    assert str(misfit) == "'SD3 8 steps' was fitted on noise of scale 8, but this MODEL has 1." and not misfit.fatal
     (misfit,) = misfits(fitted(SD3, "schedule", "8 steps", "tuner", (1024, 1024), {}, sigmas=(1.0, 0.5, 0.0)), loud)
-    assert "fitted on noise of scale 1, this MODEL has 8" in str(misfit)
+    assert "fitted on noise of scale 1, but this MODEL has 8" in str(misfit)
 
 
 def test_kl_optimal_levels_know_the_scale_of_the_noise_and_where_no_signal_is_left():

@@ -143,7 +143,7 @@ def test_a_huge_file_is_refused_before_it_is_read(tmp_path):
     path = tmp_path / "p.json"
     with path.open("wb") as file:
         file.truncate(LARGEST_PROFILE + 1)
-    with pytest.raises(ValueError, match=f"the {LARGEST_PROFILE} bytes"):
+    with pytest.raises(ValueError, match=f"the {LARGEST_PROFILE:,} bytes"):
         load_profile(path)
 
 

@@ -62,10 +62,12 @@ def test_names_of_parts_are_members_of_one_family():
 def test_automatic_is_the_first_part_and_a_part_of_the_other_kind_is_refused():
     assert part_of_unet("automatic") == TOP_LEVEL and part_of_transformer("automatic") == TRANSFORMER_PARTS[0]
     assert chosen(mode="uniform").reuse == reuse_by_name(TOP_LEVEL, True, 4, 2)
-    said = r"'first block fresh' is a part of a transformer, this MODEL is a UNet: set 'reuse' to one of 'automatic', "
+    said = (
+        r"'first block fresh' is a part of a transformer, but this MODEL is a UNet: set 'reuse' to one of 'automatic', "
+    )
     with pytest.raises(ValueError, match=said):
         part_of_unet(TRANSFORMER_PARTS[0])
-    with pytest.raises(ValueError, match="'encoder reused' is a part of a UNet, this MODEL is a transformer"):
+    with pytest.raises(ValueError, match="'encoder reused' is a part of a UNet, but this MODEL is a transformer"):
         part_of_transformer(ENCODER_REUSED)
 
 

@@ -124,9 +124,9 @@ def test_another_kind_architecture_noise_or_prediction_is_refused_by_name():
     schedule = replace(one, kind="schedule", sigmas=(1.0, 0.0))
     for wrong, model, words in (
         (schedule, MODEL, "is a schedule, but a noise shift is needed here. Take another"),
-        (one, replace(MODEL, families=("Flux",)), "another architecture: SD3, this MODEL is Flux.* Take another"),
+        (one, replace(MODEL, families=("Flux",)), "another architecture: SD3, but this MODEL is Flux.* Take another"),
         (one, replace(MODEL, space="ve", sigma_max=14.6), "flow models"),
-        (one, replace(MODEL, prediction="eps"), "flow prediction, this MODEL has eps"),
+        (one, replace(MODEL, prediction="eps"), "flow prediction, but this MODEL has eps"),
     ):
         with pytest.raises(ValueError, match=words):
             refuse_unfit(wrong, model, "Take another.", (NOISE_SHIFT,))

@@ -225,7 +225,7 @@ def test_pooled_pairs_need_pooled_embeddings_and_square_latents():
     with pytest.raises(ValueError, match="no pooled embeddings"):
         config_for(shard(lambda n, t: n, count=24), replace(RECIPE, text_mode="pooled"))
     wide = shard(lambda n, t: n, count=24)
-    with pytest.raises(ValueError, match="the pairs are 8 x 4 latents"):
+    with pytest.raises(ValueError, match="the pairs are 8 x 4"):
         config_for(replace(wide, noise=wide.noise[..., :4]), RECIPE)
 
 
@@ -235,7 +235,7 @@ def test_the_plan_gives_every_pair_a_seed_and_every_machine_its_shards():
     assert [job.prompt for job in shards[0]] == ["a", "a", "b", "b"]
     assert sorted(part_of(7, "1/3") + part_of(7, "2/3") + part_of(7, "3/3")) == list(range(7))
     for bad in ("", "0/2", "3/2", "1", "a/b", "-1/2"):
-        with pytest.raises(ValueError, match="expected such as 1/1"):
+        with pytest.raises(ValueError, match="'part' must be such as 1/1"):
             part_of(7, bad)
 
 

@@ -105,11 +105,11 @@ def _choose(executor, guider, sigmas, extra_args, *args, **kwargs):
                 LOG.info("%s: %s", remap.name, said)
             if remap.cfg and cfg and not 0.5 <= cfg / remap.cfg <= 2:
                 LOG.warning(
-                    "%s: fitted at cfg %g, this run has %g: its gain is unknown there.", remap.name, remap.cfg, cfg
+                    "%s: fitted at cfg %g, but this run has %g: its gain is unknown there.", remap.name, remap.cfg, cfg
                 )
         else:
             LOG.warning(
-                "%s: timestep alignment skipped: made for %s, this run uses %s. The schedule still applies.",
+                "%s: timestep alignment skipped: made for %s, but this run uses %s. The schedule still applies.",
                 remap.name, remap.solver, running,
             )  # fmt: skip
     options[CHOSEN], options[UNHEARD] = compose(fitting) if fitting else None, _Once()

@@ -112,11 +112,11 @@ def by_first(
     solver = comfy.samplers.sampler_object(run.sampler_name)
     reason = why_not(solver, sigmas)
     if reason is None and not can_forecast(solver):
-        reason = f"'{run.sampler_name}' does not ask the model once a step for its guided answer alone"
+        reason = f"'{run.sampler_name}' asks the model more than once a step, or for more than its guided answer"
     if reason is not None:
         raise ValueError(
-            f"{WHO} cannot forecast this run: {reason}. Connect a 'profile', or change 'sampler_name' or 'steps', for "
-            "'euler' and 20 steps say."
+            f"{WHO} cannot forecast this run: {reason}. Connect a 'profile', or change 'sampler_name' or 'steps', "
+            "for example to 'euler' and 20 steps."
         )
     first, rest = seeds[:count], seeds[count:]
     whole, faster, kinds = forecasting(model, lambda patched: draw(patched, first), run.sampler_name, sigmas, speed)

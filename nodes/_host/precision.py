@@ -157,8 +157,8 @@ def not_dynamic(model: Any) -> Any:
         return model.clone(disable_dynamic=True)
     except RuntimeError as error:
         raise ValueError(
-            "Under dynamic VRAM the weights of this MODEL cannot be replaced, and the node that loads it does not say "
-            "how to load it without. Load it with Load Checkpoint or Load Diffusion Model, or start ComfyUI with "
+            "Under dynamic VRAM the weights of this MODEL cannot be replaced, and the node that loads it cannot switch "
+            "dynamic VRAM off. Load it with Load Checkpoint or Load Diffusion Model, or start ComfyUI with "
             "--disable-dynamic-vram."
         ) from error
 

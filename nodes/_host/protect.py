@@ -34,7 +34,7 @@ def check_inpainting(model: Any, vae: Any) -> None:
     if tuple(getattr(base, "concat_keys", ())) != CONCAT:
         raise ValueError(
             f"{WHO} needs an inpainting model of the SD class, whose network is shown the mask and the masked picture, "
-            f"but this MODEL ({type(base).__name__}) is not: load such a checkpoint, as sd-v1-5-inpainting."
+            f"but this MODEL ({type(base).__name__}) is not: load such a checkpoint, for example sd-v1-5-inpainting."
         )
     channels = model.get_model_object("latent_format").latent_channels
     if getattr(vae, "latent_dim", 2) != 2 or vae.latent_channels != channels:

@@ -82,7 +82,8 @@ class _Run:
         base_model = inside.inner_model.inner_model
         if x.ndim != 5:
             raise ValueError(
-                f"{WHO}: a film [batch, channels, frames, height, width] is wanted, not {latent_text(x.shape)}."
+                f"{WHO}: the latent must be a film, [batch, channels, frames, height, width], but it is "
+                f"{latent_text(x.shape)}."
             )
         latent = torch.zeros_like(x) if inside.latent_image is None else inside.latent_image.to(x)
         mask, space = extra_args.get("denoise_mask"), noise_space(base_model.model_sampling)

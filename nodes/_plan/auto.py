@@ -206,7 +206,7 @@ def _of_makers(facts: Facts, run: Run, near: str) -> Decision | None:
 def _none_for_distilled(facts: Facts, near: str) -> Decision:
     fits = lambda one: one.space == facts.model.space and set(one.families) & set(facts.model.families)
     names = [name for name, one in shipped_makers().items() if not one.auto and fits(one)]
-    why = "It is run like a distilled model, which has timesteps of its own: take the scheduler of its makers."
+    why = "This run looks like that of a distilled model, which has timesteps of its own: take its makers' schedule."
     enable = f"choose its own in Attune Scheduler: {', '.join(names)}" if names else ""
     return Decision(SCHEDULE, "", why + near, enable)
 
@@ -263,9 +263,9 @@ def decide_told(schedule: Decision, shelf: Shelf) -> Decision:
     """The timesteps told to the network belong to the schedule that they were fitted with."""
     profile = shelf.profiles.get(schedule.pick)
     if profile is None or not profile.is_fitted:
-        return Decision(TOLD, "", "They come with a fitted schedule only.")
+        return Decision(TOLD, "", "Aligned timesteps come with a fitted schedule only.")
     if not profile.alignments:
-        return Decision(TOLD, "", "The fit found none that help.")
+        return Decision(TOLD, "", "The fit found no timesteps that help.")
     return Decision(TOLD, schedule.pick, "Fitted together with the schedule.")
 
 
@@ -279,7 +279,7 @@ def decide_shift(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
     another = lambda one: any(misfit.aspect in OF_THE_MODEL for misfit in blocking(one, facts, run, wish))
     found = {name: one for name, one in shifts.items() if not another(one)}
     if not found:
-        return Decision(SHIFT, "", "No profile for this model.", "a profile of Attune Fit Noise Shift")
+        return Decision(SHIFT, "", "No profile for this model is installed.", "a profile of Attune Fit Noise Shift")
     changing = [name for name, one in found.items() if not shift_for(one, facts.size)[0].is_identity]
     if not changing:
         return Decision(SHIFT, "", f"'{next(iter(found))}' changes nothing at {size_text(facts.size)}.")
@@ -303,10 +303,11 @@ def decide_start(facts: Facts, run: Run, wish: str, shelf: Shelf, start: float) 
         known = {"SD15": "oms_b_openclip_15_21", "SDXL": "oms_b_openclip_xl or oms_l_mixclip_xl"}
         file = known.get(facts.latent_space)
         enable = f"{file} in models/one_more_step" if file else "Attune Train One More Step makes a module"
-        return Decision(START, "", f"No module for {facts.latent_space} latents.", enable)
+        return Decision(START, "", f"No module for {facts.latent_space} latents is installed.", enable)
     trace = facts.area / start**2
     if wish == SHOWN and trace < MISSING_TRACE:
-        why = f"The start lacks a trace of only {trace:.2g} times the noise of a picture's mean (SD 1.5 at 512 px: 19)."
+        said = f"In a picture's mean brightness the missing trace is only {trace:.2g} times the noise"
+        why = f"{said} (SD 1.5 at 512 px: 19 times)."
         return Decision(START, "", why, f"set 'one_more_step' to '{ALWAYS}'")
     if wish == SHOWN and looks_distilled(facts, run):
         why = "Distilled models begin at pure noise; the step may overdo it."
@@ -318,7 +319,7 @@ def decide_start(facts: Facts, run: Run, wish: str, shelf: Shelf, start: float) 
         came = "none is connected" if run.prompt_width is None else f"'positive' is {run.prompt_width} wide"
         why = f"'{name}' reads prompts {width} wide; {came}."
         return Decision(START, "", why, f"connect a prompt{encoder} to 'positive'")
-    return Decision(START, name, f"The start lacks a trace of {trace:.3g} times the noise of a picture's mean.")
+    return Decision(START, name, f"In a picture's mean brightness the missing trace is {trace:.3g} times the noise.")
 
 
 def decide_noise(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
@@ -336,7 +337,7 @@ def decide_noise(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
     if looks_distilled(facts, run) or (run.cfg <= 1 and "Flux" not in facts.model.families):
         return Decision(NOISE, "", "No NPNet fits, and re-denoising needs a model with guidance.", enable)
     return Decision(
-        NOISE, REDENOISE, "No NPNet fits, so this costs 2 calls of the model. No visible gain is shown.", enable
+        NOISE, REDENOISE, "No NPNet fits, so this takes 2 evaluations of the model. No visible gain is shown.", enable
     )
 
 
@@ -363,15 +364,15 @@ def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
                 point = max(one.key_steps.points, key=lambda point: point.speed)
             return Decision(SPEED, name, f"Calibrated on this network: {point.speed:.2f}x at {point.psnr:.1f} dB.")
     if not facts.network:
-        return Decision(SPEED, "", "Neither a UNet nor a transformer that the pack knows.")
+        return Decision(SPEED, "", "The network is neither a UNet nor a transformer that the pack knows.")
     enable = "Attune Fit Propagation measures this model, and keeps its profile"
     if facts.network == "transformer" and facts.blocks < FEWEST_BLOCKS:
-        return Decision(SPEED, "", f"With {facts.blocks} blocks fewer steps are better.", enable)
+        return Decision(SPEED, "", f"The network has only {facts.blocks} blocks, so fewer steps gain more.", enable)
     rows = [row for row in REUSE.get((facts.network, run.solver), ()) if run.steps >= row[0]]
     rows = [row for row in rows if wish == FAST or row[2] >= FIDELITY]
     if not rows:
         least = "" if wish == FAST else f" to keep {FIDELITY:g} dB"
-        return Decision(SPEED, "", f"Nothing is shown{least} with this solver and so few steps.", enable)
+        return Decision(SPEED, "", f"No setting was measured{least} with this solver and so few steps.", enable)
     _, interval, psnr = rows[0]
     reuse = ONE if facts.network == "unet" else FIRST
     why = f"{psnr:.1f} dB to the run without it on the demo model of this kind."

@@ -22,8 +22,8 @@ def counts_of(steps: int, more: str) -> list[int]:
     numbers = [part for part in re.split(r"[,;\s]+", more.strip()) if part]
     if not all(re.fullmatch(r"\d{1,3}", part) and 2 <= int(part) <= 100 for part in numbers):
         raise ValueError(
-            f"'more_steps' is '{more}', but lists other counts of steps, each from 2 to 100, such as '6, 8, 12'. Leave "
-            "it empty for 'steps' alone."
+            f"'more_steps' must list numbers of steps from 2 to 100, such as '6, 8, 12', but it is '{more}'. Leave it "
+            "empty to fit 'steps' alone."
         )
     counts = sorted({steps, *map(int, numbers)})
     if len(counts) > MOST_COUNTS:

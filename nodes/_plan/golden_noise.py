@@ -31,16 +31,16 @@ def check_size(config: NPNetConfig, shape: tuple[int, ...], other_sizes: str) ->
     """ValueError unless the network can make noise of this shape [b c h w], or [b c 1 h w]."""
     if len(shape) not in (4, 5) or (len(shape) == 5 and shape[2] != 1):
         raise ValueError(
-            f"Attune Golden Noise works on latents of pictures, [b c h w], but got {latent_text(shape)}. {INSTEAD}"
+            f"Attune Golden Noise needs latents of pictures, [b c h w], but got {latent_text(shape)}. {INSTEAD}"
         )
     if shape[1] != config.channels:
         raise ValueError(
-            f"This NPNet works on {config.channels}-channel latents; this model's latent has {shape[1]}. {INSTEAD}"
+            f"This NPNet needs latents of {config.channels} channels, but this model's latent has {shape[1]}. {INSTEAD}"
         )
     if other_sizes == "refuse" and shape[-2:] != (config.side, config.side):
         raise ValueError(
-            f"This NPNet is trained for {config.side} x {config.side} latents ({8 * config.side} x {8 * config.side} "
-            f"px); got {shape[-2]} x {shape[-1]}. Set other_sizes to 'windows'."
+            f"This NPNet was trained for {config.side} x {config.side} latents ({8 * config.side} x {8 * config.side} "
+            f"px), but the sampler got {shape[-2]} x {shape[-1]}. Set 'other_sizes' to 'windows'."
         )
 
 

@@ -127,7 +127,7 @@ def refuse_others(one: Published, model: ModelIdentity) -> None:
     """ValueError unless the MODEL is of a family that the schedule is for, or of its children."""
     if one.space != model.space or not set(one.families) & set(model.families):
         raise ValueError(
-            f"'{one.name}' is for models of the family {' or '.join(one.families)}, this MODEL is {model.family}. "
+            f"'{one.name}' is for models of the family {' or '.join(one.families)}, but this MODEL is {model.family}. "
             "Choose 'auto' in 'schedule'."
         )
     highest = one.karras.high if one.karras else SD_HIGHEST
@@ -143,7 +143,7 @@ def by_dimensions(model: ModelIdentity, steps: int, denoise: float, sampled: Sam
     """Equal steps under the shift of the dimension rule, for flow models whose maker states none."""
     if model.space != "flow":
         raise ValueError(
-            f"'{BY_DIMENSIONS}' is for flow models (SD3, Flux …), this MODEL is {model.family}. Choose 'auto' in "
+            f"'{BY_DIMENSIONS}' is for flow models (SD3, Flux …), but this MODEL is {model.family}. Choose 'auto' in "
             "'schedule'."
         )
     if not sampled.dimensions:

@@ -34,7 +34,7 @@ def arranged(inverted: InvertedPicture, flip: str, right: float, down: float) ->
     if not axes and not right and not down:
         return inverted
     if maps.picture.ndim < 4:
-        raise ValueError("These noise maps are of sound, not of a picture: leave 'flip' and both shifts at nothing.")
+        raise ValueError("These noise maps are of sound, not of a picture: set 'flip' to none, both shifts to 0.")
     height, width = maps.picture.shape[-2:]
     by = round(down * height), round(right * width)
     return replace(inverted, maps=shifted(maps, *by, axes), latent=inverted.latent.flip(axes).roll(by, (-2, -1)))

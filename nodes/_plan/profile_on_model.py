@@ -84,18 +84,19 @@ def _at_resolution(
         raise ValueError(f"There is no resolution policy '{policy}'. Choose one of: {', '.join(POLICIES)}.")
     if resolution is None:
         if policy != "ignore":
-            raise ValueError(f"The resolution policy '{policy}' needs to know the picture size: connect 'latent'.")
+            raise ValueError(f"'resolution_policy' is '{policy}', which needs the picture's size: connect 'latent'.")
         return sigmas, []
     if same_size(resolution, profile.resolution):
         return sigmas, []
     made, wanted = size_text(profile.resolution), size_text(resolution)
     if policy == "strict":
         raise ValueError(
-            f"The profile '{profile.name}' was made at {made}, the latent is {wanted}. Choose a profile for this size, "
-            "or set 'resolution policy' to 'shift' or 'ignore'."
+            f"The profile '{profile.name}' was made at {made}, but the latent is {wanted}. Choose a profile for this "
+            "size, or set 'resolution_policy' to 'shift' or 'ignore'."
         )
     if policy == "ignore":
-        return sigmas, [f"Note: the profile was made at {made}, the latent is {wanted}; its levels are used unchanged."]
+        said = f"Note: the profile was made at {made}, but the latent is {wanted}; its levels are used unchanged."
+        return sigmas, [said]
     grow = math.sqrt(math.prod(resolution) / math.prod(profile.resolution))
     shifted = _shifted(sigmas, grow, 1.0 if profile.space == "flow" else model.sigma_max)
     return shifted, [f"Levels shifted by {grow:.3g} from {made} to {wanted}."]
@@ -120,7 +121,7 @@ def _conditioning(
     if strength == 0:
         return None, "", ["Timestep alignment off: 'strength' is 0."]
     if profile.prediction and model.prediction and profile.prediction != model.prediction:
-        reason = f"made for {profile.prediction} prediction, this MODEL has {model.prediction}"
+        reason = f"made for {profile.prediction} prediction, but this MODEL has {model.prediction}"
         return None, "", [f"Schedule applied, timestep alignment skipped: {reason}."]
     return conditioning_map(profile, nearest, strength), nearest.solver, [_said_of(nearest, strength)]
 

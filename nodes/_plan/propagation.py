@@ -102,7 +102,9 @@ def part_of_transformer(name: str) -> str:
 def _part(name: str, own: list[str], network: str, other: str) -> str:
     if name not in (AUTOMATIC, *own):
         choices = ", ".join(f"'{one}'" for one in (AUTOMATIC, *own))
-        raise ValueError(f"'{name}' is a part of {other}, this MODEL is {network}: set 'reuse' to one of {choices}.")
+        raise ValueError(
+            f"'{name}' is a part of {other}, but this MODEL is {network}: set 'reuse' to one of {choices}."
+        )
     return own[0] if name == AUTOMATIC else name
 
 

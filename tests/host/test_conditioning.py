@@ -205,7 +205,7 @@ def test_a_map_for_another_solver_stands_aside_and_says_so(kit, demo, solve, cap
     patched = kit.put(demo[0], kit.remap("my profile", ve_map(kit), "euler"))
     with caplog.at_level("WARNING"):
         other = solve(patched, "dpmpp_2m")
-    assert "my profile: timestep alignment skipped: made for euler, this run uses dpmpp_2m" in caplog.text
+    assert "my profile: timestep alignment skipped: made for euler, but this run uses dpmpp_2m" in caplog.text
     assert torch.equal(other, solve(demo[0], "dpmpp_2m"))
     caplog.clear()
     assert not torch.equal(solve(patched, "euler"), solve(demo[0], "euler"))

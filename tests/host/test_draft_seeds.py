@@ -90,7 +90,7 @@ def test_a_fitted_sampler_drafts_in_as_many_evaluations_as_the_speed_allows(kit,
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"sampler_name": "heun"}, "'heun' does not ask the model once a step"),
+        ({"sampler_name": "heun"}, "'heun' asks the model more than once a step"),
         ({"steps": 4}, "a run of 4 steps is too short"),
         ({"latent": {"samples": torch.zeros(2, 4, 8, 8)}}, "'latent_image' holds 2: set its 'batch_size' to 1"),
     ],

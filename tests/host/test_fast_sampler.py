@@ -205,7 +205,7 @@ def test_a_named_calibration_is_used_or_refused_with_the_reason(net, host):
     Drawn(net)
     (file,) = host.profiles.glob("*.json")
     assert Drawn(net, use=file.name, seed=2).calls == SHORT
-    with pytest.raises(ValueError, match=r"fitted at cfg 3, the run has 8.*Set 'use'.*to 'auto'"):
+    with pytest.raises(ValueError, match=r"fitted at cfg 3, but the run has 8.*Set 'use'.*to 'auto'"):
         Drawn(net, use=file.name, cfg=8.0)
 
 

@@ -195,7 +195,7 @@ def test_a_solver_that_asks_more_than_one_guided_answer_a_step_is_refused(kit, h
         "latent_image": {"samples": torch.zeros(1, kit.channels, 8, 8)}, "cfg": 3.0, "sampler_name": sampler,
         "scheduler": "normal", "fastest": 1.25, "longest": 2,
     }  # fmt: skip
-    with pytest.raises(ValueError, match=f"'{sampler}' does not ask the model once a step"):
+    with pytest.raises(ValueError, match=f"'{sampler}' asks the model more than once a step"):
         host.call("AttuneFitPropagation", **given, reuse="nothing asked")
 
 

@@ -196,10 +196,10 @@ def test_bad_input_is_refused_before_the_first_call_of_the_model(host, demo, npn
     with pytest.raises(ValueError, match=r"trained for 16 x 16 latents .*got 20 x 16"):
         ksampler(host, golden_model(host, model, npnet, other_sizes="refuse"), common, latent={"samples": torch.zeros(1, 4, 20, 16)})  # fmt: skip
     (flow, _, _) = host.call("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")
-    with pytest.raises(ValueError, match="works on 4-channel latents; this model's latent has 16"):
+    with pytest.raises(ValueError, match="needs latents of 4 channels, but this model's latent has 16"):
         ksampler(host, golden_model(host, flow, npnet), common, latent={"samples": torch.zeros(1, 16, 16, 16)})
     wide = [[torch.zeros(1, 16, 64), {}]]
-    with pytest.raises(ValueError, match="expects 16 x 128 prompt embeddings; the conditioning has 16 x 64"):
+    with pytest.raises(ValueError, match="expects 16 x 128 prompt embeddings, but the conditioning has 16 x 64"):
         golden_noise(host, demo[0], npnet, wide)
     with pytest.raises(ValueError, match=r"there is none\. Connect 'positive'"):
         golden_noise(host, demo[0], npnet, [])

@@ -183,7 +183,7 @@ def test_half_strength_lies_between(host, demo, encode):
 def test_another_sampler_runs_with_the_schedule_and_without_the_map(host, demo, encode, caplog):
     patched, _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=VE)
     got = sample(host, encode, patched, sigmas, "dpmpp_2m")
-    assert "timestep alignment skipped: made for euler, this run uses dpmpp_2m" in caplog.text
+    assert "timestep alignment skipped: made for euler, but this run uses dpmpp_2m" in caplog.text
     assert torch.equal(got, sample(host, encode, demo[0], sigmas, "dpmpp_2m"))
 
 
@@ -192,7 +192,7 @@ def test_guidance_far_from_the_fits_is_said(host, demo, encode, caplog):
         patched, _, sigmas, _ = host.call("AttuneApplyProfile", model=demo[0], profile=replace(VE, cfg=cfg))
         caplog.clear()
         sample(host, encode, patched, sigmas)
-        assert (f"fitted at cfg {cfg:g}, this run has 3" in caplog.text) == said
+        assert (f"fitted at cfg {cfg:g}, but this run has 3" in caplog.text) == said
 
 
 def test_a_mask_on_the_latent_is_allowed_and_noted(host, demo):
@@ -256,7 +256,7 @@ def test_torch_compile_after_the_profile_gives_the_same_picture(host, demo, enco
 def test_another_parameterisation_is_refused_for_the_map_alone(host, demo):
     model, _, sigmas, report = host.call("AttuneApplyProfile", model=demo[0], profile=replace(VE, prediction="eps"))
     assert model is demo[0] and torch.equal(sigmas, torch.tensor(VE.sigmas))
-    assert "Schedule applied, timestep alignment skipped: made for eps prediction, this MODEL has v." in report
+    assert "Schedule applied, timestep alignment skipped: made for eps prediction, but this MODEL has v." in report
 
 
 def test_a_profile_of_another_architecture_is_refused(host, demo, flow):
@@ -325,7 +325,7 @@ def test_a_second_pass_at_twice_the_size_follows_the_policy(host, demo, encode):
         width=256, height=256, crop="disabled",
     )  # fmt: skip
     second = {"model": demo[0], "profile": VE, "steps": 4, "denoise": 0.5, "latent": large}
-    with pytest.raises(ValueError, match="made at 128x128, the latent is 256x256"):
+    with pytest.raises(ValueError, match="made at 128x128, but the latent is 256x256"):
         host.call("AttuneApplyProfile", **second, resolution_policy="strict")
     _, _, plain, noted = host.call("AttuneApplyProfile", **second)
     model, _, shifted, said = host.call("AttuneApplyProfile", **second, resolution_policy="shift")
@@ -580,7 +580,7 @@ def test_other_weights_of_the_same_architecture_are_noted(host, demo):
     for made, noted in ((identity.weights_hash(demo[0]), False), ("0" * 16, True)):
         profile = replace(VE, weights_hash=made, config_hash=identity.identify(demo[0]).config_hash)
         *_, report = host.call("AttuneApplyProfile", model=demo[0], profile=profile)
-        assert ("fitted on other weights than the model has" in report) == noted
+        assert ("fitted on other weights of the same architecture" in report) == noted
 
 
 def queued(*names, **carried):

@@ -953,13 +953,11 @@ def test_a_memory_limit_is_kept(draw, propagate, caplog):
 
 
 def test_a_part_of_the_other_kind_of_network_is_refused(host, demo):
-    said = (
-        r"'first block fresh' is a part of a transformer, this MODEL is a UNet: set 'reuse' to one of 'automatic', 'top"
-    )
+    said = r"'first block fresh' is a part of a transformer, but this MODEL is a UNet: set 'reuse' to one of 'automatic', 'top"
     with pytest.raises(ValueError, match=said):
         host.call("AttunePropagation", model=demo[0], mode="uniform", reuse="first block fresh")
     flow = host.call("CheckpointLoaderSimple", ckpt_name="attune_demo_flow.safetensors")[0]
-    with pytest.raises(ValueError, match="'encoder reused' is a part of a UNet, this MODEL is a transformer"):
+    with pytest.raises(ValueError, match="'encoder reused' is a part of a UNet, but this MODEL is a transformer"):
         host.call("AttunePropagation", model=flow, mode="uniform", reuse="encoder reused")
     with pytest.raises(ValueError, match=r"a transformer .* of at least 2 blocks, but this MODEL is a OpenAISig"):
         host.call("AttunePropagation", model=comfy_stub.tiny_model("SD3"), mode="uniform")

@@ -178,7 +178,7 @@ def test_what_could_not_be_trained_on_is_said_before_the_model_is_called(host, g
         ),
         ({"text_mode": "pooled", "clip": Poolless(given["clip"])}, "no pooled embeddings"),
         ({"name": "///"}, "is no file name"),
-        ({"part": "3/2"}, "expected such as 1/1"),
+        ({"part": "3/2"}, "'part' must be such as 1/1"),
         ({"clip": None}, "To collect pairs, connect 'clip', too"),
     ):
         with pytest.raises(ValueError, match=said):

@@ -152,7 +152,8 @@ def fit(
                 candidates[reuse, keys] = speedup(steps, len(keys), share)
     if not candidates:
         raise ValueError(
-            f"No setting is {1 + SPEED_STEP:g} times faster: set 'reuse' to a part that costs less, or raise 'longest'."
+            f"With this 'reuse' no setting is {1 + SPEED_STEP:g} times faster: set 'reuse' to a part that costs less, "
+            "or raise 'longest'."
         )
     points: list[Point] = []
     for number, ((reuse, keys), speed) in enumerate(candidates.items()):
@@ -183,8 +184,8 @@ def fit_profile(
         raise ValueError(f"There is nothing to calibrate: {reason}. Change 'sampler_name' or 'steps'.")
     if reuse == plan.NOTHING and not can_forecast(sampler):
         raise ValueError(
-            f"The sampler '{sampler_name}' does not ask the model once a step for its guided answer alone, so nothing "
-            "can be forecast for it: set 'reuse' to 'automatic', or 'sampler_name' to one such as 'dpmpp_2m'."
+            f"The sampler '{sampler_name}' asks the model more than once a step, or for more than its guided answer. "
+            "Nothing can be forecast: set 'reuse' to 'automatic', or 'sampler_name' to one such as 'dpmpp_2m'."
         )
     asks_nothing = reuse == plan.NOTHING or (reuse == plan.AUTOMATIC and can_forecast(sampler))
     kind = WholeSteps if asks_nothing else propagation_for(model)

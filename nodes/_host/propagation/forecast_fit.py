@@ -210,7 +210,9 @@ def fit_forecasts(
     fit = Fit(model, lambda patched: run(patched, seed), solver, levels)
     plans = fit.programme.plans([one for one in TRIED_SPEEDS if one <= fastest])
     if not plans:
-        raise ValueError(f"No setting of so few steps is {TRIED_SPEEDS[0]:g} times faster: raise 'steps' or 'fastest'.")
+        raise ValueError(
+            f"With so few steps no setting is {TRIED_SPEEDS[0]:g} times faster: raise 'steps' or 'fastest'."
+        )
     changed = {"answer": fit.programme.changed}
     yield "drawing another noise whole, to try them on", 0.1, (fit.keys, changed)
     whole = run(model, seed + 1)
@@ -283,7 +285,9 @@ def forecasting(
     fit = Fit(model, run, solver, levels)
     plans = fit.programme.plans([speed])
     if not plans:
-        raise ValueError(f"No {fit.steps} steps are {speed:g} times faster: lower 'speed', or raise 'steps'.")
+        raise ValueError(
+            f"A run of {fit.steps} steps cannot be made {speed:g} times faster: lower 'speed', or raise 'steps'."
+        )
     kinds = max(plans, key=lambda kinds: fit.point(kinds).psnr)
     settings = ReuseSettings(CALIBRATED, calibration=replace(fit.keys, points=(fit.point(kinds),)))
     return fit.whole, applied(model, WholeSteps, settings), kinds
@@ -294,8 +298,8 @@ def _heard_whole(runs: list[Any], solver: str, steps: int) -> Any:
     (recorded,) = runs
     if len(recorded.heard) != steps:
         raise ValueError(
-            f"The sampler '{solver}' does not ask the model once at every level: set 'reuse' to another part, or "
-            "choose 'euler' or 'dpmpp_2m' in 'sampler_name'."
+            f"The sampler '{solver}' asks the model at other levels than those of its schedule: set 'reuse' to another "
+            "part, or choose 'euler' or 'dpmpp_2m' in 'sampler_name'."
         )
     return recorded
 
