@@ -145,7 +145,7 @@ def fit_report(profile: Calibration | None, kernel: str, wanted: float, steps: i
 def kept_by(prompts: int) -> str:
     """Which prompts keep the dB of a fit."""
     if prompts > 1:
-        return f"By {prompts} prompts, nine in ten others keep this."
+        return f"Judged by {prompts} prompts, nine in ten others should keep this."
     return "Other prompts may keep 10 dB less: connect 'positive_2' to 'positive_4' to fit for them."
 
 

@@ -66,7 +66,9 @@ def test_a_size_between_is_interpolated_in_the_logarithm_of_its_pixels_and_says_
     share = math.log(80 * 80 / 64**2) / math.log(96**2 / 64**2)
     got, said = shift_for(one, (80, 80))
     assert got.offset_at(0.0) == pytest.approx(0.4 * (1 - share) + 0.2 * share)
-    assert f"{1 - share:.0%} of 64x64 and {share:.0%} of 96x96" in said and "not calibrated" in said
+    assert (
+        f"{1 - share:.0%} of the curve of 64x64 and {share:.0%} of that of 96x96" in said and "not calibrated" in said
+    )
     assert offset(one, (112, 112)) == pytest.approx(0.2 * math.log(128 / 112) / math.log(128 / 96))  # towards native
 
 
@@ -76,7 +78,7 @@ def test_at_and_above_the_native_size_nothing_is_changed_and_below_all_sizes_the
         got, said = shift_for(one, size)
         assert got.is_identity and "nothing is changed" in said
     got, said = shift_for(one, (32, 32))
-    assert got.offset_at(0.0) == pytest.approx(0.4) and "not calibrated: as 64x64" in said
+    assert got.offset_at(0.0) == pytest.approx(0.4) and "not calibrated, so it gets the curve of 64x64" in said
 
 
 def test_of_sizes_with_equal_pixels_the_nearest_aspect_ratio_counts():

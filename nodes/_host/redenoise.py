@@ -91,7 +91,7 @@ class Redenoise(Start):
         change = float((golden - noise).square().mean().sqrt() / noise.square().mean().sqrt())
         golden = mix(noise, golden, self.strength)
         return golden if run.mask is None else run.noise * (1 - run.mask) + golden * run.mask, (
-            f"{gap}, sigma {float(sigma):.4g} to {float(turn):.4g} and back, {self.rounds} x 2 calls of the model; "
+            f"{gap}, sigma {float(sigma):.4g} to {float(turn):.4g} and back, {self.rounds} x 2 evaluations; "
             f"changed the noise by {change:.3g} of its size at strength {self.strength:g}"
         )
 

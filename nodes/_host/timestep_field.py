@@ -141,7 +141,7 @@ def field_sampler(wish: FieldWish, order: int) -> Any:
 def said(wish: FieldWish, table: Timetable) -> str:
     frames, first = table.levels.shape[1], table.windows[0]
     seen = "" if first == (0, frames) else f", {first[1] - first[0]} of them in sight"
-    return f"{wish.preset}; {frames} frames{seen}; {table.steps} calls of the guided model"
+    return f"{wish.preset}; {frames} frames{seen}; {table.steps} evaluations"
 
 
 def _checked(run: _Run, wish: FieldWish, x: Tensor, sigmas: Tensor) -> Timetable:

@@ -45,14 +45,14 @@ def shift_for(profile: Calibration, size: Size, strength: float = 1.0) -> tuple[
         said = (
             f"{size_text(size)} is calibrated"
             if one == size
-            else f"{size_text(size)} is not calibrated: as {size_text(one)}"
+            else f"{size_text(size)} is not calibrated, so it gets the curve of {size_text(one)}"
         )
         return _map(profile, curves[one], strength), said + _size_of_change(profile, curves[one], strength) + "."
     share = math.log(math.prod(size) / math.prod(below)) / math.log(math.prod(above) / math.prod(below))
     parts = [_map(profile, curves[below], (1 - share) * strength), _map(profile, curves[above], share * strength)]
     said = (
-        f"{size_text(size)} is not calibrated: {1 - share:.0%} of {size_text(below)} and {share:.0%} of "
-        f"{size_text(above)}, by the logarithm of their pixels."
+        f"{size_text(size)} is not calibrated, so it gets {1 - share:.0%} of the curve of {size_text(below)} and "
+        f"{share:.0%} of that of {size_text(above)}, by the logarithm of their pixels."
     )
     return compose(parts), said
 

@@ -75,11 +75,13 @@ def statistics(maps: NoiseMaps) -> tuple[float, float, float]:
 def inversion_report(maps: NoiseMaps, cfg: float, seconds: float) -> str:
     """What an inversion found, a line each."""
     low, high, together = statistics(maps)
-    calls, kind = (maps.steps, "edit-friendly") if maps.eta else (2 * maps.steps, "DDIM inversion, with what it misses")
+    calls, kind = maps.steps, "Edit-friendly inversion"
+    if not maps.eta:
+        calls, kind = 2 * maps.steps, "DDIM inversion, its errors recorded"
     size = float(maps.picture.std())
     lines = [
         f"{kind}: {maps.steps} steps from sigma {float(maps.sigmas[0]):.4g}, cfg {cfg:g}, eta {maps.eta:g}; {calls} "
-        f"calls of the model in {duration(seconds)}.",
+        f"evaluations in {duration(seconds)}.",
         f"{maps.bytes / 1e6:.3g} MB in main memory ({str(maps.maps.dtype).removeprefix('torch.')}).",
         f"The last step alone misses {float(maps.residual.square().mean().sqrt()) / max(size, 1e-9):.2g} of the "
         "picture's spread; 'detail' puts it back.",

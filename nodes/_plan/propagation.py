@@ -190,11 +190,11 @@ def uncalibrated_target(settings: ReuseSettings, steps: int, costs: Costs, named
 def kinds_of(point: Point) -> str:
     """Which kinds of steps a setting has."""
     if point.weights:
-        alone = f", {len(point.one_sided)} of them the positive alone" if point.one_sided else ""
-        return f"{len(point.keys)} steps asked{alone}"
+        alone = f", on {len(point.one_sided)} of them for the positive alone" if point.one_sided else ""
+        return f"asks the network on {len(point.keys)} steps{alone}"
     fresh, cut = point.reuse.fresh, point.reuse.cut
     first = f"the first {fresh} block{'s' * (fresh > 1)} and " if fresh else ""
-    return f"{len(point.keys)} key steps; the others compute {first}block {cut} and those behind it"
+    return f"{len(point.keys)} key steps; the other steps compute {first}block {cut} and those behind it"
 
 
 def said_of(point: Point, fit: KeySteps) -> str:

@@ -43,14 +43,17 @@ def test_the_first_are_whole_and_the_others_like_their_stock_runs_at_less_cost(k
     latents, said, _ = drafts(kit)
     torch.testing.assert_close(latents[:2], stock[:2], rtol=0, atol=1e-3)  # two in a batch round otherwise
     assert dB(latents[2:], stock[2:]) > 30 > dB(latents[2:], stock[:2]) + 10
-    assert "The first 2 drawn whole, 2 by forecasts" in said and "2.00 times less computing" in said
+    assert (
+        "Whole pictures: the first 2. The other 2 were drafted by forecasts" in said
+        and "2.00 times less computing" in said
+    )
 
 
 @pytest.mark.nightly
 def test_one_at_a_time_the_first_is_the_stock_run_to_the_bit(kit, stock):
     latents, said, _ = drafts(kit, at_once=1, seeds=[5, 6])
     assert torch.equal(latents[:1], stock[:1]) and dB(latents[1:], stock[1:2]) > 25
-    assert "The first 1 drawn whole" in said
+    assert "Whole pictures: the first 1." in said
 
 
 def test_an_empty_latent_of_other_channels_is_what_it_is_for_the_stock_sampler(host):

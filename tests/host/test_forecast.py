@@ -66,7 +66,7 @@ def test_each_setting_asks_what_it_says_and_gives_what_was_measured(kit, host, f
     profile, _, report = fitted
     points = profile.key_steps.points
     assert profile.kind == "step_forecast" and [p.speed for p in points] == sorted(p.speed for p in points)
-    assert points[-1].speed >= 2 and "steps asked" in report
+    assert points[-1].speed >= 2 and "asks the network on " in report
     two = {"latent_image": {"samples": torch.zeros(2, kit.channels, 8, 8)}}  # what the fit makes of one picture
     both, _ = host.module("nodes._host.session").in_turn(kit.positive, {"positive_2": kit.encode("a cat")}, "this")
     two["positive"] = both

@@ -140,7 +140,7 @@ def test_equal_guidance_changes_little_and_is_warned_about(host, demo, common, c
     (plain,) = host.call("RandomNoise", noise_seed=5)
     start = plain.generate_noise(empty(demo[0]))
     assert (noises[0] - start).norm() < 0.1 * (more[0] - start).norm()
-    assert "strong guidance 1 is not above weak 1" in caplog.text and "1 x 2 calls of the model" in caplog.text
+    assert "strong guidance 1 is not above weak 1" in caplog.text and "1 x 2 evaluations" in caplog.text
 
 
 def test_a_mask_keeps_the_noise_and_the_picture_outside(host, demo, common):

@@ -124,7 +124,7 @@ def test_a_staircase_sees_one_window_at_a_time_and_costs_what_it_says(host, netw
     with caplog.at_level("INFO"):
         out = draw(host, told_to(model, calls), "WAN21_T2V", sampler, latent)
     assert out.isfinite().all() and {frames for frames, *_ in calls} == {4}
-    assert len(calls) == STEPS + 2 * 8 and f"{len(calls)} calls of the guided model" in caplog.text
+    assert len(calls) == STEPS + 2 * 8 and f"{len(calls)} evaluations" in caplog.text
     assert any(int((told[0] == 0).sum()) >= 2 for _, told, _ in calls[-3:])  # finished frames stay in sight
 
 

@@ -35,9 +35,9 @@ class Forecasts:
         keys, alone = len(self.keys), len(self.one_sided)
         times = self._steps / max(keys - alone / 2, 0.5)
         return (
-            f"{said_of(self._point, self._fit)}; {keys} of {self._steps} steps are asked "
-            f"({' '.join(map(str, sorted(self.keys)))}), {alone} of them the positive alone, the others are forecast: "
-            f"{times:.2f} times less computing"
+            f"{said_of(self._point, self._fit)}; the network is asked on {keys} of {self._steps} steps "
+            f"({' '.join(map(str, sorted(self.keys)))}), on {alone} of these for the positive prompt alone, and on the "
+            f"others its answer is forecast: {times:.2f} times less computing"
         )
 
     def done(self) -> str:
