@@ -122,8 +122,8 @@ def by_first(
     whole, faster, kinds = forecasting(model, lambda patched: draw(patched, first), run.sampler_name, sigmas, speed)
     said = (
         f"Whole pictures: the first {len(first)}. The other {len(rest)} were drafted by forecasts fitted to those. "
-        f"The forecasts ask the network on {len(kinds.keys)} of {len(sigmas) - 1} steps, on {len(kinds.one_sided)} of these "
-        f"for the positive prompt alone: {(len(sigmas) - 1) / kinds.cost():.2f} times less computing."
+        f"The forecasts ask the network on {len(kinds.keys)} of {len(sigmas) - 1} steps, on {len(kinds.one_sided)} of "
+        f"them for the positive prompt alone: {(len(sigmas) - 1) / kinds.cost():.2f} times less computing."
     )
     return (torch.cat([whole, draw(faster, rest, before=[whole])]) if rest else whole), said
 
