@@ -142,7 +142,8 @@ class AttuneFitSampler(io.ComfyNode):
                 io.String.Output(display_name="report", tooltip="What was measured, kept and refused."),
                 io.Image.Output(
                     display_name="card",
-                    tooltip="With 'coefficients': model, machine, seconds, what was proved and two pictures, to share.",
+                    tooltip="With 'coefficients': a picture to share, with the model, the machine, the seconds, "
+                    "what was proved, and two pictures.",
                 ),
             ],
         )  # fmt: skip

@@ -104,7 +104,7 @@ class AttuneFitNoiseShift(io.ComfyNode):
                 Profile.Output(display_name="profile", tooltip="For Attune Apply Profile and Attune Save Profile."),
                 io.Image.Output(
                     display_name="plot",
-                    tooltip="The level that the network is told against the true level, one curve for each size.",
+                    tooltip="The level that the network is told, over the true level, with one curve for each size.",
                 ),
                 io.String.Output(display_name="report", tooltip="What was measured, kept and refused."),
             ],

@@ -21,7 +21,7 @@ LEVEL = (
     "How much noise the start holds. exact: as in training. official: as the authors' code, 0.2 % less. unit: as "
     "without the node, 0.2 % more."
 )  # fmt: skip
-CFG = "Guidance of this prediction alone: above 1 strengthens its colours and needs 'negative'."
+CFG = "The guidance of this prediction alone. Above 1 it strengthens the colours and needs 'negative'."
 DIVERSITY = (
     "The module predicts the mean of a prompt's pictures. This adds how they differ in brightness and colour: 1 is "
     "as much as the examples of the module or of 'signal_leak' differ."

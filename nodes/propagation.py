@@ -141,8 +141,8 @@ def _keeping() -> list:
         ),
         io.Int.Input(
             "memory_limit", default=0, min=0, max=65536,
-            tooltip="How much memory the features may take, in MB. Above it they are halved, then thinned, then "
-            "moved to the CPU. 0 means no limit.",
+            tooltip="How much memory the features may take, in MB. Above that, the node first halves their "
+            "precision, then keeps fewer of them, then moves them to the CPU. 0 means no limit.",
         ),
         io.Combo.Input(
             "parallel", options=["auto", "off", "2", "3", "4", "6", "8"], default="auto",

@@ -24,8 +24,8 @@ CATEGORY = "attune/schedules"
 
 STEPS_TIP = "How many steps the sampler takes. Align Your Steps was published for 10 and gains most from 5 to 20."
 DENOISE_TIP = (
-    "1 starts from pure noise; a lower value keeps more of the input picture. As in the stock KSampler, the run has "
-    "'steps' steps: the last ones of a schedule of steps / denoise steps."
+    "1 starts from pure noise; a lower value keeps more of the input picture. The run has 'steps' steps in any "
+    "case, as in the stock KSampler: they are the last ones of a schedule of 'steps' / 'denoise' steps."
 )
 SCHEDULE_TIP = (
     "auto: what is published for this model's family: Align Your Steps, or what its maker runs at the latent's size; "
