@@ -150,7 +150,7 @@ def check_shapes(header: Header, expected: Shapes) -> None:
     missing, foreign = expected.keys() - header.shapes.keys(), header.shapes.keys() - expected.keys()
     foreign = {key for key in foreign if not key.startswith(LEAK)}
     wrong = {key for key in expected.keys() & header.shapes.keys() if expected[key] != header.shapes[key]}
-    for keys, what in ((missing, "lacks"), (foreign, "has, against expectation,"), (wrong, "has in the wrong shape")):
+    for keys, what in ((missing, "lacks"), (foreign, "should not hold"), (wrong, "has in the wrong shape")):
         if keys:
             more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
             raise ValueError(

@@ -542,17 +542,17 @@ def test_files_that_are_something_else_are_refused_with_the_reason(kit, tiny_fil
     without = lambda name: lambda held: {k: v for k, v in held.items() if k != name}
     with pytest.raises(ValueError, match="is an ordinary UNet"):
         load(extra("time_embedding.linear_1.weight"))
-    with pytest.raises(ValueError, match="expected the keys of a diffusers UNet"):
+    with pytest.raises(ValueError, match="it has no weights of a diffusers UNet"):
         load(without("conv_in.weight"))
     with pytest.raises(ValueError, match=r"lacks conv_out.bias"):
         load(without("conv_out.bias"))
-    with pytest.raises(ValueError, match="has, against expectation, foreign"):
+    with pytest.raises(ValueError, match="should not hold foreign"):
         load(extra("foreign"))
     with pytest.raises(ValueError, match=r"in the wrong shape conv_out.bias"):
         load(extra("conv_out.bias"))
     with pytest.raises(ValueError, match="set 'head_dim' to 0"):
         kit.oms.load_module(tiny_file, "", "", "", 24)
-    with pytest.raises(ValueError, match="choose 'latent_space'"):
+    with pytest.raises(ValueError, match="set 'latent_space'"):
         load(dict, "nothing_said")
     assert load(dict, "nothing_said", "SDXL").latent_space == "SDXL"
     assert load(dict, "module_xl").latent_space == "SDXL"
