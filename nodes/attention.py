@@ -79,8 +79,8 @@ class AttuneFitAttention(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "wanted", default=45.0, min=10.0, max=120.0, step=0.5,
-                    tooltip="How near the pictures must stay to the run with exact attention, in dB. At 45 nobody "
-                    "sees a difference.",
+                    tooltip="How near the pictures must stay to the run with exact attention, in dB. At 45 dB "
+                    "nobody sees a difference.",
                 ),
                 io.Int.Input("steps", default=20, min=8, max=200, tooltip="Steps of the run."),
                 io.Float.Input(

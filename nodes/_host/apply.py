@@ -141,7 +141,7 @@ def _fitted(model: Any, profile: Calibration, choice: Use, latent: dict | None) 
     size = None if latent is None else pixels(model, latent)
     report = [
         f"Fitted sampler '{profile.name}', {profile.steps} steps in {short.run.steps}.",
-        "Connect SAMPLER and SIGMAS both.",
+        "Connect both SAMPLER and SIGMAS.",
         f"Proved: {proved(short)}.",
         *doubts(profile, identify(model, weights=True), Planned(size=size)),
     ]

@@ -228,9 +228,9 @@ def _closed_form(facts: Facts, run: Run, wish: str, near: str) -> Decision:
     name, steps, families = SHOWN_FORMS.get(run.solver, ("KL-optimal, c = 1.4", range(0), ()))
     shown = run.steps in steps and bool({*families} & {*facts.model.families})
     if shown:
-        return Decision(SCHEDULE, name, f"Nearer than stock schedules on the demo model of this kind.{near}", TUNE)
+        return Decision(SCHEDULE, name, f"On the demo model of this kind it beats stock schedules.{near}", TUNE)
     if wish == ALWAYS:
-        return Decision(SCHEDULE, name, f"Runs on every model; its gain here is not known.{near}", TUNE)
+        return Decision(SCHEDULE, name, f"It runs on every model; its gain on this one is not known.{near}", TUNE)
     return Decision(SCHEDULE, "", f"No gain is shown for such models with this solver and steps.{near}", TUNE)
 
 
@@ -256,7 +256,7 @@ def _measured(profile: Calibration) -> str:
     errors = [error for error in held.values() if isinstance(error, float)] if isinstance(held, dict) else []
     if len(errors) < 2 or errors[0] <= 0:
         return ""
-    return f" Error on held-out noise {errors[-1] / errors[0]:.2f} of the best known schedule's."
+    return f" On held-out noise it has {errors[-1] / errors[0]:.2f} of the best known schedule's error."
 
 
 def decide_told(schedule: Decision, shelf: Shelf) -> Decision:
@@ -375,7 +375,7 @@ def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
         return Decision(SPEED, "", f"No setting was measured{least} with this solver and so few steps.", enable)
     _, interval, psnr = rows[0]
     reuse = ONE if facts.network == "unet" else FIRST
-    why = f"{psnr:.1f} dB to the run without it on the demo model of this kind."
+    why = f"On the demo model of this kind, pictures keep {psnr:.1f} dB to the run without reuse."
     return Decision(SPEED, f"{reuse}{EVERY}{interval}", why, enable)
 
 
