@@ -118,7 +118,9 @@ def test_a_wanted_fidelity_takes_the_fastest_setting_that_proved_it_or_the_whole
     assert at == {0: POINTS[1], 30: POINTS[2], 38: POINTS[2], 46: POINTS[1], 46.1: POINTS[0], 51: POINTS[0], 52: None}
     assert chosen_point(wanted(52, "speed target"), FIT) is POINTS[2]  # the other side of the slider
     assert why_whole(wanted(51)) == why_whole(wanted(52, "speed target")) == ""
-    assert re.search(r"whole: .* proved 51\.0 dB at 1\.40x, less than the 'fidelity' of 52 dB", why_whole(wanted(52)))
+    assert re.search(
+        r"whole network: .* kept 51\.0 dB at 1\.40x, less than the 'fidelity' of 52 dB", why_whole(wanted(52))
+    )
 
 
 def test_transformers_choose_alike():

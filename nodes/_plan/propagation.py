@@ -234,6 +234,7 @@ def why_whole(settings: ReuseSettings) -> str:
         return ""
     best = max(fit.points, key=lambda point: point.psnr)
     return (
-        f"Every step runs whole: the profile's most faithful setting proved {best.psnr:.1f} dB at {best.speed:.2f}x, "
-        f"less than the 'fidelity' of {settings.fidelity:g} dB. Lower 'fidelity', or fit a run of more steps."
+        f"Every step computes the whole network: the most faithful setting of the profile kept {best.psnr:.1f} dB at "
+        f"{best.speed:.2f}x, less than the 'fidelity' of {settings.fidelity:g} dB. Lower 'fidelity', or fit a run "
+        "of more steps."
     )

@@ -103,7 +103,7 @@ def test_a_wanted_fidelity_is_met_by_the_fastest_setting_that_proved_it_or_by_th
         assert len(calls) == len(best.keys)
     with caplog.at_level("WARNING"):
         assert propagate(kit.model, fidelity=best.psnr + 0.1) is kit.model
-    said = f"proved {best.psnr:.1f} dB at {best.speed:.2f}x, less than the 'fidelity' of"
+    said = f"kept {best.psnr:.1f} dB at {best.speed:.2f}x, less than the 'fidelity' of"
     model, _, _, report = applied(kit.model, fidelity=100.0)
     assert model is kit.model and said in report and said in caplog.text
 
