@@ -88,9 +88,10 @@ def test_the_blueprint_is_found_by_search_and_takes_a_ksamplers_place(page, dev,
     load(page, shipped("first_picture"))
     page.evaluate("() => { app.canvas.ds.scale = 0.4; app.canvas.ds.offset = [0, 0]; app.canvas.setDirty(true, true) }")
     page.mouse.dblclick(900, 600)
-    page.wait_for_selector(".invisible-dialog-root, .comfy-vue-node-search-container", timeout=10_000)
+    dialogs = (".invisible-dialog-root", ".comfy-vue-node-search-container", "[role=search]")  # the last since 1.49
+    page.wait_for_selector(", ".join(dialogs), timeout=10_000)
     page.keyboard.type("Attune Auto Sampler", delay=20)
-    page.locator("li", has_text="Attune Auto Sampler").first.click()
+    page.locator("li, span.highlight", has_text="Attune Auto Sampler").first.click()
     page.wait_for_function("() => app.graph._nodes.some(node => node.title === 'Attune Auto Sampler')")
     page.evaluate(
         """() => {

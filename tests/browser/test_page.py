@@ -53,6 +53,7 @@ def test_widgets_keep_their_values_through_saving_and_a_reload(page):
     saved = page.evaluate("() => JSON.stringify(app.graph.serialize())")
     page.reload()
     page.wait_for_function(READY, timeout=120_000)
+    page.wait_for_timeout(2000)  # newer pages then open what was open before
     drop(page, "saved.json", saved.encode())
     assert values(page) == before and alerts(page) == []
 

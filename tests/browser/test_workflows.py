@@ -34,7 +34,13 @@ SHOWN = f"app.graph._nodes.filter(n => {['SaveImage', 'PreviewImage', *FITS]}.in
 def test_dropped_on_the_page_it_lacks_no_node_and_makes_the_prompt_we_test(page, name):
     drop(page, WORKFLOWS[name].name, WORKFLOWS[name].read_bytes())
     assert missing_nodes(page) == [] and alerts(page) == [] and overlaps(page) == []
-    assert prompt(page) == json.loads((ROOT / "tests/prompts" / f"{name}.json").read_text("utf-8"))
+    want = json.loads((ROOT / "tests/prompts" / f"{name}.json").read_text("utf-8"))
+    got = prompt(page)
+    for key in want.keys() & got.keys():
+        if not want[key]["class_type"].startswith("Attune"):  # newer hosts' own nodes have more widgets
+            inputs = got[key]["inputs"]
+            got[key]["inputs"] = {one: inputs[one] for one in inputs if one in want[key]["inputs"]}
+    assert got == want
 
 
 @pytest.mark.parametrize("name", daily(WORKFLOWS, *(set(WORKFLOWS) - {*REPEATED, *LONG})))
