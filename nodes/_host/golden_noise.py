@@ -19,7 +19,6 @@ from .start import Start, StartingRun
 
 LOG = logging.getLogger(__name__)
 WHO = "Attune Golden Noise"
-LIMITED = ("area", "mask", "start_percent")  # what makes a prompt one for a part of the picture or of the run
 
 NPNetType = io.Custom("ATTUNE_NPNET")
 
@@ -80,7 +79,7 @@ class GoldenNoise(Start):
                 f"{WHO} reads the prompt of the run, but there is none. Connect 'positive' of the sampler, of its "
                 "guider or of Attune Noise."
             )
-        chosen = next((i for i, cond in enumerate(conds) if not any(cond.get(name) for name in LIMITED)), 0)
+        chosen = next((i for i, cond in enumerate(conds) if not _is_for_a_part(cond)), 0)
         if len(conds) > 1:
             LOG.info("%s: of %d prompts it reads number %d.", WHO, len(conds), chosen + 1)
         cond = conds[chosen]
@@ -88,3 +87,8 @@ class GoldenNoise(Start):
         if config.text == "flat" and tokens is not None and tokens.ndim == 3 and tokens.shape[1] > config.tokens:
             LOG.info("%s: the prompt has %d tokens; %s of %d.", WHO, tokens.shape[1], long_prompt, config.tokens)
         return prompt_texts(config, tokens, cond.get("pooled_output"), long_prompt)
+
+
+def _is_for_a_part(cond: dict) -> bool:
+    """Whether a prompt is one for a part of the picture or of the run."""
+    return any(cond.get(name) is not None for name in ("area", "mask")) or cond.get("start_percent", 0) > 0

@@ -167,10 +167,13 @@ def test_patched_twice_acts_once_and_the_model_itself_is_unchanged(host, demo, n
     assert torch.equal(ksampler(host, demo[0], common), plain)
 
 
-def test_an_area_prompt_is_passed_over(host, demo, npnet, common, caplog):
-    (area,) = host.call(
-        "ConditioningSetArea", conditioning=common["negative"], width=64, height=64, x=0, y=0, strength=1.0
-    )
+@pytest.mark.parametrize(
+    ("node", "part"),
+    [("Area", {"width": 64, "height": 64, "x": 0, "y": 0}),
+     ("Mask", {"mask": torch.ones(1, 128, 128), "set_cond_area": "default"})],
+)  # fmt: skip
+def test_a_prompt_for_a_part_of_the_picture_is_passed_over(host, demo, npnet, common, caplog, node, part):
+    (area,) = host.call(f"ConditioningSet{node}", conditioning=common["negative"], strength=1.0, **part)
     (both,) = host.call("ConditioningCombine", conditioning_1=area, conditioning_2=common["positive"])
     latent = {"samples": torch.zeros(1, 4, 16, 16)}
     with caplog.at_level("INFO"):
