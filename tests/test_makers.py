@@ -163,6 +163,22 @@ def test_frames_are_tokens_of_a_video_and_not_of_a_picture():
     assert [one.taken_for for one in told] == ["768x512, 4992 tokens", "768x512, 1536 tokens"]
 
 
+def test_a_latent_of_any_size_gets_levels_or_a_sentence():
+    """The makers' lines of mu have no end: LTX stretches its levels, the others leave nothing but noise."""
+    for seconds in (10, 60, 600):
+        sigmas, _ = makers_schedule(FOUND["LTX-Video"], model("LTX-Video"), 8, sampled=sampled(1216, 704, 3 * seconds))
+        assert bool((sigmas.float().diff() < 0).all()) and sigmas[-2] == pytest.approx(0.1)
+    shares = torch.linspace(1, 0, 9)[:-1]  # where the shift is without end, (1 - u) / u is stretched to 0.9 at 1/8
+    torch.testing.assert_close(sigmas[:-1].float(), 1 - (1 - shares) / shares * 0.9 / 7, rtol=0, atol=1e-6)
+    for name in ("FLUX.1 dev", "FLUX.2", "Chroma"):
+        told = lambda side, name=name: makers_schedule(FOUND[name], model(name), 8, sampled=sampled(side, side))[1]
+        assert "almost all noise" not in told(2048) and "'by latent dimensions' moves it less" in told(4096)
+        with pytest.raises(
+            ValueError, match=r"finds no 8 noise levels for 32768x32768, 4194304 tokens: .* in tiles\.$"
+        ):
+            told(32768)
+
+
 def test_a_modelsampling_node_changes_what_is_said_and_not_the_levels():
     one = FOUND["FLUX.1 dev"]
     plain = makers_schedule(one, model("FLUX.1 dev", factor=math.exp(1.15)), 8)

@@ -46,6 +46,7 @@ BY_DIMENSIONS = "by latent dimensions"
 BASE_DIMENSIONS = 4096  # of 32 x 32 x 4 latents, where the rule has no shift
 SD_HIGHEST = 14.6146  # the noise of Stable Diffusion's first timestep
 SAME_SHIFT = 0.005  # shifts that differ by less, relative, are the same
+FAR_MU, MOST_MU = 4.0, 16.0  # half of the steps end within 2 % of pure noise; float32 has no levels farther in
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,15 @@ def makers_schedule(
     said = []
     sigmas = for_denoise(lambda n: _levels(one, n, sampled), steps, denoise)
     if one.shift is not None:
-        said.append(moved(one, int(steps / denoise) if 0 < denoise < 1 else steps, sampled).of(model.factor))
+        shift = moved(one, int(steps / denoise) if 0 < denoise < 1 else steps, sampled)
+        said.append(shift.of(model.factor))
+        if one.terminal is None and not bool((sigmas.float().diff() < 0).all()):
+            raise ValueError(
+                f"'{one.name}' finds no {len(sigmas) - 1} noise levels for {shift.taken_for}: its maker's rule moves "
+                f"them all to pure noise. Choose '{BY_DIMENSIONS}' in 'schedule', or sample a smaller latent, in tiles."
+            )
+        if one.terminal is None and math.log(shift.factor) > FAR_MU:
+            said.append(f"which is almost all noise, so large is this latent: '{BY_DIMENSIONS}' moves it less")
         said += _of_the_node(model)
     if one.terminal is not None:
         said.append(f"the last step starts at {one.terminal:g}")
@@ -197,7 +206,7 @@ def moved(one: Published, steps: int, sampled: Sampled) -> Moved:
     if one.frames:
         tokens *= sampled.frames if sampled.size else one.frames
     mu = linear_mu(tokens, shift.tokens, shift.mu) if isinstance(shift, Linear) else _mu_by_steps(shift, tokens, steps)
-    return Moved(math.exp(mu), "mu", f"{size_text(size)}{unknown}, {tokens} tokens")
+    return Moved(math.exp(min(mu, MOST_MU)), "mu", f"{size_text(size)}{unknown}, {tokens} tokens")
 
 
 def _mu_by_steps(shift: StepsToo, tokens: int, steps: int) -> float:
