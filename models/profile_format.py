@@ -35,11 +35,9 @@ LARGEST_WEIGHT = 1e4  # of a forecast
 
 
 def parse_profile(label: str, content: bytes) -> Calibration:
-    """The calibration of a file's content, UTF-8 with or without a byte order mark; ValueError names it `label`."""
+    """The calibration of a file's content, in any Unicode that editors write; ValueError names it `label`."""
     try:
-        fields = json.loads(
-            content.decode("utf-8-sig"), parse_constant=_refuse_constant, object_pairs_hook=_without_repeats
-        )
+        fields = json.loads(content, parse_constant=_refuse_constant, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{label} is not a profile: {error}. Get the file again, or fit it again.") from error
     return read_profile(label, fields)

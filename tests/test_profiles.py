@@ -331,10 +331,10 @@ def test_of_several_processes_that_save_one_name_at_once_none_loses_its_profile(
         assert len(paths) == 6 and {load_profile(path).cfg for path in folder.iterdir()} == {1, 2, 3, 4, 5, 6}
 
 
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf"], ids=["plain", "with a byte order mark"])
+@pytest.mark.parametrize("coding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("name", ["p.json", "P.JSON"])
-def test_a_profile_of_a_windows_editor_is_read(tmp_path, start, name):
-    (tmp_path / name).write_bytes(start + json.dumps(GOOD).encode())
+def test_a_profile_of_a_windows_editor_is_read(tmp_path, coding, name):
+    (tmp_path / name).write_bytes(json.dumps(GOOD, indent=1).replace("\n", "\r\n").encode(coding))
     assert load_profile(tmp_path / name).name == "mine" and file_stem(name) == name[:-5]
 
 
