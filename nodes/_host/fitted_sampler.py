@@ -54,6 +54,7 @@ from .calibrating import stands_aside
 from .card import Draw, Shown, card_of, keep_card
 from .conditioning import options_over
 from .folders import (
+    file_and_id,
     find_profile,
     forget_profile,
     keep_profile,
@@ -198,7 +199,7 @@ class FastSampler(comfy.samplers.Sampler):
     def note(self, used: str, profile: Calibration | None = None) -> None:
         """Have the saved workflow make the same picture again: with this very calibration, or in full."""
         if self.node_id:
-            value = used if profile is None else content_name(used.partition("@")[0], profile)
+            value = used if profile is None else content_name(file_and_id(used)[0], profile)
             set_widget(self.node_id, self.use_at, value, used, profile)
             remember(self.node_id, Ran(value, used, profile))
 

@@ -70,7 +70,7 @@ def profiles_of_kind(kind: str, names: Iterable[str] | None = None) -> dict[str,
 
 def forget_profile(name: str) -> None:
     """Delete a profile file of the user's; ValueError for one of the pack's own, or where that is not allowed."""
-    path = profile_path(name.partition(AT)[0])
+    path = profile_path(file_and_id(name)[0])
     if path is None:
         raise ValueError(f"'{name}' is no file in {folder_of(PROFILES)}: it cannot be forgotten.")
     try:
@@ -93,6 +93,12 @@ def readable_profile(name: str) -> Calibration | None:
         return None
 
 
+def file_and_id(name: str) -> tuple[str, str]:
+    """The file that a name is of, which may hold an @, and the id of the content that is asked for, or ""."""
+    file, at, wanted = name.rpartition(AT)
+    return (file, wanted) if at and not is_profile_file(name) else (name, "")
+
+
 def profile_path(name: str) -> Path | None:
     """The file behind a name, None for the pack's own profiles and for names that are not there."""
     return _full_path(PROFILES, name) if is_profile_file(name) else None
@@ -100,7 +106,7 @@ def profile_path(name: str) -> Path | None:
 
 def has_profile(name: object) -> bool:
     """Whether the user, or a workflow that the user opened, has a profile file of that name; any value may be asked."""
-    return isinstance(name, str) and (profile_path(name.partition(AT)[0]) is not None or name in CARRIED)
+    return isinstance(name, str) and (profile_path(file_and_id(name)[0]) is not None or name in CARRIED)
 
 
 def find_profile(name: object) -> Calibration:
@@ -111,7 +117,7 @@ def find_profile(name: object) -> Calibration:
         return shipped_profiles()[name]
     if name in CARRIED:
         return CARRIED[name]
-    file, _, wanted = name.partition(AT)
+    file, wanted = file_and_id(name)
     path = profile_path(file)
     if path is not None and wanted in ("", READ(path).id):
         return READ(path)
@@ -121,7 +127,7 @@ def find_profile(name: object) -> Calibration:
 def missing_profile(name: object) -> str:
     """What to do about a profile that is not there."""
     return (
-        f"There is no profile '{str(name).partition(AT)[0]}' in {folder_of(PROFILES)}. Ask the maker of the workflow "
+        f"There is no profile '{file_and_id(str(name))[0]}' in {folder_of(PROFILES)}. Ask the maker of the workflow "
         "for that file, or for a picture saved by the workflow, which carries its profiles; put the file there and "
         f"press R to refresh. Or choose one of: {', '.join(profile_names())}."
     )

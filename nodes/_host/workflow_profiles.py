@@ -16,7 +16,7 @@ from server import PromptServer
 from ...models.calibration import Calibration
 from ...models.profile_format import read_profile, spell_profile
 from ...models.store import is_profile_file
-from .folders import AT, CARRIED, profile_path, readable_profile
+from .folders import AT, CARRIED, file_and_id, profile_path, readable_profile
 
 LOG = logging.getLogger(__name__)
 KEY = "attune_profiles"
@@ -49,7 +49,7 @@ def exchange(queued: dict[str, Any]) -> dict[str, Any]:
     brought, holds = _object(extra.pop(KEY, None)), {}
     for inputs, widget in _places(_object(queued.get("prompt"))):
         name = inputs[widget]
-        file, _, wanted = name.partition(AT)
+        file, wanted = file_and_id(name)
         installed = readable_profile(file) if profile_path(file) else None
         if profile_path(file) and (not wanted or installed is None or installed.id == wanted):
             profile, inputs[widget] = installed, file
@@ -114,7 +114,7 @@ def set_widget(node_id: str, place: int, value: Any, name: str = "", profile: Ca
             values[place] = value
     if nodes and workflow is not None and profile is not None:
         extra = workflow["extra"] = _object(workflow.get("extra"))
-        extra[KEY] = {**_object(extra.get(KEY)), name.partition(AT)[0]: spell_profile(profile)}
+        extra[KEY] = {**_object(extra.get(KEY)), file_and_id(name)[0]: spell_profile(profile)}
 
 
 def _nodes(graph: dict[str, Any], path: list[str], definitions: list | None = None) -> list[dict[str, Any]]:
@@ -142,12 +142,12 @@ def _places(prompt: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
     ours = [node for node in map(_object, prompt.values()) if str(node.get("class_type")).startswith("Attune")]
     places = [(_object(node.get("inputs")), widget) for node in ours for widget in WIDGETS]
     named = [(inputs, widget) for inputs, widget in places if isinstance(inputs.get(widget), str)]
-    return [(inputs, widget) for inputs, widget in named if is_profile_file(inputs[widget].partition(AT)[0])]
+    return [(inputs, widget) for inputs, widget in named if is_profile_file(file_and_id(inputs[widget])[0])]
 
 
 def _only(file: str) -> Calibration | None:
     """What an earlier workflow brought under a file's name, unless several brought different ones."""
-    known = [profile for name, profile in CARRIED.items() if name.partition(AT)[0] == file]
+    known = [profile for name, profile in CARRIED.items() if file_and_id(name)[0] == file]
     return known[0] if len(known) == 1 else None
 
 

@@ -618,20 +618,22 @@ def test_the_host_calls_the_exchange_with_every_prompt(exchange):
     assert exchange in server.PromptServer.instance.on_prompt_handlers
 
 
-def test_a_profile_travels_inside_the_workflow_to_a_machine_without_its_file(host, folder, exchange, caplog):
-    path = save_profile(VE, folder, "mine")
-    sent = json.loads(json.dumps(carried_by(exchange(queued("mine.json", "AYS SDXL")))))
-    assert list(sent) == ["mine.json"]
-    assert carried_by(exchange(queued("mine.json", **sent))) == sent and "carries another" not in caplog.text
+@pytest.mark.parametrize("file", ["mine.json", "mine@home.json"])
+def test_a_profile_travels_inside_the_workflow_to_a_machine_without_its_file(host, folder, exchange, caplog, file):
+    path = save_profile(VE, folder, "mine").rename(folder / file)
+    assert host.call("AttuneLoadProfile", profile_name=file)[0].id == VE.id
+    sent = json.loads(json.dumps(carried_by(exchange(queued(file, "AYS SDXL")))))
+    assert list(sent) == [file]
+    assert carried_by(exchange(queued(file, **sent))) == sent and "carries another" not in caplog.text
     path.unlink()
     node = host.nodes.NODE_CLASS_MAPPINGS["AttuneLoadProfile"]
-    assert "There is no profile 'mine.json'" in node.validate_inputs(profile_name="mine.json")
-    sent_on = exchange(queued("mine.json", **sent))
+    assert f"There is no profile '{file}'" in node.validate_inputs(profile_name=file)
+    sent_on = exchange(queued(file, **sent))
     name = named_by(sent_on)
-    assert carried_by(sent_on) == sent and name == f"mine.json@{VE.id}"
+    assert carried_by(sent_on) == sent and name == f"{file}@{VE.id}"
     assert node.validate_inputs(profile_name=name) is True
     assert host.call("AttuneLoadProfile", profile_name=name)[0].id == VE.id
-    assert named_by(exchange(queued("mine.json"))) == name  # queued again from a page that kept nothing
+    assert named_by(exchange(queued(file))) == name  # queued again from a page that kept nothing
 
 
 def sampled_with(profile: str) -> dict:
