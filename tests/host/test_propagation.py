@@ -693,6 +693,25 @@ def test_tiles_that_move_never_reuse_features_of_another_place(demo, draw, propa
         assert psnr(ours, stock) > (30 if sampler == "euler" else 20)
 
 
+def test_where_another_node_asks_in_its_own_way_the_user_is_told(demo, draw, propagate, caplog):
+    """Each condition in a call of its own, with the options of all: which one a call is of cannot be known."""
+
+    def one_by_one(model):
+        def wrapper(apply_model, args):
+            row = lambda i, one: one[i : i + 1] if torch.is_tensor(one) and len(one) == len(args["input"]) else one
+            given = {**args["c"], "x": args["input"], "t": args["timestep"]}
+            return torch.cat([apply_model(**{k: row(i, v) for k, v in given.items()}) for i in range(len(given["x"]))])
+
+        model = model.clone()
+        model.set_model_unet_function_wrapper(wrapper)
+        return model
+
+    stock = draw(one_by_one(demo[0]))
+    with caplog.at_level("WARNING"):
+        assert torch.equal(draw(one_by_one(propagate(interval=2))), stock)
+    assert "in a way that cannot be followed, so every step ran whole and nothing was saved" in caplog.text
+
+
 CACHES = [(other, first) for other in ("EasyCache", "LazyCache") for first in (True, False)]
 
 

@@ -189,16 +189,19 @@ class Propagation:
 
     def report(self) -> None:
         c = self.counts
-        LOG.info(
-            "%s: the network ran whole %d times (%d of them because features were missing), in part %d times, and %d "
-            "outputs were ready; features took %.1f MB.",
-            WHO, c["whole"], c["missing"], c["part"], c["ready"], self.most_bytes / 1024**2,
-        )  # fmt: skip
-        if c["unseen"] and not c["part"]:
-            LOG.warning(
-                "%s: this network showed nothing of its blocks that can be reused, so every step ran whole and nothing "
-                "was saved. Remove the node.", WHO,
+        if c:
+            LOG.info(
+                "%s: the network ran whole %d times (%d of them because features were missing), in part %d times, and "
+                "%d outputs were ready; features took %.1f MB.",
+                WHO, c["whole"], c["missing"], c["part"], c["ready"], self.most_bytes / 1024**2,
             )  # fmt: skip
+        if len(self.plan.keys) < self.plan.steps and not (c["part"] or c["ready"]):
+            reason = (
+                "this network showed nothing of its blocks that can be reused"
+                if c["unseen"]
+                else "another node asks this network or this sampler in a way that cannot be followed"
+            )
+            LOG.warning("%s: %s, so every step ran whole and nothing was saved. Remove the node.", WHO, reason)
         if c["moved"]:
             LOG.info("%s: tiles moved, so %d calls of the network ran whole.", WHO, c["moved"])
         if self.one_sided is not None:
@@ -489,7 +492,7 @@ class WholeSteps(Propagation):
         self.costs = Costs((1.0,), 0.0, (1.0,))
 
     def choose(self, sigmas: list[float], shares: list[float], fresh_noise: bool) -> Choice:
-        return Choice(frozenset(range(len(sigmas) - 1)), Reuse(1, 0), 0, "every step whole")
+        return Choice(frozenset(range(len(sigmas) - 1)), Reuse(1, 1), 0, "every step whole")
 
     def bytes_of(self, reuse: Reuse, dtype: torch.dtype | None) -> int:
         return 0
@@ -514,16 +517,16 @@ class WholeSteps(Propagation):
         return ask() if self.forecasts is None else self.forecasts.answer(ask, x, self.clock)
 
     def announce(self) -> None:
-        if self.forecasts is None:
-            super().announce()
-        else:
+        if self.forecasts is not None:
             LOG.info("%s: %s.", WHO, self.forecasts.said())
+        elif self.one_sided is not None:
+            super().announce()
 
     def report(self) -> None:
-        if self.forecasts is None:
-            super().report()
-        else:
+        if self.forecasts is not None:
             LOG.info("%s: %s.", WHO, self.forecasts.done())
+        elif self.one_sided is not None:
+            super().report()
 
     def close(self) -> None:
         super().close()
