@@ -7,7 +7,7 @@ import logging
 from ..models.calibration import Calibration
 from ._draw.axes import to_image
 from ._draw.plots import draw_errors
-from ._host.api import ExecutionBlocker, Profile, advanced, check_choices, io, more_prompts, schema, shown_on
+from ._host.api import ExecutionBlocker, Profile, advanced, io, more_prompts, schema, shown_on
 from ._host.attention import FastBetween, fit_attention_profile, kernels, levels_of_profile, with_attention
 from ._host.folders import keep_fit
 from ._host.live import show_live
@@ -115,7 +115,6 @@ class AttuneFitAttention(io.ComfyNode):
         cls, model, positive, negative, latent_image, kernel, wanted=45.0, steps=20, cfg=7.0, sampler_name="euler",
         scheduler="normal", seed=0, **more_positives,
     ) -> io.NodeOutput:  # fmt: skip
-        check_choices(cls, kernel=kernel, scheduler=scheduler)
         profile, errors = fit_attention_profile(
             model, positive, negative, latent_image, seed, steps, cfg, sampler_name, scheduler, kernel, wanted,
             draw_errors, **more_positives,

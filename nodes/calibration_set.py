@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from ..models.calibration_set import samples_in
-from ._host.api import advanced, check_choices, io, say_on_node, schema, text_on
+from ._host.api import advanced, io, say_on_node, schema, text_on
 from ._host.calibration_set import (
     EMBEDDINGS,
     NO_CONDITIONING,
@@ -71,7 +71,6 @@ class AttuneCalibrationSet(io.ComfyNode):
         cls, model, name="my_model", samples=512, per_run=8, spacing=UNIFORMLY, conditioning=NO_CONDITIONING,
         centre=0.4, spread=0.5,
     ) -> io.NodeOutput:  # fmt: skip
-        check_choices(cls, spacing=spacing, conditioning=conditioning)
         folder, made = set_folder(name), made_of(model, spacing, conditioning)
         report = f"{samples_in(folder, made)} of {samples} samples in {folder}."
         LOG.info("Attune Calibration Set: %s", report)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import Image
 
 from ._draw.axes import to_image
-from ._host.api import check_choices, io, schema
+from ._host.api import io, schema
 from ._host.folders import own_pictures
 
 
@@ -31,7 +31,6 @@ class AttuneDemoPicture(io.ComfyNode):
 
     @classmethod
     def execute(cls, picture="apple", side=128) -> io.NodeOutput:
-        check_choices(cls, picture=picture)
         with Image.open(own_pictures()[picture]) as drawn:
             return io.NodeOutput(to_image(drawn.convert("RGB").resize((side, side), Image.Resampling.LANCZOS)))
 

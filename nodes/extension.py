@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from ._host.api import ComfyExtension
+from ._host.api import ComfyExtension, with_checked_widgets
 from ._host.demo_model import register_demo_models
 from ._host.folders import register_folders
 from ._host.replaced import register_replacements
@@ -16,7 +16,7 @@ MENU = (  # the modules of the nodes
     "long_noise", "propagation", "attention", "draft_seeds", "training_noise", "precision", "calibration_set",
     "profiles", "compare", "demo_picture",
 )  # fmt: skip
-NODES = [node for name in MENU for node in import_module(f".{name}", __package__).NODES]
+NODES = [with_checked_widgets(node) for name in MENU for node in import_module(f".{name}", __package__).NODES]
 
 register_folders()
 register_demo_models()

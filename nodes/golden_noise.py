@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._host.api import advanced, check_choices, io, schema
+from ._host.api import advanced, io, schema
 from ._host.folders import NPNETS, file_names, file_path, state_of
 from ._host.golden_noise import GoldenNoise, HostNPNet, NPNetType
 from ._host.start import with_start
@@ -95,9 +95,6 @@ class AttuneGoldenNoiseModel(io.ComfyNode):
         cls, model, npnet, strength=1.0, other_sizes="windows", long_prompt="first part", svd_on=SVD[0],
         partial_denoise="skip",
     ) -> io.NodeOutput:  # fmt: skip
-        check_choices(
-            cls, other_sizes=other_sizes, long_prompt=long_prompt, svd_on=svd_on, partial_denoise=partial_denoise
-        )
         settings = GoldenSettings(strength, other_sizes, long_prompt, svd_on == SVD[0])
         return io.NodeOutput(with_start(model, GoldenNoise(npnet, settings, partial_denoise == "apply")))
 

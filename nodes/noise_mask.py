@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..kernels.noise_mask import time_share
-from ._host.api import advanced, check_choices, io, schema
+from ._host.api import advanced, io, schema
 from ._host.clock import noise_space
 from ._plan.noise_mask import EDGES, SOURCES, WARPED, strengths
 
@@ -79,7 +79,6 @@ class AttuneNoiseMask(io.ComfyNode):
     def execute(
         cls, model, sigmas, image, source=EDGES, floor=0.4, feather=8, other=None, holes=None
     ) -> io.NodeOutput:  # fmt: skip
-        check_choices(cls, source=source)
         strength = strengths(source, image, other, holes, floor, feather)
         shares = shares_of_run(model, sigmas, strength)
         mask = strength if source == WARPED else shares

@@ -11,7 +11,7 @@ import torch
 from ..kernels.noise_space import morphed
 from ..models.noise_maps import load_maps, maps_in_words, save_maps
 from ..models.training import keep_result
-from ._host.api import ExecutionBlocker, advanced, check_choices, io, say_on_node, schema, ui
+from ._host.api import ExecutionBlocker, advanced, io, say_on_node, schema, ui
 from ._host.folders import NOISE_MAPS, file_names, file_path, folder_of, state_of
 from ._host.noise_space import (
     NoiseMapsType,
@@ -94,7 +94,6 @@ class AttuneInvert(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent, sigmas, cfg=3.5, seed=0, eta=1.0, precision="half"
     ) -> io.NodeOutput:  # fmt: skip
-        check_choices(cls, precision=precision)
         began = time.monotonic()
         inverted = invert_picture(model, positive, negative, cfg, latent, sigmas, eta, seed, PRECISIONS[precision])
         report = inversion_report(inverted.maps, cfg, time.monotonic() - began)
@@ -176,7 +175,6 @@ class AttuneReplay(io.ComfyNode):
         cls, noise_maps, skip=0.36, detail=1.0, focus=0.3, variation=0.0, vary_from=0.5, seed=0, flip="none",
         shift_right=0.0, shift_down=0.0, other_maps=None, mask=None,
     ) -> io.NodeOutput:  # fmt: skip
-        check_choices(cls, flip=flip)
         edited = arranged(with_other(noise_maps, other_maps, mask), flip, shift_right, shift_down)
         maps = edited.maps
         start, vary = step_of(maps, skip, "skip"), round(vary_from * maps.steps)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..kernels.one_more_step import NOISE_LEVELS
 from ..models.one_more_step import LATENT_SPACES, PREDICTIONS, colour_map
 from ._host import one_more_step as host
-from ._host.api import ExecutionBlocker, advanced, check_choices, io, schema, shown_on
+from ._host.api import ExecutionBlocker, advanced, io, schema, shown_on
 from ._host.folders import MODULES, file_names, file_path, state_of
 
 CATEGORY = "attune/one more step"
@@ -73,7 +73,6 @@ class AttuneLoadOneMoreStep(io.ComfyNode):
         cls, oms_name, latent_space=AUTO, weight_dtype=DEFAULT, prediction=AUTO, head_dim=0
     ) -> io.NodeOutput:  # fmt: skip
         path = file_path(MODULES, oms_name)
-        check_choices(cls, latent_space=latent_space, weight_dtype=weight_dtype, prediction=prediction)
         space, dtype, says = ("" if value in (AUTO, DEFAULT) else value
                               for value in (latent_space, weight_dtype, prediction))  # fmt: skip
         return io.NodeOutput(host.load_module(path, space, dtype, says, head_dim))
@@ -146,7 +145,6 @@ class AttuneOneMoreStep(io.ComfyNode):
         cls, model, oms_model, positive, cfg=1.0, strength=1.0, solver="ddpm", noise_level="exact", diversity=0.0,
         share_noise=False, negative=None, signal_leak=None, latent=None,
     ) -> io.NodeOutput:  # fmt: skip
-        check_choices(cls, solver=solver, noise_level=noise_level)
         start = host.FirstState(
             oms_model, positive, negative, cfg, strength, solver, noise_level, signal_leak, diversity, share_noise
         )
@@ -207,7 +205,6 @@ class AttuneSignalLeak(io.ComfyNode):
     def execute(
         cls, model, examples, frequencies=3, strength=1.0, diversity=1.0, noise_level="exact"
     ) -> io.NodeOutput:  # fmt: skip
-        check_choices(cls, noise_level=noise_level)
         leak = host.fitted_leak(model, examples, frequencies)
         start = host.FirstState(None, None, None, strength=strength, level=noise_level, leak=leak, diversity=diversity)
         return io.NodeOutput(host.with_first_state(model, start), leak)

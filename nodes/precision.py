@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from ..kernels.precision import OUTERMOST, SENSITIVE
-from ._host.api import check_choices, io, say_on_node, schema
+from ._host.api import io, say_on_node, schema
 from ._host.precision import (
     NONE,
     Weight,
@@ -78,7 +78,6 @@ class AttunePrecisionGuard(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, full_precision=NONE, parts=SENSITIVE_ONLY, more_bits=0) -> io.NodeOutput:
-        check_choices(cls, parts=parts)
         if full_precision != NONE:
             file_of(full_precision)
         wanted = SENSITIVE if parts == SENSITIVE_ONLY else (*SENSITIVE, OUTERMOST)

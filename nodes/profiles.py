@@ -9,7 +9,7 @@ from ..models.calibration import NOISE_SHIFT, PROPAGATION, misfits
 from ..models.store import shipped_profiles
 from ._draw.axes import labels_of, to_image
 from ._draw.plots import Curve, applied_curve, draw_detail, draw_schedules, draw_shift, draw_speeds, profile_curve
-from ._host.api import Profile, advanced, check_choices, io, say_on_node, schema, shown_on, ui
+from ._host.api import Profile, advanced, io, say_on_node, schema, shown_on, ui
 from ._host.apply import STOCK, Ready, Use, put_to_use, stock_levels
 from ._host.folders import find_profile, has_profile, installed_files, keep_profile, missing_profile, profile_names
 from ._host.identity import identify
@@ -232,7 +232,6 @@ class AttunePlotSigmas(io.ComfyNode):
 
     @classmethod
     def execute(cls, labels="", profile=None, show=PLOTS[0], model=None, **sigmas) -> io.NodeOutput:
-        check_choices(cls, show=show)
         given = [(key, sigmas[key]) for key in sorted(sigmas) if sigmas[key] is not None]
         names = labels_of(labels)
         names += [key.replace("_", " ") for key, _ in given[len(names) :]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._host.api import advanced, check_choices, io, schema
+from ._host.api import advanced, io, schema
 from ._host.redenoise import Redenoise, zigzag_sampler
 from ._host.start import with_start
 
@@ -85,7 +85,6 @@ class AttuneRedenoise(io.ComfyNode):
         cls, model, strong_cfg=0.0, weak_cfg=1.0, rounds=1, strength=1.0, zigzag_steps=0, mode="two-step", depth=0.39,
         evaluate_at="next level", renormalize=False, partial_denoise="skip",
     ) -> io.NodeOutput:  # fmt: skip
-        check_choices(cls, mode=mode, evaluate_at=evaluate_at, partial_denoise=partial_denoise)
         if not zigzag_steps:
             partial = partial_denoise == "apply"
             start = Redenoise(strong_cfg, weak_cfg, rounds, strength, mode, depth, evaluate_at, renormalize, partial)

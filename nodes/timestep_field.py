@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ._host.api import advanced, check_choices, io, schema
+from ._host.api import advanced, io, schema
 from ._host.timestep_field import field_sampler
 from ._plan.films import FIRST_GIVEN, PRESETS, FieldWish, film_of, frames_of
 
@@ -79,7 +79,6 @@ class AttuneTimestepField(io.ComfyNode):
         cls, preset=FIRST_GIVEN, given_frames=1, given_noise=0.0, solver="second order", levels="", window=0, block=1,
         overlap=0, mask=None,
     ) -> io.NodeOutput:  # fmt: skip
-        check_choices(cls, preset=preset, solver=solver)
         wish = FieldWish(preset, given_frames, given_noise, levels, window, block, overlap, mask)
         return io.NodeOutput(field_sampler(wish, ORDERS[solver]))
 

@@ -7,7 +7,7 @@ import logging
 from ..kernels.training_noise import STEEPEST_MODE, TimestepDensity, stages
 from ._draw.axes import to_image
 from ._draw.plots import draw_density
-from ._host.api import advanced, check_choices, io, say_on_node, schema, shown_on
+from ._host.api import advanced, io, say_on_node, schema, shown_on
 from ._host.training_noise import AS_DRAWN, PAIRINGS, TrainingNoise, levels_of, with_training_noise
 from ._plan.training_noise import DENSITIES, training_report
 
@@ -101,7 +101,6 @@ class AttuneTrainingNoise(io.ComfyNode):
         cls, model, timesteps="stock", noise=AS_DRAWN, highest_sigma=0.0, lowest_sigma=0.0, planned_draws=1000, draws=4,
         mean=0.0, spread=1.0, scale=1.29, gamma=5.0, clusters=5,
     ) -> io.NodeOutput:  # fmt: skip
-        check_choices(cls, timesteps=timesteps, noise=noise)
         density = TimestepDensity(
             timesteps, mean, spread, min(scale, STEEPEST_MODE), gamma, clusters, planned_draws, highest_sigma,
             lowest_sigma,

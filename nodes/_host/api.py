@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import html
+import inspect
+import math
+import numbers
 from collections.abc import Callable
+from typing import Any
 
 from comfy_execution.graph_utils import ExecutionBlocker as ExecutionBlocker  # as an output: its users do not run
 from server import PromptServer
@@ -51,12 +56,45 @@ def more_prompts(tooltip: str) -> list[io.Input]:
     return [io.Conditioning.Input(f"positive_{n}", optional=True, tooltip=tooltip) for n in (2, 3, 4)]
 
 
-def check_choices(node: type[io.ComfyNode], **chosen) -> None:
-    """ValueError for a value that the node's list of that name does not have: older hosts let it through."""
-    lists = {one.id: one.options for one in node.define_schema().inputs if isinstance(one, io.Combo.Input)}
-    for name, value in chosen.items():
-        if value not in lists[name]:
-            raise ValueError(f"'{name}' is {value!r}. Choose one of: {', '.join(map(str, lists[name]))}.")
+WANTED = {"INT": "a whole number", "FLOAT": "a number", "BOOLEAN": "true or false", "STRING": "a text"}
+FILES = ("npnet_name", "oms_name", "maps_name")  # of one that is not there the node says where it belongs
+
+
+def with_checked_widgets(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
+    """The node, which looks at its widgets before it runs: what a link brings, nobody has seen.
+
+    None leaves an optional one at its default. Choices that `validate_inputs` names are answered for there.
+    """
+    execute, own = node.execute.__func__, (*inspect.signature(node.validate_inputs).parameters, *FILES)
+
+    @functools.wraps(execute)
+    def checked(cls, **given):
+        for one in cls.define_schema().inputs:
+            if one.id not in given or not hasattr(one, "socketless"):
+                continue
+            value = given.pop(one.id)
+            if value is None and one.optional:
+                continue
+            if isinstance(one, io.Combo.Input):
+                wrong = one.id not in own and value not in one.options
+                wanted = f"one of: {', '.join(map(str, one.options))}"
+            else:
+                wrong, wanted = not _fits(one.io_type, value), WANTED[one.io_type]
+            if wrong:
+                raise ValueError(f"'{one.id}' is {value!r}. Choose {wanted}.")
+            given[one.id] = int(value) if one.io_type == "INT" else value
+        return execute(cls, **given)
+
+    node.execute = classmethod(checked)  # type: ignore[method-assign, assignment]
+    return node
+
+
+def _fits(io_type: str, value: Any) -> bool:
+    """Whether a widget can take a value; one of whole numbers takes 20.0."""
+    if io_type == "STRING":
+        return isinstance(value, str)
+    finite = isinstance(value, numbers.Real) and math.isfinite(value)
+    return finite and (io_type != "INT" or value == int(value))
 
 
 def widget_place(node: type[io.ComfyNode], name: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 
 import pytest
 
@@ -64,6 +65,50 @@ def test_our_own_checks_take_any_value(host, value):
                     continue  # the host asks for no more than what is named
                 answer = ask(**{one.id: value})
                 assert check == "fingerprint_inputs" or answer is True or isinstance(answer, str), (name, one.id)
+
+
+LINKED = {  # what a widget of a type cannot take; None only where it is required
+    "INT": [None, "", "7", 2.5, math.nan, math.inf, []], "FLOAT": [None, "", "0.5", math.nan, -math.inf, []],
+    "BOOLEAN": [None, "", "false", []], "STRING": [None, 5, True, []], "COMBO": [None, "", 5, "nonsense", []],
+}  # fmt: skip
+
+
+def test_a_link_may_bring_anything_and_a_sentence_names_the_widget(host):
+    """The host looks at values, not at what links bring: None of a switch, a float of a calculator."""
+    asked = 0
+    for name, node in ours(host).items():
+        own = {"npnet_name", "oms_name", "maps_name", *inspect.signature(node.validate_inputs).parameters}
+        for one in node.GET_SCHEMA().inputs:
+            if not hasattr(one, "socketless") or (one.id in own and one.io_type == "COMBO"):
+                continue
+            for value in LINKED[one.io_type][bool(one.optional) :]:
+                with pytest.raises(ValueError, match=r"^'(\w+)' is .*\. Choose .*\.$") as said:
+                    node.execute(**{one.id: value})
+                assert said.value.args[0].startswith(f"'{one.id}' is {value!r}. "), name
+                asked += 1
+    assert asked > 500
+
+
+def test_a_link_that_brings_what_fits_is_taken(host):
+    """A whole number of a calculator is one; None leaves an optional widget at its default."""
+    api = host.module("nodes._host.api")
+
+    class Node(api.io.ComfyNode):
+        @classmethod
+        def define_schema(cls):
+            kinds = (api.io.Int, api.io.Float, api.io.Boolean, api.io.String)
+            inputs = [kind.Input(kind.io_type, optional=True) for kind in kinds]
+            return api.schema("Node", "Node", "test", "", inputs=inputs)
+
+        @classmethod
+        def execute(cls, **given):
+            return given
+
+    node = api.with_checked_widgets(Node)
+    assert repr(node.execute(INT=20.0, FLOAT=3, BOOLEAN=False, STRING="")) == repr(
+        {"INT": 20, "FLOAT": 3, "BOOLEAN": False, "STRING": ""}
+    )
+    assert node.execute(INT=None, FLOAT=None, BOOLEAN=None, STRING=None) == {}
 
 
 @pytest.mark.parametrize(
