@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import comfy.samplers
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 T = TypeVar("T")
+CACHES = ("EasyCache", "LazyCache")  # nodes of the host, whose wrappers lie under their names
+CACHED = (WrappersMP.OUTER_SAMPLE, WrappersMP.PREDICT_NOISE, WrappersMP.CALC_COND_BATCH, WrappersMP.DIFFUSION_MODEL)
 CALIBRATING = "attune.calibrating"  # of a MODEL's options: which of our wrappers acts while a fit measures, "" for none
 
 
 def calibrating(model, key: str = ""):
-    """A clone of MODEL on which every wrapper of ours stands aside, but for the one under `key`."""
+    """A clone of MODEL on which every wrapper of ours stands aside, but for the one under `key`, and without the host's
+    caches, which take each evaluation for the next step of one run."""
     clone = model.clone()
+    for kind, name in itertools.product(CACHED, CACHES):
+        clone.remove_wrappers_with_key(kind, name.lower())
     clone.model_options["transformer_options"][CALIBRATING] = key
     return clone
 

@@ -50,7 +50,7 @@ from .._plan.fitted_sampler import (
 from .._plan.time_left import TimeLeft, duration
 from .api import io, text_on, widget_place
 from .cached_pictures import Ran, recall, remember
-from .calibrating import stands_aside
+from .calibrating import CACHES, stands_aside
 from .card import Draw, Shown, card_of, keep_card
 from .conditioning import options_over
 from .folders import (
@@ -75,7 +75,7 @@ from .workflow_profiles import content_name, set_widget
 LOG = logging.getLogger(__name__)
 KEY = "attune.fitted_sampler"
 FITTED_RUN = "fitted_run"  # option of the sampler function
-STOPPED = (ValueError, RuntimeError, OSError, comfy.model_management.InterruptProcessingException)
+SKIPS = {PROPAGATION: "Attune Propagation", **{key.lower(): key for key in CACHES}}  # by the key of their wrappers
 SINCE: dict[str, int] = {}  # short runs of each calibration since its last check, by file
 
 
@@ -284,7 +284,7 @@ class _Run:
         took = time.monotonic() - began
         try:
             return end, self._taught(scene, recorder.path(end), name, known, short, took)
-        except STOPPED as error:  # the picture is there: nothing that goes wrong afterwards may cost it
+        except Exception as error:  # noqa: BLE001 - the picture is there: nothing that goes wrong afterwards may cost it
             LOG.warning("Attune Fast Sampler", exc_info=error)
             return end, f"Nothing was learned: {error or type(error).__name__}"
 
@@ -315,8 +315,9 @@ class _Run:
         if any(a <= b for a, b in pairwise(levels)):
             return "The noise levels do not decrease."
         wrappers = self.extra_args["model_options"].get("transformer_options", {}).get("wrappers", {})
-        if any(PROPAGATION in kind for kind in wrappers.values()):
-            return "Attune Propagation is on this MODEL and counts its steps: bypass one of the two."
+        for key, name in SKIPS.items():
+            if any(key in kind for kind in wrappers.values()):
+                return f"{name} is on this MODEL and counts its steps: bypass one of the two."
         return ""
 
     def _known(self, scene: Scene) -> tuple[str, Calibration | None]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 from collections.abc import Mapping
-from types import FunctionType, MethodType
+from functools import lru_cache
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor
@@ -51,13 +53,26 @@ def _spelled(value: Any, depth: int = 0) -> str:
         return "{" + ", ".join(f"{key}: {_spelled(one, deeper)}" for key, one in kept) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_spelled(one, deeper) for one in value) + "]"
-    if isinstance(value, MethodType):
-        return f"{_spelled(value.__self__, deeper)}.{value.__name__}"
+    if isinstance(value, MethodType) and isinstance(value.__func__, FunctionType):
+        return f"{_spelled_object(value.__self__, value.__func__, deeper)}.{value.__name__}"
     if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _holds_plain(cell)]
+        named = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        cells = [one.cell_contents for name, one in named if _holds_plain(one) and name not in _kept_by(value.__code__)]
         return f"{value.__qualname__}{_spelled(cells, deeper)}"
-    numbers = _plain(value)
-    return f"{type(value).__qualname__}{_spelled(numbers, deeper) if numbers else ''}"
+    return _spelled_object(value, type(value).__call__ if callable(value) else None, deeper)
+
+
+def _spelled_object(value: Any, function: Any, depth: int) -> str:
+    """An object by its kind and numbers, without those that `function`, as which it is called, assigns itself."""
+    state = _kept_by(function.__code__) if isinstance(function, FunctionType) else ()
+    numbers = {name: one for name, one in _plain(value).items() if name not in state}
+    return f"{type(value).__qualname__}{_spelled(numbers, depth) if numbers else ''}"
+
+
+@lru_cache(maxsize=256)
+def _kept_by(code: CodeType) -> frozenset[str]:
+    """The variables around a function and the attributes that it assigns: a count of steps is state, and no setting."""
+    return frozenset(one.argval for one in dis.get_instructions(code) if one.opname in ("STORE_DEREF", "STORE_ATTR"))
 
 
 def _plain(value: Any) -> dict[str, Any]:

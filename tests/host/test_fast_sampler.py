@@ -115,6 +115,64 @@ def test_another_kind_of_conditioning_or_guidance_is_a_full_run(net, host):
     assert Drawn(net, model=rescaled, seed=5).calls == SHORT
 
 
+class Counting:
+    """Another pack's function on the MODEL, which counts its calls."""
+
+    def __init__(self, scale: float):
+        self.scale, self.step = scale, 0
+
+    def __call__(self, args):
+        self.step += 1
+        return args["denoised"] * self.scale
+
+
+def numbered(scale):
+    step = 0
+
+    def function(args):
+        nonlocal step
+        step += 1
+        return args["denoised"] * scale
+
+    return function
+
+
+@pytest.mark.parametrize("made", [Counting, lambda scale: Counting(scale).__call__, numbered])
+def test_what_another_node_counts_makes_no_other_run_and_its_numbers_do(net, made):
+    def behind(scale):
+        model = net.model.clone()
+        model.set_model_sampler_post_cfg_function(made(scale))
+        return model
+
+    model = behind(1.0)
+    assert Drawn(net, model=model).learned
+    assert Drawn(net, seed=2, model=model).calls == Drawn(net, seed=2, model=behind(1.0)).calls == SHORT
+    assert Drawn(net, seed=2, model=behind(0.99)).full
+
+
+@pytest.mark.parametrize("name", ["EasyCache", "LazyCache"])
+def test_beside_a_cache_of_the_hosts_every_run_is_the_users_own(net, host, name):
+    cache = {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+    model = host.call(name, model=net.model, **cache)[0]
+    drawn = Drawn(net, model=model)
+    assert drawn.full and f"{name} is on this MODEL and counts its steps" in drawn.text
+    assert torch.equal(drawn.latent, Drawn(net, model=model, stock=True).latent)
+
+
+def test_no_fault_of_another_node_while_a_run_is_learned_costs_the_picture(net):
+    def once(args):
+        if len(levels) == STEPS:
+            raise TypeError("of another pack")
+        levels.append(args["sigma"])
+        return args["denoised"]
+
+    model, levels = net.model.clone(), []
+    model.set_model_sampler_post_cfg_function(once)
+    drawn = Drawn(net, model=model)
+    assert "Nothing was learned: of another pack" in drawn.text
+    assert torch.equal(drawn.latent, Drawn(net, stock=True).latent)
+
+
 @pytest.mark.parametrize("solver", daily(["dpmpp_2m", "heun", "uni_pc", "lms", "res_multistep"], "heun", "uni_pc"))
 def test_every_solver_that_adds_no_noise_is_learned(net, solver):
     assert Drawn(net, solver=solver).learned

@@ -137,18 +137,20 @@ def test_another_pack_may_copy_all_options_while_sampling(kits, name):
     assert copies[0]["transformer_options"][KEY][0] is starts_of(model)[0]  # no network is copied
 
 
-IN_FRONT = [name for name in METHODS if name != "top level fresh"]
+CACHE = {"reuse_threshold": 0.2, "start_percent": 0.15, "end_percent": 0.95, "verbose": False}
+IN_FRONT = [*(name for name in METHODS if name != "top level fresh"), "EasyCache", "LazyCache"]
 
 
-@pytest.mark.parametrize("name", daily(IN_FRONT, "encoder propagation", "noise shift", "golden noise"))
+@pytest.mark.parametrize("name", daily(IN_FRONT, "encoder propagation", "noise shift", "golden noise", "LazyCache"))
 def test_a_fit_behind_any_method_is_the_fit_of_the_plain_model(kits, name):
     """Its own solves and its reference: the same path, and as many whole calls of the network."""
     from pack.kernels.space import NoiseSpace
     from pack.nodes._host.session import Solver, named_sampler, run_session
     from pack.nodes._plan.solvers import SOLVERS
 
-    method = METHODS[name]
-    kit = kits[method.model]
+    kit = kits[METHODS[name].model if name in METHODS else "flow"]
+    cached = lambda model: kit.host.call(name, model=model, **CACHE)[0]
+    behind = METHODS[name].on(kit) if name in METHODS else cached
     sigmas, space = levels(kit), NoiseSpace("flow" if kit.name == "flow" else "ve")
     euler = Solver("euler", "euler", named_sampler("euler"), SOLVERS["euler"])
 
@@ -157,7 +159,7 @@ def test_a_fit_behind_any_method_is_the_fit_of_the_plain_model(kits, name):
         return torch.stack([solves.solve(sigmas, noise), *solves.record(sigmas, noise).states])
 
     found = []
-    for model in (kit.model, method.on(kit)(kit.model)):
+    for model in (kit.model, behind(kit.model)):
         with whole_calls(kit) as calls:
             ends = run_session(
                 model, kit.positive, kit.negative, 3.0, euler, sigmas, kit.empty()["samples"], 3, space, work
