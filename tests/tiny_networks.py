@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from types import CodeType, FunctionType, MethodType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ class Tiny:
 
     latent: its shape, or those of several that are sampled at once. extras: of the conditioning, the name -> a tensor's
     shape, or the value. weights: of a file, without which the host builds no model. spread: of the weights, small enough
-    that 20 steps of Euler stay finite.
+    that 20 steps of Euler stay finite. written: the module that has its sizes in its source, and smaller ones.
     """
 
     settings: dict[str, Any]
@@ -34,6 +37,7 @@ class Tiny:
     makes: str = PICTURES
     spread: float = 0.08
     trim: Callable[[nn.Module], None] = lambda network: None
+    written: tuple[str, dict[int, int]] = ("", {})
 
 
 UNET = {
@@ -373,8 +377,25 @@ def _known_places(network: Any) -> None:
     network.rope.inv_freq.copy_(10000.0 ** -torch.linspace(0, 1, len(network.rope.inv_freq)))
 
 
+MUSIC = {2048: 64, 2304: 320, 8192: 96, 4096: 16, 36: 10}  # 2 x 128 of latents and 64 of the condition are 320
+
+
+def _small_condition(network: Any) -> None:
+    """Its layers of text, the frequencies and shifts that its file brings."""
+    network.aligned_condition = MethodType(_in_small(type(network).aligned_condition, MUSIC), network)
+    places = network.diffusion_transformer.transformer.rotary_pos_emb.inv_freq
+    places.copy_(10000.0 ** -torch.linspace(0, 1, len(places)))
+    for name, shift in network.named_buffers():
+        if name.endswith("beta"):
+            shift.zero_()
+
+
 # Of several latents, and of a kind of their own.
 TINY |= {
+    "MiniMaxMusic3": Tiny(
+        {}, (1, 128, 700), width=8 * 16, extras={"conditioning_scale": torch.ones(1, 1, 1)}, makes=SOUND,
+        trim=_small_condition, written=("comfy.ldm.minimax_music.dit", MUSIC),
+    ),
     "LTXAV": Tiny(
         {
             "in_channels": 128, "audio_in_channels": 128, "cross_attention_dim": 48, "audio_cross_attention_dim": 32,
@@ -447,7 +468,8 @@ def tiny_network(family: str):
     config.set_inference_dtype(torch.float32, None)
     torch.manual_seed(0)
     cpu = torch.device("cpu")
-    model = config.get_model(tiny.weights(), device=cpu).eval()
+    with _written_in_small(*tiny.written):
+        model = config.get_model(tiny.weights(), device=cpu).eval()
     tiny.trim(model.diffusion_model)
     for name, weight in model.named_parameters():
         scales = "norm" in name or name.endswith(("scale", "gamma"))
@@ -458,6 +480,32 @@ def tiny_network(family: str):
         if buffer.is_floating_point() and not (buffer.isfinite().all() and buffer.abs().max() < 1e6):
             buffer.copy_(0.1 * torch.randn_like(buffer))
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+
+
+@contextlib.contextmanager
+def _written_in_small(module: str, sizes: dict[int, int]) -> Iterator[None]:
+    """The classes of a module build themselves with other sizes than those in their source."""
+    with contextlib.ExitStack() as stack:
+        for kind in vars(importlib.import_module(module)).values() if module else ():
+            if isinstance(kind, type) and kind.__module__ == module:
+                stack.enter_context(mock.patch.object(kind, "__init__", _in_small(kind.__init__, sizes)))
+        yield
+
+
+def _in_small(function: Any, sizes: dict[int, int]) -> Any:
+    """A function with other whole numbers in its source."""
+
+    def small(code: CodeType) -> CodeType:
+        return code.replace(
+            co_consts=tuple(
+                small(one) if isinstance(one, CodeType) else sizes.get(one, one) if type(one) is int else one
+                for one in code.co_consts
+            )
+        )
+
+    made = FunctionType(small(function.__code__), function.__globals__, closure=function.__closure__)
+    made.__defaults__, made.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return made
 
 
 def conditioning(family: str, seed: int) -> list:

@@ -320,10 +320,13 @@ class _Recorded:
     def __init__(self, found: Features, difference: bool):
         self.found, self.difference = found, difference
         self.entered: dict[str, Any] = {}
+        self.rows: dict[str, int] = {}  # how often each kind's row was entered: MiniMax Music runs it for each window
 
     def patches(self, kind: str, indices: list[int], others: dict) -> dict[Block, Callable]:
         def patch_for(i: int) -> Callable:
             def patch(args: dict, extra: dict) -> dict:
+                if i == indices[0]:
+                    self.rows[kind] = self.rows.get(kind, 0) + 1
                 if i == indices[0] and self.difference:  # a copy: Flux adds to it in place
                     self.entered = {
                         name: one.clone() if isinstance(one, Tensor) else [part.clone() for part in one]
@@ -337,7 +340,7 @@ class _Recorded:
                         left = out.get(name)
                         if isinstance(left, Tensor):
                             value = left - self.entered[name] if self.difference else left.clone()
-                            self.found[kind, name, 0] = value
+                            self.found[kind, name, 0, self.rows[kind]] = value
                         elif left is not None:
                             self._keep(kind, name, left)
                 return out
@@ -348,7 +351,8 @@ class _Recorded:
 
     def _keep(self, kind: str, name: str, left: Sequence[Tensor]) -> None:
         for j, value in enumerate(left):
-            self.found[kind, name, j] = value - self.entered[name][j] if self.difference else value.clone()
+            kept = value - self.entered[name][j] if self.difference else value.clone()
+            self.found[kind, name, j, self.rows[kind]] = kept
 
 
 class _Reused:
@@ -360,11 +364,13 @@ class _Reused:
     def __init__(self, features: Features, difference: bool):
         self.features, self.difference = features, difference
         self.target: dict[str, Any] = {}
+        self.rows: dict[str, int] = {}
 
     def patches(self, kind: str, indices: list[int], others: dict) -> dict[Block, Callable]:
         def patch_for(i: int) -> Callable:
             def patch(args: dict, extra: dict) -> dict:
                 if i == indices[0]:
+                    self.rows[kind] = self.rows.get(kind, 0) + 1
                     self.target = {name: self._end_of(kind, name, args[name]) for name in STREAMS if name in args}
                 return self.target if i == indices[-1] else {name: args[name] for name in STREAMS if name in args}
 
@@ -373,10 +379,11 @@ class _Reused:
         return {(kind, i): patch_for(i) for i in indices}
 
     def _end_of(self, kind: str, name: str, given: Any) -> Any:
-        if (kind, name, 0) not in self.features:
+        row = self.rows[kind]
+        if (kind, name, 0, row) not in self.features:
             return given
         if isinstance(given, Tensor):
-            alone = self.features[kind, name, 0]
+            alone = self.features[kind, name, 0, row]
             return given + alone if self.difference else alone.clone()
-        kept = [self.features[kind, name, j] for j in range(len(given))]
+        kept = [self.features[kind, name, j, row] for j in range(len(given))]
         return type(given)(a + b if self.difference else b.clone() for a, b in zip(given, kept, strict=True))
