@@ -57,7 +57,7 @@ def more_prompts(tooltip: str) -> list[io.Input]:
 
 
 WANTED = {"INT": "a whole number", "FLOAT": "a number", "BOOLEAN": "true or false", "STRING": "a text"}
-FILES = ("npnet_name", "oms_name", "maps_name")  # of one that is not there the node says where it belongs
+ANSWERED = ("npnet_name", "oms_name", "maps_name", "kernel")  # of one that is not there the node says how to get it
 
 
 def with_checked_widgets(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
@@ -65,7 +65,7 @@ def with_checked_widgets(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 
     None leaves an optional one at its default. Choices that `validate_inputs` names are answered for there.
     """
-    execute, own = node.execute.__func__, (*inspect.signature(node.validate_inputs).parameters, *FILES)
+    execute, own = node.execute.__func__, (*inspect.signature(node.validate_inputs).parameters, *ANSWERED)
 
     @functools.wraps(execute)
     def checked(cls, **given):

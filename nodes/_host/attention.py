@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import comfy.samplers
-import torch
 from comfy.ldm.modules import attention as host_attention
 from comfy.patcher_extension import WrappersMP
 from PIL import Image
@@ -23,7 +22,7 @@ from .calibrating import calibrating, stands_aside
 from .clock import noise_space, why_not
 from .identity import identify, pixels
 from .live import Interim, last_on_bar
-from .session import in_turn
+from .session import in_turn, several
 from .solvers import known, run_stock_node, sample
 
 LOG = logging.getLogger(__name__)
@@ -216,7 +215,7 @@ def fit_attention_profile(
         raise ValueError(f"There is nothing to fit: {reason}. Change 'sampler_name' or 'steps'.")
     with_attention(model, FastBetween(kernel, 1.0, 0.0))  # refuses a kernel that is not there
     positive, prompts = in_turn(positive, more_positives, FIT)
-    latent_image = {**latent_image, "samples": torch.cat([latent_image["samples"]] * prompts)}
+    latent_image = several(latent_image, prompts)
 
     def run(patched: Any) -> Tensor:
         return sample(patched, seed, cfg, sampler_name, sigmas, positive, negative, latent_image)["samples"].float()

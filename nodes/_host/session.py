@@ -256,6 +256,12 @@ def in_turn(positive: list, more: dict[str, list | None], who: str) -> tuple[lis
     return [[texts, {**kept, **joined}]], len(each)
 
 
+def several(latent: dict, times: int) -> dict:
+    """A LATENT so many times, of which every picture gets a noise of its own, wherever the first one came from."""
+    kept = {key: value for key, value in latent.items() if key != "batch_index"}
+    return {**kept, "samples": torch.cat([latent["samples"]] * times)}
+
+
 def empty_latent(model, latent: dict, name: str = "latent_image") -> Tensor:
     """Empty latents of the size of a LATENT, [b c h w] or with frames; ValueError, by its `name`, for pictures with
     sound."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -197,6 +198,18 @@ def test_a_solver_that_asks_more_than_one_guided_answer_a_step_is_refused(kit, h
     }  # fmt: skip
     with pytest.raises(ValueError, match=f"'{sampler}' asks the model more than once a step"):
         host.call("AttuneFitPropagation", **given, reuse="nothing asked")
+
+
+def test_a_latent_out_of_a_batch_is_fitted_and_one_of_no_numbers_is_told(kit, host):
+    given = {
+        "model": kit.model, "positive": kit.positive, "negative": kit.negative, "seed": 4, "steps": 8, "cfg": 3.0,
+        "sampler_name": "euler", "scheduler": "normal", "fastest": 1.25, "longest": 2, "reuse": "automatic",
+    }  # fmt: skip
+    (taken,) = host.call("LatentFromBatch", samples=kit.empty(4), batch_index=2, length=1)
+    found = [host.call("AttuneFitPropagation", **given, latent_image=one)[0] for one in (taken, kit.empty())]
+    assert found[0].key_steps == found[1].key_steps
+    with pytest.raises(ValueError, match="values that are not numbers"):
+        host.call("AttuneFitPropagation", **given, latent_image={"samples": kit.empty()["samples"] * math.nan})
 
 
 def test_two_prompts_that_cannot_share_a_batch_are_refused(kit, host):

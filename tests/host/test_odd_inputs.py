@@ -77,7 +77,7 @@ def test_a_link_may_bring_anything_and_a_sentence_names_the_widget(host):
     """The host looks at values, not at what links bring: None of a switch, a float of a calculator."""
     asked = 0
     for name, node in ours(host).items():
-        own = {"npnet_name", "oms_name", "maps_name", *inspect.signature(node.validate_inputs).parameters}
+        own = {*host.module("nodes._host.api").ANSWERED, *inspect.signature(node.validate_inputs).parameters}
         for one in node.GET_SCHEMA().inputs:
             if not hasattr(one, "socketless") or (one.id in own and one.io_type == "COMBO"):
                 continue

@@ -22,7 +22,7 @@ from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, network_of, pixels
 from ..live import Interim, last_on_bar
-from ..session import in_turn
+from ..session import in_turn, several
 from ..solvers import adds_noise, known, run_stock_node, sample
 from . import KEY, Propagation, WholeSteps, applied, outer_sample, propagation_for, run_of
 from .forecast import can_forecast
@@ -221,7 +221,7 @@ def _enough(latent_image: dict, prompts: int) -> dict:
     """A LATENT of FEWEST_PICTURES at least, and of as many for every prompt: noises of their own come by themselves."""
     samples = latent_image["samples"]
     times = prompts if prompts > 1 or len(samples) >= FEWEST_PICTURES else FEWEST_PICTURES
-    return latent_image if samples.is_nested else {**latent_image, "samples": torch.cat([samples] * times)}
+    return latent_image if samples.is_nested or times == 1 else several(latent_image, times)
 
 
 def measures_too_few(sampler_name: str, latent_image: dict) -> bool:
