@@ -22,7 +22,7 @@ from .calibrating import calibrating, stands_aside
 from .clock import noise_space, why_not
 from .identity import identify, pixels
 from .live import Interim, last_on_bar
-from .session import in_turn, several
+from .session import check_numbers, in_turn, several
 from .solvers import known, run_stock_node, sample
 
 LOG = logging.getLogger(__name__)
@@ -176,6 +176,7 @@ def fit_attention(
 
     yield "the exact run", 0.0, None
     exact, errors = errors_of(model, run, kernel, sigmas)
+    check_numbers(exact)
     weights = step_weights(sigmas.tolist(), noise_space(model.get_model_object("model_sampling")))
     windows = best_windows([error * abs(weight) for error, weight in zip(errors, weights, strict=True)])
     steps = len(windows) + 1

@@ -256,6 +256,15 @@ def in_turn(positive: list, more: dict[str, list | None], who: str) -> tuple[lis
     return [[texts, {**kept, **joined}]], len(each)
 
 
+def check_numbers(found: Tensor) -> None:
+    """ValueError where what a run made is not finite."""
+    if not bool(found.isfinite().all()):
+        raise ValueError(
+            "This MODEL answers with values that are not numbers, so there is no run to learn from. Draw the same "
+            "picture with KSampler, and mend first what makes it black there."
+        )
+
+
 def several(latent: dict, times: int) -> dict:
     """A LATENT so many times, of which every picture gets a noise of its own, wherever the first one came from."""
     kept = {key: value for key, value in latent.items() if key != "batch_index"}

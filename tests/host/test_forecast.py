@@ -208,8 +208,16 @@ def test_a_latent_out_of_a_batch_is_fitted_and_one_of_no_numbers_is_told(kit, ho
     (taken,) = host.call("LatentFromBatch", samples=kit.empty(4), batch_index=2, length=1)
     found = [host.call("AttuneFitPropagation", **given, latent_image=one)[0] for one in (taken, kit.empty())]
     assert found[0].key_steps == found[1].key_steps
-    with pytest.raises(ValueError, match="values that are not numbers"):
-        host.call("AttuneFitPropagation", **given, latent_image={"samples": kit.empty()["samples"] * math.nan})
+    nothing = {"samples": kit.empty()["samples"] * math.nan}
+    part = {"reuse": "top level fresh" if kit.name == "unet" else "first block fresh"}
+    run = {key: one for key, one in given.items() if key not in ("fastest", "longest", "reuse")}
+    for node, fit in (
+        ("AttuneFitPropagation", given),
+        ("AttuneFitPropagation", {**given, **part}),
+        ("AttuneFitAttention", {**run, "kernel": "split", "wanted": 30.0}),
+    ):
+        with pytest.raises(ValueError, match="values that are not numbers"):
+            host.call(node, **fit, latent_image=nothing)
 
 
 def test_two_prompts_that_cannot_share_a_batch_are_refused(kit, host):

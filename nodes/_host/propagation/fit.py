@@ -22,7 +22,7 @@ from ..calibrating import calibrating
 from ..clock import noise_space, why_not
 from ..identity import identify, network_of, pixels
 from ..live import Interim, last_on_bar
-from ..session import in_turn, several
+from ..session import check_numbers, in_turn, several
 from ..solvers import adds_noise, known, run_stock_node, sample
 from . import KEY, Propagation, WholeSteps, applied, outer_sample, propagation_for, run_of
 from .forecast import can_forecast
@@ -138,6 +138,7 @@ def fit(
         measuring_kind, runs = measuring(kind, reuse, longest - 1, steps)
         replaced = {WrappersMP.OUTER_SAMPLE: outer_sample(measuring_kind), WrappersMP.PREDICT_NOISE: _compare}
         reference = run(applied(model, kind, plan.ReuseSettings(), replaced))
+        check_numbers(reference)
         (measured,) = runs
         changes = {**{name: torch.stack(seen).tolist() for name, seen in measured.changes.items()}, **changes}
         share = measured.costs.of_step(reuse)

@@ -31,6 +31,7 @@ from ....kernels.propagation import Reuse, step_weights
 from ....models.calibration import KeySteps, Point
 from ..._plan.propagation import CALIBRATED, ReuseSettings
 from ..live import Interim
+from ..session import check_numbers
 from . import OneSided, WholeSteps, applied, outer_sample
 from .guidance import why_not_one_sided
 
@@ -165,11 +166,7 @@ class Programme:
         self._steps, self._changes = run.plan.steps, run.changes
         heard = [run.heard[i] for i in range(self._steps)]
         products = mean_products([*(one.x for one in heard), *(one.answer for one in heard)])
-        if not bool(products.isfinite().all()):
-            raise ValueError(
-                "This MODEL answers with values that are not numbers, so there is no run to learn from. Draw the same "
-                "picture with KSampler, and mend first what makes it black there."
-            )
+        check_numbers(products)
         reach = max(min(FURTHEST_ASKED, self._steps - 2), self._steps // 4)
         self._forecasts = forecast_errors(products, reach, reach - 1)
         self._sided = None
