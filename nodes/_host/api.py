@@ -85,7 +85,7 @@ def with_checked_widgets(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
             given[one.id] = int(value) if one.io_type == "INT" else value
         return execute(cls, **given)
 
-    node.execute = classmethod(checked)  # type: ignore[method-assign, assignment]
+    node.execute = classmethod(checked)
     return node
 
 
