@@ -8,7 +8,7 @@ import html
 import inspect
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 from comfy_execution.graph_utils import ExecutionBlocker as ExecutionBlocker  # as an output: its users do not run
@@ -69,24 +69,31 @@ def with_checked_widgets(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
 
     @functools.wraps(execute)
     def checked(cls, **given):
-        for one in cls.define_schema().inputs:
+        wanted = cls.define_schema()
+        for one in wanted.inputs:
             if one.id not in given or not hasattr(one, "socketless"):
                 continue
             value = given.pop(one.id)
-            if value is None and one.optional:
-                continue
-            if isinstance(one, io.Combo.Input):
-                wrong = one.id not in own and value not in one.options
-                wanted = f"one of: {', '.join(map(str, one.options))}"
-            else:
-                wrong, wanted = not _fits(one.io_type, value), WANTED[one.io_type]
-            if wrong:
-                raise ValueError(f"'{one.id}' is {value!r}. Choose {wanted}.")
-            given[one.id] = int(value) if one.io_type == "INT" else value
+            if wanted.is_input_list and isinstance(value, list):
+                given[one.id] = [_taken(one, each, own) for each in value]
+            elif value is not None or not one.optional:
+                given[one.id] = _taken(one, value, own)
         return execute(cls, **given)
 
     node.execute = classmethod(checked)
     return node
+
+
+def _taken(one: io.Input, value: Any, own: Container[str]) -> Any:
+    """A widget's value; ValueError for what it cannot take, but for choices that the node has `own` words for."""
+    if isinstance(one, io.Combo.Input):
+        fits = one.id in own or value in one.options
+        wanted = f"one of: {', '.join(map(str, one.options))}"
+    else:
+        fits, wanted = _fits(one.io_type, value), WANTED[one.io_type]
+    if not fits:
+        raise ValueError(f"'{one.id}' is {value!r}. Choose {wanted}.")
+    return int(value) if one.io_type == "INT" else value
 
 
 def _fits(io_type: str, value: Any) -> bool:

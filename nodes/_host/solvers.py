@@ -79,11 +79,6 @@ def sample(
 
     through: SAMPLER -> the one that runs.
     """
-    if sampler_name not in sampler_names():
-        raise ValueError(
-            f"The sampler '{sampler_name}' is not installed in this ComfyUI. Choose another one in 'sampler_name', "
-            "or install the pack that brings it."
-        )
     # Some samplers (uni_pc) write into the levels they are given.
     output, _ = run_stock_node(
         "SamplerCustom", model=model, add_noise=True, noise_seed=seed, cfg=cfg, positive=positive, negative=negative,

@@ -83,7 +83,7 @@ def test_a_link_may_bring_anything_and_a_sentence_names_the_widget(host):
                 continue
             for value in LINKED[one.io_type][bool(one.optional) :]:
                 with pytest.raises(ValueError, match=r"^'(\w+)' is .*\. Choose .*\.$") as said:
-                    node.execute(**{one.id: value})
+                    node.execute(**{one.id: [value] if node.GET_SCHEMA().is_input_list else value})
                 assert said.value.args[0].startswith(f"'{one.id}' is {value!r}. "), name
                 asked += 1
     assert asked > 500

@@ -1137,6 +1137,7 @@ def test_a_fit_refuses_a_sampler_that_the_table_does_not_know(host, demo, encode
         raise AssertionError
 
     monkeypatch.setattr(comfy.samplers, "sampler_object", lambda name: comfy.samplers.KSAMPLER(sample_of_tomorrow))
+    monkeypatch.setattr(comfy.samplers.KSampler, "SAMPLERS", [*comfy.samplers.KSampler.SAMPLERS, "of_tomorrow"])
     with pytest.raises(ValueError, match=r"does not know the sampler 'of_tomorrow'.*choose one of euler"):
         host.call(
             "AttuneFitPropagation", model=demo[0], positive=encode("a cat"), negative=encode(""),
