@@ -66,10 +66,11 @@ def with_checked_widgets(node: type[io.ComfyNode]) -> type[io.ComfyNode]:
     None leaves an optional one at its default. Choices that `validate_inputs` names are answered for there.
     """
     execute, own = node.execute.__func__, (*inspect.signature(node.validate_inputs).parameters, *ANSWERED)
+    _, *names = inspect.signature(execute).parameters
 
     @functools.wraps(execute)
-    def checked(cls, **given):
-        wanted = cls.define_schema()
+    def checked(cls, *first, **given):
+        wanted, given = cls.define_schema(), {**dict(zip(names, first, strict=False)), **given}
         for one in wanted.inputs:
             if one.id not in given or not hasattr(one, "socketless"):
                 continue
