@@ -90,7 +90,9 @@ def test_no_profile_of_ours_is_told_as_data(profile):
     assert said.count("\n- ") >= len(profile.runs) + (len(profile.alignments) if not profile.sigmas else 0)
 
 
-@pytest.mark.parametrize("odd", [None, [], {}, "x", float("nan"), {"a": "b"}, [1], {"a": {}}, True])
+@pytest.mark.parametrize(
+    "odd", [None, [], {}, "x", float("nan"), 10**400, {"a": 10**400}, {"a": "b"}, [1], {"a": {}}, True]
+)
 def test_free_form_facts_of_any_kind_are_passed_over(odd):
     keys = ("held_out", "start", "refused", "date", "seconds", "preset")
     plain = replace(MINE, metrics={}, provenance={})

@@ -56,6 +56,7 @@ def more_prompts(tooltip: str) -> list[io.Input]:
     return [io.Conditioning.Input(f"positive_{n}", optional=True, tooltip=tooltip) for n in (2, 3, 4)]
 
 
+MOST_GIVEN = 1e300  # whole numbers beyond every float are none either
 WANTED = {"INT": "a whole number", "FLOAT": "a number", "BOOLEAN": "true or false", "STRING": "a text"}
 ANSWERED = ("npnet_name", "oms_name", "maps_name", "kernel")  # of one that is not there the node says how to get it
 
@@ -101,8 +102,8 @@ def _fits(io_type: str, value: Any) -> bool:
     """Whether a widget can take a value; one of whole numbers takes 20.0."""
     if io_type == "STRING":
         return isinstance(value, str)
-    finite = isinstance(value, numbers.Real) and math.isfinite(value)
-    return finite and (io_type != "INT" or value == int(value))
+    number: Any = value if isinstance(value, numbers.Real) else math.nan
+    return abs(number) < MOST_GIVEN and (io_type != "INT" or number == int(number))
 
 
 def widget_place(node: type[io.ComfyNode], name: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +23,8 @@ from .fitted_sampler import proved
 from .noise_shift import shift_for
 from .propagation import kinds_of
 from .time_left import duration
+
+MOST_TOLD = 1e12  # of a number that is told; JSON has whole ones beyond every float
 
 
 def listing(shelf: Shelf, unread: Sequence[str], model: ModelIdentity | None = None) -> str:
@@ -102,7 +103,7 @@ def _held_out(metrics: Mapping[str, Any]) -> Iterator[str]:
 
 def _number(value: Any) -> float:
     """0 for what is none."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else 0.0
+    return float(value) if isinstance(value, int | float) and abs(value) < MOST_TOLD else 0.0
 
 
 def _profile(profile: Calibration) -> str:

@@ -68,7 +68,8 @@ def test_our_own_checks_take_any_value(host, value):
 
 
 LINKED = {  # what a widget of a type cannot take; None only where it is required
-    "INT": [None, "", "7", 2.5, math.nan, math.inf, []], "FLOAT": [None, "", "0.5", math.nan, -math.inf, []],
+    "INT": [None, "", "7", 2.5, math.nan, math.inf, 10**400, []],
+    "FLOAT": [None, "", "0.5", math.nan, -math.inf, -(10**400), []],
     "BOOLEAN": [None, "", "false", []], "STRING": [None, 5, True, []], "COMBO": [None, "", 5, "nonsense", []],
 }  # fmt: skip
 
