@@ -40,9 +40,9 @@ from real_size import FLUX, build
 from results import DOCS, Table, markdown, record
 from schedules import number, progress
 
-TOP, ONE, ENCODER = "top level fresh", "one block fresh", "encoder reused"
+TOP, TWO, ONE, ENCODER = "top level fresh", "two levels fresh", "one block fresh", "encoder reused"
 FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "first two thirds reused"
-REUSES = {"unet": (ENCODER, TOP, ONE), "flow": (BEGINNING, ENDS, FIRST)}
+REUSES = {"unet": (ENCODER, TOP, TWO, ONE), "flow": (BEGINNING, ENDS, FIRST)}
 NODE = "AttunePropagation"
 CACHES = {"unet": ("EasyCache", "LazyCache"), "flow": ("LazyCache",)}  # EasyCache has no hook in SD3's network
 INTERVALS = (2, 3, 5)
@@ -64,7 +64,7 @@ COSTS_OF = {"unet": "SD1.5 512", "flow": "SD3 medium"}  # the first of them
 METHODS = {
     "fewer steps": ("plain, ", "k.--"), "EasyCache": ("EasyCache", "C0o-"), "LazyCache": ("LazyCache", "C1s-"),
     "DeepCache": ("DeepCache", "C2^-"), "published keys": ("published", "C3*"), ENCODER: (ENCODER, "C4v-"),
-    ONE: (ONE, "C5D-"), TOP: (TOP, "C6P-"), BEGINNING: (BEGINNING, "C4v-"), ENDS: (ENDS, "C6P-"),
+    ONE: (ONE, "C5D-"), TOP: (TOP, "C6P-"), TWO: (TWO, "C9h-"), BEGINNING: (BEGINNING, "C4v-"), ENDS: (ENDS, "C6P-"),
     FIRST: (FIRST, "C5D-"),
     "calibrated": ("calibrated", "C7X-"),
 }  # fmt: skip
@@ -198,8 +198,8 @@ def network(module: Any, side: int) -> Network:
     names = pack("nodes._plan.propagation")
     if hasattr(module, "input_blocks"):
         costs = pack("nodes._host.propagation.unet").measure_unet(module, side, side).costs
-        n, top = len(costs.input), pack("nodes._host.propagation.unet").top_blocks(module)
-        return Network(costs, {name: names.reuse_by_name(name, False, n, top) for name in names.UNET_PARTS})
+        n, levels = len(costs.input), pack("nodes._host.propagation.unet").levels_above(module)
+        return Network(costs, {name: names.reuse_by_name(name, False, n, levels) for name in names.UNET_PARTS})
     host = pack("nodes._host.propagation.transformer")
     costs = host.costs_of(module, host.blocks_of(module).values())
     n = len(costs.input)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from peers import cache_node
-from propagation import COSTS_OF, FIRST, ONE, REUSES, TOP, networks, node, pack
+from propagation import COSTS_OF, FIRST, ONE, REUSES, TOP, TWO, networks, node, pack
 
 from comfy_process import Host
 from harness import CACHE, Cell, Drawn, Lab, Task, code_digest, prompt, tasks
@@ -174,13 +174,14 @@ def settings(lab: RivalLab, run: Run) -> dict[str, Cell]:
             plain, nodes=node(**every, guidance="every second step")
         )
     if noisy:
-        reuse = TOP if run.model == "unet" else FIRST
-        every = node(reuse=reuse, interval=2, keep_last=4)
-        found[f"ours, features, every 2, {reuse}"] = replace(plain, nodes=every)
-        calibrated = fitted(lab, run, reuse)
-        for point in pack("models.store").load_profile(calibrated).key_steps.points:
-            nodes = node(mode="speed target", reuse=reuse, speed=point.speed, profile=calibrated.name)
-            found[f"ours, features, {len(point.keys)} fitted key steps, {reuse}"] = replace(plain, nodes=nodes)
+        for reuse in (TOP, TWO) if run.model == "unet" else (FIRST,):
+            for n in (2, 3):
+                every = node(reuse=reuse, interval=n, keep_last=4)
+                found[f"ours, features, every {n}, {reuse}"] = replace(plain, nodes=every)
+            calibrated = fitted(lab, run, reuse)
+            for point in pack("models.store").load_profile(calibrated).key_steps.points:
+                nodes = node(mode="speed target", reuse=reuse, speed=point.speed, profile=calibrated.name)
+                found[f"ours, features, {len(point.keys)} fitted key steps, {reuse}"] = replace(plain, nodes=nodes)
     profile = fitted(lab, run)
     points = pack("models.store").load_profile(profile).key_steps.points
     for point in points[:: -(-len(points) // MOST_POINTS)]:

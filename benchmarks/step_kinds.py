@@ -29,7 +29,7 @@ from comfy_process import ROOT, Host
 from real_size import DTYPES, FAMILIES, UNCOUNTED, build, lacking, peak_memory, sample, synchronize
 from results import DOCS, Table, markdown, record
 
-REUSES = ["encoder reused", "top level fresh", "one block fresh"]
+REUSES = ["encoder reused", "top level fresh", "two levels fresh", "one block fresh"]
 INTERVAL = 4
 
 
@@ -128,8 +128,8 @@ def predictions(model: Any, reuse: str, side: int) -> tuple[float, int]:
     pack: Callable[[str], Any] = lambda module: sys.modules[f"{ROOT}.{module}"]
     network = model.model.diffusion_model
     size = pack("nodes._host.propagation.unet").measure_unet(network, side, side)
-    top = pack("nodes._host.propagation.unet").top_blocks(network)
-    part = pack("nodes._plan.propagation").reuse_by_name(reuse, False, len(size.skips), top)
+    levels = pack("nodes._host.propagation.unet").levels_above(network)
+    part = pack("nodes._plan.propagation").reuse_by_name(reuse, False, len(size.skips), levels)
     return 100 * size.costs.of_step(part), size.kept_elements(part)
 
 

@@ -27,6 +27,7 @@ from .types import Latent
 PUBLISHED_TIMES = (1.0, 0.98, 0.96, 0.94, 0.90, 0.80, 0.70, 0.50, 0.30)
 PRIOR_NOISE_TIME = 0.5  # the prior noise is injected in the second half of the training time (section 3.3)
 FURTHEST_FORECAST = 1.5  # in units of the last distance between two key steps
+NOISY_REACH = 0.6  # of the way that a forecast goes where a solver adds noise, which does not go on
 ONE_TIMESTEP = 1e-3  # of the training time: hosts round the timestep of a noise level to a whole number
 SAME = 1e-5  # relative difference up to which two noise levels are one: samplers compute theirs in float32
 
@@ -319,11 +320,13 @@ class FeatureCache:
     """The last `depth` captures of every condition, and outputs that were computed ahead.
 
     A key names a condition: (its id, the context window, how often it occurred in the evaluation). `dtype` and `device`
-    are how features are kept; None leaves them as they come.
+    are how features are kept; None leaves them as they come. `reach`: how far along their line forecasts go.
     """
 
-    def __init__(self, depth: int, dtype: torch.dtype | None = None, device: torch.device | None = None):
-        self.depth, self.dtype, self.device = depth, dtype, device
+    def __init__(
+        self, depth: int, dtype: torch.dtype | None = None, device: torch.device | None = None, reach: float = 1.0
+    ):
+        self.depth, self.dtype, self.device, self.reach = depth, dtype, device, reach
         self._captures: dict[Hashable, deque[tuple[Capture, int]]] = {}
         self._ahead: dict[Hashable, dict[Hashable, Tensor]] = {}
 
@@ -358,7 +361,7 @@ class FeatureCache:
         features = _join(last, like)
         if features is None or None in before:
             return features
-        weight = forecast_weight(time, last[0][0].time, before[0][0].time)
+        weight = self.reach * forecast_weight(time, last[0][0].time, before[0][0].time)
         old = _join(before, like) if weight > 0 else None
         if old is None or old.keys() != features.keys():
             return features

@@ -54,8 +54,9 @@ class AttunePropagation(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "reuse", options=plan.PARTS, default=plan.AUTOMATIC,
-                    tooltip="What the steps in between compute. automatic: 'top level fresh' of a UNet, 'first block "
-                    "fresh' of a transformer. encoder reused, first two thirds reused: as in the paper.",
+                    tooltip="What the steps in between compute. automatic: 'top level fresh' of a UNet, or 'two levels "
+                    "fresh' where that is cheap and more faithful, as in SDXL with a solver that adds noise; 'first "
+                    "block fresh' of a transformer. encoder reused, first two thirds reused: as in the paper.",
                 ),
                 *advanced(
                     io.Boolean.Input(
@@ -189,8 +190,9 @@ class AttuneFitPropagation(io.ComfyNode):
                 io.Combo.Input(
                     "reuse", options=plan.FITTED_PARTS, default=plan.AUTOMATIC,
                     tooltip="What the steps in between compute. automatic: 'nothing asked', which forecasts the "
-                    "network's answers from earlier ones and works on every network. The others reuse features of a "
-                    "UNet or a transformer; 'encoder reused' takes longest.",
+                    "network's answers from earlier ones and works on every network; for a UNet and a solver that adds "
+                    "noise, the features that cost little. The others reuse features of a UNet or a transformer; "
+                    "'encoder reused' takes longest.",
                 ),
                 io.Float.Input(
                     "fastest", default=8.0, min=1.25, max=10.0, step=0.25,
@@ -211,8 +213,8 @@ class AttuneFitPropagation(io.ComfyNode):
                     ),
                 ),
                 *more_prompts(
-                    "Another typical prompt, for forecasts. A fit to four prompts holds for other prompts far "
-                    "better than a fit to one."
+                    "Another typical prompt. A fit to four prompts holds for other prompts far better than a fit to "
+                    "one."
                 ),
             ],
             outputs=[

@@ -303,6 +303,21 @@ def test_a_forecast_is_exact_for_features_that_are_linear_in_time():
     assert cache.recall(["a"], "s", 0, 8.0, LIKE)["h"].item() == 3.5
 
 
+def test_a_forecast_goes_only_as_far_as_its_cache_reaches():
+    """Features that stray by themselves, as where a solver adds noise, are nearer to half of the way than to all of it:
+    of a random walk with a drift of 1 a step, of which the last step is known, the best forecast is the regression."""
+    generator, n = torch.Generator().manual_seed(3), 20_000
+    first, second = (1 + torch.randn(n, 1, 1, 1, generator=generator) for _ in range(2))
+    regression = float((first * second).sum() / (first * first).sum())
+    errors = {}
+    for reach in (0.0, regression, 1.0):
+        cache = FeatureCache(depth=2, reach=reach)
+        cache.store(["a"], 0, 10.0, "s", {"h": torch.zeros_like(first)})
+        cache.store(["a"], 1, 9.0, "s", {"h": first})
+        errors[reach] = float((cache.recall(["a"], "s", 0, 8.0, first)["h"] - first - second).square().mean())
+    assert 0.45 < regression < 0.55 and min(errors, key=lambda reach: errors[reach]) == regression
+
+
 def test_a_calibration_chooses_its_sources():
     cache = FeatureCache(depth=4)
     for step, value in enumerate((1.0, 3.0, 9.0)):

@@ -16,6 +16,7 @@ from pack.nodes._plan.propagation import (
     ONE,
     TOP_LEVEL,
     TRANSFORMER_PARTS,
+    TWO_LEVELS,
     UNET_PARTS,
     ReuseSettings,
     block_reuse_by_name,
@@ -42,12 +43,15 @@ FIT = KeySteps(4, "euler", tuple(SIGMAS), POINTS)
 
 
 def chosen(fresh_noise=False, **settings):
-    return choose(ReuseSettings(**{"keep_last": 2, **settings}), SIGMAS, TIMES, COSTS, top=2, fresh_noise=fresh_noise)
+    return choose(
+        ReuseSettings(**{"keep_last": 2, **settings}), SIGMAS, TIMES, COSTS, levels=(2,), fresh_noise=fresh_noise
+    )
 
 
 def test_names_of_parts_are_members_of_one_family():
-    assert [reuse_by_name(name, False, 12, 3) for name in UNET_PARTS] == [
+    assert [reuse_by_name(name, False, 12, (3, 6, 9)) for name in UNET_PARTS] == [
         Reuse(3, 9),
+        Reuse(6, 6),
         Reuse(2, 10),
         Reuse(1, 11),
         Reuse(0, 0),
@@ -61,7 +65,7 @@ def test_names_of_parts_are_members_of_one_family():
 
 def test_automatic_is_the_first_part_and_a_part_of_the_other_kind_is_refused():
     assert part_of_unet("automatic") == TOP_LEVEL and part_of_transformer("automatic") == TRANSFORMER_PARTS[0]
-    assert chosen(mode="uniform").reuse == reuse_by_name(TOP_LEVEL, True, 4, 2)
+    assert chosen(mode="uniform").reuse == reuse_by_name(TOP_LEVEL, True, 4, (2,))
     said = (
         r"'first block fresh' is a part of a transformer, but this MODEL is a UNet: set 'reuse' to one of 'automatic', "
     )
@@ -87,7 +91,7 @@ def test_a_speed_target_is_reached_with_as_many_key_steps_as_it_allows(reuse, sp
 
 
 def test_a_part_that_cannot_reach_the_speed_gives_way_to_a_cheaper_one_or_is_refused():
-    assert chosen(mode="speed target", speed=3.0, reuse=TOP_LEVEL).reuse == reuse_by_name(ONE, True, 4, 2)
+    assert chosen(mode="speed target", speed=3.0, reuse=TOP_LEVEL).reuse == reuse_by_name(ONE, True, 4, (2,))
     with pytest.raises(
         ValueError, match=r"cannot run 2 times faster over 20 steps.*the limit is 1\.\d+\. Lower 'speed'"
     ):
@@ -98,6 +102,31 @@ def test_new_noise_is_never_hidden_from_the_network():
     choice = chosen(fresh_noise=True, mode="published keys")
     assert choice.reuse == Reuse(2, 2, False) and "adds noise" in choice.said
     assert chosen(fresh_noise=True, mode="uniform", reuse=ONE).reuse.fresh == 1
+
+
+DEEP = Costs((0.0, 0.02, 0.0, 0.08, 0.0, 0.3), 0.1, (0.2, 0.15, 0.1, 0.03, 0.02, 0.0))  # three levels, as SDXL's
+
+
+@pytest.mark.parametrize(
+    ("costs", "settings", "part"),
+    [
+        (DEEP, {"fresh_noise": True}, TWO_LEVELS),
+        (DEEP, {"fresh_noise": True, "reuse": TOP_LEVEL}, TOP_LEVEL),  # as the user says
+        (DEEP, {}, TOP_LEVEL),  # a path without new noise loses little
+        (DEEP, {"mode": "speed target", "speed": 1.6}, TWO_LEVELS),
+        (DEEP, {"mode": "speed target", "speed": 2.5}, TOP_LEVEL),  # two levels would leave too few key steps
+        (Costs((0.0, 0.1, 0.0, 0.2, 0.0, 0.05), 0.05, (0.05, 0.05, 0.2, 0.2, 0.1, 0.0)), {"fresh_noise": True}, TOP_LEVEL),
+    ],
+)  # fmt: skip
+def test_automatic_computes_two_levels_where_most_of_the_work_lies_below_them(costs, settings, part):
+    fresh_noise = settings.get("fresh_noise", False)
+    given = {"mode": "uniform", "keep_last": 2, **{k: v for k, v in settings.items() if k != "fresh_noise"}}
+    choice = choose(ReuseSettings(**given), SIGMAS, TIMES, costs, levels=(2, 4), fresh_noise=fresh_noise)
+    assert choice.reuse == reuse_by_name(part, True, 6, (2, 4))
+
+
+def test_two_levels_of_a_network_that_has_fewer_are_all_it_has():
+    assert reuse_by_name(TWO_LEVELS, True, 4, (2,)) == reuse_by_name(TOP_LEVEL, True, 4, (2,)) == Reuse(2, 2, True)
 
 
 def test_a_calibration_serves_speeds_and_fidelity():

@@ -22,13 +22,16 @@ MODES = [UNIFORM, TARGET, CALIBRATED, PUBLISHED_KEYS]
 EVERY_STEP, EVERY_SECOND = "every step", "every second step"
 GUIDANCES = [EVERY_STEP, EVERY_SECOND]
 AUTOMATIC = "automatic"
-TOP_LEVEL, TWO, ONE, ENCODER_REUSED = "top level fresh", "two blocks fresh", "one block fresh", "encoder reused"
+TOP_LEVEL, TWO_LEVELS, TWO, ONE = "top level fresh", "two levels fresh", "two blocks fresh", "one block fresh"
+ENCODER_REUSED = "encoder reused"
 FIRST, ENDS, BEGINNING = "first block fresh", "first and last blocks fresh", "first two thirds reused"
-UNET_PARTS = [TOP_LEVEL, TWO, ONE, ENCODER_REUSED]  # "automatic" takes the first
+UNET_PARTS = [TOP_LEVEL, TWO_LEVELS, TWO, ONE, ENCODER_REUSED]  # "automatic" takes the first
 TRANSFORMER_PARTS = [FIRST, ENDS, BEGINNING]
 PARTS = [AUTOMATIC, *UNET_PARTS, *TRANSFORMER_PARTS]
+MEASURED_PARTS = [TOP_LEVEL, TWO_LEVELS, TWO, ONE]  # of a UNet by a fit's "automatic", but for those that cost much
 NOTHING = "nothing asked"  # of a fit: the steps in between are forecast
 FITTED_PARTS = [AUTOMATIC, NOTHING, *UNET_PARTS, *TRANSFORMER_PARTS]
+FAR_BELOW = 0.5  # of a whole step: where two levels cost less, most of the work lies below them (SDXL)
 PUBLISHED_SHARE = 18 / 28  # the blocks of DiT-XL/2 that the paper takes for its encoder
 NEEDS_PROFILE = (
     f"The mode '{CALIBRATED}' needs a profile: connect one from 'Attune Fit Propagation' or 'Attune Load Profile', or "
@@ -108,9 +111,10 @@ def _part(name: str, own: list[str], network: str, other: str) -> str:
     return own[0] if name == AUTOMATIC else name
 
 
-def reuse_by_name(name: str, forecast: bool, n: int, top: int) -> Reuse:
-    """A UNet of n blocks a side, the first `top` input blocks of which are at full resolution."""
-    fresh = {TOP_LEVEL: top, TWO: min(2, top), ONE: 1, ENCODER_REUSED: 0}[name]
+def reuse_by_name(name: str, forecast: bool, n: int, levels: Sequence[int]) -> Reuse:
+    """A UNet of n blocks a side; `levels`: how many input blocks lie above each of its changes of resolution."""
+    top, two = levels[0], levels[:2][-1]
+    fresh = {TOP_LEVEL: top, TWO_LEVELS: two, TWO: min(2, top), ONE: 1, ENCODER_REUSED: 0}[name]
     return Reuse(fresh, n - fresh if fresh else 0, forecast).check(n)
 
 
@@ -124,18 +128,28 @@ def block_reuse_by_name(name: str, forecast: bool, n: int) -> Reuse:
 
 
 def choose(
-    settings: ReuseSettings, sigmas: Sequence[float], times: Sequence[float], costs: Costs, top: int, fresh_noise: bool
-) -> Choice:
+    settings: ReuseSettings, sigmas: Sequence[float], times: Sequence[float], costs: Costs, levels: Sequence[int],
+    fresh_noise: bool,
+) -> Choice:  # fmt: skip
     """What a UNet does over `sigmas` [steps+1], whose training times are `times` [steps] in 0..1."""
-    n = len(costs.input)
+    n, steps = len(costs.input), len(sigmas) - 1
 
     def named(name: str, forecast: bool = settings.forecast) -> Reuse:
-        return reuse_by_name(name, forecast, n, top)
+        return reuse_by_name(name, forecast, n, levels)
+
+    def two_levels() -> bool:
+        """Whether "automatic" computes two levels: no other part is as faithful, where they leave key steps enough."""
+        share = costs.of_step(named(TWO_LEVELS))
+        if settings.reuse != AUTOMATIC or share > FAR_BELOW:
+            return False
+        return fewest_keys(steps, settings.speed, share) >= steps // 3 if settings.mode == TARGET else fresh_noise
 
     part = part_of_unet(settings.reuse)
-    cheaper = [part, ONE] if part != ENCODER_REUSED else [ENCODER_REUSED]
+    parts = [part, ONE] if part != ENCODER_REUSED else [ENCODER_REUSED]
+    if two_levels():
+        parts = [TWO_LEVELS, *parts]
     choice = _choose(
-        settings, sigmas, times, costs, named(ENCODER_REUSED, False), lambda: [named(name) for name in cheaper]
+        settings, sigmas, times, costs, named(ENCODER_REUSED, False), lambda: [named(name) for name in parts]
     )
     if fresh_noise and choice.reuse.fresh == 0:
         said = f"{choice.said}; the solver adds noise, so the top level is computed afresh"

@@ -19,7 +19,7 @@ from controlled import controlled
 from nightly import daily
 from real_size import FAMILIES, build, inputs, sample
 
-REUSES = ["top level fresh", "one block fresh", "encoder reused"]
+REUSES = ["top level fresh", "one block fresh", "encoder reused", "two levels fresh"]
 
 
 @pytest.fixture(scope="module")
@@ -165,11 +165,11 @@ def test_work_per_block_is_what_torch_counts(unet):
 
 def test_the_size_of_sd15_is_the_published_one(host):
     from pack.kernels.propagation import Reuse
-    from pack.nodes._host.propagation.unet import measure_unet, top_blocks
+    from pack.nodes._host.propagation.unet import levels_above, measure_unet
 
     sd15 = build("SD1.5", "meta").model.diffusion_model
     size = measure_unet(sd15, 64, 64)
-    assert top_blocks(sd15) == 3
+    assert levels_above(sd15) == (3, 6, 9)
     assert size.kept_elements(Reuse(0, 0)) == 6_717_440  # 12 skips and the middle at 512 x 512
     assert 100 * sum(size.costs.output) == pytest.approx(67.5, abs=1.0)
     assert 100 * size.costs.of_step(Reuse(1, 11)) == pytest.approx(7.9, abs=0.3)
@@ -181,7 +181,7 @@ def test_a_shorter_step_of_a_published_network_does_the_work_and_keeps_the_featu
     from comfy.ldm.modules.attention import attention_pytorch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from pack.nodes._host.propagation.unet import UNetView, measure_unet, recording, top_blocks
+    from pack.nodes._host.propagation.unet import UNetView, levels_above, measure_unet, recording
     from pack.nodes._plan.propagation import reuse_by_name
 
     unet, pixels = build(name, "meta").model.diffusion_model, FAMILIES[name].pixels
@@ -196,7 +196,7 @@ def test_a_shorter_step_of_a_published_network_does_the_work_and_keeps_the_featu
         return counter.get_total_flops()
 
     whole = flops(lambda: unet(x, t, context, y, None, dict(options)))
-    for reuse in (reuse_by_name(one, False, n, top_blocks(unet)) for one in REUSES):
+    for reuse in (reuse_by_name(one, False, n, levels_above(unet)) for one in REUSES):
         found = {}
         with torch.no_grad():
             unet(x, t, context, y, None, recording(options, reuse, n, found))
@@ -1006,6 +1006,40 @@ def fitted(host, demo, encode):
         negative=encode(""), latent_image={"samples": torch.zeros(1, 4, 16, 16)}, seed=0, steps=12, cfg=3.0,
         sampler_name="euler", scheduler="normal", reuse="one block fresh", fastest=1.75, longest=3,
     )  # fmt: skip
+
+
+def test_where_a_solver_adds_noise_automatic_measures_the_features_of_a_unet_on_every_prompt(host, demo, encode):
+    given = {
+        "positive": encode("a cat on a black background"), "negative": encode(""), "seed": 0, "steps": 8, "cfg": 3.0,
+        "latent_image": {"samples": torch.zeros(1, 4, 16, 16)}, "sampler_name": "euler_ancestral", "longest": 2,
+        "scheduler": "normal", "fastest": 1.25, "reuse": "automatic", "positive_2": encode("a red ball"),
+    }  # fmt: skip
+    profile, _, report = host.call("AttuneFitPropagation", model=demo[0], **given)
+    assert profile.kind == "encoder_propagation" and profile.provenance["pictures"] == 2
+    shares = {point.reuse.fresh for point in profile.key_steps.points}
+    assert shares <= {1, 2} and "key steps" in report  # two levels cost more than half of this network
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "euler_ancestral"])
+def test_two_levels_see_most_of_what_a_solver_adds(draw, propagate, sampler):
+    """The deepest features alone are an old step's: new noise is averaged over them."""
+    run = {"sampler": sampler, "steps": 24}
+    stock = draw(**run)
+    near = {
+        part: psnr(draw(propagate(reuse=part, interval=2, keep_last=4), **run), stock)
+        for part in ("two levels fresh", "top level fresh")
+    }
+    assert near["two levels fresh"] > near["top level fresh"] + 2
+
+
+def test_a_part_that_saves_little_is_tried_at_more_speeds(host, demo, encode):
+    profile, *_ = host.call(
+        "AttuneFitPropagation", model=demo[0], positive=encode("a cat"), negative=encode(""), seed=0, steps=16, cfg=3.0,
+        latent_image={"samples": torch.zeros(1, 4, 8, 8)}, sampler_name="euler", scheduler="normal", longest=3,
+        reuse="two levels fresh", fastest=1.5,
+    )  # fmt: skip
+    speeds = [point.speed for point in profile.key_steps.points]
+    assert len(speeds) > 2 and min(speeds) < 1.25 < max(speeds)
 
 
 def test_one_picture_of_a_solver_that_adds_noise_is_too_few_and_the_report_says_so(host, fitted):

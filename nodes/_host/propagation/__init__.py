@@ -16,6 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....kernels.propagation import (
+    NOISY_REACH,
     PRIOR_NOISE_TIME,
     SAME_PLACE,
     Costs,
@@ -77,7 +78,9 @@ class Propagation:
         level_at = lambda percent: float(sampling.percent_to_sigma(percent))
         levels = sigmas.tolist()  # a copy: uni_pc writes into the tensor
         self.inspect(noise)
-        choice = self.choose(levels, shares, adds_noise(sampler))
+        noisy = adds_noise(sampler)
+        self.reach = NOISY_REACH if noisy else 1.0
+        choice = self.choose(levels, shares, noisy)
         self.reuse, self.cache_dtype, cache_device, squeezed = self.within_limit(choice.reuse)
         self.said = choice.said + squeezed
         active = level_at(settings.start_percent), level_at(settings.end_percent)
@@ -88,7 +91,7 @@ class Propagation:
         )  # fmt: skip
         self.one_sided = self.sides(guider, changes, active)
         self.clock = Clock(self.plan, sampler)
-        self.cache = FeatureCache(2 if self.reuse.forecast else 1, self.cache_dtype, cache_device)
+        self.cache = FeatureCache(2 if self.reuse.forecast else 1, self.cache_dtype, cache_device, self.reach)
         injects = settings.prior_noise > 0 and bool(noise.any())
         self.noisy = {i for i, share in enumerate(shares) if injects and share < PRIOR_NOISE_TIME}
         self.deferred: dict[int, DeferredControl] = {}

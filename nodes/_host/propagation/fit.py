@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Generator
 from dataclasses import replace
 from typing import Any
@@ -28,11 +29,11 @@ from . import KEY, Propagation, WholeSteps, applied, outer_sample, propagation_f
 from .forecast import can_forecast
 from .forecast_fit import best_of, fit_forecasts
 from .transformer import blocks_of
-from .unet import blocks_a_side, top_blocks, unet_of
+from .unet import blocks_a_side, levels_above, measure_unet, unet_of
 
 LOG = logging.getLogger(__name__)
 WHO = "Attune Fit Propagation"
-SPEED_STEP = 0.25
+SPEED_STEP, FEWEST_SPEEDS = 0.25, 8  # speeds are tried by this step, by less where a part has not so many
 BY_HAND = (2, 3)  # intervals of even key steps that are tried, too
 FEWEST_PICTURES = 2  # that forecasts are fitted to, and tried on
 
@@ -52,7 +53,7 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
 
         def __init__(self, *args):
             super().__init__(*args)
-            self.cache = FeatureCache(ages + gaps + 1)
+            self.cache = FeatureCache(ages + gaps + 1, reach=self.reach)
             self.compared: set[int] = set()
             self.errors = torch.full((gaps + 1, max(ages, 1), steps), torch.inf)
             self.changes: dict[str, list[Tensor]] = {}
@@ -143,18 +144,19 @@ def fit(
         changes = {**{name: torch.stack(seen).tolist() for name, seen in measured.changes.items()}, **changes}
         share = measured.costs.of_step(reuse)
         best = optimal_keys(measured.errors.cpu(), weights)
-        for n in range(1, round((fastest - 1) / SPEED_STEP) + 1):
-            counts = [count for count in best if speedup(steps, count, share) >= 1 + n * SPEED_STEP]
+        step = min(SPEED_STEP, (1 / share - 1) / FEWEST_SPEEDS)
+        for n in range(1, math.floor((fastest - 1) / step + 1e-9) + 1):
+            counts = [count for count in best if speedup(steps, count, share) >= 1 + n * step]
             if counts:
                 candidates[reuse, best[max(counts)][1]] = speedup(steps, max(counts), share)
         last = frozenset(range(steps - plan.ReuseSettings.keep_last, steps))
         for keys in (uniform_keys(steps, interval) | last for interval in BY_HAND if interval <= longest):
-            if 1 + SPEED_STEP <= speedup(steps, len(keys), share) <= fastest:
+            if 1 + step <= speedup(steps, len(keys), share) <= fastest:
                 candidates[reuse, keys] = speedup(steps, len(keys), share)
     if not candidates:
         raise ValueError(
-            f"With this 'reuse' no setting is {1 + SPEED_STEP:g} times faster: set 'reuse' to a part that costs less, "
-            "or raise 'longest'."
+            "With this 'reuse' nearly all of the network runs on every step: set 'reuse' to a part that costs less, or "
+            "raise 'longest'."
         )
     points: list[Point] = []
     for number, ((reuse, keys), speed) in enumerate(candidates.items()):
@@ -188,12 +190,12 @@ def fit_profile(
             f"The sampler '{sampler_name}' asks the model more than once a step, or for more than its guided answer. "
             "Nothing can be forecast: set 'reuse' to 'automatic', or 'sampler_name' to one such as 'dpmpp_2m'."
         )
-    asks_nothing = reuse == plan.NOTHING or (reuse == plan.AUTOMATIC and can_forecast(sampler))
+    fresh_noise = adds_noise(sampler)
+    sees_more = fresh_noise and unet_of(model) is not None  # the features of a UNet's outer levels see new noise
+    asks_nothing = reuse == plan.NOTHING or (reuse == plan.AUTOMATIC and can_forecast(sampler) and not sees_more)
     kind = WholeSteps if asks_nothing else propagation_for(model)
-
-    if kind is WholeSteps:
-        positive, prompts = in_turn(positive, more_positives, WHO)
-        latent_image = _enough(latent_image, prompts)
+    positive, prompts = in_turn(positive, more_positives, WHO)
+    latent_image = _enough(latent_image, prompts, FEWEST_PICTURES if kind is WholeSteps else 1)
 
     def run(patched: Any, noise: int = seed) -> Tensor:
         noise %= 2**64
@@ -204,7 +206,7 @@ def fit_profile(
     if kind is WholeSteps:
         work = fit_forecasts(calibrating(model, KEY), run, sampler_name, sigmas, fastest, seed, search)
     else:
-        part = _reuses(model, kind, reuse, adds_noise(sampler))
+        part = _reuses(model, kind, reuse, fresh_noise, latent_image["samples"])
         work = fit(calibrating(model, KEY), run, sampler_name, sigmas, kind, part, fastest, longest)
     calibration, changes = last_on_bar(work, WHO, lambda now: draw(*now))
     evidence = {name: [getattr(point, name) for point in calibration.points] for name in ("psnr", "speed")}
@@ -218,10 +220,10 @@ def fit_profile(
     return profile, calibration, changes
 
 
-def _enough(latent_image: dict, prompts: int) -> dict:
-    """A LATENT of FEWEST_PICTURES at least, and of as many for every prompt: noises of their own come by themselves."""
+def _enough(latent_image: dict, prompts: int, fewest: int) -> dict:
+    """A LATENT of `fewest` pictures at least, as many for every prompt; noises of their own come by themselves."""
     samples = latent_image["samples"]
-    times = prompts if prompts > 1 or len(samples) >= FEWEST_PICTURES else FEWEST_PICTURES
+    times = prompts if prompts > 1 or len(samples) >= fewest else fewest
     return latent_image if samples.is_nested or times == 1 else several(latent_image, times)
 
 
@@ -230,17 +232,20 @@ def measures_too_few(sampler_name: str, latent_image: dict) -> bool:
     return latent_image["samples"].shape[0] == 1 and adds_noise(comfy.samplers.sampler_object(sampler_name))
 
 
-def _reuses(model: Any, kind: type[Propagation], name: str, fresh_noise: bool) -> list[Reuse]:
-    """What to measure on this kind of network; "automatic" is the parts that cost little."""
+def _reuses(model: Any, kind: type[Propagation], name: str, fresh_noise: bool, samples: Tensor) -> list[Reuse]:
+    """What to measure on this kind of network for latents like `samples`; "automatic" is the parts that cost little."""
     part, network = kind.part(name), unet_of(model)
     if network is not None:
         if fresh_noise and part == plan.ENCODER_REUSED:
             raise ValueError(
                 f"This solver adds noise, which '{part}' would not see: set 'reuse' to '{plan.TOP_LEVEL}'."
             )
-        names = [plan.TOP_LEVEL, plan.TWO, plan.ONE] if name == plan.AUTOMATIC else [part]
-        n, top = blocks_a_side(network), top_blocks(network)
-        return list(dict.fromkeys(plan.reuse_by_name(one, True, n, top) for one in names))
+        n, levels = blocks_a_side(network), levels_above(network)
+        reuses = [plan.reuse_by_name(one, True, n, levels) for one in plan.MEASURED_PARTS]
+        if name != plan.AUTOMATIC:
+            return [plan.reuse_by_name(part, True, n, levels)]
+        costs = measure_unet(network, *samples.shape[-2:]).costs
+        return [reuse for reuse in dict.fromkeys(reuses) if costs.of_step(reuse) <= plan.FAR_BELOW]
     n = len(blocks_of(network_of(model)))
     names = [plan.FIRST, plan.ENDS] if name == plan.AUTOMATIC and n > 2 else [part]
     return [plan.block_reuse_by_name(one, True, n) for one in names]

@@ -38,14 +38,14 @@ def unet_of(model: Any) -> openaimodel.UNetModel | None:
     return network if isinstance(network, openaimodel.UNetModel) else None
 
 
-def top_blocks(unet: Any) -> int:
-    """How many input blocks run at full resolution."""
-    down = (
+def levels_above(unet: Any) -> tuple[int, ...]:
+    """How many input blocks lie above each change of resolution: the first number run at full resolution."""
+    down = tuple(
         i
         for i, block in enumerate(unet.input_blocks)
         if any(isinstance(layer, openaimodel.Downsample) or getattr(layer, "updown", False) for layer in block)
     )
-    return next(down, len(unet.input_blocks))
+    return down or (len(unet.input_blocks),)
 
 
 def blocks_a_side(unet: Any) -> int:
@@ -332,20 +332,20 @@ class UNetPropagation(Propagation):
 
     def inspect(self, noise: Tensor) -> None:
         unet: Any = unet_of(self.model)
-        self.blocks, self.top = blocks_a_side(unet), top_blocks(unet)
+        self.blocks, self.levels = blocks_a_side(unet), levels_above(unet)
         self.size = measure_unet(unet, *noise.shape[-2:])
         self.costs = self.size.costs
         self.views: dict[int, UNetView] = {}
         self.shapes: dict[tuple, PatchShapes] = {}  # signature -> as noted on the last whole call
 
     def choose(self, sigmas: list[float], shares: list[float], fresh_noise: bool) -> Choice:
-        return choose(self.settings, sigmas, shares, self.costs, self.top, fresh_noise)
+        return choose(self.settings, sigmas, shares, self.costs, self.levels, fresh_noise)
 
     def bytes_of(self, reuse: Reuse, dtype: torch.dtype | None) -> int:
         return self.rows * self.size.kept_elements(reuse) * self.element_size(dtype) * (1 + reuse.forecast)
 
     def thinner(self, reuse: Reuse) -> Reuse:
-        return reuse_by_name(ONE, reuse.forecast, self.blocks, self.top)
+        return reuse_by_name(ONE, reuse.forecast, self.blocks, self.levels)
 
     def close(self) -> None:
         super().close()
