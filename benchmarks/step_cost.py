@@ -147,12 +147,16 @@ def rows(model: Any) -> Iterator[dict[str, int]]:
 # --- what is compared ---
 
 
+def adds_noise(sampler: str) -> bool:
+    return any(word in sampler for word in ("ancestral", "sde"))
+
+
 def settings(lab: RivalLab, run: Run) -> dict[str, Cell]:
     """By label, the plain run first."""
     levels = lab.sigmas(run.model, "normal", run.steps)
     plain = Cell(run.model, run.sampler, levels, run.cfg)
     found = {"plain": plain}
-    noisy = "ancestral" in run.sampler
+    noisy = adds_noise(run.sampler)
     for share in SHARES if not noisy else ():
         steps = round(share * run.steps)
         found[f"fewer steps, {steps}"] = replace(plain, sigmas=lab.sigmas(run.model, "normal", steps))
@@ -297,7 +301,7 @@ def fitted(lab: RivalLab, run: Run, reuse: str = "nothing asked") -> Path:
     stem, path = kept(lab, run, reuse if features else "")
     if path is not None:
         return path
-    model, pictures = lab.models[run.model], (4 if features else 1) * (2 if "ancestral" in run.sampler else 1)
+    model, pictures = lab.models[run.model], (4 if features else 1) * (2 if adds_noise(run.sampler) else 1)
     channels = model.get_model_object("latent_format").latent_channels
     profile, *_ = lab.host.call(
         "AttuneFitPropagation", model=model, positive=lab.conditioning([FITTED_PROMPTS[0]]),

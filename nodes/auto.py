@@ -10,7 +10,7 @@ from ._host.expand import Expansion
 from ._host.folders import installed_files
 from ._host.identity import as_sampled, identify, is_distilled, network_of, sampled
 from ._host.propagation.transformer import blocks_of
-from ._host.propagation.unet import unet_of
+from ._host.propagation.unet import lies_deep, unet_of
 from ._host.shelf import installed
 from ._host.solvers import run_stock_node, sampler_names, scheduler_names
 from ._plan import auto as plan
@@ -188,6 +188,7 @@ def _facts(model, latent: dict) -> plan.Facts:
         width if isinstance(width, int) else None,
         is_distilled(model.get_model_object("model_sampling")),
         made.frames,
+        not nested and lies_deep(model, as_sampled(model, latent)),
     )
 
 

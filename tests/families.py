@@ -36,7 +36,7 @@ def transformer(model: ModelIdentity, latents: str, size: tuple[int, int], block
 
 
 SD15 = unet(ve("SD15"), "SD15", 64, 512, 768)
-SDXL = unet(ve("SDXL"), "SDXL", 128, 1024, 2048)
+SDXL = unet(ve("SDXL"), "SDXL", 128, 1024, 2048, deep=True)
 SD3 = transformer(flow("SD3", 3.0), "SD3", (1024, 1024), 24)
 FAMILIES = {
     "SD 1.5": Case(SD15, Run(20, "dpmpp_2m", 7.0, prompt_width=1024)),

@@ -283,6 +283,11 @@ def test_redenoising_needs_guidance():
         ("SD 1.5", Run(15, "dpmpp_2m", 7.0), FAST, ""),
         ("SD3, SD3.5", Run(28, "euler", 4.5), FAITHFUL, "first block fresh, every 2"),
         ("demo flow", Run(20, "euler", 3.0), FAST, ""),
+        ("SD 1.5", Run(25, "euler_ancestral", 7.0), FAITHFUL, "one block fresh, every 2"),
+        ("SDXL", Run(25, "euler_ancestral", 7.0), FAITHFUL, "two levels fresh, every 3"),
+        ("SDXL", Run(30, "dpmpp_2m_sde_gpu", 7.0), FAITHFUL, "two levels fresh, every 2"),
+        ("SDXL", Run(20, "dpmpp_2m_sde", 7.0), FAITHFUL, ""),
+        ("SDXL", Run(25, "euler", 7.0), FAITHFUL, "one block fresh, every 3"),
     ],
 )
 def test_key_steps_are_those_whose_fidelity_was_measured(family, run, wish, pick):

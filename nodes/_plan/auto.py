@@ -34,7 +34,7 @@ from ...models.one_more_step import ENCODERS
 from .makers import Sampled, makers_schedule
 from .named_schedules import AUTO
 from .noise_shift import shift_for
-from .propagation import FIDELITY, FIRST, ONE, calibrated_point
+from .propagation import FIDELITY, FIRST, ONE, TWO_LEVELS, calibrated_point
 from .solvers import SOLVERS, table_name
 
 SHOWN, ALWAYS, OFF = "where shown to help", "wherever it fits", "off"
@@ -63,6 +63,10 @@ REUSE = {  # network, solver -> (steps at least, one key step in so many, dB to 
     ("unet", "euler_ancestral"): ((25, 2, 45.1),),
     ("transformer", "euler"): ((20, 2, 52.7),),
 }
+DEEP_REUSE: dict[str, tuple[tuple[int, int, float], ...]] = {  # the same with 'two levels fresh', by the solver
+    "euler_ancestral": ((25, 3, 0.0),),
+    "dpmpp_2m_sde": ((25, 2, 0.0),),
+}
 EVERY = ", every "
 FEWEST_BLOCKS = 8  # of a transformer: with fewer the first block costs more than it saves
 TUNE = "Attune Fit Sampler fits one for this model and sampler, and keeps it"
@@ -87,6 +91,7 @@ class Facts:
     text_width: int | None = None
     distilled: bool = False  # as its noise says: ModelSamplingDiscrete with lcm
     frames: int = 1  # of the latent
+    deep: bool = False  # most of a UNet's work lies below its two highest levels, as in SDXL
 
     @property
     def family(self) -> str:
@@ -368,13 +373,15 @@ def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
     enable = "Attune Fit Propagation measures this model, and keeps its profile"
     if facts.network == "transformer" and facts.blocks < FEWEST_BLOCKS:
         return Decision(SPEED, "", f"The network has only {facts.blocks} blocks, so fewer steps gain more.", enable)
-    rows = [row for row in REUSE.get((facts.network, run.solver), ()) if run.steps >= row[0]]
+    solver = run.solver.removesuffix("_gpu")
+    deep = DEEP_REUSE.get(solver, ()) if facts.deep else ()
+    rows = [row for row in deep or REUSE.get((facts.network, solver), ()) if run.steps >= row[0]]
     rows = [row for row in rows if wish == FAST or row[2] >= FIDELITY]
     if not rows:
         least = "" if wish == FAST else f" to keep {FIDELITY:g} dB"
         return Decision(SPEED, "", f"No setting was measured{least} with this solver and so few steps.", enable)
     _, interval, psnr = rows[0]
-    reuse = ONE if facts.network == "unet" else FIRST
+    reuse = TWO_LEVELS if deep else ONE if facts.network == "unet" else FIRST
     why = f"On the demo model of this kind, pictures keep {psnr:.1f} dB to the run without reuse."
     return Decision(SPEED, f"{reuse}{EVERY}{interval}", why, enable)
 

@@ -175,6 +175,12 @@ def test_the_size_of_sd15_is_the_published_one(host):
     assert 100 * size.costs.of_step(Reuse(1, 11)) == pytest.approx(7.9, abs=0.3)
 
 
+@pytest.mark.parametrize(("name", "side", "deep"), [("SD1.5", 64, False), ("SDXL", 128, True), ("SDXL", 64, True)])
+def test_the_work_of_sdxl_lies_below_its_two_highest_levels(host, name, side, deep):
+    lies_deep = host.module("nodes._host.propagation.unet").lies_deep
+    assert lies_deep(build(name, "meta"), torch.empty(1, 4, side, side)) is deep
+
+
 @pytest.mark.parametrize("name", daily(["SD1.5", "SDXL"], "SD1.5"))
 def test_a_shorter_step_of_a_published_network_does_the_work_and_keeps_the_features_that_are_predicted(host, name):
     """At 512 and 1024 pixels, on tensors that have shapes but no storage."""

@@ -33,7 +33,7 @@ from .unet import blocks_a_side, levels_above, measure_unet, unet_of
 
 LOG = logging.getLogger(__name__)
 WHO = "Attune Fit Propagation"
-SPEED_STEP, FEWEST_SPEEDS = 0.25, 8  # speeds are tried by this step, by less where a part has not so many
+SPEED_STEP, FEWEST_SPEEDS = 0.25, 12  # speeds are tried by this step, by less where a part has not so many
 BY_HAND = (2, 3)  # intervals of even key steps that are tried, too
 FEWEST_PICTURES = 2  # that forecasts are fitted to, and tried on
 

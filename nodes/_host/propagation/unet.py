@@ -20,7 +20,7 @@ from comfy.patcher_extension import WrapperExecutor, WrappersMP
 from torch import Tensor, nn
 
 from ....kernels.propagation import Costs, Features, Reuse
-from ..._plan.propagation import ONE, Choice, choose, part_of_unet, reuse_by_name
+from ..._plan.propagation import FAR_BELOW, ONE, TWO_LEVELS, Choice, choose, part_of_unet, reuse_by_name
 from ..identity import network_of
 from . import RUN, Propagation
 
@@ -295,6 +295,15 @@ def _transformer_work(layer: nn.Module, tokens: int) -> float:
             if name.endswith("to_q.weight"):  # softmax(q k) v
                 work += 2 * parameter.shape[0] * tokens * (CONTEXT_TOKENS if "attn2" in name else tokens)
     return work
+
+
+def lies_deep(model: Any, samples: Tensor) -> bool:
+    """Whether a MODEL is a UNet most of whose work on latents like `samples` lies below its two highest levels."""
+    unet = unet_of(model)
+    if unet is None:
+        return False
+    two = reuse_by_name(TWO_LEVELS, False, blocks_a_side(unet), levels_above(unet))
+    return measure_unet(unet, *samples.shape[-2:]).costs.of_step(two) <= FAR_BELOW
 
 
 # --- a run ---
