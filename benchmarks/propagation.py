@@ -6,9 +6,8 @@ Every setting draws the same prompts and noises as the plain run of as many step
 that run, Fréchet distance is to the training data; the spread is over disjoint groups of seeds. Speed is counted, not
 timed: how often the network ran whole and how often in part, weighed with the cost of its blocks on the demo model and
 on published networks. "DeepCache N": one block fresh, held, every N-th step. "calibrated": fitted by the pack on
-another prompt and seed. Results are cached; with --add the runs of the last record that are not drawn again stay in
-it. Writes docs/results/propagation.json, docs/results.md, a plot and a
-grid of pictures.
+another prompt and seed. Results are cached; with --add what the last record has and is not drawn again stays in it.
+Writes docs/results/propagation.json, docs/results.md, a plot and a grid of pictures.
 """
 
 from __future__ import annotations
@@ -303,11 +302,21 @@ def recorded(out: Path) -> list[list[Row]]:
     return list(found.values())
 
 
-def added(new: list[list[Row]], old: list[list[Row]]) -> list[list[Row]]:
-    """The old runs in their order, those that were drawn again replaced, then the others."""
+def added(new: list[list[Row]], old: list[list[Row]], only: Sequence[str]) -> list[list[Row]]:
+    """The old runs in their order, those that were drawn again replaced, then the others. A run that was drawn again on
+    as many pictures keeps its old rows whose labels begin with none of `only`."""
     of = lambda rows: (rows[0].run.model, rows[0].run.sampler, rows[0].run.steps)
     again = {of(rows): rows for rows in new}
-    return [again.pop(of(rows), rows) for rows in old] + list(again.values())
+    drawn = lambda label: label == "plain" or label.startswith(tuple(only))
+
+    def joined(rows: list[Row]) -> list[Row]:
+        fresh = again.pop(of(rows), None)
+        if fresh is None:
+            return rows
+        kept = rows if fresh[0].run == rows[0].run else []
+        return [*fresh, *(row for row in kept if not drawn(row.label))]
+
+    return [joined(rows) for rows in old] + list(again.values())
 
 
 # --- tables ---
@@ -474,7 +483,7 @@ def main() -> None:
         blocks = [measure(lab, run, run.settings(lab, args.only, args.drawn)) for run in runs]
         drawn_first = blocks[0]
         if args.add:
-            blocks = added(blocks, recorded(args.out))
+            blocks = added(blocks, recorded(args.out), args.only)
         models = list(dict.fromkeys(rows[0].run.model for rows in blocks))
         tables = [limits_table(lab, models), *(faithful_table(blocks, model) for model in models), *map(table, blocks)]
         plot(lab, blocks, args.out / PICTURES[0])

@@ -577,7 +577,11 @@ def test_rows_of_reused_features_join_a_record_or_take_the_place_of_their_run(tm
     assert [row.label for row in nine] == ["plain", first] and (nine[1].whole, nine[1].part) == (5, 4)  # 0 3 6 7 8
     assert nine[1].summary["psnr"] == tuple(data[1]["summary"]["psnr"])
     again = [replace(row, run=replace(row.run, tasks=24)) for row in eight]
-    assert added([again], [nine, eight]) == [nine, again] and added([eight], [nine]) == [nine, eight]
+    assert added([again], [nine, eight], [first]) == [nine, again] and added([eight], [nine], [first]) == [nine, eight]
+    others = [
+        replace(row, label=label) for row, label in zip(nine, ("plain, 6 steps", f"{first}, last 6"), strict=True)
+    ]
+    assert added([nine], [[*nine, *others]], [first]) == [[*nine, others[0]]]
 
 
 @pytest.mark.nightly
