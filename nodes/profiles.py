@@ -71,8 +71,8 @@ class AttuneLoadProfile(io.ComfyNode):
             info += "\n" + ("\n".join(map(str, misfits(profile, ours))) or "It suits this model.")
         shelf, unread = installed()
         listed = listing(shelf, unread, ours)
-        say_on_node(cls, f"{info}\n\n{listed}")
-        return io.NodeOutput(profile, info, listed, ui=ui.PreviewText(f"{info}\n\n{listed}"))
+        say_on_node(cls, info)
+        return io.NodeOutput(profile, info, listed, ui=ui.PreviewText(info))
 
 
 class AttuneSaveProfile(io.ComfyNode):

@@ -285,7 +285,7 @@ def test_redenoising_needs_guidance():
         ("demo flow", Run(20, "euler", 3.0), FAST, ""),
         ("SD 1.5", Run(25, "euler_ancestral", 7.0), FAITHFUL, "one block fresh, every 2"),
         ("SDXL", Run(25, "euler_ancestral", 7.0), FAITHFUL, "two levels fresh, every 3"),
-        ("SDXL", Run(30, "dpmpp_2m_sde_gpu", 7.0), FAITHFUL, "two levels fresh, every 2"),
+        ("SDXL", Run(30, "dpmpp_2m_sde_gpu", 7.0), FAITHFUL, "two levels fresh, every 3"),
         ("SDXL", Run(20, "dpmpp_2m_sde", 7.0), FAITHFUL, ""),
         ("SDXL", Run(25, "euler", 7.0), FAITHFUL, "one block fresh, every 3"),
     ],

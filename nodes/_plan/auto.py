@@ -64,8 +64,8 @@ REUSE = {  # network, solver -> (steps at least, one key step in so many, dB to 
     ("transformer", "euler"): ((20, 2, 52.7),),
 }
 DEEP_REUSE: dict[str, tuple[tuple[int, int, float], ...]] = {  # the same with 'two levels fresh', by the solver
-    "euler_ancestral": ((25, 3, 0.0),),
-    "dpmpp_2m_sde": ((25, 2, 0.0),),
+    "euler_ancestral": ((25, 3, 49.8),),
+    "dpmpp_2m_sde": ((25, 3, 51.6),),
 }
 EVERY = ", every "
 FEWEST_BLOCKS = 8  # of a transformer: with fewer the first block costs more than it saves
