@@ -351,7 +351,8 @@ def faithful_table(blocks: list[list[Row]], model: str) -> Table:
         for name in names:
             line: list = [f"{rows[0].run.sampler}, {rows[0].run.steps}", name]
             for method in methods:
-                speeds = [row.speed[name] for row in of_method(rows, method) if faithful(row, rows[0])]
+                known = (row for row in of_method(rows, method) if name in row.speed)  # older records know fewer networks
+                speeds = [row.speed[name] for row in known if faithful(row, rows[0])]
                 line.append(f"{max(speeds):.2f}" if speeds else None)
             fastest = max((float(value) for value in line[2:] if value), default=0.0)
             body.append(line[:2] + [f"**{v}**" if v and float(v) == fastest else v for v in line[2:]])
