@@ -351,7 +351,7 @@ def faithful_table(blocks: list[list[Row]], model: str) -> Table:
         for name in names:
             line: list = [f"{rows[0].run.sampler}, {rows[0].run.steps}", name]
             for method in methods:
-                known = (row for row in of_method(rows, method) if name in row.speed)  # older records know fewer networks
+                known = (row for row in of_method(rows, method) if name in row.speed)  # some rows are older
                 speeds = [row.speed[name] for row in known if faithful(row, rows[0])]
                 line.append(f"{max(speeds):.2f}" if speeds else None)
             fastest = max((float(value) for value in line[2:] if value), default=0.0)

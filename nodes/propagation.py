@@ -209,7 +209,7 @@ class AttuneFitPropagation(io.ComfyNode):
                     io.Int.Input(
                         "search", default=0, min=0, max=100, optional=True,
                         tooltip="For forecasts: how many short runs look for better steps, for each setting of 3x "
-                        "and more. 10 to 30 are good.",
+                        "and more, or below 50 dB. 10 to 30 are good.",
                     ),
                 ),
                 *more_prompts(

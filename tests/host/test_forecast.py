@@ -200,6 +200,20 @@ def test_a_solver_that_asks_more_than_one_guided_answer_a_step_is_refused(kit, h
         host.call("AttuneFitPropagation", **given, reuse="nothing asked")
 
 
+@pytest.mark.parametrize(("below", "searched"), [(0.0, False), (math.inf, True)])
+def test_a_slow_setting_is_searched_where_it_is_not_faithful(unet, host, monkeypatch, below, searched):
+    fit = host.module("nodes._host.propagation.forecast_fit")
+    monkeypatch.setattr(fit, "SEARCHED_BELOW", below)
+    tried, climb = [], fit.climb
+    monkeypatch.setattr(fit, "climb", lambda *args: tried.append(args[-1]) or climb(*args))
+    host.call(
+        "AttuneFitPropagation", model=unet.model, positive=unet.positive, negative=unet.negative, seed=4, steps=8, cfg=3.0,
+        latent_image={"samples": torch.zeros(1, unet.channels, 8, 8)}, sampler_name="euler", scheduler="normal",
+        reuse="nothing asked", fastest=1.5, longest=4, search=2,
+    )  # fmt: skip
+    assert tried and set(tried) == {2 * searched}
+
+
 def test_a_latent_out_of_a_batch_is_fitted_and_one_of_no_numbers_is_told(kit, host):
     given = {
         "model": kit.model, "positive": kit.positive, "negative": kit.negative, "seed": 4, "steps": 8, "cfg": 3.0,

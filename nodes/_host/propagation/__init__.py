@@ -78,9 +78,8 @@ class Propagation:
         level_at = lambda percent: float(sampling.percent_to_sigma(percent))
         levels = sigmas.tolist()  # a copy: uni_pc writes into the tensor
         self.inspect(noise)
-        noisy = adds_noise(sampler)
-        self.reach = NOISY_REACH if noisy else 1.0
-        choice = self.choose(levels, shares, noisy)
+        self.fresh_noise = adds_noise(sampler)
+        choice = self.choose(levels, shares, self.fresh_noise)
         self.reuse, self.cache_dtype, cache_device, squeezed = self.within_limit(choice.reuse)
         self.said = choice.said + squeezed
         active = level_at(settings.start_percent), level_at(settings.end_percent)
@@ -91,7 +90,7 @@ class Propagation:
         )  # fmt: skip
         self.one_sided = self.sides(guider, changes, active)
         self.clock = Clock(self.plan, sampler)
-        self.cache = FeatureCache(2 if self.reuse.forecast else 1, self.cache_dtype, cache_device, self.reach)
+        self.cache = FeatureCache(2 if self.reuse.forecast else 1, self.cache_dtype, cache_device, self.reach())
         injects = settings.prior_noise > 0 and bool(noise.any())
         self.noisy = {i for i, share in enumerate(shares) if injects and share < PRIOR_NOISE_TIME}
         self.deferred: dict[int, DeferredControl] = {}
@@ -138,6 +137,10 @@ class Propagation:
     def thinner(self, reuse: Reuse) -> Reuse:
         """The reuse with the fewest features."""
         return reuse
+
+    def reach(self) -> float:
+        """How far forecasts of features go, as a share of the way along their line."""
+        return NOISY_REACH if self.fresh_noise else 1.0
 
     # --- before and after the run ---
 

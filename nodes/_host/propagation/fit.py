@@ -53,7 +53,7 @@ def measuring(kind: type[Propagation], reuse: Reuse, ages: int, steps: int) -> t
 
         def __init__(self, *args):
             super().__init__(*args)
-            self.cache = FeatureCache(ages + gaps + 1, reach=self.reach)
+            self.cache = FeatureCache(ages + gaps + 1, reach=self.reach())
             self.compared: set[int] = set()
             self.errors = torch.full((gaps + 1, max(ages, 1), steps), torch.inf)
             self.changes: dict[str, list[Tensor]] = {}

@@ -36,7 +36,8 @@ from . import OneSided, WholeSteps, applied, outer_sample
 from .guidance import why_not_one_sided
 
 TRIED_SPEEDS = (1.25, 1.33, 1.5, 1.75, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 5.5, 6.0, 7.0, 8.0, 10.0)
-SEARCHED_FROM = 3.0  # times faster: where more is asked the programme's sums rank well
+SEARCHED_FROM = 3.0  # times faster: where more is asked the programme's sums rank well, ...
+SEARCHED_BELOW = 50.0  # dB: ... unless the run is one that no plan follows closely, as at a high cfg over few steps
 FURTHEST_ASKED = 12  # steps from one asked step to the next, at most, or a quarter of a long run
 NO_FEATURES = Reuse(0, 1)  # of features: the steps in between compute none
 
@@ -204,9 +205,9 @@ def fit_forecasts(
     would return by then.
 
     run: a MODEL and a seed to the latents that it samples over `levels`. search: short runs of hill climbing from each
-    plan of SEARCHED_FROM and faster; what it finds is kept where the other noise prefers it, too. Returns the
-    calibration (settings that no other beats in speed and fidelity) and how much the answer changes. ValueError where a
-    run passes levels by.
+    plan of SEARCHED_FROM and faster, or below SEARCHED_BELOW; what it finds is kept where the other noise prefers it,
+    too. Returns the calibration (settings that no other beats in speed and fidelity) and how much the answer changes.
+    ValueError where a run passes levels by.
     """
     yield "recording a whole run", 0.0, None
     fit = Fit(model, lambda patched: run(patched, seed), solver, levels)
@@ -222,7 +223,8 @@ def fit_forecasts(
     for number, kinds in enumerate(plans):
         share = lambda part, number=number: 0.2 + 0.8 * (number + part) / len(plans)
         yield f"fitting {number + 1} of {len(plans)} settings", share(0), (best_of(fit.keys, points), changed)
-        tries = search if fit.steps / kinds.cost() >= SEARCHED_FROM else 0
+        wanted = fit.steps / kinds.cost() >= SEARCHED_FROM or fit.point(kinds).psnr < SEARCHED_BELOW
+        tries = search if wanted else 0
         for found in dict.fromkeys([kinds, (yield from fit.climbed(kinds, tries, share))]):
             points.append(_tried(fit.point(found), fit, lambda patched: run(patched, seed + 1), whole))
     return best_of(fit.keys, points), changed
