@@ -190,7 +190,7 @@ class AttuneFitPropagation(io.ComfyNode):
                 io.Combo.Input(
                     "reuse", options=plan.FITTED_PARTS, default=plan.AUTOMATIC,
                     tooltip="What the steps in between compute. automatic: 'nothing asked', which forecasts the "
-                    "network's answers from earlier ones and works on every network; for a UNet and a solver that adds "
+                    "network's answers from earlier ones and works on every network; for SDXL and a solver that adds "
                     "noise, the features that cost little. The others reuse features of a UNet or a transformer; "
                     "'encoder reused' takes longest.",
                 ),

@@ -1014,16 +1014,21 @@ def fitted(host, demo, encode):
     )  # fmt: skip
 
 
-def test_where_a_solver_adds_noise_automatic_measures_the_features_of_a_unet_on_every_prompt(host, demo, encode):
+@pytest.mark.parametrize("deep", [True, False])
+def test_where_a_solver_adds_noise_automatic_measures_features_on_every_prompt(host, demo, encode, monkeypatch, deep):
+    """Of a network most of whose work lies deep; forecasts of any other."""
+    monkeypatch.setattr(host.module("nodes._host.propagation.fit"), "lies_deep", lambda *_: deep)
     given = {
         "positive": encode("a cat on a black background"), "negative": encode(""), "seed": 0, "steps": 8, "cfg": 3.0,
         "latent_image": {"samples": torch.zeros(1, 4, 16, 16)}, "sampler_name": "euler_ancestral", "longest": 2,
         "scheduler": "normal", "fastest": 1.25, "reuse": "automatic", "positive_2": encode("a red ball"),
     }  # fmt: skip
     profile, _, report = host.call("AttuneFitPropagation", model=demo[0], **given)
-    assert profile.kind == "encoder_propagation" and profile.provenance["pictures"] == 2
-    shares = {point.reuse.fresh for point in profile.key_steps.points}
-    assert shares <= {1, 2} and "key steps" in report  # two levels cost more than half of this network
+    assert profile.kind == ("encoder_propagation" if deep else "step_forecast")
+    assert profile.provenance["pictures"] == 2
+    if deep:
+        shares = {point.reuse.fresh for point in profile.key_steps.points}
+        assert shares <= {1, 2} and "key steps" in report  # two levels cost more than half of this network
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m_sde", "euler_ancestral"])

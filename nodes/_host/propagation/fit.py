@@ -29,7 +29,7 @@ from . import KEY, Propagation, WholeSteps, applied, outer_sample, propagation_f
 from .forecast import can_forecast
 from .forecast_fit import best_of, fit_forecasts
 from .transformer import blocks_of
-from .unet import blocks_a_side, levels_above, measure_unet, unet_of
+from .unet import blocks_a_side, levels_above, lies_deep, measure_unet, unet_of
 
 LOG = logging.getLogger(__name__)
 WHO = "Attune Fit Propagation"
@@ -191,7 +191,7 @@ def fit_profile(
             "Nothing can be forecast: set 'reuse' to 'automatic', or 'sampler_name' to one such as 'dpmpp_2m'."
         )
     fresh_noise = adds_noise(sampler)
-    sees_more = fresh_noise and unet_of(model) is not None  # the features of a UNet's outer levels see new noise
+    sees_more = fresh_noise and lies_deep(model, latent_image["samples"])  # two levels see new noise, and cost little
     asks_nothing = reuse == plan.NOTHING or (reuse == plan.AUTOMATIC and can_forecast(sampler) and not sees_more)
     kind = WholeSteps if asks_nothing else propagation_for(model)
     positive, prompts = in_turn(positive, more_positives, WHO)
