@@ -1,9 +1,9 @@
 """A minute of each benchmark: it runs through the host from the command line and writes what the docs quote.
 
 Each day one of a kind is asked: real_size (networks of real size, from the command line), golden_noise (pictures of the
-demo model and the judge), thumbnails (pictures of the workflows), propagation (in small: rows that join a record), a page
-of the docs, and a day's prompts on the server (long_run, in test_server.py). The others of the day run in the host of the
-tests, which saves the start of another one. The night asks all of them.
+demo model and the judge), thumbnails (pictures of the workflows), a page of the docs, and a day's prompts on the server
+(long_run, in test_server.py). The others of the day run in the host of the tests, which saves the start of another one.
+The night asks all of them.
 """
 
 from __future__ import annotations
@@ -564,6 +564,7 @@ def test_reused_features_are_weighed_against_fewer_steps(tmp_path):
         assert min(Image.open(tmp_path / picture).size) > 200
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_rows_of_reused_features_join_a_record_or_take_the_place_of_their_run(tmp_path, run_here):
     from propagation import added, recorded

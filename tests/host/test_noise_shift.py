@@ -212,6 +212,7 @@ def test_without_pictures_and_prompts_the_model_draws_its_own(host, demo, few):
     assert profile.resolution == (32, 32) and profile.method == "noise shift"
 
 
+@pytest.mark.nightly
 def test_the_prompt_of_the_workflow_runs(host, few):
     """With the least preset and few steps: the page runs the whole of it in the night."""
     prompt = json.loads((host.root / "tests/prompts/fit_noise_shift.json").read_text("utf-8"))

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from nightly import daily
 from pack.models.noise_pairs import load_shard, shard_paths
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,7 +213,8 @@ def test_wrappers_of_ours_on_the_model_are_told_to_stand_aside(host, given, monk
     assert seen == [True] * 3
 
 
-@pytest.mark.parametrize("processes", daily([1, 2], 1))
+@pytest.mark.nightly
+@pytest.mark.parametrize("processes", [1, 2])
 def test_processes_collect_and_train_one_network_from_the_command_line(tmp_path, processes):
     """As `accelerate launch` starts two. That two share the steps of one: tests/test_train_npnet.py."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", f"{processes}"]
