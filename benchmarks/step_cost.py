@@ -1,14 +1,16 @@
 """What does asking less cost? Forecasts, one-sided steps and reused features beside what others published.
 
-python dev.py bench step_cost [--runs unet:euler:50:3 flow:euler:50:3 …] [--tasks 16] [--only WORD …] [--add]
+python dev.py bench step_cost [--runs unet:euler:50:3 flow:euler:50:3 …] [--tasks 16] [--only WORD …] [--search 16]
+    [--add]
 
 Every setting draws the same prompts and noises as the plain run of as many steps, through the host. Speed is counted:
 the rows that enter the network's first layer and its middle, of both prompts, a shorter step by the costs of the
 blocks of the demo model and of published networks (SD1.5 at 512, SDXL; SD3 medium, Flux.1). Ours, forecasts and fitted
-sampler: fitted by their nodes on a picture of each of four prompts. PSNR (dB, pixels) and perceptual distance are to
-the plain run, with the standard error over groups of seeds. The rivals are `rivals.py`'s, core's caches core's.
-MagCache's ratios and SeaCache's thresholds are measured on a run of another prompt. Plot and comparisons take the
-first published network's costs. Writes docs/results/step_cost.json, docs/results.md and a plot.
+sampler: fitted by their nodes on a picture of each of four prompts; --search: what the node is told there. PSNR (dB,
+pixels) and perceptual distance are to the plain run, with the standard error over groups of seeds. The rivals are
+`rivals.py`'s, core's caches core's. MagCache's ratios and SeaCache's thresholds are measured on a run of another
+prompt. Plot and comparisons take the first published network's costs. Writes docs/results/step_cost.json,
+docs/results.md and a plot.
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ class Row:
 class RivalLab(Lab):
     """A lab that knows rivals, whose profiles are named by file, and whose runs tell their cost in evaluations: of
     whole ones, and SHORTER times of shorter ones, both in UNITS."""
+
+    search = 0  # short runs that look for better steps of forecasts
 
     def given(self, name: str, value, part=()):
         if name == "profile" and isinstance(value, str):
@@ -298,7 +302,8 @@ def fitted(lab: RivalLab, run: Run, reuse: str = "nothing asked") -> Path:
     """The node's own forecasts, on one picture each of four other prompts; two each where the solver adds noise. With
     another `reuse` its key steps, on as many pictures of one prompt."""
     features = reuse in REUSES[run.model]
-    stem, path = kept(lab, run, reuse if features else "")
+    search = 0 if features else lab.search
+    stem, path = kept(lab, run, reuse if features else f"search {search}" if search else "")
     if path is not None:
         return path
     model, pictures = lab.models[run.model], (4 if features else 1) * (2 if adds_noise(run.sampler) else 1)
@@ -309,7 +314,7 @@ def fitted(lab: RivalLab, run: Run, reuse: str = "nothing asked") -> Path:
         negative=lab.conditioning([""]),
         latent_image={"samples": torch.zeros(pictures, channels, 16, 16)},
         seed=FITTED_TASK.seed, steps=run.steps, cfg=run.cfg, sampler_name=run.sampler, scheduler="normal",
-        reuse=reuse, fastest=2.5 if features else 8.0, longest=4,
+        reuse=reuse, fastest=2.5 if features else 8.0, longest=4, search=search,
     )  # fmt: skip
     return pack("models.store").save_profile(profile, lab.cache, stem)
 
@@ -424,6 +429,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--tasks", type=int, default=16)
     parser.add_argument("--only", nargs="*", default=[], help="settings whose names begin with one of these")
+    parser.add_argument("--search", type=int, default=0, help="of a fit of forecasts")
     parser.add_argument("--add", action="store_true", help="to the last record's other runs")
     parser.add_argument("--cache", type=Path, default=CACHE)
     parser.add_argument("--out", type=Path, default=DOCS)
@@ -433,6 +439,7 @@ def main() -> None:
     runs = [Run(model, sampler, int(steps), float(cfg)) for model, sampler, steps, cfg in parts]
     with tempfile.TemporaryDirectory() as folder:
         lab, work = RivalLab(Host(Path(folder)), args.cache), tasks(args.tasks)
+        lab.search = args.search
         blocks = [measure(lab, run, work, args.only) for run in runs]
     blocks = [*(before(args.out, {block[0].run for block in blocks}) if args.add else []), *blocks]
     args.out.mkdir(parents=True, exist_ok=True)
