@@ -110,13 +110,14 @@ def test_propagation_passes_over_the_blocks_of_both_streams(host, av):
     assert same(stock(host, host.call(method.node, model=av, **{**method.inputs, **method.off})[0]), stock(host, av))
 
 
-def test_propagation_is_fitted_on_both_streams(host, av):
+@pytest.mark.parametrize("reuse", ["first block fresh", "automatic"])
+def test_propagation_is_fitted_on_both_streams(host, av, reuse):
     wanted = {key: one for key, one in inputs(av).items() if key != "denoise"}
     profile, *_ = host.call(
         "AttuneFitPropagation",
-        **complete(host, "AttuneFitPropagation", {**wanted, "scheduler": "simple", "reuse": "first block fresh"}),
+        **complete(host, "AttuneFitPropagation", {**wanted, "scheduler": "simple", "reuse": reuse}),
     )
-    assert profile.key_steps.blocks == BLOCKS and profile.resolution == (1, 1)
+    assert profile.key_steps.blocks == (BLOCKS if reuse != "automatic" else 1) and profile.resolution == (1, 1)
 
 
 def test_auto_runs_on_it(host, av):

@@ -223,8 +223,10 @@ def fit_profile(
 def _enough(latent_image: dict, prompts: int, fewest: int) -> dict:
     """A LATENT of `fewest` pictures at least, as many for every prompt; noises of their own come by themselves."""
     samples = latent_image["samples"]
+    if is_nested(samples):
+        return latent_image
     times = prompts if prompts > 1 or len(samples) >= fewest else fewest
-    return latent_image if samples.is_nested or times == 1 else several(latent_image, times)
+    return latent_image if times == 1 else several(latent_image, times)
 
 
 def measures_too_few(sampler_name: str, latent_image: dict) -> bool:
