@@ -109,6 +109,15 @@ def test_what_is_saved_is_in_the_loader_and_the_scheduler_at_once(host, folder):
     assert profile.sigmas == VE.sigmas and profile.id == VE.id and "schedule for AttuneDemo, 128x128, euler" in info
 
 
+def test_a_loaded_profile_says_itself_on_the_node_and_the_list_is_an_output_alone(host, monkeypatch):
+    """Some pages make a node as high as what it says, and the list has a line for each of some sixty files."""
+    said = []
+    monkeypatch.setattr(host.module("nodes.profiles"), "say_on_node", lambda _, text: said.append(text))
+    name = "Attune demo unet, euler, 8 steps"
+    _, info, listed = host.call("AttuneLoadProfile", profile_name=name)
+    assert said == [info] and info.startswith(name) and "\n- AYS SDXL: " in listed and "AYS SDXL" not in info
+
+
 def test_a_folder_that_is_deleted_while_the_host_runs_is_an_empty_one(host, folder):
     """The host remembers when it listed a folder, and fails where that is gone: the page would have no node of ours."""
     import shutil
