@@ -9,10 +9,11 @@ import pytest
 # Workflows that each day draws in small.
 REPEATED = [
     "aligned_ksampler", "aligned_schedule", "apply_profile", "attention", "calibration_set", "compare_profile",
-    "few_step", "first_picture", "flow_model", "golden_noise", "golden_noise_advanced", "img2img", "long_video",
-    "noise_shift", "noise_space_keep", "noise_space_morph", "noise_space_variation", "one_more_step",
-    "one_more_step_colour", "one_more_step_few_steps", "precision", "propagation_controlnet", "propagation_transformer",
-    "redenoise", "signal_leak", "timestep_field", "zigzag",
+    "draft_seeds", "everything_at_once", "few_step", "first_picture", "flow_model", "golden_noise",
+    "golden_noise_advanced", "img2img", "long_video", "noise_shift", "noise_space", "noise_space_keep",
+    "noise_space_morph", "noise_space_variation", "one_more_step", "one_more_step_colour", "one_more_step_few_steps",
+    "precision", "propagation_controlnet", "propagation_transformer", "redenoise", "signal_leak", "timestep_field",
+    "zigzag",
 ]  # fmt: skip
 # Fits and trainings take longest, and one is of a size of its own. Their nodes are asked in small in tests/host.
 LONG = [

@@ -149,6 +149,7 @@ def test_tables_take_their_place_in_the_docs(tmp_path):
     assert text.count(" old ") == 1 and "| 5 | 0.5 |" in text
 
 
+@pytest.mark.nightly
 @pytest.mark.host
 def test_strips_have_a_row_for_each_batch_that_is_compared_and_squares_the_stock_run_above(tmp_path, run_here):
     run_here("thumbnails", tmp_path, *SMOKE["thumbnails"])
