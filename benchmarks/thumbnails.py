@@ -1,10 +1,10 @@
 """Pictures of the workflows, from real runs: `python dev.py bench thumbnails aligned_schedule propagation`.
 
-For a help page, a strip: a workflow that compares shows a labelled row for each of its batches, another one the
-pictures that it saves; one whose sampler learns is queued twice, for a row each; one that drafts seeds shows the drafts
-above the pick; one that saves a card, or only compares, shows that. For a template, a square: two pictures before, and
-the same two after. Where the workflow itself draws no picture without our nodes, before is the workflow with them at
-strength 0.
+For a help page, a strip: a workflow that compares shows a labelled row for each of its batches, one that draws the same
+noise without our node shows that above, another one the pictures that it saves; one whose sampler learns is queued
+twice, for a row each; one that drafts seeds shows the drafts above the pick; one that saves a card, or only compares,
+shows that. For a template, a square: two pictures before, and the same two after. Where the workflow itself draws no
+picture without our nodes, before is the workflow with them at strength 0.
 """
 
 from __future__ import annotations
@@ -39,11 +39,25 @@ def rows_of(prompt: dict) -> list[tuple[str, list]]:
         return [("drafts", [drafts, 1]), ("pick, whole", saved[0])]
     if learns(prompt):
         return [("first run", saved[0]), ("second run", saved[0])]
+    if compared is None and (plain := without_ours(prompt, saved[0])):
+        return [("without", plain), ("with", saved[0])]
     if compared is None:
         return [("", link) for link in saved]
     images = [compared[f"image_{i}"] for i in range(1, 7) if f"image_{i}" in compared]
     labels = [label.strip() for label in compared["labels"].split(",")]
     return list(zip(labels, images, strict=True))
+
+
+def without_ours(prompt: dict, saved: list) -> list | None:
+    """The preview of the same noise without our node on the MODEL, where a workflow draws both."""
+
+    def run(link: list) -> dict:
+        decoded = prompt[link[0]]["inputs"].get("samples")
+        return prompt[decoded[0]]["inputs"] if decoded else {}
+
+    apart = lambda link: {**run(link), "model": None}
+    previews = [node["inputs"]["images"] for node in prompt.values() if node["class_type"] == "PreviewImage"]
+    return next((one for one in previews if "model" in run(one) and apart(one) == apart(saved)), None)
 
 
 def compared_whole(prompt: dict) -> list[tuple[str, list]]:
