@@ -109,6 +109,7 @@ TELLING = {
     "precision guard": ("fp8 weights",),
     "calibration set": ("KSampler",),
     "training noise": ("KSampler",),
+    "noise shift": ("torch.compile",),
 }
 BOTH = ("ControlNet", "LoRA", "areas", "inpaint mask", "context windows")  # where the two models' networks differ
 ENTRIES = [(method, name) for method in METHODS for name in GRAPHS]
@@ -117,7 +118,7 @@ TEACHES_NOTHING = {"inpaint mask": "A short run may be used there, but none is l
 CELLS = [*ENTRIES, *((LEARNS, name) for name in GRAPHS)]
 LEARNED = ("inpaint mask", "ControlNet", "LoRA hook on one prompt")
 ODD = {*[*GRAPHS][::2]}
-EACH_DAY = [name for name in GRAPHS if name != "torch.compile"]  # test_propagation_transformer.py has it
+EACH_DAY = [name for name in GRAPHS if name != "torch.compile"]  # with propagation: test_propagation_transformer.py
 OTHERWISE = list({  # a method for each sentence that says why it changes nothing there, or refuses
     why: (label, name)
     for label, method in METHODS.items()
