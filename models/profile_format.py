@@ -192,8 +192,9 @@ def _forecasts(one: dict[str, Any], keys: list[int], steps: int, where: str, nee
 
 
 def _is_forecast(row: Any, asked: int) -> bool:
-    """Whether a row is empty, or has a number for the state and for each of the last answers, of `asked` before it."""
-    if not isinstance(row, list) or len(row) not in (0, min(asked, MOST_ANSWERS) + 1):
+    """Whether a row is empty, or has a number for the state and for each of the last answers, of `asked` before it, or
+    of fewer where the fitted run's prompts had changed."""
+    if not isinstance(row, list) or len(row) not in (0, *range(2, min(asked, MOST_ANSWERS) + 2)):
         return False
     return all(type(n) in (int, float) and abs(n) <= LARGEST_WEIGHT for n in row)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -49,9 +50,10 @@ def noise_space(model_sampling: Any) -> NoiseSpace:
 
 
 def conditioning_changes(model_sampling: Any, conds: dict[str, list[dict]]) -> list[float]:
-    """The noise levels at which a ControlNet or a hook begins, ends or changes."""
+    """The noise levels at which a prompt, a ControlNet or a hook begins, ends or changes."""
     percents: set[float] = set()
     for cond in (cond for side in conds.values() for cond in side):
+        percents |= {cond.get("start_percent", 0.0), cond.get("end_percent", 1.0)}
         control = cond.get("control")
         while control is not None:
             percents |= set(getattr(control, "timestep_percent_range", ()))
@@ -59,6 +61,15 @@ def conditioning_changes(model_sampling: Any, conds: dict[str, list[dict]]) -> l
         for hook in getattr(cond.get("hooks"), "hooks", ()):
             percents |= {keyframe.start_percent for keyframe in getattr(hook.hook_keyframe, "keyframes", ())}
     return [float(model_sampling.percent_to_sigma(p)) for p in sorted(percents) if 0 < p < 1]
+
+
+def guidance_changes(model_options: dict) -> list[float]:
+    """The noise levels at which other nodes' guidance begins or ends, as the stock Skip Layer Guidance: what their
+    functions on the guided answer keep under the names that ComfyUI's own nodes give to such levels."""
+    functions = filter(inspect.isfunction, model_options.get("sampler_post_cfg_function", []))
+    kept = [inspect.getclosurevars(function).nonlocals for function in functions]
+    levels = [one.get(name) for one in kept for name in ("sigma_start", "sigma_end")]
+    return [float(level) for level in levels if isinstance(level, (int, float, Tensor)) and float(level) > 0]
 
 
 class Clock:

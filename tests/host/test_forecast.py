@@ -157,6 +157,43 @@ def test_a_poor_forecast_makes_the_next_step_a_whole_one(host, fitted):
     assert run.saved == STEPS - len(asked) and run.missing == 0
 
 
+def in_turn(kit, first, then, at: float):
+    span = lambda positive, start, end: kit.host.call(
+        "ConditioningSetTimestepRange", conditioning=positive, start=start, end=end
+    )[0]
+    return kit.host.call(
+        "ConditioningCombine", conditioning_1=span(first, 0.0, at), conditioning_2=span(then, at, 1.0)
+    )[0]
+
+
+def test_a_prompt_that_takes_over_is_forecast_from_its_own_answers_alone(kit, propagate, fitted):
+    """From those of the prompt before, this run ended at 29 dB."""
+    turned = in_turn(kit, kit.positive, kit.encode("a panda on a dark green background"), 0.5)
+    model, calls = asked_steps(propagate(kit.model, mode="speed target", speed=2.0))
+    ours, whole = draw(kit, model, positive=turned), draw(kit, kit.model, positive=turned)
+    assert fidelity(ours, whole) > 40 and len(calls) < STEPS
+
+
+def test_a_fit_to_prompts_in_turn_forecasts_behind_the_change_from_fewer_answers(kit, host, tmp_path):
+    turned = in_turn(kit, kit.positive, kit.encode("a panda on a dark green background"), 0.3)
+    profile, *_ = host.call(
+        "AttuneFitPropagation", model=kit.model, positive=turned, negative=kit.negative, seed=4, steps=STEPS,
+        latent_image={"samples": torch.zeros(1, kit.channels, 8, 8)}, cfg=3.0, sampler_name="euler",
+        scheduler="normal", reuse="nothing asked", fastest=1.5, longest=4,
+    )  # fmt: skip
+    store, point = host.module("models.store"), profile.key_steps.points[-1]
+    asked = [sum(key < step for key in point.keys) for step in range(STEPS)]
+    assert (2, 3) in [(len(w), min(n, 3)) for w, n in zip(point.weights, asked, strict=True)]  # one answer of three
+    assert store.load_profile(store.save_profile(profile, tmp_path)).key_steps == profile.key_steps
+    (model,) = host.call(
+        "AttunePropagation", model=kit.model, profile=profile, mode="speed target", speed=point.speed, interval=3,
+        reuse="automatic",
+    )  # fmt: skip
+    model, calls = asked_steps(model)
+    draw(kit, model, positive=turned)
+    assert len(calls) == len(point.keys)
+
+
 def test_without_guidance_nothing_is_one_sided(kit, propagate, fitted):
     model, calls = asked_steps(propagate(kit.model))
     assert draw(kit, model, cfg=1.0).isfinite().all() and all(call == [0] for call in calls)

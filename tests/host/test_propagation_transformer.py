@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -123,6 +125,21 @@ def test_torch_compile_makes_no_more_graphs_and_the_same_picture(flow, draw, pro
     assert 0 < count <= stock  # in a process that has compiled other models the first makes one more
     want = draw(propagate(), steps=8, latent_image={"samples": torch.zeros(1, 16, 8, 8)})
     torch.testing.assert_close(ours, want, rtol=1e-3, atol=1e-4)
+
+
+def test_the_step_on_which_skip_layer_guidance_begins_is_a_whole_one(flow, draw, host, propagate, caplog):
+    """Its answer would be whole and the others reused, and it multiplies their difference."""
+    guided = host.call(
+        "SkipLayerGuidanceDiT", model=flow, scale=3.0, start_percent=0.3, end_percent=0.8, double_layers="1",
+        single_layers="", rescaling_scale=0.0,
+    )[0]  # fmt: skip
+    with caplog.at_level("INFO"):
+        ours = draw(propagate(guided), steps=20)
+    keys = {int(key) for key in re.search(r"key steps \(([\d ]+)\)", caplog.text)[1].split()}
+    sigmas = host.call("BasicScheduler", model=flow, scheduler="simple", steps=20, denoise=1.0)[0].tolist()
+    level = flow.get_model_object("model_sampling").percent_to_sigma
+    assert {next(i for i, s in enumerate(sigmas) if s <= level(percent)) for percent in (0.3, 0.8)} <= keys
+    assert len(keys) < 20 and psnr(ours, draw(guided, steps=20)) > 40
 
 
 def test_shorter_steps_of_several_threads_leave_the_compiler_as_it_was(host):

@@ -56,6 +56,8 @@ class Forecasts:
         """The guided model's answer at x: asked on a key step, else forecast."""
         if clock.step is None:
             return ask()
+        if clock.step in self._changes:  # what was answered before tells of other prompts
+            self.close()
         step = clock.step + self._start
         said = self._said(step, x)
         if clock.step in self.keys:
@@ -66,7 +68,7 @@ class Forecasts:
             before = [one for one in self._past if one[0] != step]  # a start of ours asks at the first level, too
             self._past = [*before, (step, Asked(x.clone(), answer.clone()))][-MOST_ANSWERS:]
             return answer
-        if said is None or clock.step in self._changes:
+        if said is None:
             self.missing += 1
             return ask()
         if self._is_doubted():
@@ -78,10 +80,12 @@ class Forecasts:
     def _said(self, step: int, x: Tensor) -> Tensor | None:
         """The forecast at a step of the fitted run; None where what it is made of was not asked in this run."""
         weights = self._point.weights[step]
-        wanted = [key for key in self._point.keys if key < step][-MOST_ANSWERS:]
-        if not weights or [i for i, _ in self._past] != wanted:
+        if not weights:
             return None
-        return forecast(weights, x, [one for _, one in self._past])
+        past = self._past[1 - len(weights) :]  # fewer behind a change of the fitted run's prompts
+        if [i for i, _ in past] != [key for key in self._point.keys if key < step][1 - len(weights) :]:
+            return None
+        return forecast(weights, x, [one for _, one in past])
 
     def _is_doubted(self) -> bool:
         """Whether the last key step told of a poor forecast; once for each, and it waits for the device then."""

@@ -109,6 +109,7 @@ def fitting(kinds: Kinds, recorded: dict[int, Asked]) -> tuple[type[WholeSteps],
             runs.append(self)
 
         def sides(self, guider, changes, active):
+            self.changes = changes
             if why_not_one_sided(guider, self.noise) is not None:
                 return None
             return OneSided(frozenset(kinds.one_sided), frozenset(kinds.keys), changes, self.space)
@@ -118,6 +119,8 @@ def fitting(kinds: Kinds, recorded: dict[int, Asked]) -> tuple[type[WholeSteps],
             goal = ask() if asked else self.goal(step, x)
             if step == self.last:  # a start of ours asks at the first level before the run
                 self.past.pop()
+            if step in self.changes:
+                self.past.clear()
             if self.past:
                 self.weights[step] = fit_weights(goal, x, self.past)
                 if not asked:
