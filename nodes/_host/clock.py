@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.model_sampling
@@ -16,6 +16,7 @@ from .identity import noise_scale
 from .solvers import facts_of, on_grid, solver_name
 
 FEWEST_STEPS = 8
+WINDOW = ("sigma_start", "sigma_end", "start_sigma", "end_sigma")
 
 
 def why_not(sampler: Any, sigmas: Tensor) -> str | None:
@@ -63,13 +64,34 @@ def conditioning_changes(model_sampling: Any, conds: dict[str, list[dict]]) -> l
     return [float(model_sampling.percent_to_sigma(p)) for p in sorted(percents) if 0 < p < 1]
 
 
-def guidance_changes(model_options: dict) -> list[float]:
-    """The noise levels at which other nodes' guidance begins or ends, as the stock Skip Layer Guidance: what their
-    functions on the guided answer keep under the names that ComfyUI's own nodes give to such levels."""
-    functions = filter(inspect.isfunction, model_options.get("sampler_post_cfg_function", []))
-    kept = [inspect.getclosurevars(function).nonlocals for function in functions]
-    levels = [one.get(name) for one in kept for name in ("sigma_start", "sigma_end")]
-    return [float(level) for level in levels if isinstance(level, (int, float, Tensor)) and float(level) > 0]
+def patch_changes(model_options: dict) -> list[float]:
+    """The noise levels at which another node's function on the MODEL begins or ends, as the stock Skip Layer Guidance
+    and Deep Shrink: what the functions keep under the names that ComfyUI's own nodes give to such levels."""
+    kept = (level for function in _functions(model_options) for level in _window(function))
+    levels = (
+        float(one) for one in kept if isinstance(one, (int, float)) or (isinstance(one, Tensor) and one.numel() == 1)
+    )
+    return [level for level in levels if level > 0]
+
+
+def _functions(options: Any) -> Iterator[Any]:
+    """The functions in a dict of options, in its lists and in its dicts."""
+    if isinstance(options, dict):
+        options = list(options.values())
+    if isinstance(options, (list, tuple)):
+        for one in options:
+            yield from _functions(one)
+    elif callable(options):
+        yield options
+
+
+def _window(function: Any) -> list[Any]:
+    """What a function keeps from where it was made under the names of WINDOW, or an object in its attributes."""
+    if inspect.isfunction(function):
+        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+        return [cell.cell_contents for name, cell in cells if name in WINDOW]
+    kept = getattr(getattr(function, "__self__", function), "__dict__", {})
+    return [kept[name] for name in WINDOW if name in kept]
 
 
 class Clock:

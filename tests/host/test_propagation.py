@@ -1214,6 +1214,28 @@ def test_published_keys_of_50_steps_are_the_papers_on_the_hosts_own_schedules(ho
     assert {k for k in published_keys([t / top for t in times]) if k < 50} == {0, 1, 2, 3, 5, 10, 15, 25, 35}
 
 
+def test_the_levels_at_which_other_nodes_begin_and_end_are_seen_in_their_functions(host, demo):
+    class Patch:
+        sigma_start, sigma_end = 0.0, 0.0  # of the class: no patch's own
+
+        def __init__(self, start, end):
+            self.sigma_start, self.sigma_end = start, end
+
+        def __call__(self, x):
+            return x
+
+    sampling = demo[0].get_model_object("model_sampling")
+    shrunk = host.call(
+        "PatchModelAddDownscale", model=demo[0], block_number=2, downscale_factor=2.0, start_percent=0.1,
+        end_percent=0.4, downscale_after_skip=True, downscale_method="bicubic", upscale_method="bicubic",
+    )[0]  # fmt: skip
+    changes = host.module("nodes._host.clock").patch_changes
+    own = [float(sampling.percent_to_sigma(percent)) for percent in (0.1, 0.4)]
+    assert sorted(changes(shrunk.model_options), reverse=True) == own and changes(demo[0].model_options) == []
+    options = {"transformer_options": {"patches": {"double_block": [Patch(5.0, torch.tensor([2.0]))]}}}
+    assert changes(options | {"model_function_wrapper": Patch(7.0, "none").__call__}) == [5.0, 2.0, 7.0]
+
+
 # --- what a prompt may hold ---
 
 ODD = {"missing": ..., "null": None, "a word": "many", "a list": [], "a mapping": {}, "a negative number": -5}

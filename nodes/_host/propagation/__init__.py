@@ -42,7 +42,7 @@ from ..._plan.propagation import (
     why_whole,
 )
 from ..calibrating import stands_aside
-from ..clock import Clock, conditioning_changes, guidance_changes, noise_space, step_times, why_not
+from ..clock import Clock, conditioning_changes, noise_space, patch_changes, step_times, why_not
 from ..identity import network_of
 from ..solvers import adds_noise, facts_of, solver_name
 from .forecast import Forecasts, forecasts_of
@@ -83,7 +83,7 @@ class Propagation:
         self.reuse, self.cache_dtype, cache_device, squeezed = self.within_limit(choice.reuse)
         self.said = choice.said + squeezed
         active = level_at(settings.start_percent), level_at(settings.end_percent)
-        begins = conditioning_changes(sampling, guider.conds) + guidance_changes(guider.model_options)
+        begins = conditioning_changes(sampling, guider.conds) + patch_changes(guider.model_options)
         changes = boundary_keys(levels, begins)
         self.plan = make_plan(
             levels, times, choice.keys,
