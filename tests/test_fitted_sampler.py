@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from analytic import Gaussian, PowerLawField
+from nightly import daily
 from oracles import mixture_2d
 from pack.kernels import fitted_sampler as kernel
 from pack.kernels.fitted_sampler import (
@@ -191,7 +192,7 @@ def test_the_first_step_has_the_closed_form_numbers_on_a_gaussian_field(kind):
     torch.testing.assert_close(torch.tensor(run.numbers[0], dtype=torch.float64), wanted, rtol=0.05, atol=0.01)
 
 
-@pytest.mark.parametrize("kind", list(SPACES))
+@pytest.mark.parametrize("kind", daily(SPACES, "flow"))
 def test_it_converges_on_other_noises_and_is_nearer_than_dpmpp_2m_at_every_count(kind):
     space = SPACES[kind]
     target = mixture_2d(space)
@@ -262,7 +263,7 @@ def test_the_search_on_paper_finds_better_levels_without_asking():
     assert found[0] == poor[0] and found[-1] == 0 and (found[:-1] > found[1:]).all() and found[-2] >= 0.03
 
 
-@pytest.mark.parametrize("kind", list(SPACES))
+@pytest.mark.parametrize("kind", daily(SPACES, "ve"))
 def test_what_was_learned_beats_plain_steps_on_noises_it_has_not_seen(kind):
     space = SPACES[kind]
     target = field(space)

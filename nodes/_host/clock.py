@@ -16,7 +16,7 @@ from .identity import noise_scale
 from .solvers import facts_of, on_grid, solver_name
 
 FEWEST_STEPS = 8
-WINDOW = ("sigma_start", "sigma_end", "start_sigma", "end_sigma")
+PATCH_LEVELS = ("sigma_start", "sigma_end", "start_sigma", "end_sigma")
 
 
 def why_not(sampler: Any, sigmas: Tensor) -> str | None:
@@ -86,12 +86,12 @@ def _functions(options: Any) -> Iterator[Any]:
 
 
 def _window(function: Any) -> list[Any]:
-    """What a function keeps from where it was made under the names of WINDOW, or an object in its attributes."""
+    """What a function keeps from where it was made under the names of PATCH_LEVELS, or an object in its attributes."""
     if inspect.isfunction(function):
         cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        return [cell.cell_contents for name, cell in cells if name in WINDOW]
+        return [cell.cell_contents for name, cell in cells if name in PATCH_LEVELS]
     kept = getattr(getattr(function, "__self__", function), "__dict__", {})
-    return [kept[name] for name in WINDOW if name in kept]
+    return [kept[name] for name in PATCH_LEVELS if name in kept]
 
 
 class Clock:
