@@ -57,15 +57,14 @@ SHOWN_FORMS = {  # solver -> what beats every stock schedule on the demo model o
 MISSING_TRACE = 5.0
 FEW = 8  # steps of distilled models, at most
 PURE_NOISE = 500  # sigma_max of models that begin at pure noise
-REUSE = {  # network, solver -> (steps at least, one key step in so many, dB to the run without): docs/results.md
-    ("unet", "euler"): ((50, 5, 48.0), (25, 3, 45.8), (20, 2, 53.0)),
-    ("unet", "dpmpp_2m"): ((50, 3, 52.9), (20, 2, 51.0)),
-    ("unet", "euler_ancestral"): ((25, 2, 45.1),),
-    ("transformer", "euler"): ((20, 2, 52.7),),
-}
-DEEP_REUSE: dict[str, tuple[tuple[int, int, float], ...]] = {  # the same with 'two levels fresh', by the solver
-    "euler_ancestral": ((25, 3, 49.8),),
-    "dpmpp_2m_sde": ((25, 3, 51.6),),
+# What is reused, solver -> (steps at least, one key step in so many, dB to the run without): docs/results.md
+REUSE = {
+    (ONE, "euler"): ((50, 5, 48.0), (25, 3, 45.8), (20, 2, 53.0)),
+    (ONE, "dpmpp_2m"): ((50, 3, 52.9), (20, 2, 51.0)),
+    (ONE, "euler_ancestral"): ((25, 2, 45.1),),
+    (TWO_LEVELS, "euler_ancestral"): ((25, 3, 49.8),),
+    (TWO_LEVELS, "dpmpp_2m_sde"): ((25, 3, 51.6),),
+    (FIRST, "euler"): ((20, 2, 52.7),),
 }
 EVERY = ", every "
 FEWEST_BLOCKS = 8  # of a transformer: with fewer the first block costs more than it saves
@@ -374,14 +373,15 @@ def decide_speed(facts: Facts, run: Run, wish: str, shelf: Shelf) -> Decision:
     if facts.network == "transformer" and facts.blocks < FEWEST_BLOCKS:
         return Decision(SPEED, "", f"The network has only {facts.blocks} blocks, so fewer steps gain more.", enable)
     solver = run.solver.removesuffix("_gpu")
-    deep = DEEP_REUSE.get(solver, ()) if facts.deep else ()
-    rows = [row for row in deep or REUSE.get((facts.network, solver), ()) if run.steps >= row[0]]
+    reuse = ONE if facts.network == "unet" else FIRST
+    if facts.deep and (TWO_LEVELS, solver) in REUSE:
+        reuse = TWO_LEVELS
+    rows = [row for row in REUSE.get((reuse, solver), ()) if run.steps >= row[0]]
     rows = [row for row in rows if wish == FAST or row[2] >= FIDELITY]
     if not rows:
         least = "" if wish == FAST else f" to keep {FIDELITY:g} dB"
         return Decision(SPEED, "", f"No setting was measured{least} with this solver and so few steps.", enable)
     _, interval, psnr = rows[0]
-    reuse = TWO_LEVELS if deep else ONE if facts.network == "unet" else FIRST
     why = f"On the demo model of this kind, pictures keep {psnr:.1f} dB to the run without reuse."
     return Decision(SPEED, f"{reuse}{EVERY}{interval}", why, enable)
 
