@@ -76,10 +76,12 @@ def test_the_background_is_the_one_in_the_prompt(draw, word, colour):
     assert (got - torch.tensor(colour) / 255).abs().max() < 0.12
 
 
+@pytest.mark.nightly  # of a file that does not change
 def test_an_empty_negative_prompt_and_another_one_differ(draw):
     assert not torch.equal(draw("a cat"), draw("a cat", negative="a dog on a blue background"))
 
 
+@pytest.mark.nightly  # of a file that does not change
 def test_the_same_seed_gives_the_same_picture(draw):
     once = draw("a panda", seed=4)
     assert torch.equal(draw("a panda", seed=4), once)
@@ -95,11 +97,13 @@ def test_plain_colours_survive_encode_and_decode(host, demo):
     assert (back - pictures).abs().mean(dim=(1, 2, 3)).max() < 0.03
 
 
+@pytest.mark.nightly  # of a file that does not change
 def test_latents_of_pictures_have_about_unit_spread(host, demo, draw):
     (latent,) = host.call("VAEEncode", pixels=draw("a rocket on an orange background", batch=4), vae=demo[2])
     assert 0.7 < float(latent["samples"].std()) < 1.4
 
 
+@pytest.mark.nightly  # of a file that does not change
 def test_img2img_keeps_more_of_the_picture_the_less_it_denoises(host, demo, draw):
     source = draw("a red heart on a white background")
     (latent,) = host.call("VAEEncode", pixels=source, vae=demo[2])
@@ -110,6 +114,7 @@ def test_img2img_keeps_more_of_the_picture_the_less_it_denoises(host, demo, draw
     assert far[0] < far[1] < far[2]
 
 
+@pytest.mark.nightly  # of a file that does not change
 def test_an_inpaint_mask_protects_its_part(host, demo, draw):
     source = draw("a red heart on a white background")
     (latent,) = host.call("VAEEncode", pixels=source, vae=demo[2])
@@ -307,6 +312,7 @@ def inpainted(host, inpaint, encode):
     return run
 
 
+@pytest.mark.nightly  # of a file that does not change
 def test_it_continues_what_it_is_shown_and_paints_what_it_is_asked_for(host, draw, inpainted):
     """From all of the noise and without a latent mask, so that the rest is known by the masked picture alone."""
     source = draw("a red heart on a blue background", batch=1)

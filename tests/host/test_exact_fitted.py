@@ -26,6 +26,7 @@ def test_aligned_timesteps_on_a_grid_of_modes_through_the_stock_sampler(host, gr
     assert errors[2] < 0.03
 
 
+@pytest.mark.nightly  # of a loss that no node takes
 def test_the_published_loss_harms_where_ours_helps(host):
     problem = Problem(host, "mixture", "ve", 256)
     base = levels(host, problem.model, "beta", 20)

@@ -123,7 +123,7 @@ def test_a_noise_shift_from_fit_to_picture(host, demo, encode, monkeypatch):
     assert f"+ noise shift: {name}" in changes(host, "flow", noise_shift=ALWAYS)
 
 
-@pytest.mark.parametrize("kind", ["unet", "flow"])
+@pytest.mark.parametrize("kind", daily(["unet", "flow"], "flow"))
 def test_propagation_from_fit_to_picture(host, kind):
     fit = N("AttuneFitPropagation", **of_run(latent_image=["5", 0], seed=1, steps=STEPS, sampler_name="euler",
                                              scheduler="simple", reuse="automatic", fastest=1.5, longest=2))  # fmt: skip
