@@ -98,12 +98,14 @@ class Point:
 
 @dataclass(frozen=True)
 class KeySteps:
-    """What was measured on one model, solver and schedule: `points` from the most faithful to the fastest."""
+    """What was measured on one model, solver and schedule: `points` from the most faithful to the fastest. setting: of
+    forecasts, names the other nodes' functions on the MODEL that change its guided answer."""
 
     blocks: int
     solver: str
     sigmas: tuple[float, ...]
     points: tuple[Point, ...]
+    setting: str = ""
 
 
 @dataclass(frozen=True)

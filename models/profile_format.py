@@ -161,7 +161,9 @@ def _key_steps(fields: dict[str, Any], need: Any) -> KeySteps:
         reuse, gave = Reuse(fresh, cut, one["forecast"]), (float(one["speed"]), float(one["psnr"]))
         said = _forecasts(one, keys, steps, where, need) if fields["kind"] == FORECAST else ((), (), ())
         found.append(Point(reuse, tuple(keys), *gave, *said))
-    return KeySteps(blocks, fields.get("solver", ""), _levels(fields["sigmas"]), tuple(found))
+    return KeySteps(
+        blocks, fields.get("solver", ""), _levels(fields["sigmas"]), tuple(found), fields.get("setting", "")
+    )
 
 
 def _forecasts(one: dict[str, Any], keys: list[int], steps: int, where: str, need: Any) -> tuple:

@@ -17,6 +17,10 @@ PLAIN = (int, float, bool, str)
 OF_EVERY_RUN = {"sample_sigmas", "sigmas", "uuids", "cond_or_uncond", "callbacks", "model_options"}
 OF_THE_PROMPT = {"uuid", "cross_attn", "pooled_output", "model_conds"}
 OF_THE_PROMPT |= {"width", "height", "target_width", "target_height"}  # SDXL's
+OF_GUIDANCE = (
+    "sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function", "sampler_calc_cond_batch_function",
+    "denoise_mask_function",
+)  # fmt: skip
 
 
 def setting_of(guider: Any, sampler: Any, model_options: Mapping) -> str:
@@ -27,6 +31,12 @@ def setting_of(guider: Any, sampler: Any, model_options: Mapping) -> str:
     conds = {role: [said(one) for one in many] for role, many in getattr(guider, "conds", {}).items()}
     parts = [type(guider).__name__, guidance, getattr(sampler, "extra_options", {}), conds, model_options]
     return hashlib.sha256("\n".join(_spelled(one) for one in parts).encode()).hexdigest()[:16]
+
+
+def guidance_of(model_options: Mapping) -> str:
+    """16 hex digits: the functions on a MODEL that change the guided answer or the mask, with their numbers."""
+    kept = {name: model_options[name] for name in OF_GUIDANCE if model_options.get(name)}
+    return hashlib.sha256(_spelled(kept).encode()).hexdigest()[:16]
 
 
 def without_ours(options: Mapping) -> dict[str, Any]:

@@ -44,6 +44,7 @@ from ..._plan.propagation import (
 from ..calibrating import stands_aside
 from ..clock import Clock, conditioning_changes, noise_space, patch_changes, step_times, why_not
 from ..identity import network_of
+from ..setting import guidance_of
 from ..solvers import adds_noise, facts_of, solver_name
 from .forecast import Forecasts, forecasts_of
 from .guidance import OneSided, alternating, why_not_one_sided
@@ -515,6 +516,12 @@ class WholeSteps(Propagation):
         if isinstance(found, str):
             LOG.warning("%s: every step is asked, for %s.", WHO, found)
             return None
+        if fit.setting and fit.setting != guidance_of(guider.model_options):
+            LOG.warning(
+                "%s: the profile's forecasts were fitted on a MODEL whose other nodes change guidance or masks "
+                "otherwise (as CFGZeroStar and Differential Diffusion do). Pictures may lie farther from the whole run "
+                "than it says: fit again with this MODEL.", WHO,
+            )  # fmt: skip
         self.forecasts = found
         if not found.one_sided or why_not_one_sided(guider, self.noise) is not None:
             return None

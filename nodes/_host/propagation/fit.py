@@ -215,7 +215,7 @@ def fit_profile(
         identify(model, weights=True), kind.profile_kind, f"{what}, {sampler_name} {len(sigmas) - 1} steps",
         f"{how}, dynamic programming", pixels(model, latent_image) or (1, 1), evidence, solver=sampler_name,
         cfg=cfg, sigmas=calibration.sigmas, key_steps=calibration, seed=seed, scheduler=scheduler, longest=longest,
-        pictures=latent_image["samples"].shape[0],
+        pictures=latent_image["samples"].shape[0], setting=calibration.setting,
     )  # fmt: skip
     return profile, calibration, changes
 

@@ -32,6 +32,7 @@ from ....models.calibration import KeySteps, Point
 from ..._plan.propagation import CALIBRATED, ReuseSettings
 from ..live import Interim
 from ..session import check_numbers
+from ..setting import guidance_of
 from . import OneSided, WholeSteps, applied, outer_sample
 from .guidance import why_not_one_sided
 
@@ -248,7 +249,7 @@ class Fit:
 
     def __init__(self, model: Any, run: Callable[[Any], Tensor], solver: str, levels: Tensor):
         self.model, self._run, self.steps = model, run, len(levels) - 1
-        self.keys = KeySteps(1, solver, tuple(levels.tolist()), ())
+        self.keys = KeySteps(1, solver, tuple(levels.tolist()), (), guidance_of(model.model_options))
         kind, runs = listening()
         self.whole = run(_with(model, kind))
         recorded = _heard_whole(runs, solver, self.steps)
