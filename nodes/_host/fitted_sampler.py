@@ -284,7 +284,8 @@ class _Run:
         took = time.monotonic() - began
         try:
             return end, self._taught(scene, recorder.path(end), name, known, short, took)
-        except Exception as error:  # noqa: BLE001 - the picture is there: nothing that goes wrong afterwards may cost it
+        # The picture is there: nothing that goes wrong afterwards may cost it. Newer hosts' interrupt is no Exception.
+        except (Exception, comfy.model_management.InterruptProcessingException) as error:  # noqa: BLE001
             LOG.warning("Attune Fast Sampler", exc_info=error)
             return end, f"Nothing was learned: {error or type(error).__name__}"
 
