@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
 
 import comfy.model_sampling
@@ -13,6 +13,7 @@ from torch import Tensor
 from ...kernels.propagation import ReusePlan
 from ...kernels.space import NoiseSpace
 from .identity import noise_scale
+from .setting import around
 from .solvers import facts_of, on_grid, solver_name
 
 FEWEST_STEPS = 8
@@ -87,10 +88,8 @@ def _functions(options: Any) -> Iterator[Any]:
 
 def _window(function: Any) -> list[Any]:
     """What a function keeps from where it was made under the names of PATCH_LEVELS, or an object in its attributes."""
-    if inspect.isfunction(function):
-        cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
-        return [cell.cell_contents for name, cell in cells if name in PATCH_LEVELS]
-    kept = getattr(getattr(function, "__self__", function), "__dict__", {})
+    own = getattr(getattr(function, "__self__", function), "__dict__", {})
+    kept = around(function) if isinstance(function, FunctionType) else own
     return [kept[name] for name in PATCH_LEVELS if name in kept]
 
 

@@ -6,7 +6,7 @@ import dis
 import hashlib
 from collections.abc import Mapping
 from functools import lru_cache
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor
@@ -66,9 +66,9 @@ def _spelled(value: Any, depth: int = 0) -> str:
     if isinstance(value, MethodType) and isinstance(value.__func__, FunctionType):
         return f"{_spelled_object(value.__self__, value.__func__, deeper)}.{value.__name__}"
     if isinstance(value, FunctionType):
-        named = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
-        cells = [one.cell_contents for name, one in named if _holds_plain(one) and name not in _kept_by(value.__code__)]
-        return f"{value.__qualname__}{_spelled(cells, deeper)}"
+        state = _kept_by(value.__code__)
+        plain = [one for name, one in around(value).items() if type(one) in PLAIN and name not in state]
+        return f"{value.__qualname__}{_spelled(plain, deeper)}"
     return _spelled_object(value, type(value).__call__ if callable(value) else None, deeper)
 
 
@@ -90,8 +90,7 @@ def _plain(value: Any) -> dict[str, Any]:
     return {name: one for name, one in getattr(value, "__dict__", {}).items() if type(one) in PLAIN}
 
 
-def _holds_plain(cell: Any) -> bool:
-    try:
-        return type(cell.cell_contents) in PLAIN
-    except ValueError:  # not filled yet
-        return False
+def around(function: FunctionType) -> dict[str, Any]:
+    """The variables that a function keeps from where it was made, by name, without those that are not filled yet."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    return {name: cell.cell_contents for name, cell in cells if cell != CellType()}

@@ -149,6 +149,17 @@ def test_tables_take_their_place_in_the_docs(tmp_path):
     assert text.count(" old ") == 1 and "| 5 | 0.5 |" in text
 
 
+@pytest.mark.host
+def test_a_strip_shows_the_same_noise_without_our_node_above():
+    from thumbnails import rows_of
+
+    prompt = json.loads((ROOT / "tests/prompts/one_more_step.json").read_text("utf-8"))
+    (above, plain), (below, ours) = rows_of(prompt)
+    assert (above, below) == ("without", "with") and plain != ours
+    prompt["10"]["inputs"]["seed"] += 1  # another noise is no comparison
+    assert [label for label, _ in rows_of(prompt)] == [""]
+
+
 @pytest.mark.nightly
 @pytest.mark.host
 def test_strips_have_a_row_for_each_batch_that_is_compared_and_squares_the_stock_run_above(tmp_path, run_here):

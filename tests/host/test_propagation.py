@@ -1234,6 +1234,10 @@ def test_the_levels_at_which_other_nodes_begin_and_end_are_seen_in_their_functio
     assert sorted(changes(shrunk.model_options), reverse=True) == own and changes(demo[0].model_options) == []
     options = {"transformer_options": {"patches": {"double_block": [Patch(5.0, torch.tensor([2.0]))]}}}
     assert changes(options | {"model_function_wrapper": Patch(7.0, "none").__call__}) == [5.0, 2.0, 7.0]
+    early = {"sampler_post_cfg_function": [lambda args: args if args else sigma_start]}
+    assert changes(early) == []  # a variable that is not filled yet
+    sigma_start = 3.0
+    assert changes(early) == [sigma_start]
 
 
 # --- what a prompt may hold ---
